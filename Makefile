@@ -1,0 +1,35 @@
+# Every target sets up what it needs in .venv. PYTHON and PIP_ARGS may be given: make test PYTHON=python3.12
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+
+.PHONY: demo test lint format clean
+.DELETE_ON_ERROR:
+
+# torch goes first: a package that asks for it later is then satisfied with the pinned build.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "mtu needs Python 3.11 to 3.13, but $(PYTHON) is %d.%d: pass PYTHON=python3.12, for example." % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools wheel torch
+	$(PIP) --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/python -m mtu.recipes.icons demo --output demo-output
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) demo-output build *.egg-info

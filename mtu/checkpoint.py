@@ -1,0 +1,237 @@
+"""Saving and loading of parts, and strict loading of whole models. Files are safetensors and JSON; nothing is pickled."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mtu import task_rows
+from mtu.config import ExpertConfig
+from mtu.export import stock_config
+from mtu.tasks import TaskSpec, as_task_specs
+
+if TYPE_CHECKING:
+    from mtu.unet import MTUUNet2DConditionModel
+
+__all__ = ["check_tensors", "load_pretrained", "load_task", "read_trained", "save_task", "save_trained"]
+
+_TASK_FILES = ("mtu_task.json", "mtu_task.safetensors")
+_TRAINED_FILES = ("mtu_trained.json", "mtu_trained.safetensors")
+
+# Of the stock configuration, what decides which tensors there are and what they mean.
+_IGNORED_CONFIG = {"sample_size"}
+
+
+def save_task(unet: "MTUUNet2DConditionModel", directory: str | os.PathLike, index: int) -> None:
+    """Write the rows that task id `index` owns, and its spec."""
+    spec = unet.tasks[index]
+    rows = task_rows.get_task_rows(unet, index)
+    rows["conv_in.weight"] = rows["conv_in.weight"][:, : unet.conv_in.latent_channels + spec.condition_channels]
+    _write(directory, _TASK_FILES, rows, {"task": spec.to_dict(), "architecture": _architecture(unet)})
+
+
+def load_task(unet: "MTUUNet2DConditionModel", directory: str | os.PathLike, replace: bool) -> int:
+    """Read what `save_task` wrote into a new task, or over the one of that name; returns its id."""
+    description, rows = _read(directory, _TASK_FILES)
+    spec = TaskSpec.from_dict(_entry(description, "task", directory))
+    _check_architecture(description, _architecture(unet), directory)
+    expected = {name: row.shape for name, row in task_rows.get_task_rows(unet, 0).items()}
+    conv = expected["conv_in.weight"]
+    width = unet.conv_in.latent_channels + spec.condition_channels
+    expected["conv_in.weight"] = torch.Size((conv[0], width, *conv[2:]))
+    _check_shapes(expected, rows, directory)
+    names = [task.name for task in unet.tasks]
+    if spec.name not in names:
+        index = task_rows.add_task(unet, spec, 0)
+    elif not replace:
+        raise ValueError(f"A task named {spec.name!r} exists already: pass replace=True to overwrite it.")
+    elif unet.tasks[names.index(spec.name)].condition_channels != spec.condition_channels:
+        raise ValueError(
+            f"Task {spec.name!r} has {unet.tasks[names.index(spec.name)].condition_channels} condition channels here, "
+            f"but {spec.condition_channels} in {directory}."
+        )
+    else:
+        index = names.index(spec.name)
+        tasks = [spec if i == index else task for i, task in enumerate(unet.tasks)]
+        unet.register_to_config(tasks=[task.to_dict() for task in tasks])
+    task_rows.set_task_rows_(unet, index, rows)
+    return index
+
+
+def save_trained(unet: "MTUUNet2DConditionModel", directory: str | os.PathLike) -> None:
+    """Write the trained parameters alone, with what is needed to rebuild the model over its base.
+
+    Raises:
+        ValueError: the routers were dropped.
+    """
+    if unet.task_embedding is None:
+        raise ValueError("Trained parameters include the routers, which were dropped: expected a model with routers.")
+    tensors = {name: parameter.detach() for name, parameter in unet.named_trainable_parameters()}
+    description = {
+        "tasks": [spec.to_dict() for spec in unet.tasks],
+        "experts": dataclasses.asdict(unet.expert_config),
+        "base": _json_config(stock_config(unet)),
+    }
+    _write(directory, _TRAINED_FILES, tensors, description)
+
+
+def read_trained(
+    directory: str | os.PathLike, base: Mapping[str, Any]
+) -> tuple[tuple[TaskSpec, ...], ExpertConfig, dict[str, Tensor]]:
+    """Read what `save_trained` wrote, for a base UNet of the stock configuration `base`.
+
+    Raises:
+        ValueError: another base, or a truncated or altered file.
+    """
+    description, tensors = _read(directory, _TRAINED_FILES)
+    _check_equal_config(_entry(description, "base", directory), _json_config(base), directory)
+    specs = as_task_specs(_entry(description, "tasks", directory))
+    try:
+        config = ExpertConfig(**_entry(description, "experts", directory))
+    except TypeError as error:
+        raise ValueError(f"{directory} describes no expert layout that this version knows: {error}.") from None
+    return specs, config, tensors
+
+
+def check_tensors(unet: "MTUUNet2DConditionModel", tensors: Mapping[str, Tensor], directory: str | os.PathLike) -> None:
+    """Raise a ValueError unless `tensors` are the trained parameters of `unet`, by name and shape."""
+    _check_shapes({name: p.shape for name, p in unet.named_trainable_parameters()}, tensors, directory)
+
+
+def load_pretrained(cls: type, load: Callable[..., Any], path: str | os.PathLike, kwargs: dict[str, Any]):
+    """diffusers' `from_pretrained` made strict: a missing, surplus or misshapen tensor is an error.
+
+    Args:
+        cls: the model class.
+        load: the inherited `from_pretrained`.
+        path: folder or hub name.
+        kwargs: of `from_pretrained`.
+    """
+    output_loading_info = kwargs.pop("output_loading_info", False)
+    if kwargs.pop("use_safetensors", True) is False:
+        raise ValueError("Only safetensors files are loaded, but got use_safetensors=False.")
+    config = cls.load_config(path, **{k: kwargs[k] for k in ("subfolder", "revision", "cache_dir") if k in kwargs})
+    saved_class = config.get("_class_name")
+    if saved_class != cls.__name__:
+        raise ValueError(
+            f"{path} holds a {saved_class}, but an upcycled {cls.__name__} is expected: load a stock UNet with its own "
+            "class and pass it to mtu.upcycle."
+        )
+    try:
+        model, info = load(path, use_safetensors=True, output_loading_info=True, **kwargs)
+    except (SafetensorError, KeyError, TypeError, RuntimeError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} is not a whole checkpoint of an upcycled UNet: {reason}") from error
+    # `.router` for a quantizer's extra keys would be wrong: they are known to the model by then.
+    wrong = {kind: sorted(map(str, info.get(f"{kind}_keys", []))) for kind in ("missing", "unexpected", "mismatched")}
+    for kind, keys in wrong.items():
+        if keys:
+            raise ValueError(
+                f"{path} is a checkpoint of another architecture than its config.json says: {len(keys)} {kind} "
+                f"tensors, for example {keys[0]}."
+            )
+    if any(parameter.is_meta for parameter in model.parameters()) and "device_map" not in kwargs:
+        raise ValueError(f"{path} lacks parameters of the architecture in its config.json.")
+    model.freeze_stock_parameters_()
+    return (model, info) if output_loading_info else model
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def _write(
+    directory: str | os.PathLike, files: tuple[str, str], tensors: Mapping[str, Tensor], description: dict
+) -> None:
+    """Write tensors and their description, each whole or not at all."""
+    folder = Path(directory)
+    if folder.is_file():
+        raise ValueError(f"{directory} is a file, but a folder to save into is expected.")
+    folder.mkdir(parents=True, exist_ok=True)
+    json_path, tensor_path = (folder / name for name in files)
+    partial = tensor_path.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    description = {**description, "sha256": _digest(partial)}
+    os.replace(partial, tensor_path)
+    partial = json_path.with_suffix(".partial")
+    partial.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
+    os.replace(partial, json_path)
+
+
+def _read(directory: str | os.PathLike, files: tuple[str, str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what `_write` wrote, checking that it is whole and unaltered."""
+    json_path, tensor_path = (Path(directory) / name for name in files)
+    for path in (json_path, tensor_path):
+        if not path.is_file():
+            raise ValueError(f"{directory} holds no {path.name}: expected a folder with {files[0]} and {files[1]}.")
+    try:
+        description = json.loads(json_path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{json_path} is not the JSON file that was saved: {error}.") from None
+    if _digest(tensor_path) != _entry(description, "sha256", directory):
+        raise ValueError(f"{tensor_path} is truncated or was altered: its SHA-256 is not the one in {json_path.name}.")
+    try:
+        return description, load_file(tensor_path)
+    except SafetensorError as error:
+        raise ValueError(f"{tensor_path} is not a safetensors file: {error}.") from None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _entry(description: Any, key: str, directory: str | os.PathLike) -> Any:
+    if not isinstance(description, dict) or key not in description:
+        raise ValueError(f"The description in {directory} lacks the entry {key!r}.")
+    return description[key]
+
+
+def _json_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps({k: v for k, v in config.items() if k not in _IGNORED_CONFIG}))
+
+
+def _architecture(unet: "MTUUNet2DConditionModel") -> dict[str, Any]:
+    """What two models must share for a task's rows to fit both."""
+    return {
+        "base": _json_config(stock_config(unet)),
+        "experts": dataclasses.asdict(unet.expert_config),
+        "routers_dropped": unet.task_embedding is None,
+    }
+
+
+def _check_architecture(description: dict, own: dict[str, Any], directory: str | os.PathLike) -> None:
+    saved = _entry(description, "architecture", directory)
+    _check_equal_config(_entry(saved, "base", directory), own["base"], directory)
+    for key in ("experts", "routers_dropped"):
+        if _entry(saved, key, directory) != own[key]:
+            raise ValueError(f"{directory} was saved with {key} = {saved[key]}, but this model has {own[key]}.")
+
+
+def _check_equal_config(saved: Mapping[str, Any], own: Mapping[str, Any], directory: str | os.PathLike) -> None:
+    for key in sorted(set(saved) | set(own)):
+        # A key that only one side has comes with another version of diffusers, at its default.
+        if key in saved and key in own and saved[key] != own[key]:
+            raise ValueError(
+                f"{directory} belongs to another architecture: its {key} is {saved[key]}, this model's is {own[key]}."
+            )
+
+
+def _check_shapes(
+    expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], directory: str | os.PathLike
+) -> None:
+    for name in sorted(set(expected) ^ set(tensors)):
+        state = "lacks" if name in expected else "has the surplus tensor"
+        raise ValueError(f"{directory} {state} {name!r}: expected {len(expected)} tensors of this architecture.")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise ValueError(
+                f"{directory}: {name!r} must have shape {tuple(shape)}, but got {tuple(tensors[name].shape)}."
+            )

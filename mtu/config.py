@@ -1,0 +1,124 @@
+"""How feed-forward networks are split into experts: the settings and the arithmetic of hidden units."""
+
+import dataclasses
+import math
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["ExpertConfig"]
+
+NormMode = Literal["task", "task_expert"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertConfig:
+    """The expert layout of every feed-forward network (FFN) of an upcycled model.
+
+    A stock FFN has 4D hidden units. Each of the E experts gets F = G · 4D of them, expert e the slots
+    `[eF, (e+1)F)`; slot s holds stock unit `s mod 4D`, so that units are split (E·G = 1), truncated or tiled.
+
+    Args:
+        num_experts: E.
+        top_k: active experts K per task; None: all of them (dense routing).
+        expert_ratio: G = F / 4D; None: 1/E, which keeps the parameter count.
+        norm: "task" (one LayerNorm per task) or "task_expert" (one per task and expert).
+        routing_scale: routing weights are `routing_scale · softmax(…)`; None: 1/G, which preserves the function.
+        router_width: width of task embeddings and routers.
+
+    Raises:
+        ValueError: a value out of its range.
+
+    Source: MTU (arXiv 2503.11905) §3; DESIGN of this project for `routing_scale`.
+    """
+
+    num_experts: int
+    top_k: int | None
+    expert_ratio: float
+    norm: NormMode
+    routing_scale: float
+    router_width: int
+
+    def __post_init__(self) -> None:
+        _check_positive_int("num_experts", self.num_experts)
+        _check_positive_int("router_width", self.router_width)
+        if self.top_k is not None:
+            _check_positive_int("top_k", self.top_k)
+            if self.top_k > self.num_experts:
+                raise ValueError(f"top_k must be at most num_experts = {self.num_experts}, but got {self.top_k}.")
+        if self.norm not in ("task", "task_expert"):
+            raise ValueError(f"norm must be 'task' or 'task_expert', but got {self.norm!r}.")
+        for name in ("expert_ratio", "routing_scale"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+                raise ValueError(f"{name} must be a positive number, but got {value!r}.")
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every expert is active for every task."""
+        return self.top_k is None or self.top_k == self.num_experts
+
+    @property
+    def active_experts(self) -> int:
+        """K, the number of experts that run for a task."""
+        return self.num_experts if self.top_k is None else self.top_k
+
+    def expert_width(self, stock_hidden: int) -> int:
+        """F, the hidden units of one expert, for a stock FFN with `stock_hidden` (4D) units.
+
+        Raises:
+            ValueError: E does not divide the units, or G times the units is not a whole number.
+        """
+        if stock_hidden % self.num_experts:
+            raise ValueError(
+                f"num_experts must divide the hidden width of every FFN, but {self.num_experts} does not divide "
+                f"{stock_hidden}."
+            )
+        # 1/3 as a float is not 1/3: take the nearest fraction a person would have meant.
+        width = Fraction(self.expert_ratio).limit_denominator(4096) * stock_hidden
+        if width.denominator != 1 or width < 1:
+            raise ValueError(
+                f"expert_ratio times the hidden width must be a whole number ≥ 1, but {self.expert_ratio} · "
+                f"{stock_hidden} = {float(width):g}."
+            )
+        return int(width)
+
+    def hidden_units(self, stock_hidden: int) -> Tensor | None:
+        """The stock unit in each slot, (E·F,) int64; None where the slots are the stock units in order."""
+        total = self.num_experts * self.expert_width(stock_hidden)
+        return None if total == stock_hidden else torch.arange(total) % stock_hidden
+
+    def column_scale(self, stock_hidden: int) -> Tensor | None:
+        """What the output column of each slot is multiplied with to preserve the function, (E·F,) float64; None: 1.
+
+        Dense routing starts at w = routing_scale / E, so unit j with n_j copies needs E / (n_j · routing_scale).
+        Top-k routing starts anywhere on the simplex, so every expert must be whole by itself: with n_ej copies of
+        unit j in expert e, 1 / (n_ej · routing_scale), possible from G = 1 on.
+        """
+        units = self.hidden_units(stock_hidden)
+        if units is None:
+            units = torch.arange(stock_hidden)
+        width = len(units) // self.num_experts
+        if self.is_dense or width < stock_hidden:
+            copies = torch.bincount(units, minlength=stock_hidden)[units]
+            scale = self.num_experts / (copies.double() * self.routing_scale)
+        else:
+            per_expert = units.view(self.num_experts, width)
+            copies = torch.stack([torch.bincount(row, minlength=stock_hidden)[row] for row in per_expert]).flatten()
+            scale = 1.0 / (copies.double() * self.routing_scale)
+        return None if torch.allclose(scale, torch.ones_like(scale), rtol=1e-12, atol=0) else scale
+
+    def why_not_preserved(self) -> str | None:
+        """Why no initialisation can keep the original's output, in a few words; None where one can."""
+        if not self.is_dense and self.expert_ratio < 1:
+            return f"top_k = {self.top_k} of {self.num_experts} experts with expert_ratio = {self.expert_ratio:g} < 1"
+        if self.expert_ratio * self.num_experts < 1 - 1e-9:
+            return f"expert_ratio = {self.expert_ratio:g} < 1/num_experts drops hidden units"
+        return None
+
+
+def _check_positive_int(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer ≥ 1, but got {value!r}.")

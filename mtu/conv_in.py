@@ -1,0 +1,81 @@
+"""The task input convolution: one `conv_in` per task, in one tensor, so that a batch may mix tasks."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mtu.router import select_rows
+
+__all__ = ["TaskConvIn"]
+
+
+class TaskConvIn(nn.Module):
+    """Per-sample 2-D convolution `y[b] = weight[t_b] ∗ x[b] + bias[t_b]`, stride 1, same size.
+
+    The kernels of all tasks are padded with zeros to the widest task. It is computed as one batched product over
+    unfolded patches, whose cost does not depend on the number of tasks.
+
+    Args:
+        condition_channels: of each task; task t reads the channels `[0, latent_channels + condition_channels[t])`.
+        latent_channels: channels of the noisy latents.
+        out_channels: C.
+        kernel_size: odd edge length k.
+
+    Parameters: weight (T, C, Cin, k, k) with Cin the widest task's channels, bias (T, C).
+    """
+
+    def __init__(
+        self, condition_channels: Sequence[int], latent_channels: int, out_channels: int, kernel_size: int
+    ) -> None:
+        super().__init__()
+        self.latent_channels = latent_channels
+        self.kernel_size = kernel_size
+        channels = [latent_channels + count for count in condition_channels]
+        self.weight = nn.Parameter(torch.zeros(len(channels), out_channels, max(channels), kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(len(channels), out_channels))
+        self.register_buffer("channels", torch.tensor(channels), persistent=False)
+
+    @property
+    def in_channels(self) -> int:
+        """Cin, the channels of the widest task."""
+        return self.weight.shape[2]
+
+    def forward(self, sample: Tensor, task_ids: Tensor | None = None) -> Tensor:
+        """Convolve each sample with the kernel of its task.
+
+        Args:
+            sample: (B, c, H, W) with latent_channels ≤ c ≤ Cin; missing channels count as zero, and those beyond a
+                task's own are ignored.
+            task_ids: (B,) int64. None: `sample` has been through this layer, and is returned as it is. The stock
+                UNet calls its `conv_in` with the sample alone, after the upcycled UNet has called it with task_ids.
+
+        Returns:
+            (B, C, H, W).
+
+        Raises:
+            ValueError: too few or too many channels.
+        """
+        if task_ids is None:
+            return sample
+        batch, given, height, width = sample.shape
+        if not self.latent_channels <= given <= self.in_channels:
+            raise ValueError(
+                f"sample must have {self.latent_channels} to {self.in_channels} channels (latents, then the condition "
+                f"image), but got {given}."
+            )
+        # `where`, not a product: what another task left in an ignored channel may be infinite.
+        own = torch.arange(given, device=sample.device) < self.channels[task_ids][:, None]
+        sample = torch.where(own[:, :, None, None], sample, 0.0)
+        kernels = select_rows(self.weight[:, :, :given], task_ids).flatten(2)
+        patches = F.unfold(sample, self.kernel_size, padding=self.kernel_size // 2)
+        bias = select_rows(self.bias, task_ids)
+        return torch.baddbmm(bias[:, :, None], kernels, patches).view(batch, -1, height, width)
+
+    def set_rows_(self, weight: Tensor, bias: Tensor, condition_channels: Sequence[int]) -> None:
+        """Replace the packed tensors, for another number of tasks or of channels."""
+        self.weight = nn.Parameter(weight, self.weight.requires_grad)
+        self.bias = nn.Parameter(bias, self.bias.requires_grad)
+        channels = [self.latent_channels + count for count in condition_channels]
+        self.channels = torch.tensor(channels, device=self.channels.device)

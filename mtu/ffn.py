@@ -1,0 +1,215 @@
+"""The routed feed-forward network and the transformer block around it."""
+
+import functools
+from typing import Any
+
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mtu.config import ExpertConfig
+from mtu.norm import TaskLayerNorm
+from mtu.router import Router, RoutingTable, TaskContext, select_rows
+from mtu_kernels import ExpertWeights, NormAffine, Routing, dense_weights, moe_ffn
+
+__all__ = ["CONTEXT_KEY", "RoutedFeedForward", "RoutedTransformerBlock", "why_not_upcyclable"]
+
+# Under this name the task context travels through `cross_attention_kwargs`, the one argument that diffusers hands
+# from the UNet to every transformer block (GLIGEN uses it in the same way), also through gradient checkpointing.
+CONTEXT_KEY = "mtu"
+
+_HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def why_not_upcyclable(block: BasicTransformerBlock) -> str | None:
+    """What keeps this block from being upcycled, in a few words; None if nothing does."""
+    if block.norm_type != "layer_norm" or not isinstance(block.norm3, nn.LayerNorm):
+        return f"its norm_type is {block.norm_type!r}, not 'layer_norm'"
+    if not block.norm3.elementwise_affine:
+        return "its norm3 has no affine to start the task norms from"
+    if type(block.ff.net[0]) is not GEGLU:
+        return f"its activation is {type(block.ff.net[0]).__name__}, not GEGLU"
+    if block.pos_embed is not None or hasattr(block, "fuser"):
+        return "it has positional embeddings or a GLIGEN fuser"
+    for name, linear in (("ff.net.0.proj", block.ff.net[0].proj), ("ff.net.2", block.ff.net[2])):
+        if type(linear) is not nn.Linear:
+            return f"{name} is a {type(linear).__name__}, not nn.Linear (unload or fuse adapters first)"
+    return None
+
+
+class RoutedFeedForward(FeedForward):
+    """A GEGLU feed-forward network whose hidden units are grouped into experts, with its router.
+
+        x̂ = LayerNorm(x) γ_t + β_t;   u, g = x̂ W_inᵀ + b_in;   y = Σ_e w_te · W_out,e (u_e · gelu(g_e)) + b_out
+
+    `net.0.proj` (2H, D) and `net.2` (D, H) keep their diffusers names, types and, where H = 4D, values; expert e owns
+    the hidden units `[eF, (e+1)F)`.
+
+    Args:
+        stock: the block's feed-forward network; its modules are taken over.
+        router: Router or RoutingTable of this layer.
+        config: expert layout.
+        eps: ε of the normalisation.
+    """
+
+    def __init__(self, stock: FeedForward, router: Router | RoutingTable, config: ExpertConfig, eps: float) -> None:
+        nn.Module.__init__(self)
+        self.net = stock.net
+        self.router = router
+        self.num_experts = config.num_experts
+        self.eps = eps
+        self.backend = "auto"
+
+    def forward(self, hidden_states: Tensor, affine: NormAffine, context: TaskContext) -> Tensor:
+        """Normalise and transform the tokens of each sample with the experts of its task.
+
+        Args:
+            hidden_states: (B, L, D), before the normalisation.
+            affine: float32 γ and β of each sample, (B, D) or (B, E, D).
+            context: tasks of the samples.
+
+        Returns:
+            (B, L, D), without the residual.
+        """
+        table = self.router(context.embedding)
+        indices = None if table.indices is None else table.indices[context.task_ids]
+        routing = Routing(select_rows(table.weights, context.task_ids), indices)
+        if self._is_plain(hidden_states):
+            return self._fused(hidden_states, affine, routing)
+        return self._by_modules(hidden_states, affine, routing)
+
+    def _is_plain(self, hidden_states: Tensor) -> bool:
+        # Whatever changes what calling these modules means (PEFT, quantization, offloading, layerwise casting) shows
+        # as another type, a hook, a replaced forward or another dtype: then the modules themselves must be called.
+        if self.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.net):
+            return False
+        for linear in (self.net[0].proj, self.net[2]):
+            if type(linear) is not nn.Linear or linear.bias is None or "forward" in linear.__dict__:
+                return False
+            if any(getattr(linear, hooks) for hooks in _HOOK_DICTS):
+                return False
+            if hidden_states.dtype not in (linear.weight.dtype, torch.float32) and not torch.is_autocast_enabled(
+                hidden_states.device.type
+            ):
+                return False
+        return True
+
+    def _fused(self, hidden_states: Tensor, affine: NormAffine, routing: Routing) -> Tensor:
+        w_in, w_out = self.net[0].proj, self.net[2]
+        experts = ExpertWeights(w_in.weight, w_in.bias, w_out.weight, w_out.bias, self.num_experts)
+        return moe_ffn(hidden_states, affine, experts, routing, eps=self.eps, backend=self.backend)
+
+    def _by_modules(self, hidden_states: Tensor, affine: NormAffine, routing: Routing) -> Tensor:
+        activation, dropout, project_out = self.net[0], self.net[1], self.net[2]
+        dtype = hidden_states.dtype
+        unit = F.layer_norm(hidden_states.float(), hidden_states.shape[-1:], eps=self.eps)
+        if affine.weight.dim() == 2:
+            normed = unit * affine.weight[:, None] + affine.bias[:, None]
+            hidden = activation(normed.to(dtype))
+        else:
+            # One pass of the wrapped Linear per expert, of which that expert's units are kept: E times the work of
+            # the fused path, but it is what an adapter of unknown shape does to each expert's own input.
+            parts = []
+            for expert in range(self.num_experts):
+                normed = unit * affine.weight[:, expert, None] + affine.bias[:, expert, None]
+                parts.append(activation(normed.to(dtype)).chunk(self.num_experts, dim=-1)[expert])
+            hidden = torch.cat(parts, dim=-1)
+        weights = dense_weights(routing, self.num_experts).to(hidden.dtype)
+        columns = weights.repeat_interleave(hidden.shape[-1] // self.num_experts, dim=-1)
+        hidden = project_out(dropout(hidden * columns[:, None]))
+        for module in self.net[3:]:
+            hidden = module(hidden)
+        return hidden
+
+
+class RoutedTransformerBlock(BasicTransformerBlock):
+    """A diffusers transformer block whose feed-forward network is routed by task.
+
+    Args:
+        stock: the block; its modules are taken over.
+        config: expert layout.
+        num_tasks: T.
+        routers_dropped: build routing tables in the place of routers.
+    """
+
+    def __init__(
+        self, stock: BasicTransformerBlock, config: ExpertConfig, num_tasks: int, routers_dropped: bool
+    ) -> None:
+        nn.Module.__init__(self)
+        # Plain attributes (sizes, flags) are those of the stock block; modules are registered anew, in its order.
+        plain = {name: value for name, value in vars(stock).items() if not name.startswith("_") and name != "training"}
+        for name, value in plain.items():
+            setattr(self, name, value)
+        for name, module in stock.named_children():
+            self.add_module(name, module)
+        self._chunk_size, self._chunk_dim = None, 1
+        stock_hidden = stock.ff.net[2].in_features
+        width = config.expert_width(stock_hidden)
+        if width * config.num_experts != stock_hidden:
+            stock.ff.net[0].proj = nn.Linear(self.dim, 2 * width * config.num_experts)
+            stock.ff.net[2] = nn.Linear(width * config.num_experts, self.dim)
+        router = RoutingTable(config, num_tasks) if routers_dropped else Router(config)
+        num_norms = config.num_experts if config.norm == "task_expert" else None
+        self.norm3 = TaskLayerNorm(num_tasks, self.dim, num_norms, stock.norm3.eps)
+        self.ff = RoutedFeedForward(stock.ff, router, config, stock.norm3.eps)
+
+    def set_chunk_feed_forward(self, chunk_size: int | None, dim: int = 0) -> None:
+        """Run the feed-forward network over slices of `chunk_size` tokens.
+
+        Raises:
+            ValueError: `dim` is not 1; slices of the batch (0) would part samples from their routing.
+        """
+        if chunk_size is not None and dim != 1:
+            raise ValueError(f"A routed feed-forward network can be chunked over tokens (dim=1) only, but got {dim}.")
+        super().set_chunk_feed_forward(chunk_size, dim)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """As in diffusers' block: self-attention, cross-attention and feed-forward, each with its residual.
+
+        Args:
+            hidden_states: (B, L, D).
+            cross_attention_kwargs: holds the TaskContext under `CONTEXT_KEY`; the rest is for attention processors.
+
+        Returns:
+            (B, L, D).
+
+        Raises:
+            ValueError: called without a task context, that is not through an upcycled UNet.
+        """
+        attention_kwargs = dict(cross_attention_kwargs or {})
+        context = attention_kwargs.pop(CONTEXT_KEY, None)
+        if context is None:
+            raise ValueError(
+                f"A routed transformer block needs the task context in cross_attention_kwargs[{CONTEXT_KEY!r}], but got "
+                f"the keys {sorted(attention_kwargs)}; call it through MTUUNet2DConditionModel."
+            )
+        hidden_states = hidden_states + self.attn1(
+            self.norm1(hidden_states),
+            encoder_hidden_states=encoder_hidden_states if self.only_cross_attention else None,
+            attention_mask=attention_mask,
+            **attention_kwargs,
+        )
+        if self.attn2 is not None:
+            hidden_states = hidden_states + self.attn2(
+                self.norm2(hidden_states),
+                encoder_hidden_states=encoder_hidden_states,
+                attention_mask=encoder_attention_mask,
+                **attention_kwargs,
+            )
+        feed_forward = functools.partial(self.ff, affine=self.norm3(context.task_ids), context=context)
+        if self._chunk_size is None:
+            return hidden_states + feed_forward(hidden_states)
+        chunks = [feed_forward(part) for part in hidden_states.split(self._chunk_size, dim=1)]
+        return hidden_states + torch.cat(chunks, dim=1)

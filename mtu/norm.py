@@ -1,0 +1,37 @@
+"""The task LayerNorm: per-task affines of the normalisation before a feed-forward network."""
+
+import torch
+from torch import Tensor, nn
+
+from mtu.router import select_rows
+from mtu_kernels import NormAffine
+
+__all__ = ["TaskLayerNorm"]
+
+
+class TaskLayerNorm(nn.Module):
+    """γ and β of every task; the normalisation itself is part of the fused feed-forward network.
+
+    Args:
+        num_tasks: T.
+        dim: D.
+        num_experts: E for one affine per task and expert; None for one per task.
+        eps: ε of the normalisation.
+
+    Parameters: weight and bias, (T, D) or (T, E, D).
+    """
+
+    def __init__(self, num_tasks: int, dim: int, num_experts: int | None, eps: float) -> None:
+        super().__init__()
+        shape = (num_tasks, dim) if num_experts is None else (num_tasks, num_experts, dim)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, task_ids: Tensor) -> NormAffine:
+        """The affines of each sample, (B, D) or (B, E, D), float32.
+
+        Args:
+            task_ids: (B,) int64.
+        """
+        return NormAffine(select_rows(self.weight, task_ids).float(), select_rows(self.bias, task_ids).float())

@@ -1,0 +1,152 @@
+"""Routers: which expert counts how much for which task."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mtu.config import ExpertConfig
+from mtu_kernels import Routing, top_k_routing
+
+__all__ = ["Router", "RoutingTable", "TaskContext", "select_rows"]
+
+# Elements looked at per tensor when a cached table is checked: few enough to cost microseconds, spread enough that
+# an optimizer's or an averaging step, which changes everything, cannot go unseen.
+_FINGERPRINT_ELEMENTS = 16
+
+
+class TaskContext(NamedTuple):
+    """What the blocks of one UNet call need to know of tasks.
+
+    Args:
+        task_ids: (B,) int64, the task of each sample.
+        embedding: (T, W) the task embedding shared by all routers; None once the routers are dropped.
+    """
+
+    task_ids: Tensor
+    embedding: Tensor | None
+
+
+def select_rows(table: Tensor, task_ids: Tensor) -> Tensor:
+    """`table[task_ids]`: (T, …) and (B,) to (B, …).
+
+    With gradients it is a product with one-hot rows: the backward of plain indexing adds with atomics on GPUs, in an
+    order that differs from run to run. Both ways give the same bits for finite tables.
+    """
+    if not (torch.is_grad_enabled() and table.requires_grad):
+        return table[task_ids]
+    one_hot = F.one_hot(task_ids, table.shape[0]).to(table.dtype)
+    one_hot = one_hot.view(*one_hot.shape, *(1,) * (table.dim() - 1))
+    return (one_hot * table).sum(1)
+
+
+class Router(nn.Module):
+    """The router of one feed-forward network: `w = routing_scale · softmax(MLP(e_t))`, float32.
+
+    A two-layer perceptron with ReLU. With top-k, the softmax is over the k largest logits of each task (ties to the
+    lower index) and the other experts do no work.
+
+    Args:
+        config: expert layout; gives width, number of experts, top_k and routing_scale.
+
+    Source: MTU (arXiv 2503.11905) eq. 1.
+    """
+
+    def __init__(self, config: ExpertConfig) -> None:
+        super().__init__()
+        self.top_k = None if config.is_dense else config.top_k
+        self.routing_scale = config.routing_scale
+        self.linear_1 = nn.Linear(config.router_width, config.router_width)
+        self.linear_2 = nn.Linear(config.router_width, config.num_experts)
+        self._cache: tuple[object, Routing] | None = None
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Initialise: dense routers start uniform (zero logits), top-k routers near it (N(0, 0.02²)).
+
+        All-zero logits would tie under top-k, so every task would pick the same experts and the others would never
+        get a gradient.
+        """
+        bound = self.linear_1.in_features**-0.5
+        with torch.no_grad():
+            for parameter in self.linear_1.parameters():
+                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+            self.linear_2.bias.zero_()
+            if self.top_k is None:
+                self.linear_2.weight.zero_()
+            else:
+                weight = torch.empty(self.linear_2.weight.shape).normal_(0.0, 0.02, generator=generator)
+                self.linear_2.weight.copy_(weight)
+
+    def forward(self, embedding: Tensor) -> Routing:
+        """The routing of every task.
+
+        Args:
+            embedding: (T, W) task embeddings.
+
+        Returns:
+            Weights (T, K) float32 and indices (T, K) int32, or None for dense routing.
+        """
+        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
+            return self._route(embedding)
+        key = self._cache_key(embedding)
+        if key is None:
+            return self._route(embedding)
+        if self._cache is None or self._cache[0] != key:
+            self._cache = (key, self._route(embedding))
+        return self._cache[1]
+
+    def invalidate(self) -> None:
+        """Forget the cached table."""
+        self._cache = None
+
+    def _route(self, embedding: Tensor) -> Routing:
+        # Autocast would round the routing weights, which the kernels take in float32.
+        with torch.autocast(embedding.device.type, enabled=False):
+            hidden = F.relu(self.linear_1(embedding.to(self.linear_1.weight.dtype)))
+            logits = self.linear_2(hidden).float()
+        if self.top_k is None:
+            return Routing(self.routing_scale * torch.softmax(logits, dim=-1), None)
+        routing = top_k_routing(logits, self.top_k)
+        return Routing(self.routing_scale * routing.weights, routing.indices)
+
+    def _cache_key(self, embedding: Tensor) -> object | None:
+        # Writes through `.data` change neither the version nor the address, so the values are looked at too. Off the
+        # CPU that look would stall the device's queue for longer than the router takes: no cache there.
+        tensors = [embedding, *self.parameters()]
+        if any(tensor.device.type != "cpu" or tensor.is_inference() for tensor in tensors):
+            return None
+        return tuple((t.data_ptr(), t._version, t.dtype, t.shape, _fingerprint(t)) for t in tensors)
+
+
+class RoutingTable(nn.Module):
+    """What is left of a router once it is dropped: its output, a (T, K) table.
+
+    Args:
+        config: expert layout.
+        num_tasks: T.
+    """
+
+    def __init__(self, config: ExpertConfig, num_tasks: int) -> None:
+        super().__init__()
+        shape = (num_tasks, config.active_experts)
+        self.register_buffer("weights", torch.zeros(shape, dtype=torch.float32))
+        self.register_buffer("indices", None if config.is_dense else torch.zeros(shape, dtype=torch.int32))
+
+    def forward(self, embedding: Tensor | None = None) -> Routing:
+        """The routing of every task: weights (T, K) float32, indices (T, K) int32 or None."""
+        return Routing(self.weights, self.indices)
+
+    def _apply(self, fn, recurse: bool = True):
+        # `.to(torch.bfloat16)` must not round routing weights: move the table, keep its type.
+        weights = self.weights
+        super()._apply(fn, recurse)
+        if self.weights.dtype != torch.float32:
+            self.weights = weights.to(self.weights.device)
+        return self
+
+
+def _fingerprint(tensor: Tensor) -> tuple[float, ...]:
+    flat = tensor.detach().flatten()
+    step = max(1, flat.numel() // _FINGERPRINT_ELEMENTS)
+    return tuple(flat[::step].tolist())

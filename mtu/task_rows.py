@@ -1,0 +1,95 @@
+"""Adding and removing tasks: the rows of the packed per-task tensors."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mtu.conv_in import TaskConvIn
+from mtu.norm import TaskLayerNorm
+from mtu.router import RoutingTable
+from mtu.tasks import TaskSpec
+
+if TYPE_CHECKING:
+    from mtu.unet import MTUUNet2DConditionModel
+
+__all__ = ["add_task", "get_task_rows", "remove_task", "set_task_rows_"]
+
+
+def add_task(unet: "MTUUNet2DConditionModel", spec: TaskSpec, source: int) -> int:
+    """Append `spec`, starting from the rows of task id `source`; returns its id.
+
+    Raises:
+        ValueError: a task of that name exists, or the routers were dropped.
+    """
+    if not isinstance(spec, TaskSpec):
+        raise TypeError(f"add_task takes a TaskSpec, but got {type(spec).__name__}.")
+    if spec.name in [task.name for task in unet.tasks]:
+        raise ValueError(f"A task named {spec.name!r} exists already; expected a new name.")
+    if unet.task_embedding is None:
+        raise ValueError("No task can be added once the routers are dropped: expected a model with routers.")
+    specs = (*unet.tasks, spec)
+    _select_rows_(unet, specs, [*range(len(unet.tasks)), source])
+    return len(specs) - 1
+
+
+def remove_task(unet: "MTUUNet2DConditionModel", index: int) -> None:
+    """Remove the task with id `index`.
+
+    Raises:
+        ValueError: it is the last one.
+    """
+    specs = unet.tasks
+    if len(specs) == 1:
+        raise ValueError(f"{specs[0].name!r} is the only task of this model: a model needs at least one.")
+    kept = [i for i in range(len(specs)) if i != index]
+    _select_rows_(unet, tuple(specs[i] for i in kept), kept)
+
+
+def get_task_rows(unet: "MTUUNet2DConditionModel", index: int) -> dict[str, Tensor]:
+    """The tensors that task id `index` alone owns, under the names of the packed ones."""
+    return {name: parameter.detach()[index] for name, parameter in _packed_parameters(unet).items()}
+
+
+@torch.no_grad()
+def set_task_rows_(unet: "MTUUNet2DConditionModel", index: int, rows: dict[str, Tensor]) -> None:
+    """Overwrite what task id `index` owns; a narrower input convolution is padded with zeros."""
+    packed = _packed_parameters(unet)
+    for name, row in rows.items():
+        target = packed[name][index]
+        target.zero_()
+        target[tuple(slice(size) for size in row.shape)].copy_(row)
+
+
+def _packed_parameters(unet: "MTUUNet2DConditionModel") -> dict[str, nn.Parameter]:
+    owners = [(name, m) for name, m in unet.named_modules() if isinstance(m, TaskLayerNorm | TaskConvIn)]
+    if unet.task_embedding is not None:
+        owners.append(("task_embedding", unet.task_embedding))
+    return {f"{name}.{key}": p for name, module in owners for key, p in module.named_parameters()}
+
+
+@torch.no_grad()
+def _select_rows_(unet: "MTUUNet2DConditionModel", specs: tuple[TaskSpec, ...], rows: Sequence[int]) -> None:
+    """Make `specs` the tasks, the new task i starting from the old row `rows[i]`."""
+    index = torch.tensor(rows, device=unet.task_device)
+    for module in unet.modules():
+        if isinstance(module, TaskLayerNorm):
+            module.weight = nn.Parameter(module.weight[index], module.weight.requires_grad)
+            module.bias = nn.Parameter(module.bias[index], module.bias.requires_grad)
+        elif isinstance(module, RoutingTable):
+            module.weights = module.weights[index]
+            module.indices = None if module.indices is None else module.indices[index]
+    if unet.task_embedding is not None:
+        weight = unet.task_embedding.weight
+        unet.task_embedding.weight = nn.Parameter(weight[index], weight.requires_grad)
+        unet.task_embedding.num_embeddings = len(specs)
+    conv = unet.conv_in
+    counts = [spec.condition_channels for spec in specs]
+    old = conv.weight[index]
+    weight = old.new_zeros(*old.shape[:2], conv.latent_channels + max(counts), *old.shape[3:])
+    for i, count in enumerate(counts):
+        width = min(conv.latent_channels + count, old.shape[2])
+        weight[i, :, :width] = old[i, :, :width]
+    conv.set_rows_(weight, conv.bias[index], counts)
+    unet.register_to_config(tasks=[spec.to_dict() for spec in specs])

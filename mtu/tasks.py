@@ -1,0 +1,152 @@
+"""What a task is, and the four tasks of the paper with the settings it was measured with."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+__all__ = [
+    "EDIT",
+    "REMOVE",
+    "SDXL_TASKS",
+    "SD_TASKS",
+    "SUPER_RESOLUTION",
+    "TEXT_TO_IMAGE",
+    "TaskSpec",
+    "as_task_specs",
+]
+
+Guidance = Literal["none", "text", "dual"]
+Resample = Literal["lanczos", "bicubic", "bilinear"]
+
+# A name is also a folder name (`save_task`) and a word on the command line.
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSpec:
+    """One task of a multi-task diffusion model: what its UNet reads and how it is sampled.
+
+    Guidance combines the noise predictions of the branches of one sample (`t` prompt, `i` negative prompt with the
+    image, `u` negative prompt without the image):
+
+        none:  t
+        text:  u + s_text (t − u)                         two branches, classifier-free guidance
+        dual:  u + s_text (t − i) + s_image (i − u)       three branches, InstructPix2Pix
+
+    Args:
+        name: lower-case name, letters, digits and `. _ -`.
+        condition_channels: latent channels of the condition image that follow the noisy latents; 0: no image.
+        guidance: "none", "text" or "dual".
+        guidance_scale: s_text.
+        image_guidance_scale: s_image, for "dual".
+        num_inference_steps: denoising steps when the caller gives none.
+        uses_prompt: False for a task whose prompt is always empty.
+        scale: output size / condition image size (2 for super-resolution).
+        resample: how the condition image is resized to the output size.
+
+    Raises:
+        ValueError: a field is out of its range.
+
+    Source: MTU (arXiv 2503.11905) §4; InstructPix2Pix (arXiv 2211.09800) eq. 3.
+    """
+
+    name: str
+    condition_channels: int = 4
+    guidance: Guidance = "text"
+    guidance_scale: float = 7.5
+    image_guidance_scale: float | None = None
+    num_inference_steps: int = 20
+    uses_prompt: bool = True
+    scale: int = 1
+    resample: Resample = "lanczos"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            raise ValueError(f"A task name is lower-case letters, digits and '.', '_', '-', but got {self.name!r}.")
+        for field in ("condition_channels", "num_inference_steps", "scale"):
+            value, least = getattr(self, field), 0 if field == "condition_channels" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"Task {self.name!r}: {field} must be an integer ≥ {least}, but got {value!r}.")
+        if self.guidance not in ("none", "text", "dual"):
+            raise ValueError(
+                f"Task {self.name!r}: guidance must be 'none', 'text' or 'dual', but got {self.guidance!r}."
+            )
+        if self.resample not in ("lanczos", "bicubic", "bilinear"):
+            raise ValueError(
+                f"Task {self.name!r}: resample must be 'lanczos', 'bicubic' or 'bilinear', but got {self.resample!r}."
+            )
+        if self.guidance == "dual" and (self.condition_channels == 0 or self.image_guidance_scale is None):
+            raise ValueError(
+                f"Task {self.name!r}: dual guidance needs condition_channels > 0 and an image_guidance_scale, but got "
+                f"{self.condition_channels} and {self.image_guidance_scale}."
+            )
+
+    @property
+    def takes_image(self) -> bool:
+        """Whether the task is conditioned on an image."""
+        return self.condition_channels > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "TaskSpec":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a field is unknown, missing or out of its range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if "name" not in fields or not known.issuperset(fields):
+            raise ValueError(f"A task is described by the fields {sorted(known)}, but got {sorted(fields)}.")
+        return cls(**fields)
+
+
+TEXT_TO_IMAGE = TaskSpec("text-to-image", condition_channels=0, guidance="text", guidance_scale=7.5)
+EDIT = TaskSpec("edit", guidance="dual", guidance_scale=7.5, image_guidance_scale=1.6)
+SUPER_RESOLUTION = TaskSpec(
+    "super-resolution", guidance="none", guidance_scale=1.0, uses_prompt=False, scale=2, resample="bicubic"
+)
+REMOVE = TaskSpec("remove", guidance="dual", guidance_scale=4.0, image_guidance_scale=1.5)
+
+SD_TASKS = (TEXT_TO_IMAGE, EDIT, SUPER_RESOLUTION, REMOVE)
+SDXL_TASKS = (
+    dataclasses.replace(TEXT_TO_IMAGE, guidance_scale=5.0, num_inference_steps=50),
+    dataclasses.replace(EDIT, guidance_scale=10.0, image_guidance_scale=1.5, num_inference_steps=50),
+    dataclasses.replace(SUPER_RESOLUTION, num_inference_steps=50),
+    dataclasses.replace(REMOVE, num_inference_steps=50),
+)
+
+
+def as_task_specs(tasks: Iterable[TaskSpec | Mapping[str, Any] | str]) -> tuple[TaskSpec, ...]:
+    """Task specs from specs, their dictionaries (as in config.json) or the names of the built-in four.
+
+    Raises:
+        ValueError: no task, a name twice, or an unknown built-in name.
+        TypeError: an element of another type.
+    """
+    if isinstance(tasks, str | TaskSpec | Mapping):
+        raise TypeError(f"tasks must be a list of tasks, but got the single task {tasks!r}.")
+    built_in = {spec.name: spec for spec in SD_TASKS}
+    specs = []
+    for task in tasks:
+        if isinstance(task, TaskSpec):
+            specs.append(task)
+        elif isinstance(task, Mapping):
+            specs.append(TaskSpec.from_dict(task))
+        elif isinstance(task, str):
+            if task not in built_in:
+                raise ValueError(
+                    f"Unknown task {task!r}: expected one of {sorted(built_in)}, or a TaskSpec for a task of your own."
+                )
+            specs.append(built_in[task])
+        else:
+            raise TypeError(f"A task is a TaskSpec, its dictionary or a built-in name, but got {type(task).__name__}.")
+    names = [spec.name for spec in specs]
+    if not names:
+        raise ValueError("A multi-task model needs at least one task, but got an empty list.")
+    if len(set(names)) != len(names):
+        raise ValueError(f"Task names must be unique, but got {names}.")
+    return tuple(specs)

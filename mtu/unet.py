@@ -1,0 +1,365 @@
+"""The upcycled UNet: stock Stable Diffusion (1.5 or XL) with tasks."""
+
+import inspect
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import BasicTransformerBlock
+
+# Not used here: pipelines accept a UNet class from outside diffusers only if its module also exposes this name.
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor, nn
+
+import mtu_kernels
+from mtu import checkpoint, export, task_rows
+from mtu.config import ExpertConfig, NormMode
+from mtu.conv_in import TaskConvIn
+from mtu.ffn import CONTEXT_KEY, RoutedFeedForward, RoutedTransformerBlock, why_not_upcyclable
+from mtu.norm import TaskLayerNorm
+from mtu.router import Router, RoutingTable, TaskContext
+from mtu.tasks import TaskSpec, as_task_specs
+
+__all__ = ["MTUUNet2DConditionModel"]
+
+
+class MTUUNet2DConditionModel(UNet2DConditionModel):
+    """A `UNet2DConditionModel` that serves several tasks with the weights, FLOPs and latency of one.
+
+    Feed-forward networks are experts weighed by per-task routers, and each task has its own LayerNorm before them and
+    its own input convolution; all else is the stock model. Built by `mtu.upcycle` or `from_pretrained`.
+
+    Args:
+        tasks: task specs, their dictionaries, or names of the built-in four.
+        num_experts, top_k, expert_ratio, norm, routing_scale, router_width: see `ExpertConfig`.
+        routers_dropped: hold the routing tables alone (see `drop_routers_`).
+        **stock: arguments of `UNet2DConditionModel`; `in_channels` stays that of the latents.
+
+    Raises:
+        ValueError: bad tasks or expert layout, or a UNet whose feed-forward networks cannot be upcycled.
+
+    Source: MTU (arXiv 2503.11905).
+    """
+
+    # diffusers matches these by class name.
+    _repeated_blocks = ["RoutedTransformerBlock"]
+    _no_split_modules = ["RoutedTransformerBlock", "ResnetBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]
+
+    def __init__(
+        self,
+        *,
+        tasks: Iterable[TaskSpec | dict[str, Any] | str],
+        num_experts: int,
+        top_k: int | None = None,
+        expert_ratio: float,
+        norm: NormMode = "task",
+        routing_scale: float,
+        router_width: int,
+        routers_dropped: bool = False,
+        **stock: Any,
+    ) -> None:
+        specs = as_task_specs(tasks)
+        config = ExpertConfig(num_experts, top_k, expert_ratio, norm, routing_scale, router_width)
+        super().__init__(**stock)  # registers the stock part of the configuration
+        self.register_to_config(tasks=[spec.to_dict() for spec in specs])
+        _check_blocks(self)
+        for transformer in self.modules():
+            if isinstance(transformer, Transformer2DModel):
+                for index, block in enumerate(transformer.transformer_blocks):
+                    transformer.transformer_blocks[index] = RoutedTransformerBlock(
+                        block, config, len(specs), routers_dropped
+                    )
+        self.conv_in = TaskConvIn(
+            [spec.condition_channels for spec in specs],
+            self.conv_in.in_channels,
+            self.conv_in.out_channels,
+            self.conv_in.kernel_size[0],
+        )
+        self.task_embedding = None if routers_dropped else nn.Embedding(len(specs), router_width)
+        self.freeze_stock_parameters_()
+
+    # ---------------------------------------------------------------------------------------------------- tasks
+
+    @property
+    def tasks(self) -> tuple[TaskSpec, ...]:
+        """The tasks; a task's position is its id."""
+        return as_task_specs(self.config.tasks)
+
+    @property
+    def expert_config(self) -> ExpertConfig:
+        """The expert layout."""
+        config = self.config
+        return ExpertConfig(
+            config.num_experts,
+            config.top_k,
+            config.expert_ratio,
+            config.norm,
+            config.routing_scale,
+            config.router_width,
+        )
+
+    def task_index(self, name: str) -> int:
+        """The id of a task.
+
+        Raises:
+            ValueError: this model has no task of that name.
+        """
+        names = [spec.name for spec in self.tasks]
+        if name not in names:
+            raise ValueError(f"Unknown task {name!r}: this model has {names}.")
+        return names.index(name)
+
+    def task_ids(self, names: str | Sequence[str], device: torch.device | str | None = None) -> Tensor:
+        """The `task_ids` argument for a batch: (B,) int64 on the model's device, one id per name.
+
+        Raises:
+            ValueError: this model has no task of that name.
+        """
+        names = [names] if isinstance(names, str) else names
+        device = self.task_device if device is None else device
+        return torch.tensor([self.task_index(name) for name in names], dtype=torch.int64, device=device)
+
+    @property
+    def task_device(self) -> torch.device:
+        """Where `task_ids` are expected."""
+        return self.conv_in.channels.device
+
+    def add_task(self, spec: TaskSpec, init_from: str | None = None) -> int:
+        """Append a task, all other tasks staying bit-identical; returns its id.
+
+        Parameters that hold a row per task are replaced by longer ones: build the optimizer afterwards.
+
+        Args:
+            spec: the new task.
+            init_from: the task whose embedding, norms and input convolution it starts from; None: the first.
+
+        Raises:
+            ValueError: a task of that name exists, or `init_from` does not, or the routers were dropped.
+        """
+        return task_rows.add_task(self, spec, 0 if init_from is None else self.task_index(init_from))
+
+    def remove_task(self, name: str) -> None:
+        """Remove a task and its rows; later tasks move up by one id, their values unchanged.
+
+        Raises:
+            ValueError: unknown task, or the last one.
+        """
+        task_rows.remove_task(self, self.task_index(name))
+
+    # -------------------------------------------------------------------------------------------------- forward
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        encoder_hidden_states: Tensor,
+        class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        down_block_additional_residuals: tuple[Tensor] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
+        down_intrablock_additional_residuals: tuple[Tensor] | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+        task_ids: Tensor | None = None,
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        """Predict the noise of each sample under its own task.
+
+        Args:
+            sample: (B, c, H, W) noisy latents, then the condition latents of tasks that take an image; missing
+                channels count as zero, those beyond a task's own are ignored.
+            task_ids: (B,) int64, or one id (1,) for all samples; None: all of the first task.
+            Others: as in `UNet2DConditionModel.forward`.
+
+        Returns:
+            `UNet2DConditionOutput` with sample (B, out_channels, H, W), or a tuple.
+
+        Raises:
+            ValueError: task_ids of another shape or type, or ids out of range (looked at on CPU only).
+        """
+        task_ids = self._checked_task_ids(task_ids, sample)
+        embedding = None if self.task_embedding is None else self.task_embedding.weight
+        context = TaskContext(task_ids, embedding)
+        return super().forward(
+            self.conv_in(sample, task_ids),
+            timestep,
+            encoder_hidden_states,
+            class_labels=class_labels,
+            timestep_cond=timestep_cond,
+            attention_mask=attention_mask,
+            cross_attention_kwargs={**(cross_attention_kwargs or {}), CONTEXT_KEY: context},
+            added_cond_kwargs=added_cond_kwargs,
+            down_block_additional_residuals=down_block_additional_residuals,
+            mid_block_additional_residual=mid_block_additional_residual,
+            down_intrablock_additional_residuals=down_intrablock_additional_residuals,
+            encoder_attention_mask=encoder_attention_mask,
+            return_dict=return_dict,
+        )
+
+    def _checked_task_ids(self, task_ids: Tensor | None, sample: Tensor) -> Tensor:
+        batch = sample.shape[0]
+        if task_ids is None:
+            return torch.zeros(batch, dtype=torch.int64, device=sample.device)
+        if not isinstance(task_ids, Tensor) or task_ids.dtype != torch.int64 or task_ids.dim() != 1:
+            given = f"{task_ids.dtype} {tuple(task_ids.shape)}" if isinstance(task_ids, Tensor) else repr(task_ids)
+            raise ValueError(f"task_ids must be an int64 tensor of shape ({batch},), but got {given}.")
+        if task_ids.shape[0] not in (1, batch):
+            raise ValueError(f"task_ids must have one id for each of {batch} samples, but got {task_ids.shape[0]}.")
+        # Values are looked at where that costs nothing; on a GPU it would be a synchronisation at every call.
+        if task_ids.device.type == "cpu" and not torch.compiler.is_compiling() and task_ids.numel():
+            low, high = int(task_ids.min()), int(task_ids.max())
+            if low < 0 or high >= len(self.config.tasks):
+                raise ValueError(f"task_ids must be in [0, {len(self.config.tasks)}), but got {low} to {high}.")
+        return task_ids.expand(batch)
+
+    # ------------------------------------------------------------------------------- parameters, routers, backend
+
+    def routed_layers(self) -> list[RoutedFeedForward]:
+        """The routed feed-forward networks, in the order of the state dict."""
+        return [module for module in self.modules() if isinstance(module, RoutedFeedForward)]
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What multi-task training updates: experts, routers, task embedding, task norms, task input convolutions."""
+        return [parameter for _, parameter in self.named_trainable_parameters()]
+
+    def named_trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """`trainable_parameters` with their names."""
+        owners = (RoutedFeedForward, TaskLayerNorm, TaskConvIn, nn.Embedding)
+        trainable = {
+            id(parameter)
+            for name, module in self.named_modules()
+            if isinstance(module, owners) and (not isinstance(module, nn.Embedding) or name == "task_embedding")
+            for parameter in module.parameters()
+        }
+        return [(name, parameter) for name, parameter in self.named_parameters() if id(parameter) in trainable]
+
+    def freeze_stock_parameters_(self) -> None:
+        """Let gradients reach `trainable_parameters` only."""
+        self.requires_grad_(False)
+        for parameter in self.trainable_parameters():
+            parameter.requires_grad_(True)
+
+    @torch.no_grad()
+    def router_weights(self) -> Tensor:
+        """Routing weights (layers, T, E) float32, zero for inactive experts."""
+        embedding = None if self.task_embedding is None else self.task_embedding.weight
+        tables = [layer.router(embedding) for layer in self.routed_layers()]
+        return torch.stack([mtu_kernels.dense_weights(table, self.config.num_experts) for table in tables]).clone()
+
+    @torch.no_grad()
+    def drop_routers_(self) -> None:
+        """Replace the routers and the task embedding by their output, a (T, K) table per layer.
+
+        The output stays the same; routers can no longer be trained and no task added.
+
+        Raises:
+            ValueError: they are dropped already.
+        """
+        if self.task_embedding is None:
+            raise ValueError("The routers of this model were dropped already; expected a model with routers.")
+        for layer in self.routed_layers():
+            routing = layer.router(self.task_embedding.weight)
+            table = RoutingTable(self.expert_config, len(self.tasks)).to(routing.weights.device)
+            table.weights.copy_(routing.weights)
+            if table.indices is not None:
+                table.indices.copy_(routing.indices)
+            layer.router = table.train(layer.training)
+        self.task_embedding = None
+        self.register_to_config(routers_dropped=True)
+
+    def invalidate_routing_cache(self) -> None:
+        """Forget cached routing tables; needed after changes that no version counter and no spot check can see."""
+        for layer in self.routed_layers():
+            if isinstance(layer.router, Router):
+                layer.router.invalidate()
+
+    def set_backend(self, backend: str) -> None:
+        """Choose how routed feed-forward networks are computed: "auto", "eager", "triton" or "cpp".
+
+        Device, dtype and shape are checked at each call, so a GPU backend may be chosen before moving the model.
+
+        Raises:
+            ValueError: unknown name.
+            RuntimeError: the backend is not part of this installation.
+        """
+        mtu_kernels.check_backend(backend)
+        for layer in self.routed_layers():
+            layer.backend = backend
+
+    # ------------------------------------------------------------------------------------ saving, loading, export
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
+        """Load what `save_pretrained` wrote (safetensors and config.json); arguments as in diffusers.
+
+        Raises:
+            ValueError: a checkpoint of another architecture, or a truncated or altered file.
+        """
+        return checkpoint.load_pretrained(cls, super().from_pretrained, pretrained_model_name_or_path, kwargs)
+
+    def save_task(self, directory: str | os.PathLike, name: str) -> None:
+        """Save what task `name` alone owns: its embedding, norms and input convolution (see `load_task`)."""
+        checkpoint.save_task(self, directory, self.task_index(name))
+
+    def load_task(self, directory: str | os.PathLike, replace: bool = False) -> int:
+        """Load what `save_task` wrote, as a new task or over the one of that name; returns its id.
+
+        The experts and routers are not part of it: load into the model it was trained with.
+
+        Raises:
+            ValueError: another architecture, a truncated or altered file, or a task of that name with `replace` false.
+        """
+        return checkpoint.load_task(self, directory, replace)
+
+    def save_trained(self, directory: str | os.PathLike) -> None:
+        """Save the trained parameters alone, to be put over the same base model (see `mtu.load_trained`)."""
+        checkpoint.save_trained(self, directory)
+
+    def export_task(self, name: str, *, prune: bool = False) -> UNet2DConditionModel:
+        """The plain diffusers UNet of one task, with the same output (see `mtu.export.export_task`)."""
+        return export.export_task(self, self.task_index(name), prune=prune)
+
+
+def _check_blocks(unet: UNet2DConditionModel) -> None:
+    """Raise a ValueError unless every transformer block can be upcycled, and there is one."""
+    blocks = [(name, m) for name, m in unet.named_modules() if isinstance(m, BasicTransformerBlock)]
+    if not blocks:
+        raise ValueError(
+            "This UNet has no feed-forward networks to upcycle: expected transformer blocks (BasicTransformerBlock), "
+            f"but got the blocks {[*unet.config.down_block_types, unet.config.mid_block_type]}."
+        )
+    for name, block in blocks:
+        reason = why_not_upcyclable(block)
+        if reason is not None:
+            raise ValueError(f"{name} cannot be upcycled: {reason}.")
+    if unet.config.center_input_sample or unet.config.attention_type != "default":
+        raise ValueError(
+            "Only UNets with center_input_sample=False and attention_type='default' can be upcycled, but got "
+            f"{unet.config.center_input_sample} and {unet.config.attention_type!r}."
+        )
+
+
+def _with_stock_signature(cls: type) -> None:
+    # diffusers reads the configuration's keys off the constructor's signature, where `**stock` must be spelled out.
+    own = inspect.signature(cls.__init__)
+    stock = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in inspect.signature(UNet2DConditionModel.__init__).parameters.items()
+        if name != "self"
+    ]
+    kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    cls.__init__.__signature__ = own.replace(parameters=[*kept, *stock])
+    cls.__init__ = register_to_config(cls.__init__)
+
+
+_with_stock_signature(MTUUNet2DConditionModel)
+
+# `model_index.json` names the module a class is imported from: the package, not this file.
+MTUUNet2DConditionModel.__module__ = "mtu"

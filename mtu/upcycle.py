@@ -1,0 +1,219 @@
+"""Turning a pre-trained UNet into a multi-task one: the only place where a model is taken apart."""
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Iterable
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+import mtu_kernels
+from mtu import checkpoint
+from mtu.config import ExpertConfig, NormMode
+from mtu.export import stock_config
+from mtu.tasks import SD_TASKS, SDXL_TASKS, TaskSpec, as_task_specs
+from mtu.unet import MTUUNet2DConditionModel
+
+__all__ = ["load_trained", "upcycle"]
+
+
+def upcycle(
+    unet: UNet2DConditionModel,
+    tasks: Iterable[TaskSpec | str] | None = None,
+    num_experts: int | None = None,
+    *,
+    top_k: int | None = None,
+    expert_ratio: float | None = None,
+    norm: NormMode = "task",
+    init: str = "preserve",
+    backend: str = "auto",
+    seed: int = 0,
+) -> MTUUNet2DConditionModel:
+    """Upcycle a pre-trained UNet: experts, task norms and task input convolutions; the rest frozen.
+
+    The weights are taken over, not copied, so the UNet passed in must not be used afterwards.
+
+    Args:
+        unet: a Stable Diffusion UNet (1.5, XL, or of that family), on any device, also meta.
+        tasks: `TaskSpec`s or built-in names; None: text-to-image, edit, super-resolution and remove.
+        num_experts: E; None: the paper's best, 4, and 1 for SDXL.
+        top_k: active experts per task; None: all (dense routing).
+        expert_ratio: G, the size of an expert / that of the FFN; None: 1/E, which keeps the parameter count.
+        norm: "task" or "task_expert", one LayerNorm per task, or per task and expert.
+        init: "preserve" keeps the output of the original; "paper" is the plain split (routing_scale = 1).
+        backend: "auto", "eager", "triton" or "cpp".
+        seed: of the routers' and the task embedding's initialisation.
+
+    Returns:
+        The upcycled model, on the same device and in the same dtype.
+
+    Raises:
+        TypeError: not a UNet.
+        ValueError: bad arguments, a UNet without FFNs, or one that is upcycled already.
+        RuntimeError: the backend is not part of this installation.
+
+    Source: MTU (arXiv 2503.11905) §3.
+    """
+    specs, config = _resolve(unet, tasks, num_experts, top_k, expert_ratio, norm, init)
+    mtu_kernels.check_backend(backend)
+    reason = config.why_not_preserved() if init == "preserve" else None
+    if reason is not None:
+        warnings.warn(f"The output of the original cannot be preserved: {reason}.", UserWarning, stacklevel=2)
+
+    upcycled = _convert(unet, specs, config, preserve=init == "preserve", seed=seed)
+    upcycled.set_backend(backend)
+    _warn_if_experts_idle(upcycled)
+    return upcycled
+
+
+def load_trained(
+    unet: UNet2DConditionModel, directory: str | os.PathLike, *, backend: str = "auto"
+) -> MTUUNet2DConditionModel:
+    """Upcycle a base UNet as the model that `save_trained` wrote was, and put its trained parameters over it.
+
+    Raises:
+        ValueError: a checkpoint of another architecture, or a truncated or altered file.
+    """
+    mtu_kernels.check_backend(backend)
+    _check_stock(unet)
+    specs, config, tensors = checkpoint.read_trained(directory, stock_config(unet))
+    # A model of these settings on no memory tells, before the UNet is touched, whether the tensors fit.
+    checkpoint.check_tensors(_skeleton(unet, specs, config), tensors, directory)
+    upcycled = _convert(unet, specs, config, preserve=False, seed=0)
+    upcycled.load_state_dict({k: v.to(unet.device, unet.dtype) for k, v in tensors.items()}, strict=False)
+    upcycled.set_backend(backend)
+    return upcycled
+
+
+def _skeleton(unet: UNet2DConditionModel, specs: tuple[TaskSpec, ...], config: ExpertConfig) -> MTUUNet2DConditionModel:
+    """The upcycled architecture of a stock UNet, on the meta device."""
+    with init_empty_weights():
+        return MTUUNet2DConditionModel(**stock_config(unet), tasks=specs, **dataclasses.asdict(config))
+
+
+def _convert(
+    unet: UNet2DConditionModel, specs: tuple[TaskSpec, ...], config: ExpertConfig, *, preserve: bool, seed: int
+) -> MTUUNet2DConditionModel:
+    """Build the upcycled model on the tensors of the stock one."""
+    upcycled = _skeleton(unet, specs, config)
+    state = unet.state_dict()
+    _check_same_keys(upcycled, state)
+    new = _new_state(upcycled, state, config, preserve=preserve, seed=seed)
+    upcycled.load_state_dict({**state, **new}, assign=True)
+    upcycled.freeze_stock_parameters_()
+    upcycled.set_attn_processor(unet.attn_processors)
+    if unet.is_gradient_checkpointing:
+        upcycled.enable_gradient_checkpointing()
+    return upcycled.train(unet.training)
+
+
+def _resolve(unet, tasks, num_experts, top_k, expert_ratio, norm, init) -> tuple[tuple[TaskSpec, ...], ExpertConfig]:
+    """Check the arguments against the UNet and fill in the defaults."""
+    _check_stock(unet)
+    if init not in ("preserve", "paper"):
+        raise ValueError(f"init must be 'preserve' or 'paper', but got {init!r}.")
+    is_xl = unet.config.addition_embed_type == "text_time"
+    specs = (SDXL_TASKS if is_xl else SD_TASKS) if tasks is None else as_task_specs(tasks)
+    num_experts = (1 if is_xl else 4) if num_experts is None else num_experts
+    if not isinstance(num_experts, int) or isinstance(num_experts, bool) or num_experts < 1:
+        raise ValueError(f"num_experts must be an integer ≥ 1, but got {num_experts!r}.")
+    ratio = 1.0 / num_experts if expert_ratio is None else expert_ratio
+    width = unet.config.cross_attention_dim
+    config = ExpertConfig(
+        num_experts=num_experts,
+        top_k=top_k,
+        expert_ratio=ratio,
+        norm=norm,
+        routing_scale=1.0 if init == "paper" else 1.0 / ratio if ratio else 1.0,
+        router_width=max(width) if isinstance(width, list | tuple) else width,
+    )
+    return specs, config
+
+
+def _check_stock(unet: object) -> None:
+    if isinstance(unet, MTUUNet2DConditionModel):
+        raise ValueError(
+            f"This UNet is upcycled already (tasks {[spec.name for spec in unet.tasks]}): expected a stock UNet."
+        )
+    if not isinstance(unet, UNet2DConditionModel):
+        raise TypeError(f"upcycle takes a UNet2DConditionModel, but got {type(unet).__name__}.")
+
+
+def _check_same_keys(upcycled: MTUUNet2DConditionModel, state: dict[str, Tensor]) -> None:
+    own = {k for k in upcycled.state_dict() if ".ff.router." not in k and k != "task_embedding.weight"}
+    different = own.symmetric_difference(state)
+    if different:
+        raise ValueError(
+            f"Unload or fuse adapters before upcycling: {len(different)} parameters are not those of a stock UNet, "
+            f"for example {sorted(different)[0]!r}."
+        )
+
+
+@torch.no_grad()
+def _new_state(
+    upcycled: MTUUNet2DConditionModel, state: dict[str, Tensor], config: ExpertConfig, *, preserve: bool, seed: int
+) -> dict[str, Tensor]:
+    """The tensors that an upcycled model has and the stock one has not, or has in another shape."""
+    generator = torch.Generator().manual_seed(seed)
+    like = state["conv_in.weight"]
+    if like.is_meta:
+        own = upcycled.state_dict()
+        return {k: v.to(like.dtype) for k, v in own.items() if k not in state or v.shape != state[k].shape}
+    num_tasks, new = len(upcycled.tasks), {}
+    embedding = torch.empty(num_tasks, config.router_width).normal_(generator=generator)
+    new["task_embedding.weight"] = embedding.to(like)
+    conv = like.new_zeros(num_tasks, like.shape[0], upcycled.conv_in.in_channels, *like.shape[2:])
+    conv[:, :, : like.shape[1]] = like
+    new["conv_in.weight"] = conv
+    new["conv_in.bias"] = state["conv_in.bias"].repeat(num_tasks, 1)
+    for name, block in upcycled.named_modules():
+        if not hasattr(block, "norm3"):
+            continue
+        for key in ("weight", "bias"):
+            shape = getattr(block.norm3, key).shape
+            new[f"{name}.norm3.{key}"] = state[f"{name}.norm3.{key}"].expand(shape).clone()
+        router = type(block.ff.router)(config)
+        router.reset_parameters(generator)
+        for key, tensor in router.state_dict().items():
+            new[f"{name}.ff.router.{key}"] = tensor.to(like)
+        new.update(_resized_experts(name, state, config, preserve=preserve))
+    return new
+
+
+def _resized_experts(name: str, state: dict[str, Tensor], config: ExpertConfig, *, preserve: bool) -> dict[str, Tensor]:
+    """The FFN tensors of block `name` where the experts do not simply partition the stock units."""
+    in_weight, in_bias, out_weight = (f"{name}.ff.net.{key}" for key in ("0.proj.weight", "0.proj.bias", "2.weight"))
+    stock_hidden = state[out_weight].shape[1]
+    units, scale = config.hidden_units(stock_hidden), None
+    if preserve:
+        scale = config.column_scale(stock_hidden)
+    if units is None and scale is None:
+        return {}
+    units = torch.arange(stock_hidden) if units is None else units
+    units = units.to(state[out_weight].device)
+    rows = torch.cat([units, units + stock_hidden])
+    columns = state[out_weight][:, units]
+    if scale is not None:
+        columns = (columns.float() * scale.to(columns.device).float()).to(columns.dtype)
+    resized = {in_weight: state[in_weight][rows], in_bias: state[in_bias][rows], out_weight: columns}
+    return resized
+
+
+def _warn_if_experts_idle(upcycled: MTUUNet2DConditionModel) -> None:
+    config = upcycled.expert_config
+    if config.is_dense or len(upcycled.tasks) * config.active_experts < config.num_experts:
+        return
+    if upcycled.conv_in.weight.is_meta:
+        return
+    idle = (upcycled.router_weights() == 0).all(dim=1).sum(dim=1)
+    layers = int((idle > 0).sum())
+    if layers:
+        warnings.warn(
+            f"In {layers} of {len(idle)} layers some expert is used by no task, and will get no gradient; another "
+            "seed may spread them better.",
+            UserWarning,
+            stacklevel=3,
+        )
