@@ -4,8 +4,9 @@
 from diffusers.models.modeling_utils import ModelMixin as ModelMixin
 
 from mtu import tasks
+from mtu.pipelines import MTUPipeline
 from mtu.tasks import TaskSpec
 from mtu.unet import MTUUNet2DConditionModel
 from mtu.upcycle import load_trained, upcycle
 
-__all__ = ["MTUUNet2DConditionModel", "TaskSpec", "load_trained", "tasks", "upcycle"]
+__all__ = ["MTUPipeline", "MTUUNet2DConditionModel", "TaskSpec", "load_trained", "tasks", "upcycle"]

@@ -1,4 +1,4 @@
-"""Saving and loading of parts, and strict loading of whole models. Files are safetensors and JSON; nothing is pickled."""
+"""Saving and loading of parts, and strict loading of whole models: safetensors and JSON, never pickle."""
 
 import dataclasses
 import hashlib

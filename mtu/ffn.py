@@ -192,8 +192,8 @@ class RoutedTransformerBlock(BasicTransformerBlock):
         context = attention_kwargs.pop(CONTEXT_KEY, None)
         if context is None:
             raise ValueError(
-                f"A routed transformer block needs the task context in cross_attention_kwargs[{CONTEXT_KEY!r}], but got "
-                f"the keys {sorted(attention_kwargs)}; call it through MTUUNet2DConditionModel."
+                f"A routed transformer block needs a task context in cross_attention_kwargs[{CONTEXT_KEY!r}], but got "
+                f"{sorted(attention_kwargs)}; call it through MTUUNet2DConditionModel."
             )
         hidden_states = hidden_states + self.attn1(
             self.norm1(hidden_states),
@@ -201,7 +201,7 @@ class RoutedTransformerBlock(BasicTransformerBlock):
             attention_mask=attention_mask,
             **attention_kwargs,
         )
-        if self.attn2 is not None:
+        if self.attn2 is not None and self.norm2 is not None:
             hidden_states = hidden_states + self.attn2(
                 self.norm2(hidden_states),
                 encoder_hidden_states=encoder_hidden_states,

@@ -1,5 +1,6 @@
 """Routers: which expert counts how much for which task."""
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -101,8 +102,14 @@ class Router(nn.Module):
         self._cache = None
 
     def _route(self, embedding: Tensor) -> Routing:
-        # Autocast would round the routing weights, which the kernels take in float32.
-        with torch.autocast(embedding.device.type, enabled=False):
+        # Autocast would round the routing weights, which the kernels take in float32. Some devices (meta) have none.
+        device_type = embedding.device.type
+        no_autocast = (
+            torch.autocast(device_type, enabled=False)
+            if torch.amp.is_autocast_available(device_type)
+            else contextlib.nullcontext()
+        )
+        with no_autocast:
             hidden = F.relu(self.linear_1(embedding.to(self.linear_1.weight.dtype)))
             logits = self.linear_2(hidden).float()
         if self.top_k is None:

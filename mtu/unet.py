@@ -3,7 +3,7 @@
 import inspect
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -47,8 +47,8 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
     """
 
     # diffusers matches these by class name.
-    _repeated_blocks = ["RoutedTransformerBlock"]
-    _no_split_modules = ["RoutedTransformerBlock", "ResnetBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]
+    _repeated_blocks: ClassVar = ["RoutedTransformerBlock"]
+    _no_split_modules: ClassVar = ["RoutedTransformerBlock", "ResnetBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]
 
     def __init__(
         self,

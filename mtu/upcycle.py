@@ -4,24 +4,34 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Iterable
+from typing import Any, overload
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 import mtu_kernels
 from mtu import checkpoint
 from mtu.config import ExpertConfig, NormMode
 from mtu.export import stock_config
+from mtu.pipelines import MTUPipeline
 from mtu.tasks import SD_TASKS, SDXL_TASKS, TaskSpec, as_task_specs
 from mtu.unet import MTUUNet2DConditionModel
 
 __all__ = ["load_trained", "upcycle"]
 
 
+@overload
+def upcycle(unet: UNet2DConditionModel, *args: Any, **kwargs: Any) -> MTUUNet2DConditionModel: ...
+
+
+@overload
+def upcycle(unet: StableDiffusionPipeline, *args: Any, **kwargs: Any) -> MTUPipeline: ...
+
+
 def upcycle(
-    unet: UNet2DConditionModel,
+    unet: UNet2DConditionModel | StableDiffusionPipeline,
     tasks: Iterable[TaskSpec | str] | None = None,
     num_experts: int | None = None,
     *,
@@ -31,13 +41,14 @@ def upcycle(
     init: str = "preserve",
     backend: str = "auto",
     seed: int = 0,
-) -> MTUUNet2DConditionModel:
+) -> MTUUNet2DConditionModel | MTUPipeline:
     """Upcycle a pre-trained UNet: experts, task norms and task input convolutions; the rest frozen.
 
     The weights are taken over, not copied, so the UNet passed in must not be used afterwards.
 
     Args:
-        unet: a Stable Diffusion UNet (1.5, XL, or of that family), on any device, also meta.
+        unet: a Stable Diffusion UNet (1.5, XL, or of that family), on any device, also meta; or a
+            `StableDiffusionPipeline`, of which the UNet is upcycled and the rest kept.
         tasks: `TaskSpec`s or built-in names; None: text-to-image, edit, super-resolution and remove.
         num_experts: E; None: the paper's best, 4, and 1 for SDXL.
         top_k: active experts per task; None: all (dense routing).
@@ -48,15 +59,27 @@ def upcycle(
         seed: of the routers' and the task embedding's initialisation.
 
     Returns:
-        The upcycled model, on the same device and in the same dtype.
+        The upcycled model, on the same device and in the same dtype; for a pipeline, an `MTUPipeline`.
 
     Raises:
-        TypeError: not a UNet.
+        TypeError: neither a UNet nor such a pipeline.
         ValueError: bad arguments, a UNet without FFNs, or one that is upcycled already.
         RuntimeError: the backend is not part of this installation.
 
     Source: MTU (arXiv 2503.11905) §3.
     """
+    if isinstance(unet, DiffusionPipeline):
+        return _upcycle_pipeline(
+            unet,
+            tasks=tasks,
+            num_experts=num_experts,
+            top_k=top_k,
+            expert_ratio=expert_ratio,
+            norm=norm,
+            init=init,
+            backend=backend,
+            seed=seed,
+        )
     specs, config = _resolve(unet, tasks, num_experts, top_k, expert_ratio, norm, init)
     mtu_kernels.check_backend(backend)
     reason = config.why_not_preserved() if init == "preserve" else None
@@ -67,6 +90,13 @@ def upcycle(
     upcycled.set_backend(backend)
     _warn_if_experts_idle(upcycled)
     return upcycled
+
+
+def _upcycle_pipeline(pipeline: DiffusionPipeline, **settings: Any) -> MTUPipeline:
+    if type(pipeline) is not StableDiffusionPipeline and not isinstance(pipeline, MTUPipeline):
+        raise TypeError(f"upcycle takes a UNet or a StableDiffusionPipeline, but got a {type(pipeline).__name__}.")
+    parts = {**pipeline.components, "unet": upcycle(pipeline.unet, **settings)}
+    return MTUPipeline(**parts, requires_safety_checker=pipeline.config.requires_safety_checker)
 
 
 def load_trained(

@@ -1,0 +1,97 @@
+"""Guidance: which noise predictions each sample of a mixed batch needs, and how they are combined."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtu.tasks import TaskSpec
+
+__all__ = ["GuidancePlan", "combine", "plan_guidance"]
+
+
+class GuidancePlan(NamedTuple):
+    """The branches of a batch as one flat list of N, and where each of B samples finds its own in it.
+
+    A branch is one row of the UNet's batch. Samples have 1, 2 or 3 of them.
+
+    Args:
+        samples: (N,) int64, the sample a branch belongs to.
+        use_prompt: (N,) bool, prompt (else negative prompt).
+        use_image: (N,) bool, condition image (else zeros).
+        text: (B,) int64, branch of prompt and image, `t`.
+        image: (B,) int64, branch of negative prompt and image, `i`; where there is none, that of `u`.
+        unconditional: (B,) int64, branch of negative prompt without image, `u`; where there is none, that of `t`.
+        text_scale: (B,) float32, s_text.
+        image_scale: (B,) float32, s_image.
+    """
+
+    samples: Tensor
+    use_prompt: Tensor
+    use_image: Tensor
+    text: Tensor
+    image: Tensor
+    unconditional: Tensor
+    text_scale: Tensor
+    image_scale: Tensor
+
+
+def plan_guidance(
+    tasks: Sequence[TaskSpec],
+    guidance_scales: Sequence[float],
+    image_guidance_scales: Sequence[float],
+    device: torch.device | str | None = None,
+) -> GuidancePlan:
+    """Lay out the branches of a batch.
+
+    As in diffusers, text guidance with a scale ≤ 1 runs the prompt's branch alone. Dual guidance with both scales 1 is
+    its prompt's branch alone too, by its formula.
+
+    Args:
+        tasks: the task of each of B samples.
+        guidance_scales: s_text of each sample; ignored for tasks without guidance.
+        image_guidance_scales: s_image of each sample; ignored but for dual guidance.
+        device: of the plan's tensors.
+    """
+    branches: list[tuple[int, bool, bool]] = []
+    text, image, unconditional = [], [], []
+    for sample, (task, s_text, s_image) in enumerate(zip(tasks, guidance_scales, image_guidance_scales, strict=True)):
+        text.append(len(branches))
+        branches.append((sample, True, True))
+        if task.guidance == "dual" and not s_text == s_image == 1:
+            image.append(len(branches))
+            unconditional.append(len(branches) + 1)
+            branches += [(sample, False, True), (sample, False, False)]
+        elif task.guidance == "text" and s_text > 1:
+            # With an image, classifier-free guidance drops the prompt and keeps the image.
+            image.append(len(branches))
+            unconditional.append(len(branches))
+            branches.append((sample, False, True))
+        else:
+            image.append(text[-1])
+            unconditional.append(text[-1])
+    rows = [torch.tensor(column, device=device) for column in zip(*branches, strict=True)]
+    indices = [torch.tensor(index, device=device) for index in (text, image, unconditional)]
+    scales = [
+        torch.tensor(values, dtype=torch.float32, device=device) for values in (guidance_scales, image_guidance_scales)
+    ]
+    return GuidancePlan(*rows, *indices, *scales)
+
+
+def combine(predictions: Tensor, plan: GuidancePlan) -> Tensor:
+    """`u + s_text (t − i) + s_image (i − u)` for each sample.
+
+    With text guidance i is u, and without guidance both are t, so that one formula serves all, exactly.
+
+    Args:
+        predictions: (N, C, H, W), of the branches.
+        plan: what `plan_guidance` returned.
+
+    Returns:
+        (B, C, H, W), in the dtype of the predictions.
+    """
+    shape = (-1, *(1,) * (predictions.dim() - 1))
+    t, i, u = (predictions[index] for index in (plan.text, plan.image, plan.unconditional))
+    text_scale, image_scale = (scale.to(predictions.dtype).view(shape) for scale in plan[-2:])
+    return u + text_scale * (t - i) + image_scale * (i - u)

@@ -1,0 +1,236 @@
+"""What a pipeline call was given, made one value per sample and checked before anything runs."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mtu.tasks import TaskSpec
+
+__all__ = ["Request", "condition_image", "output_size", "parse_request"]
+
+_RESAMPLE = {
+    "lanczos": PIL.Image.Resampling.LANCZOS,
+    "bicubic": PIL.Image.Resampling.BICUBIC,
+    "bilinear": PIL.Image.Resampling.BILINEAR,
+}
+
+Image = PIL.Image.Image | np.ndarray | Tensor
+
+
+class Request(NamedTuple):
+    """One pipeline call, one entry per sample in each list."""
+
+    prompts: list[str]
+    negative_prompts: list[str]
+    tasks: list[TaskSpec]
+    images: list[Image | None]
+    guidance_scales: list[float]
+    image_guidance_scales: list[float]
+    num_inference_steps: int
+
+
+def parse_request(
+    specs: Sequence[TaskSpec],
+    *,
+    prompt: str | Sequence[str | None] | None,
+    image: Any,
+    task: str | Sequence[str],
+    negative_prompt: str | Sequence[str] | None,
+    guidance_scale: float | Sequence[float | None] | None,
+    image_guidance_scale: float | Sequence[float | None] | None,
+    num_inference_steps: int | None,
+    repeats: int,
+) -> Request:
+    """Spread single values over the batch, fill in each task's defaults, and check.
+
+    Args:
+        specs: the model's tasks.
+        repeats: images per prompt; every sample comes this many times in a row.
+        Others: as given to the pipeline.
+
+    Raises:
+        ValueError: unknown task, lists of different lengths, a missing or surplus prompt or image, a bad number.
+    """
+    if not isinstance(repeats, int) or repeats < 1:
+        raise ValueError(f"num_images_per_prompt must be an integer ≥ 1, but got {repeats!r}.")
+    if isinstance(image, Tensor | np.ndarray) and image.ndim == 4:
+        image = list(image)
+    size = _batch_size(prompt=prompt, image=image, task=task)
+    known = {spec.name: spec for spec in specs}
+    names = _per_sample("task", task, size)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"Unknown task {name!r}: this model has {list(known)}.")
+    tasks = [known[name] for name in names]
+    prompts = _checked_prompts(_per_sample("prompt", prompt, size), tasks)
+    images = _per_sample("image", image, size)
+    for i, (given, spec) in enumerate(zip(images, tasks, strict=True)):
+        if (given is None) == spec.takes_image:
+            needs, got = ("an image", "none") if spec.takes_image else ("no image", "one")
+            raise ValueError(f"Task {spec.name!r} takes {needs}, but sample {i} has {got}.")
+        if given is not None:
+            _check_image(given, i)
+    request = Request(
+        prompts,
+        [text or "" for text in _per_sample("negative_prompt", negative_prompt, size)],
+        tasks,
+        images,
+        _scales("guidance_scale", guidance_scale, tasks),
+        _scales("image_guidance_scale", image_guidance_scale, tasks),
+        _steps(num_inference_steps, tasks),
+    )
+    repeated = [[value for value in column for _ in range(repeats)] for column in request[:-1]]
+    return Request(*repeated, request.num_inference_steps)
+
+
+def output_size(
+    request: Request, height: int | None, width: int | None, default: tuple[int, int], multiple: int
+) -> tuple[int, int]:
+    """Height and width in pixels of all outputs of a call.
+
+    Given ones win; else what the images say (their size times the task's scale, down to a multiple of the VAE's
+    factor), the same for all; else the model's own size.
+
+    Raises:
+        ValueError: images that imply different sizes, or a given size that is no multiple.
+    """
+    for name, value in (("height", height), ("width", width)):
+        if value is not None and (not isinstance(value, int) or value < multiple or value % multiple):
+            raise ValueError(f"{name} must be a positive multiple of {multiple} pixels, but got {value!r}.")
+    if height is not None and width is not None:
+        return height, width
+    if (height is None) != (width is None):
+        raise ValueError(f"Give both height and width or neither, but got height={height} and width={width}.")
+    sizes = {}
+    for i, (image, spec) in enumerate(zip(request.images, request.tasks, strict=True)):
+        if image is not None:
+            rows, columns = (edge * spec.scale // multiple * multiple for edge in _size(image))
+            sizes.setdefault((rows, columns), i)
+    if len(sizes) > 1:
+        listed = ", ".join(f"{w}×{h} (sample {i})" for (h, w), i in sizes.items())
+        raise ValueError(f"The images of one call must imply one output size, but got {listed}; or give height, width.")
+    size = next(iter(sizes), default)
+    if min(size) < multiple:
+        raise ValueError(f"Images must be at least {multiple} pixels high and wide, but got {size[1]}×{size[0]}.")
+    return size
+
+
+def condition_image(image: Image, spec: TaskSpec, height: int, width: int) -> Tensor:
+    """The condition image at the output size: (3, height, width) float32 in [−1, 1].
+
+    Pictures are resized as PIL does it, with the task's filter; arrays and tensors with antialiased bicubic (or
+    bilinear) interpolation, for which no Lanczos filter exists.
+    """
+    if isinstance(image, PIL.Image.Image):
+        picture = image.convert("RGB")
+        if picture.size != (width, height):
+            picture = picture.resize((width, height), _RESAMPLE[spec.resample])
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    else:
+        pixels = _as_tensor(image)
+        if pixels.shape[1:] != (height, width):
+            mode = "bilinear" if spec.resample == "bilinear" else "bicubic"
+            pixels = F.interpolate(pixels[None], (height, width), mode=mode, antialias=True)[0].clamp(0, 1)
+    return pixels * 2 - 1
+
+
+# ------------------------------------------------------------------------------------------------------------ parts
+
+
+def _batch_size(**given: Any) -> int:
+    lengths = {name: len(value) for name, value in given.items() if isinstance(value, list | tuple)}
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{length} for {name}" for name, length in lengths.items())
+        raise ValueError(f"Lists must have one entry per sample, but got {listed}.")
+    size = next(iter(lengths.values()), 1)
+    if size == 0:
+        raise ValueError("At least one sample is needed, but got empty lists.")
+    if size > 1 and isinstance(given["prompt"], str) and isinstance(given["task"], list | tuple):
+        raise ValueError(f"Lists must have one entry per sample, but got {size} for task and a single prompt.")
+    return size
+
+
+def _per_sample(name: str, value: Any, size: int) -> list[Any]:
+    if isinstance(value, list | tuple):
+        if len(value) != size:
+            raise ValueError(f"{name} must have one entry for each of {size} samples, but got {len(value)}.")
+        return list(value)
+    return [value] * size
+
+
+def _checked_prompts(prompts: list[Any], tasks: list[TaskSpec]) -> list[str]:
+    for i, (prompt, spec) in enumerate(zip(prompts, tasks, strict=True)):
+        if not spec.uses_prompt and prompt:
+            raise ValueError(f"Task {spec.name!r} takes no prompt, but sample {i} has {prompt!r}.")
+        if spec.uses_prompt and not isinstance(prompt, str):
+            raise ValueError(f"Task {spec.name!r} needs a prompt (a string), but sample {i} has {prompt!r}.")
+    return [prompt or "" for prompt in prompts]
+
+
+def _scales(name: str, value: Any, tasks: list[TaskSpec]) -> list[float]:
+    scales = []
+    for given, spec in zip(_per_sample(name, value, len(tasks)), tasks, strict=True):
+        default = getattr(spec, name)
+        scale = (1.0 if default is None else default) if given is None else given
+        if not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
+            raise ValueError(f"{name} must be a finite number ≥ 0, but got {scale!r}.")
+        scales.append(float(scale))
+    return scales
+
+
+def _steps(given: int | None, tasks: list[TaskSpec]) -> int:
+    if given is not None:
+        if not isinstance(given, int) or given < 1:
+            raise ValueError(f"num_inference_steps must be an integer ≥ 1, but got {given!r}.")
+        return given
+    defaults = {spec.name: spec.num_inference_steps for spec in tasks}
+    if len(set(defaults.values())) > 1:
+        raise ValueError(f"Tasks of one call share their steps, but have {defaults}: give num_inference_steps.")
+    return next(iter(defaults.values()))
+
+
+def _check_image(image: Any, sample: int) -> None:
+    if not isinstance(image, PIL.Image.Image | np.ndarray | Tensor):
+        raise ValueError(f"An image is a PIL image, an array or a tensor, but sample {sample} has a {type(image)}.")
+    if isinstance(image, PIL.Image.Image):
+        shape_ok, values = min(image.size) > 0, None
+    else:
+        shape_ok = image.ndim == 3 and min(image.shape) > 0 and image.shape[_channel_dim(image)] == 3
+        values = torch.as_tensor(image) if shape_ok else None
+    if not shape_ok:
+        shape = image.size if isinstance(image, PIL.Image.Image) else tuple(image.shape)
+        raise ValueError(
+            f"An image has three colours and at least one pixel (PIL, array (H, W, 3), tensor (3, H, W)), but sample "
+            f"{sample} has the size {shape}."
+        )
+    if values is not None and values.is_floating_point():
+        if not torch.isfinite(values).all():
+            raise ValueError(f"Image values must be finite, but the image of sample {sample} has NaN or infinity.")
+        low, high = float(values.min()), float(values.max())
+        if low < 0 or high > 1:
+            raise ValueError(f"Image values must be in [0, 1], but sample {sample} has {low:.3g} to {high:.3g}.")
+    elif values is not None and values.dtype != torch.uint8:
+        raise ValueError(f"Image arrays are float in [0, 1] or uint8, but sample {sample} has {values.dtype}.")
+
+
+def _channel_dim(image: np.ndarray | Tensor) -> int:
+    return 0 if isinstance(image, Tensor) else 2
+
+
+def _size(image: Image) -> tuple[int, int]:
+    """Height and width."""
+    if isinstance(image, PIL.Image.Image):
+        return image.height, image.width
+    rows, columns = image.shape[1:] if isinstance(image, Tensor) else image.shape[:2]
+    return rows, columns
+
+
+def _as_tensor(image: np.ndarray | Tensor) -> Tensor:
+    tensor = image if isinstance(image, Tensor) else torch.from_numpy(image).permute(2, 0, 1)
+    return tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float()

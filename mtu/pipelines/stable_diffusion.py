@@ -1,0 +1,247 @@
+"""The multi-task Stable Diffusion pipeline."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+from torch import Tensor
+
+from mtu.guidance import GuidancePlan, combine, plan_guidance
+from mtu.pipelines.inputs import Request, condition_image, output_size, parse_request
+
+__all__ = ["MTUPipeline"]
+
+
+class MTUPipeline(StableDiffusionPipeline):
+    """Text-to-image, editing, super-resolution and removal (and tasks of your own) from one Stable Diffusion model.
+
+    Loading, saving, offloading, LoRA and the rest are inherited from `StableDiffusionPipeline`; made by `mtu.upcycle`
+    from a stock pipeline, or by `MTUPipeline.from_pretrained`.
+    """
+
+    _callback_tensor_inputs: ClassVar = ["latents", "prompt_embeds"]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str | None] | None = None,
+        image: Any = None,
+        task: str | Sequence[str] | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | Sequence[float | None] | None = None,
+        image_guidance_scale: float | Sequence[float | None] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> StableDiffusionPipelineOutput | tuple:
+        """Generate images, each under its own task.
+
+        Args:
+            prompt: one text per sample; None or "" for tasks that take no prompt.
+            image: condition image of each sample (PIL, array (H, W, 3), tensor (3, H, W) with values in [0, 1], or
+                uint8); None for tasks that take none. A single image serves all samples.
+            task: task name, or one per sample; None: the model's first task.
+            height, width: of the outputs, in pixels; None: from the images, else the model's own.
+            num_inference_steps: None: the tasks' own.
+            guidance_scale: of the text, one number or one per sample; None: the task's own. No effect on tasks
+                without guidance.
+            image_guidance_scale: of the image, for tasks with dual guidance; likewise.
+            negative_prompt: one text, or one per sample.
+            num_images_per_prompt: outputs per sample.
+            eta: η of DDIM.
+            generator: one for all, or a list with one per output, for a seed per image.
+            latents: (outputs, 4, h, w) initial noise; None: drawn from `generator`.
+            output_type: "pil", "np", "pt" or "latent".
+            return_dict: return `StableDiffusionPipelineOutput` rather than a tuple.
+            cross_attention_kwargs: for attention processors; `scale` is the LoRA scale.
+            callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after each step.
+            callback_on_step_end_tensor_inputs: of "latents" and "prompt_embeds" (one row per guidance branch).
+
+        Returns:
+            Images in the order of the samples, and whether the safety checker (if any) flagged them.
+
+        Raises:
+            ValueError: what was given does not fit the tasks; before anything is computed.
+        """
+        if not hasattr(self.unet, "task_ids"):
+            raise ValueError(
+                f"This pipeline holds a {type(self.unet).__name__}, but an upcycled UNet is needed: mtu.upcycle(pipe)."
+            )
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        request = parse_request(
+            self.unet.tasks,
+            prompt=prompt,
+            image=image,
+            task=self.unet.tasks[0].name if task is None else task,
+            negative_prompt=negative_prompt,
+            guidance_scale=guidance_scale,
+            image_guidance_scale=image_guidance_scale,
+            num_inference_steps=num_inference_steps,
+            repeats=num_images_per_prompt,
+        )
+        size = output_size(request, height, width, self._default_size(), self._size_multiple())
+        self._check_call(request, size, generator, latents, output_type, callback_on_step_end_tensor_inputs)
+        self._interrupt = False
+        self._cross_attention_kwargs = cross_attention_kwargs
+        self._guidance_scale = max(request.guidance_scales)
+
+        device = self._execution_device
+        plan = plan_guidance(request.tasks, request.guidance_scales, request.image_guidance_scales, device)
+        prompt_embeds = self._branch_prompts(request, plan, cross_attention_kwargs)
+        condition = self._branch_conditions(request, plan, size)
+        task_ids = self.unet.task_ids([spec.name for spec in request.tasks], device)[plan.samples]
+        timesteps, _ = retrieve_timesteps(self.scheduler, request.num_inference_steps, device)
+        latents = self.prepare_latents(
+            len(request.tasks),
+            self.unet.config.in_channels,
+            *size,
+            prompt_embeds.dtype,
+            device,
+            generator,
+            latents,
+        )
+        step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
+        self._num_timesteps = len(timesteps)
+        with self.progress_bar(total=request.num_inference_steps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                model_input = self.scheduler.scale_model_input(latents[plan.samples], t)
+                if condition is not None:
+                    model_input = torch.cat([model_input, condition], dim=1)
+                predictions: Tensor = self.unet(
+                    model_input,
+                    t,
+                    encoder_hidden_states=prompt_embeds,
+                    cross_attention_kwargs=cross_attention_kwargs,
+                    return_dict=False,
+                    task_ids=task_ids,
+                )[0]
+                noise = combine(predictions, plan)
+                latents = self.scheduler.step(noise, t, latents, **step_kwargs, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
+                    wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    changed = callback_on_step_end(self, i, t, wanted)
+                    latents = changed.pop("latents", latents)
+                    prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
+                # Schedulers of higher order have several timesteps per step.
+                if i == len(timesteps) - 1 or (i + 1) % self.scheduler.order == 0:
+                    progress_bar.update()
+        return self._finish(latents, generator, output_type, return_dict)
+
+    def export_task(self, name: str) -> StableDiffusionPipeline | StableDiffusionInstructPix2PixPipeline:
+        """The stock diffusers pipeline of one task, on a plain UNet with the same output; all else is shared.
+
+        It resizes and guides as stock pipelines do: give it images of the output size, and the task's scales.
+
+        Raises:
+            ValueError: unknown task, or experts that no stock configuration can hold.
+        """
+        spec = self.unet.tasks[self.unet.task_index(name)]
+        parts = {**self.components, "unet": self.unet.export_task(name)}
+        stock = StableDiffusionInstructPix2PixPipeline if spec.takes_image else StableDiffusionPipeline
+        accepted = set(inspect.signature(stock.__init__).parameters)
+        parts = {key: part for key, part in parts.items() if key in accepted}
+        return stock(**parts, requires_safety_checker=self.config.requires_safety_checker)
+
+    # ------------------------------------------------------------------------------------------------------- parts
+
+    def _default_size(self) -> tuple[int, int]:
+        size = self.unet.config.sample_size
+        rows, columns = (size, size) if isinstance(size, int) else size
+        return rows * self.vae_scale_factor, columns * self.vae_scale_factor
+
+    def _size_multiple(self) -> int:
+        return self.vae_scale_factor
+
+    def _check_call(
+        self,
+        request: Request,
+        size: tuple[int, int],
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None,
+        output_type: str,
+        callback_inputs: Sequence[str],
+    ) -> None:
+        count = len(request.tasks)
+        if isinstance(generator, list) and len(generator) != count:
+            raise ValueError(f"generator must have one entry for each of {count} outputs, but got {len(generator)}.")
+        expected = (count, self.unet.config.in_channels, *(edge // self.vae_scale_factor for edge in size))
+        if latents is not None and tuple(latents.shape) != expected:
+            raise ValueError(f"latents must have the shape {expected}, but got {tuple(latents.shape)}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', but got {output_type!r}.")
+        unknown = [name for name in callback_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs can be {self._callback_tensor_inputs}, but got {unknown}."
+            )
+
+    def _branch_prompts(
+        self, request: Request, plan: GuidancePlan, cross_attention_kwargs: dict[str, Any] | None
+    ) -> Tensor:
+        """(N, L, D): the text embedding of each branch."""
+        needs_negative = not bool(plan.use_prompt.all())
+        positive, negative = self.encode_prompt(
+            request.prompts,
+            self._execution_device,
+            1,
+            needs_negative,
+            request.negative_prompts if needs_negative else None,
+            lora_scale=(cross_attention_kwargs or {}).get("scale"),
+        )
+        chosen = positive[plan.samples]
+        if needs_negative:
+            chosen = torch.where(plan.use_prompt[:, None, None], chosen, negative[plan.samples])
+        return chosen.to(self.unet.dtype)
+
+    def _branch_conditions(self, request: Request, plan: GuidancePlan, size: tuple[int, int]) -> Tensor | None:
+        """(N, 4, h, w): the condition latents of each branch, zero where it has none; None if no sample has any."""
+        with_image = [i for i, image in enumerate(request.images) if image is not None]
+        if not with_image:
+            return None
+        device, dtype = self._execution_device, self.vae.dtype
+        pixels = torch.stack([condition_image(request.images[i], request.tasks[i], *size) for i in with_image])
+        encoded = self.vae.encode(pixels.to(device, dtype)).latent_dist.mode().to(self.unet.dtype)
+        conditions = encoded.new_zeros(len(request.images), *encoded.shape[1:])
+        conditions[with_image] = encoded
+        return conditions[plan.samples] * plan.use_image[:, None, None, None].to(encoded.dtype)
+
+    def _finish(
+        self,
+        latents: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+        output_type: str,
+        return_dict: bool,
+    ) -> StableDiffusionPipelineOutput | tuple:
+        if output_type == "latent":
+            images, flagged = latents, None
+        else:
+            scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+            decoded = self.vae.decode(scaled, return_dict=False, generator=generator)[0]
+            decoded, flagged = self.run_safety_checker(decoded, self._execution_device, decoded.dtype)
+            visible = [True] * len(decoded) if flagged is None else [not flag for flag in flagged]
+            images = self.image_processor.postprocess(decoded, output_type=output_type, do_denormalize=visible)
+        self.maybe_free_model_hooks()
+        return StableDiffusionPipelineOutput(images, flagged) if return_dict else (images, flagged)
+
+
+# `model_index.json` names the module a class is imported from: the package, not this file.
+MTUPipeline.__module__ = "mtu"
