@@ -1,0 +1,132 @@
+"""`python -m mtu.recipes.icons demo`: the main job of the library, start to end, in minutes on a CPU."""
+
+import dataclasses
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+from mtu.data.icons import TASKS, IconExample, Icons
+from mtu.inspection import compare, format_comparison
+from mtu.pipelines import MTUPipeline
+from mtu.recipes.icons.heldout import format_measurements, generate, held_out, measure, picture_grid, write_csv
+from mtu.tasks import EDIT, REMOVE, SUPER_RESOLUTION, TEXT_TO_IMAGE, TaskSpec
+from mtu.training import FitConfig, fit
+from mtu.training.multitask import MultiTaskConfig, MultiTaskLoss, encode_examples
+from mtu.upcycle import upcycle
+
+__all__ = ["BASE_MODEL", "ICON_TASKS", "DemoConfig", "run_demo"]
+
+# The base model that the package ships, in Stable Diffusion's folder layout.
+BASE_MODEL = Path(__file__).parents[2] / "assets" / "icons-base"
+
+# The paper's scales are those of a model of photographs; a small model of flat icons wants less.
+ICON_TASKS: tuple[TaskSpec, ...] = (
+    dataclasses.replace(TEXT_TO_IMAGE, guidance_scale=3.0),
+    dataclasses.replace(EDIT, guidance_scale=2.0, image_guidance_scale=1.5),
+    SUPER_RESOLUTION,
+    dataclasses.replace(REMOVE, guidance_scale=2.0, image_guidance_scale=1.5),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoConfig:
+    """What the demo does.
+
+    Args:
+        minutes: of training.
+        steps: at most; reached only by a fast machine.
+        examples: training examples of each task.
+        per_row: held-out examples of each row of the metrics table.
+        batch_per_task: training examples of each task in a step.
+        learning_rate: highest rate of Adam.
+        snr_gamma: of min-SNR weights; None: the paper's plain loss.
+        seed: of data, initialisation, noise and held-out examples.
+    """
+
+    minutes: float = 5.0
+    steps: int = 4000
+    examples: int = 3000
+    per_row: int = 24
+    batch_per_task: int = 12
+    learning_rate: float = 1e-3
+    snr_gamma: float | None = 5.0
+    seed: int = 0
+
+
+def run_demo(base: Path, output: Path, config: DemoConfig) -> None:
+    """Upcycle the model in `base`, train it, and leave pictures, tables and the model in `output`.
+
+    Raises:
+        ValueError: `base` holds no Stable Diffusion pipeline.
+    """
+    started = time.monotonic()
+    if not (base / "model_index.json").is_file():
+        raise ValueError(f"{base} holds no model_index.json: expected a folder in Stable Diffusion's layout.")
+    output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed)
+    stock = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+    stock.scheduler = DPMSolverMultistepScheduler.from_config(stock.scheduler.config)
+    print(f"One model of {len(TASKS)} tasks out of {base.name}:\n")
+    table = format_comparison(compare(stock.unet, num_experts=4, size=64))
+    print(table, flush=True)
+    pipeline = upcycle(stock, ICON_TASKS, num_experts=4, seed=config.seed)
+
+    examples = held_out(config.per_row, config.seed)
+    before = generate(pipeline, examples, config.seed, "held-out, before training")
+    train(pipeline, config, output / "training")
+    after = generate(pipeline, examples, config.seed, "held-out, after training")
+
+    rows = measure(pipeline, examples, before, after)
+    provenance = {
+        "command": f"python -m mtu.recipes.icons demo --minutes {config.minutes:g} --seed {config.seed}",
+        "seconds": round(time.monotonic() - started),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "threads": torch.get_num_threads(),
+        "device": platform.machine(),
+    }
+    write_results(output, table, rows, provenance, examples, before, after)
+    pipeline.save_pretrained(output / "model")
+    print(f"\n{format_measurements(rows)}\n")
+    print(f"Pictures, tables and the model are in {output} ({time.monotonic() - started:.0f} s in all).")
+
+
+def train(pipeline: MTUPipeline, config: DemoConfig, directory: Path) -> None:
+    """Train the upcycled parts of a pipeline on the four icon tasks."""
+    icons = Icons("train", config.seed)
+    examples: dict[str, Sequence[IconExample]] = {task: icons.batch(task, range(config.examples)) for task in TASKS}
+    data = encode_examples(pipeline, examples, description="encoding the training images")
+    loss = MultiTaskLoss(
+        pipeline,
+        data,
+        MultiTaskConfig(
+            batch_per_task=config.batch_per_task,
+            snr_gamma=config.snr_gamma,
+            autocast=torch.bfloat16,
+            seed=config.seed,
+        ),
+    )
+    settings = FitConfig(
+        steps=config.steps,
+        minutes=config.minutes,
+        learning_rate=config.learning_rate,
+        warmup_steps=20,
+        weight_decay=0.0,
+        seed=config.seed,
+    )
+    unet = pipeline.unet.train()
+    fit(loss, {"unet": unet}, unet.trainable_parameters(), settings, directory=directory, description="training")
+    unet.eval()
+
+
+def write_results(output: Path, table: str, rows, provenance, examples, before, after) -> None:
+    """Write the grid, the metrics and the parameter table."""
+    write_csv(output / "metrics.csv", rows, provenance)
+    (output / "metrics.md").write_text(format_measurements(rows) + "\n")
+    (output / "model.txt").write_text(table + "\n")
+    picture_grid(examples, before, after).save(output / "grid.png")

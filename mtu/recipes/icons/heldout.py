@@ -1,0 +1,216 @@
+"""Held-out examples of all four icon tasks: generated in mixed batches, measured, and shown."""
+
+import csv
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+from mtu.data.degrade import psnr
+from mtu.data.icons import EDIT_KINDS, IMAGE_SIZE, IconExample, Icons
+from mtu.pipelines import MTUPipeline
+from mtu.pipelines.inputs import condition_image
+from mtu.recipes.icons.prompts import IconPicture
+from mtu.recipes.icons.score import read_colours, retrieved
+
+__all__ = ["Measurement", "format_measurements", "generate", "held_out", "measure", "picture_grid", "write_csv"]
+
+_BATCH = 32
+_CANDIDATES = 100
+
+
+class Measurement(NamedTuple):
+    """One row of the metrics table.
+
+    Args:
+        task: task, and kind of edit.
+        metric: what is measured, with its unit.
+        examples: how many.
+        copy: of the condition image, given back as it is; None for tasks without one.
+        before: of the upcycled model before training.
+        after: of the trained model.
+        ceiling: of the target, put through the VAE and back.
+    """
+
+    task: str
+    metric: str
+    examples: int
+    copy: float | None
+    before: float
+    after: float
+    ceiling: float
+
+
+def held_out(per_row: int, seed: int) -> list[IconExample]:
+    """Test examples, `per_row` of each row of the table, the tasks taking turns so that every batch mixes them.
+
+    Image-to-image tasks show icons never seen in any variant; text-to-image seen names in unseen combinations.
+    """
+    icons = Icons("test", seed)
+    rows: dict[str, list[IconExample]] = {}
+    for task in ("text-to-image", "super-resolution", "remove"):
+        rows[task] = icons.batch(task, range(per_row))
+    for kind in EDIT_KINDS:
+        rows[kind] = []
+    index = 0
+    while any(len(rows[kind]) < per_row for kind in EDIT_KINDS):
+        example = icons.sample("edit", index)
+        if len(rows[example.kind]) < per_row:
+            rows[example.kind].append(example)
+        index += 1
+    return [rows[row][i] for i in range(per_row) for row in rows]
+
+
+def generate(pipeline: MTUPipeline, examples: Sequence[IconExample], seed: int, description: str) -> Tensor:
+    """Generate every example in batches that mix the tasks, with the tasks' own guidance and a seed per image.
+
+    Returns:
+        (n, 3, 64, 64) float32 in [−1, 1].
+    """
+    quiet = getattr(pipeline, "_progress_bar_config", {})
+    pipeline.set_progress_bar_config(disable=True)
+    images = []
+    with tqdm(total=len(examples), desc=description, unit="image") as bar:
+        for start in range(0, len(examples), _BATCH):
+            chunk = examples[start : start + _BATCH]
+            numbers = range(start, start + len(chunk))
+            output = pipeline(
+                [example.prompt for example in chunk],
+                [None if example.image is None else example.image / 2 + 0.5 for example in chunk],
+                [example.task for example in chunk],
+                height=IMAGE_SIZE,
+                width=IMAGE_SIZE,
+                generator=[torch.Generator().manual_seed(1000 * seed + number) for number in numbers],
+                output_type="pt",
+            )
+            images.append(output.images.float().cpu() * 2 - 1)
+            bar.update(len(chunk))
+    pipeline.set_progress_bar_config(**quiet)
+    return torch.cat(images)
+
+
+@torch.no_grad()
+def measure(pipeline: MTUPipeline, examples: Sequence[IconExample], before: Tensor, after: Tensor) -> list[Measurement]:
+    """Compare generated images with the true targets: median PSNR, and for text-to-image what the caption names."""
+    targets = torch.stack([example.target for example in examples])
+    vae = pipeline.vae
+    latents = vae.encode(targets.to(vae.device, vae.dtype)).latent_dist.mode()
+    ceiling = vae.decode(latents).sample.float().cpu().clamp(-1, 1)
+    specs = {spec.name: spec for spec in pipeline.unet.tasks}
+    copies = torch.stack(
+        [
+            torch.zeros_like(example.target)
+            if example.image is None
+            else condition_image(example.image / 2 + 0.5, specs[example.task], IMAGE_SIZE, IMAGE_SIZE)
+            for example in examples
+        ]
+    )
+    rows = []
+    for row in dict.fromkeys(_row_name(example) for example in examples):
+        where = [i for i, example in enumerate(examples) if _row_name(example) == row]
+        if row == "text-to-image":
+            shown = [_pictured(examples[i].prompt) for i in where]
+            for metric, score in (("icon top-1 of 100 (%)", _retrieval), ("colours right (%)", _colours)):
+                values = [score(images[where], shown) for images in (before, after, ceiling)]
+                rows.append(Measurement(row, metric, len(where), None, *values))
+        else:
+            values = [
+                statistics.median(psnr(images[where], targets[where]).tolist())
+                for images in (copies, before, after, ceiling)
+            ]
+            rows.append(Measurement(row, "PSNR (dB)", len(where), *values))
+    return rows
+
+
+def format_measurements(rows: Sequence[Measurement]) -> str:
+    """The metrics as a Markdown table."""
+    lines = [
+        "| task | metric | examples | copying the input | before | after | VAE's ceiling |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        copy = "–" if row.copy is None else f"{row.copy:.1f}"
+        lines.append(
+            f"| {row.task} | {row.metric} | {row.examples} | {copy} | {row.before:.1f} | {row.after:.1f} | "
+            f"{row.ceiling:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def write_csv(path: Path, rows: Sequence[Measurement], provenance: dict[str, object]) -> None:
+    """Write the metrics with their provenance in every row."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*Measurement._fields, *provenance])
+        for row in rows:
+            values = ["" if v is None else round(v, 3) if isinstance(v, float) else v for v in row]
+            writer.writerow([*values, *provenance.values()])
+
+
+def picture_grid(examples: Sequence[IconExample], before: Tensor, after: Tensor, per_row: int = 4) -> Image.Image:
+    """Examples side by side: input, before, after and target, a block of columns per example, a line per row."""
+    scale, gap, label_height, names_width = 1, 6, 26, 112
+    cell = IMAGE_SIZE * scale
+    block = 4 * (cell + 2) + 2 * gap
+    rows: dict[str, list[int]] = {}
+    for i, example in enumerate(examples):
+        rows.setdefault(_row_name(example), []).append(i)
+    width = names_width + per_row * block
+    height = label_height + len(rows) * (cell + label_height)
+    grid = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(grid)
+    font = ImageFont.load_default(11)
+    for column in range(per_row):
+        for k, heading in enumerate(("input", "before", "after", "target")):
+            draw.text((names_width + column * block + k * (cell + 2), 8), heading, "gray", font)
+    for line, (row, where) in enumerate(rows.items()):
+        top = label_height + line * (cell + label_height)
+        draw.text((4, top + cell // 2 - 6), row, "black", font)
+        for column, i in enumerate(where[:per_row]):
+            left = names_width + column * block
+            shown = (examples[i].image, before[i], after[i], examples[i].target)
+            for k, image in enumerate(shown):
+                if image is not None:
+                    grid.paste(_picture(image, cell), (left + k * (cell + 2), top))
+            draw.text((left, top + cell + 4), examples[i].prompt[:44], "black", font)
+    return grid
+
+
+def _row_name(example: IconExample) -> str:
+    return f"{example.task}: {example.kind}" if example.kind else example.task
+
+
+def _pictured(prompt: str) -> IconPicture:
+    """The icon that a caption of the data set's grammar describes."""
+    words = prompt.removeprefix("a ").split()
+    style = "-outline" if words[1] == "outlined" else ""
+    name = words[-3]
+    return IconPicture(name + style, words[0], words[-1])
+
+
+def _bytes(images: Tensor) -> np.ndarray:
+    return ((images.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).numpy()
+
+
+def _retrieval(images: Tensor, shown: Sequence[IconPicture]) -> float:
+    return 100 * float(retrieved(_bytes(images), shown, _CANDIDATES, 0).mean())
+
+
+def _colours(images: Tensor, shown: Sequence[IconPicture]) -> float:
+    colours, backgrounds = read_colours(_bytes(images))
+    right = [
+        (colour, background) == (picture.colour, picture.background)
+        for colour, background, picture in zip(colours, backgrounds, shown, strict=True)
+    ]
+    return 100 * statistics.fmean(right)
+
+
+def _picture(image: Tensor, size: int) -> Image.Image:
+    picture = Image.fromarray(np.rint(_bytes(image[None])[0]).astype(np.uint8))
+    return picture if picture.width == size else picture.resize((size, size), Image.Resampling.NEAREST)

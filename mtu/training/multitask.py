@@ -1,0 +1,207 @@
+"""The multi-task objective: noise prediction on all tasks at once, over latents encoded beforehand."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+from tqdm import tqdm
+
+from mtu.pipelines import MTUPipeline
+from mtu.pipelines.inputs import condition_image
+from mtu.tasks import TaskSpec
+
+__all__ = ["MultiTaskConfig", "MultiTaskLoss", "TaskExample", "TaskLatents", "encode_examples"]
+
+_ENCODE_BATCH = 64
+
+
+class TaskExample(Protocol):
+    """One training example of a task."""
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        ...
+
+    @property
+    def prompt(self) -> str:
+        """Caption or instruction; empty for tasks without a prompt."""
+        ...
+
+    @property
+    def image(self) -> Tensor | None:
+        """The condition, (3, h, w) in [−1, 1]; None for tasks without an image."""
+        ...
+
+    @property
+    def target(self) -> Tensor:
+        """(3, H, W) in [−1, 1]."""
+        ...
+
+
+class TaskLatents(NamedTuple):
+    """The encoded examples of one task.
+
+    Args:
+        target: (n, 4, h, w) float32, scaled latents of the targets.
+        condition: (n, 4, h, w) float32, unscaled latents of the conditions; None for tasks without an image.
+        prompt: (n,) int64, rows of the table of prompt embeddings.
+    """
+
+    target: Tensor
+    condition: Tensor | None
+    prompt: Tensor
+
+
+class EncodedTasks(NamedTuple):
+    """All tasks' latents, and the embeddings of all prompts: (P, L, D) float32, row 0 for the empty prompt."""
+
+    tasks: Mapping[str, TaskLatents]
+    prompts: Tensor
+
+
+@dataclass(frozen=True)
+class MultiTaskConfig:
+    """How batches are made.
+
+    Args:
+        batch_per_task: examples of each task in a step.
+        dropout: part of the examples that lose their prompt, and for dual guidance as large a part each that loses
+            prompt and image, so that the guidance's other branches are learned. Tasks without guidance lose nothing.
+        snr_gamma: weigh timesteps by min(SNR, γ) / SNR; None: plain mean squared error.
+        autocast: compute dtype; None: that of the parameters.
+        seed: with the step, determines examples, timesteps and noise.
+    """
+
+    batch_per_task: int = 16
+    dropout: float = 0.05
+    snr_gamma: float | None = None
+    autocast: torch.dtype | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_per_task < 1:
+            raise ValueError(f"batch_per_task must be at least 1, but got {self.batch_per_task}.")
+        if not 0 <= self.dropout <= 0.5:
+            raise ValueError(f"dropout must lie in [0, 0.5], but got {self.dropout}.")
+
+
+@torch.no_grad()
+def encode_examples(
+    pipeline: MTUPipeline, examples: Mapping[str, Sequence[TaskExample]], *, description: str = "encoding"
+) -> EncodedTasks:
+    """Encode examples once, with the pipeline's own VAE, text encoder and resizing.
+
+    Args:
+        pipeline: its `vae`, `text_encoder` and `unet.tasks` are used.
+        examples: the examples of each task, by its name.
+        description: shown beside the progress bar.
+
+    Raises:
+        ValueError: a task that the model does not have, or an example that does not fit its task.
+    """
+    rows: dict[str, int] = {"": 0}
+    encoded = {}
+    with tqdm(total=sum(map(len, examples.values())), desc=description, unit="image") as bar:
+        for name, items in examples.items():
+            spec = pipeline.unet.tasks[pipeline.unet.task_index(name)]
+            for item in items:
+                if (item.image is None) == spec.takes_image or item.task != name:
+                    raise ValueError(f"An example of {item.task!r} does not fit task {name!r}: {spec}.")
+            targets, conditions = [], []
+            for start in range(0, len(items), _ENCODE_BATCH):
+                chunk = items[start : start + _ENCODE_BATCH]
+                pixels = torch.stack([item.target for item in chunk])
+                targets.append(_encode(pipeline, pixels) * pipeline.vae.config.scaling_factor)
+                if spec.takes_image:
+                    conditions.append(_encode(pipeline, torch.stack([_condition(item, spec) for item in chunk])))
+                bar.update(len(chunk))
+            prompts = torch.tensor([rows.setdefault(item.prompt, len(rows)) for item in items])
+            encoded[name] = TaskLatents(torch.cat(targets), torch.cat(conditions) if conditions else None, prompts)
+    return EncodedTasks(encoded, _embed(pipeline, list(rows)))
+
+
+class MultiTaskLoss:
+    """The loss of a step: `Σ_task mean_samples ‖ε − ε_θ(x_t, t, prompt, condition; task)‖² / elements`.
+
+    Args:
+        pipeline: its UNet is trained; its scheduler's configuration gives the noise schedule and the prediction type.
+        data: what `encode_examples` returned.
+        config: how batches are made.
+
+    Raises:
+        ValueError: a prediction type that is neither "epsilon" nor "v_prediction".
+
+    Source: MTU (arXiv 2503.11905) eq. 2; min-SNR weights: Hang et al. (arXiv 2303.09556); dropout of conditions:
+        InstructPix2Pix (arXiv 2211.09800) §3.2.
+    """
+
+    def __init__(self, pipeline: MTUPipeline, data: EncodedTasks, config: MultiTaskConfig) -> None:
+        self.unet, self.data, self.config = pipeline.unet, data, config
+        self.scheduler: DDPMScheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.prediction_type = self.scheduler.config.prediction_type
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"Training predicts 'epsilon' or 'v_prediction', but got {self.prediction_type!r}.")
+        signal = self.scheduler.alphas_cumprod
+        ratio = signal / (1 - signal)
+        weights = torch.ones_like(ratio) if config.snr_gamma is None else ratio.clamp_max(config.snr_gamma) / ratio
+        # Predicting v weighs the noise error by 1 / (1 − ᾱ) = SNR + 1; divided out, both types learn the same.
+        self.weights = weights * (1 - signal) if self.prediction_type == "v_prediction" else weights
+
+    def __call__(self, step: int) -> Tensor:
+        rng = np.random.default_rng([self.config.seed, 7, step])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        device = self.unet.task_device
+        count, names = self.config.batch_per_task, list(self.data.tasks)
+        parts = [self._draw(rng, name) for name in names]
+        target, condition, prompt = (torch.cat(column) for column in zip(*parts, strict=True))
+        noise = torch.randn(target.shape, generator=generator)
+        # One timestep from each of equal stretches, within each task: the loss varies less from step to step.
+        spread = (torch.rand(len(names), count, generator=generator) + torch.arange(count)) / count
+        timesteps = (spread.flatten() * len(self.weights)).long()
+        noisy = self.scheduler.add_noise(target, noise, timesteps)
+        wanted = noise if self.prediction_type == "epsilon" else self.scheduler.get_velocity(target, noise, timesteps)
+        task_ids = self.unet.task_ids(names, "cpu").repeat_interleave(count)
+        sample, prompt, task_ids = (
+            tensor.to(device) for tensor in (torch.cat([noisy, condition], 1), prompt, task_ids)
+        )
+        with torch.autocast(device.type, self.config.autocast, enabled=self.config.autocast is not None):
+            predicted = self.unet(sample, timesteps.to(device), prompt, task_ids=task_ids).sample
+        error = (predicted.float() - wanted.to(device)).square().mean(dim=(1, 2, 3))
+        return (error * self.weights[timesteps].to(device)).view(len(names), count).mean(1).sum()
+
+    def _draw(self, rng: np.random.Generator, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Target latents, condition latents (zeros where there are none) and prompt embeddings of one task."""
+        latents, count = self.data.tasks[name], self.config.batch_per_task
+        spec = self.unet.tasks[self.unet.task_index(name)]
+        rows = torch.from_numpy(rng.integers(len(latents.target), size=count))
+        condition = torch.zeros_like(latents.target[rows]) if latents.condition is None else latents.condition[rows]
+        prompt = latents.prompt[rows]
+        lot, part = torch.from_numpy(rng.random(count)), self.config.dropout
+        if spec.guidance != "none":
+            prompt = torch.where(lot < (2 if spec.guidance == "dual" else 1) * part, 0, prompt)
+        if spec.guidance == "dual":
+            condition = torch.where((lot < part)[:, None, None, None], 0.0, condition)
+        return latents.target[rows], condition, self.data.prompts[prompt]
+
+
+def _encode(pipeline: MTUPipeline, pixels: Tensor) -> Tensor:
+    vae = pipeline.vae
+    return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu()
+
+
+def _condition(example: TaskExample, spec: TaskSpec) -> Tensor:
+    if example.image is None:
+        raise ValueError(f"An example of {spec.name!r} needs a condition image, but has none.")
+    height, width = example.target.shape[1:]
+    return condition_image(example.image / 2 + 0.5, spec, height, width)
+
+
+def _embed(pipeline: MTUPipeline, prompts: Iterable[str]) -> Tensor:
+    prompts = list(prompts)
+    chunks = [prompts[start : start + _ENCODE_BATCH] for start in range(0, len(prompts), _ENCODE_BATCH)]
+    return torch.cat([pipeline.encode_prompt(chunk, pipeline.device, 1, False)[0].float().cpu() for chunk in chunks])
