@@ -26,6 +26,8 @@ __all__ = ["check_tensors", "load_pretrained", "load_task", "read_trained", "sav
 _TASK_FILES = ("mtu_task.json", "mtu_task.safetensors")
 _TRAINED_FILES = ("mtu_trained.json", "mtu_trained.safetensors")
 
+_HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
+
 # Of the stock configuration, what decides which tensors there are and what they mean.
 _IGNORED_CONFIG = {"sample_size"}
 
@@ -118,7 +120,10 @@ def load_pretrained(cls: type, load: Callable[..., Any], path: str | os.PathLike
     output_loading_info = kwargs.pop("output_loading_info", False)
     if kwargs.pop("use_safetensors", True) is False:
         raise ValueError("Only safetensors files are loaded, but got use_safetensors=False.")
-    config = cls.load_config(path, **{k: kwargs[k] for k in ("subfolder", "revision", "cache_dir") if k in kwargs})
+    if kwargs.get("low_cpu_mem_usage") is False:
+        # Only how much memory loading takes; diffusers refuses it for models that keep some tensors in float32.
+        del kwargs["low_cpu_mem_usage"]
+    config = cls.load_config(path, **{key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
     saved_class = config.get("_class_name")
     if saved_class != cls.__name__:
         raise ValueError(
@@ -126,10 +131,13 @@ def load_pretrained(cls: type, load: Callable[..., Any], path: str | os.PathLike
             "class and pass it to mtu.upcycle."
         )
     try:
+        _check_shards(Path(path, kwargs.get("subfolder") or ""))
         model, info = load(path, use_safetensors=True, output_loading_info=True, **kwargs)
-    except (SafetensorError, KeyError, TypeError, RuntimeError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} is not a whole checkpoint of an upcycled UNet: {reason}") from error
+    except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and not os.path.isdir(path):
+            raise  # the network, not the files
+        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+        raise ValueError(f"{path} is not a whole checkpoint of an upcycled UNet: {reason}.") from error
     # `.router` for a quantizer's extra keys would be wrong: they are known to the model by then.
     wrong = {kind: sorted(map(str, info.get(f"{kind}_keys", []))) for kind in ("missing", "unexpected", "mismatched")}
     for kind, keys in wrong.items():
@@ -142,6 +150,14 @@ def load_pretrained(cls: type, load: Callable[..., Any], path: str | os.PathLike
         raise ValueError(f"{path} lacks parameters of the architecture in its config.json.")
     model.freeze_stock_parameters_()
     return (model, info) if output_loading_info else model
+
+
+def _check_shards(folder: Path) -> None:
+    # diffusers would unpickle a shard of another file type, if the index of a safetensors checkpoint names one.
+    for index in folder.glob("*.safetensors.index*.json"):
+        for name in json.loads(index.read_text())["weight_map"].values():
+            if not name.endswith(".safetensors"):
+                raise ValueError(f"only safetensors files are loaded, but {index.name} names {name!r}")
 
 
 # ------------------------------------------------------------------------------------------------------------ files

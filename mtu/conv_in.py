@@ -59,7 +59,7 @@ class TaskConvIn(nn.Module):
         """
         if task_ids is None:
             return sample
-        batch, given, height, width = sample.shape
+        _, given, height, width = sample.shape
         if not self.latent_channels <= given <= self.in_channels:
             raise ValueError(
                 f"sample must have {self.latent_channels} to {self.in_channels} channels (latents, then the condition "
@@ -71,7 +71,7 @@ class TaskConvIn(nn.Module):
         kernels = select_rows(self.weight[:, :, :given], task_ids).flatten(2)
         patches = F.unfold(sample, self.kernel_size, padding=self.kernel_size // 2)
         bias = select_rows(self.bias, task_ids)
-        return torch.baddbmm(bias[:, :, None], kernels, patches).view(batch, -1, height, width)
+        return torch.baddbmm(bias[:, :, None], kernels, patches).unflatten(2, (height, width))
 
     def set_rows_(self, weight: Tensor, bias: Tensor, condition_channels: Sequence[int]) -> None:
         """Replace the packed tensors, for another number of tasks or of channels."""

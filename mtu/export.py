@@ -49,9 +49,11 @@ def export_task(unet: "MTUUNet2DConditionModel", index: int, *, prune: bool = Fa
         A `UNet2DConditionModel` with in_channels = 4 + the task's condition channels.
 
     Raises:
-        ValueError: the hidden width is not that of a stock FFN, and `prune` is false.
+        ValueError: the hidden width is not that of a stock FFN, and `prune` is false; or the model holds adapters.
         RuntimeError: the parameters are not here (offloaded to another place).
     """
+    if any(p.is_meta for p in unet.parameters()) and any(hasattr(m, "_hf_hook") for m in unet.modules()):
+        raise RuntimeError("Some parameters are offloaded: expected a model that is wholly in memory.")
     blocks = {name: m for name, m in unet.named_modules() if hasattr(m, "ff") and hasattr(m, "norm3")}
     for name, block in blocks.items():
         hidden, stock = block.ff.net[2].in_features, 4 * block.dim
@@ -72,8 +74,6 @@ def export_task(unet: "MTUUNet2DConditionModel", index: int, *, prune: bool = Fa
         for key, tensor in _folded_block(block, index, embedding, prune).items():
             state[f"{name}.{key}"] = tensor
         widths[name] = state[f"{name}.ff.net.2.weight"].shape[1]
-    if any(tensor.is_meta for tensor in state.values()) and not unet.conv_in.weight.is_meta:
-        raise RuntimeError("Some parameters are offloaded: expected a model that is wholly in memory.")
 
     with init_empty_weights():
         exported = UNet2DConditionModel(**{**stock_config(unet), "in_channels": channels})
@@ -82,6 +82,12 @@ def export_task(unet: "MTUUNet2DConditionModel", index: int, *, prune: bool = Fa
             if width != feed_forward.net[2].in_features:
                 feed_forward.net[0].proj = nn.Linear(feed_forward.net[0].proj.in_features, 2 * width)
                 feed_forward.net[2] = nn.Linear(width, feed_forward.net[2].out_features)
+    different = exported.state_dict().keys() ^ state.keys()
+    if different:
+        raise ValueError(
+            f"Unload adapters and unfuse projections before exporting: {len(different)} parameters are not those of a "
+            f"stock UNet, for example {min(different)!r}."
+        )
     exported.load_state_dict({key: tensor.clone() for key, tensor in state.items()}, assign=True)
     return exported.train(unet.training)
 

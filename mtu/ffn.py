@@ -116,9 +116,10 @@ class RoutedFeedForward(FeedForward):
                 normed = unit * affine.weight[:, expert, None] + affine.bias[:, expert, None]
                 parts.append(activation(normed.to(dtype)).chunk(self.num_experts, dim=-1)[expert])
             hidden = torch.cat(parts, dim=-1)
-        weights = dense_weights(routing, self.num_experts).to(hidden.dtype)
+        weights = dense_weights(routing, self.num_experts)
         columns = weights.repeat_interleave(hidden.shape[-1] // self.num_experts, dim=-1)
-        hidden = project_out(dropout(hidden * columns[:, None]))
+        # float32 weights: the product is rounded once, as in the fused path.
+        hidden = project_out(dropout((hidden * columns[:, None]).to(hidden.dtype)))
         for module in self.net[3:]:
             hidden = module(hidden)
         return hidden

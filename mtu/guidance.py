@@ -82,7 +82,8 @@ def plan_guidance(
 def combine(predictions: Tensor, plan: GuidancePlan) -> Tensor:
     """`u + s_text (t − i) + s_image (i − u)` for each sample.
 
-    With text guidance i is u, and without guidance both are t, so that one formula serves all, exactly.
+    With text guidance i is u, and without guidance both are t, so that one formula serves all, exactly. Computed in
+    float32 at least: scales amplify the rounding of differences, and would themselves be rounded in low precision.
 
     Args:
         predictions: (N, C, H, W), of the branches.
@@ -92,6 +93,7 @@ def combine(predictions: Tensor, plan: GuidancePlan) -> Tensor:
         (B, C, H, W), in the dtype of the predictions.
     """
     shape = (-1, *(1,) * (predictions.dim() - 1))
-    t, i, u = (predictions[index] for index in (plan.text, plan.image, plan.unconditional))
-    text_scale, image_scale = (scale.to(predictions.dtype).view(shape) for scale in plan[-2:])
-    return u + text_scale * (t - i) + image_scale * (i - u)
+    dtype = torch.promote_types(predictions.dtype, torch.float32)
+    t, i, u = (predictions[index].to(dtype) for index in (plan.text, plan.image, plan.unconditional))
+    text_scale, image_scale = (scale.to(dtype).view(shape) for scale in (plan.text_scale, plan.image_scale))
+    return (u + text_scale * (t - i) + image_scale * (i - u)).to(predictions.dtype)

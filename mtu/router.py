@@ -110,7 +110,10 @@ class Router(nn.Module):
             else contextlib.nullcontext()
         )
         with no_autocast:
-            hidden = F.relu(self.linear_1(embedding.to(self.linear_1.weight.dtype)))
+            # Under layerwise casting the type of the weight is that of its storage, not of its computation.
+            if "forward" not in self.linear_1.__dict__:
+                embedding = embedding.to(self.linear_1.weight.dtype)
+            hidden = F.relu(self.linear_1(embedding))
             logits = self.linear_2(hidden).float()
         if self.top_k is None:
             return Routing(self.routing_scale * torch.softmax(logits, dim=-1), None)
@@ -122,6 +125,9 @@ class Router(nn.Module):
         # CPU that look would stall the device's queue for longer than the router takes: no cache there.
         tensors = [embedding, *self.parameters()]
         if any(tensor.device.type != "cpu" or tensor.is_inference() for tensor in tensors):
+            return None
+        # Tensor subclasses (FakeTensor, for example) stand for values that are not at hand.
+        if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
             return None
         return tuple((t.data_ptr(), t._version, t.dtype, t.shape, _fingerprint(t)) for t in tensors)
 

@@ -49,24 +49,24 @@ def remove_task(unet: "MTUUNet2DConditionModel", index: int) -> None:
 
 def get_task_rows(unet: "MTUUNet2DConditionModel", index: int) -> dict[str, Tensor]:
     """The tensors that task id `index` alone owns, under the names of the packed ones."""
-    return {name: parameter.detach()[index] for name, parameter in _packed_parameters(unet).items()}
+    return {name: tensor[index] for name, tensor in _packed_tensors(unet).items()}
 
 
 @torch.no_grad()
 def set_task_rows_(unet: "MTUUNet2DConditionModel", index: int, rows: dict[str, Tensor]) -> None:
     """Overwrite what task id `index` owns; a narrower input convolution is padded with zeros."""
-    packed = _packed_parameters(unet)
+    packed = _packed_tensors(unet)
     for name, row in rows.items():
         target = packed[name][index]
         target.zero_()
         target[tuple(slice(size) for size in row.shape)].copy_(row)
 
 
-def _packed_parameters(unet: "MTUUNet2DConditionModel") -> dict[str, nn.Parameter]:
-    owners = [(name, m) for name, m in unet.named_modules() if isinstance(m, TaskLayerNorm | TaskConvIn)]
+def _packed_tensors(unet: "MTUUNet2DConditionModel") -> dict[str, Tensor]:
+    owners = [(name, m) for name, m in unet.named_modules() if isinstance(m, TaskLayerNorm | TaskConvIn | RoutingTable)]
     if unet.task_embedding is not None:
         owners.append(("task_embedding", unet.task_embedding))
-    return {f"{name}.{key}": p for name, module in owners for key, p in module.named_parameters()}
+    return {f"{name}.{key}": tensor for name, module in owners for key, tensor in module.state_dict().items()}
 
 
 @torch.no_grad()
@@ -86,10 +86,11 @@ def _select_rows_(unet: "MTUUNet2DConditionModel", specs: tuple[TaskSpec, ...], 
         unet.task_embedding.num_embeddings = len(specs)
     conv = unet.conv_in
     counts = [spec.condition_channels for spec in specs]
+    old_counts = [unet.tasks[row].condition_channels for row in rows]
     old = conv.weight[index]
     weight = old.new_zeros(*old.shape[:2], conv.latent_channels + max(counts), *old.shape[3:])
     for i, count in enumerate(counts):
-        width = min(conv.latent_channels + count, old.shape[2])
+        width = conv.latent_channels + min(count, old_counts[i])
         weight[i, :, :width] = old[i, :, :width]
     conv.set_rows_(weight, conv.bias[index], counts)
     unet.register_to_config(tasks=[spec.to_dict() for spec in specs])

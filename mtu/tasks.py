@@ -1,8 +1,9 @@
 """What a task is, and the four tasks of the paper with the settings it was measured with."""
 
 import dataclasses
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 __all__ = [
@@ -68,6 +69,14 @@ class TaskSpec:
             value, least = getattr(self, field), 0 if field == "condition_channels" else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"Task {self.name!r}: {field} must be an integer ≥ {least}, but got {value!r}.")
+        for field in ("guidance_scale", "image_guidance_scale"):
+            value = getattr(self, field)
+            if field == "image_guidance_scale" and value is None:
+                continue
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+                raise ValueError(f"Task {self.name!r}: {field} must be a finite number, but got {value!r}.")
+        if not isinstance(self.uses_prompt, bool):
+            raise ValueError(f"Task {self.name!r}: uses_prompt must be True or False, but got {self.uses_prompt!r}.")
         if self.guidance not in ("none", "text", "dual"):
             raise ValueError(
                 f"Task {self.name!r}: guidance must be 'none', 'text' or 'dual', but got {self.guidance!r}."
@@ -99,6 +108,8 @@ class TaskSpec:
             ValueError: a field is unknown, missing or out of its range.
         """
         known = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"A task is described by the fields {sorted(known)}, but got {fields!r}.")
         if "name" not in fields or not known.issuperset(fields):
             raise ValueError(f"A task is described by the fields {sorted(known)}, but got {sorted(fields)}.")
         return cls(**fields)
@@ -120,8 +131,14 @@ SDXL_TASKS = (
 )
 
 
-def as_task_specs(tasks: Iterable[TaskSpec | Mapping[str, Any] | str]) -> tuple[TaskSpec, ...]:
+def as_task_specs(
+    tasks: Iterable[TaskSpec | Mapping[str, Any] | str], built_in: Sequence[TaskSpec] = SD_TASKS
+) -> tuple[TaskSpec, ...]:
     """Task specs from specs, their dictionaries (as in config.json) or the names of the built-in four.
+
+    Args:
+        tasks: at least one.
+        built_in: what names stand for; SDXL's settings differ from those of SD 1.5.
 
     Raises:
         ValueError: no task, a name twice, or an unknown built-in name.
@@ -129,7 +146,7 @@ def as_task_specs(tasks: Iterable[TaskSpec | Mapping[str, Any] | str]) -> tuple[
     """
     if isinstance(tasks, str | TaskSpec | Mapping):
         raise TypeError(f"tasks must be a list of tasks, but got the single task {tasks!r}.")
-    built_in = {spec.name: spec for spec in SD_TASKS}
+    by_name = {spec.name: spec for spec in built_in}
     specs = []
     for task in tasks:
         if isinstance(task, TaskSpec):
@@ -137,11 +154,11 @@ def as_task_specs(tasks: Iterable[TaskSpec | Mapping[str, Any] | str]) -> tuple[
         elif isinstance(task, Mapping):
             specs.append(TaskSpec.from_dict(task))
         elif isinstance(task, str):
-            if task not in built_in:
+            if task not in by_name:
                 raise ValueError(
-                    f"Unknown task {task!r}: expected one of {sorted(built_in)}, or a TaskSpec for a task of your own."
+                    f"Unknown task {task!r}: expected one of {sorted(by_name)}, or a TaskSpec for a task of your own."
                 )
-            specs.append(built_in[task])
+            specs.append(by_name[task])
         else:
             raise TypeError(f"A task is a TaskSpec, its dictionary or a built-in name, but got {type(task).__name__}.")
     names = [spec.name for spec in specs]

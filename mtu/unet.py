@@ -1,5 +1,6 @@
 """The upcycled UNet: stock Stable Diffusion (1.5 or XL) with tasks."""
 
+import functools
 import inspect
 import os
 from collections.abc import Iterable, Sequence
@@ -48,6 +49,8 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
 
     # diffusers matches these by class name.
     _repeated_blocks: ClassVar = ["RoutedTransformerBlock"]
+    # `from_pretrained(torch_dtype=…)` must not round routing tables (`RoutingTable.weights`).
+    _keep_in_fp32_modules: ClassVar = ["weights"]
     _no_split_modules: ClassVar = ["RoutedTransformerBlock", "ResnetBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]
 
     def __init__(
@@ -81,6 +84,8 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             self.conv_in.kernel_size[0],
         )
         self.task_embedding = None if routers_dropped else nn.Embedding(len(specs), router_width)
+        # For this one, which routing tables see to themselves, diffusers' `.to` would warn at every change of dtype.
+        self._keep_in_fp32_modules = None
         self.freeze_stock_parameters_()
 
     # ---------------------------------------------------------------------------------------------------- tasks
@@ -185,8 +190,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             ValueError: task_ids of another shape or type, or ids out of range (looked at on CPU only).
         """
         task_ids = self._checked_task_ids(task_ids, sample)
-        embedding = None if self.task_embedding is None else self.task_embedding.weight
-        context = TaskContext(task_ids, embedding)
+        context = TaskContext(task_ids, self._embedding_table(sample.device))
         return super().forward(
             self.conv_in(sample, task_ids),
             timestep,
@@ -213,11 +217,21 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         if task_ids.shape[0] not in (1, batch):
             raise ValueError(f"task_ids must have one id for each of {batch} samples, but got {task_ids.shape[0]}.")
         # Values are looked at where that costs nothing; on a GPU it would be a synchronisation at every call.
-        if task_ids.device.type == "cpu" and not torch.compiler.is_compiling() and task_ids.numel():
-            low, high = int(task_ids.min()), int(task_ids.max())
-            if low < 0 or high >= len(self.config.tasks):
-                raise ValueError(f"task_ids must be in [0, {len(self.config.tasks)}), but got {low} to {high}.")
+        if task_ids.device.type == "cpu" and not torch.compiler.is_compiling() and type(task_ids) is Tensor:
+            wrong = [i for i in task_ids.tolist() if not 0 <= i < len(self.config.tasks)]
+            if wrong:
+                raise ValueError(f"task_ids must be in [0, {len(self.config.tasks)}), but got {wrong[0]}.")
         return task_ids.expand(batch)
+
+    def _embedding_table(self, device: torch.device) -> Tensor | None:
+        """The task embedding (T, W); None once the routers are dropped."""
+        embedding = self.task_embedding
+        if embedding is None:
+            return None
+        # Under offloading and layerwise casting, the weight is itself within its module's forward only.
+        if "forward" in embedding.__dict__:
+            return embedding(torch.arange(embedding.num_embeddings, device=device))
+        return embedding.weight
 
     # ------------------------------------------------------------------------------- parameters, routers, backend
 
@@ -249,7 +263,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
     @torch.no_grad()
     def router_weights(self) -> Tensor:
         """Routing weights (layers, T, E) float32, zero for inactive experts."""
-        embedding = None if self.task_embedding is None else self.task_embedding.weight
+        embedding = self._embedding_table(self.task_device)
         tables = [layer.router(embedding) for layer in self.routed_layers()]
         return torch.stack([mtu_kernels.dense_weights(table, self.config.num_experts) for table in tables]).clone()
 
@@ -264,8 +278,9 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         """
         if self.task_embedding is None:
             raise ValueError("The routers of this model were dropped already; expected a model with routers.")
+        embedding = self._embedding_table(self.task_device)
         for layer in self.routed_layers():
-            routing = layer.router(self.task_embedding.weight)
+            routing = layer.router(embedding)
             table = RoutingTable(self.expert_config, len(self.tasks)).to(routing.weights.device)
             table.weights.copy_(routing.weights)
             if table.indices is not None:
@@ -303,6 +318,13 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             ValueError: a checkpoint of another architecture, or a truncated or altered file.
         """
         return checkpoint.load_pretrained(cls, super().from_pretrained, pretrained_model_name_or_path, kwargs)
+
+    @functools.wraps(UNet2DConditionModel.save_pretrained)
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(super().save_pretrained).bind(*args, **kwargs).arguments
+        if not given.get("safe_serialization", True):
+            raise ValueError("Only safetensors files are saved, but got safe_serialization=False.")
+        super().save_pretrained(*args, **kwargs)
 
     def save_task(self, directory: str | os.PathLike, name: str) -> None:
         """Save what task `name` alone owns: its embedding, norms and input convolution (see `load_task`)."""

@@ -132,7 +132,15 @@ def _convert(
     state = unet.state_dict()
     _check_same_keys(upcycled, state)
     new = _new_state(upcycled, state, config, preserve=preserve, seed=seed)
-    upcycled.load_state_dict({**state, **new}, assign=True)
+    merged = {**state, **new}
+    for name, tensor in upcycled.state_dict().items():
+        if merged[name].shape != tensor.shape:
+            raise ValueError(
+                f"{name} must have shape {tuple(tensor.shape)} by the UNet's configuration, but got "
+                f"{tuple(merged[name].shape)}."
+            )
+    upcycled.load_state_dict(merged, assign=True)
+    upcycled.conv_in.channels = upcycled.conv_in.channels.to(state["conv_in.weight"].device)
     upcycled.freeze_stock_parameters_()
     upcycled.set_attn_processor(unet.attn_processors)
     if unet.is_gradient_checkpointing:
@@ -146,7 +154,8 @@ def _resolve(unet, tasks, num_experts, top_k, expert_ratio, norm, init) -> tuple
     if init not in ("preserve", "paper"):
         raise ValueError(f"init must be 'preserve' or 'paper', but got {init!r}.")
     is_xl = unet.config.addition_embed_type == "text_time"
-    specs = (SDXL_TASKS if is_xl else SD_TASKS) if tasks is None else as_task_specs(tasks)
+    built_in = SDXL_TASKS if is_xl else SD_TASKS
+    specs = built_in if tasks is None else as_task_specs(tasks, built_in)
     num_experts = (1 if is_xl else 4) if num_experts is None else num_experts
     if not isinstance(num_experts, int) or isinstance(num_experts, bool) or num_experts < 1:
         raise ValueError(f"num_experts must be an integer ≥ 1, but got {num_experts!r}.")

@@ -1,6 +1,7 @@
 """What a pipeline call was given, made one value per sample and checked before anything runs."""
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,10 @@ _RESAMPLE = {
     "bicubic": PIL.Image.Resampling.BICUBIC,
     "bilinear": PIL.Image.Resampling.BILINEAR,
 }
+
+# PIL clips wider samples (modes "I", "I;16" and "F") at 255 instead of scaling them.
+_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
+_DTYPES = {"uint8", "float16", "bfloat16", "float32", "float64"}
 
 Image = PIL.Image.Image | np.ndarray | Tensor
 
@@ -57,7 +62,7 @@ def parse_request(
     Raises:
         ValueError: unknown task, lists of different lengths, a missing or surplus prompt or image, a bad number.
     """
-    if not isinstance(repeats, int) or repeats < 1:
+    if not _is_integer(repeats) or repeats < 1:
         raise ValueError(f"num_images_per_prompt must be an integer ≥ 1, but got {repeats!r}.")
     if isinstance(image, Tensor | np.ndarray) and image.ndim == 4:
         image = list(image)
@@ -65,7 +70,7 @@ def parse_request(
     known = {spec.name: spec for spec in specs}
     names = _per_sample("task", task, size)
     for name in names:
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise ValueError(f"Unknown task {name!r}: this model has {list(known)}.")
     tasks = [known[name] for name in names]
     prompts = _checked_prompts(_per_sample("prompt", prompt, size), tasks)
@@ -78,7 +83,7 @@ def parse_request(
             _check_image(given, i)
     request = Request(
         prompts,
-        [text or "" for text in _per_sample("negative_prompt", negative_prompt, size)],
+        _checked_negative_prompts(_per_sample("negative_prompt", negative_prompt, size)),
         tasks,
         images,
         _scales("guidance_scale", guidance_scale, tasks),
@@ -101,10 +106,10 @@ def output_size(
         ValueError: images that imply different sizes, or a given size that is no multiple.
     """
     for name, value in (("height", height), ("width", width)):
-        if value is not None and (not isinstance(value, int) or value < multiple or value % multiple):
+        if value is not None and (not _is_integer(value) or value < multiple or value % multiple):
             raise ValueError(f"{name} must be a positive multiple of {multiple} pixels, but got {value!r}.")
     if height is not None and width is not None:
-        return height, width
+        return int(height), int(width)
     if (height is None) != (width is None):
         raise ValueError(f"Give both height and width or neither, but got height={height} and width={width}.")
     sizes = {}
@@ -124,16 +129,18 @@ def output_size(
 def condition_image(image: Image, spec: TaskSpec, height: int, width: int) -> Tensor:
     """The condition image at the output size: (3, height, width) float32 in [−1, 1].
 
-    Pictures are resized as PIL does it, with the task's filter; arrays and tensors with antialiased bicubic (or
+    Pictures and uint8 values are resized by PIL, with the task's filter; float values with antialiased bicubic (or
     bilinear) interpolation, for which no Lanczos filter exists.
     """
+    if not isinstance(image, PIL.Image.Image) and _channels_first(image).dtype == torch.uint8:
+        image = PIL.Image.fromarray(_channels_first(image).permute(1, 2, 0).contiguous().cpu().numpy())
     if isinstance(image, PIL.Image.Image):
         picture = image.convert("RGB")
         if picture.size != (width, height):
             picture = picture.resize((width, height), _RESAMPLE[spec.resample])
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
     else:
-        pixels = _as_tensor(image)
+        pixels = _channels_first(image).float()
         if pixels.shape[1:] != (height, width):
             mode = "bilinear" if spec.resample == "bilinear" else "bicubic"
             pixels = F.interpolate(pixels[None], (height, width), mode=mode, antialias=True)[0].clamp(0, 1)
@@ -173,12 +180,25 @@ def _checked_prompts(prompts: list[Any], tasks: list[TaskSpec]) -> list[str]:
     return [prompt or "" for prompt in prompts]
 
 
+def _checked_negative_prompts(prompts: list[Any]) -> list[str]:
+    for i, prompt in enumerate(prompts):
+        if prompt is not None and not isinstance(prompt, str):
+            raise ValueError(f"A negative prompt is a string or None, but sample {i} has {prompt!r}.")
+    return [prompt or "" for prompt in prompts]
+
+
+def _is_integer(value: Any) -> bool:
+    """Whether a value is an integer, of Python or NumPy; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def _scales(name: str, value: Any, tasks: list[TaskSpec]) -> list[float]:
     scales = []
     for given, spec in zip(_per_sample(name, value, len(tasks)), tasks, strict=True):
         default = getattr(spec, name)
         scale = (1.0 if default is None else default) if given is None else given
-        if not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
+        is_number = isinstance(scale, numbers.Real) and not isinstance(scale, bool)
+        if not is_number or not math.isfinite(scale) or scale < 0:
             raise ValueError(f"{name} must be a finite number ≥ 0, but got {scale!r}.")
         scales.append(float(scale))
     return scales
@@ -186,9 +206,9 @@ def _scales(name: str, value: Any, tasks: list[TaskSpec]) -> list[float]:
 
 def _steps(given: int | None, tasks: list[TaskSpec]) -> int:
     if given is not None:
-        if not isinstance(given, int) or given < 1:
+        if not _is_integer(given) or given < 1:
             raise ValueError(f"num_inference_steps must be an integer ≥ 1, but got {given!r}.")
-        return given
+        return int(given)
     defaults = {spec.name: spec.num_inference_steps for spec in tasks}
     if len(set(defaults.values())) > 1:
         raise ValueError(f"Tasks of one call share their steps, but have {defaults}: give num_inference_steps.")
@@ -196,31 +216,33 @@ def _steps(given: int | None, tasks: list[TaskSpec]) -> int:
 
 
 def _check_image(image: Any, sample: int) -> None:
-    if not isinstance(image, PIL.Image.Image | np.ndarray | Tensor):
-        raise ValueError(f"An image is a PIL image, an array or a tensor, but sample {sample} has a {type(image)}.")
     if isinstance(image, PIL.Image.Image):
-        shape_ok, values = min(image.size) > 0, None
+        if image.mode not in _MODES:
+            raise ValueError(f"Pictures have 8 bits per channel, but that of sample {sample} has mode {image.mode!r}.")
+        shape, shape_ok = image.size, min(image.size) > 0
+    elif isinstance(image, np.ndarray | Tensor):
+        shape = tuple(image.shape)
+        shape_ok = len(shape) == 3 and min(shape) > 0 and shape[0 if isinstance(image, Tensor) else 2] == 3
     else:
-        shape_ok = image.ndim == 3 and min(image.shape) > 0 and image.shape[_channel_dim(image)] == 3
-        values = torch.as_tensor(image) if shape_ok else None
+        raise ValueError(f"An image is a PIL image, an array or a tensor, but sample {sample} has a {type(image)}.")
     if not shape_ok:
-        shape = image.size if isinstance(image, PIL.Image.Image) else tuple(image.shape)
         raise ValueError(
             f"An image has three colours and at least one pixel (PIL, array (H, W, 3), tensor (3, H, W)), but sample "
             f"{sample} has the size {shape}."
         )
-    if values is not None and values.is_floating_point():
+    if isinstance(image, PIL.Image.Image):
+        image.load()  # a truncated file is found here, rather than half-way
+        return
+    dtype = image.dtype.name if isinstance(image, np.ndarray) else str(image.dtype).removeprefix("torch.")
+    if dtype not in _DTYPES:
+        raise ValueError(f"Image arrays are float in [0, 1] or uint8, but sample {sample} has {dtype}.")
+    values = _channels_first(image)
+    if values.is_floating_point():
         if not torch.isfinite(values).all():
             raise ValueError(f"Image values must be finite, but the image of sample {sample} has NaN or infinity.")
         low, high = float(values.min()), float(values.max())
         if low < 0 or high > 1:
-            raise ValueError(f"Image values must be in [0, 1], but sample {sample} has {low:.3g} to {high:.3g}.")
-    elif values is not None and values.dtype != torch.uint8:
-        raise ValueError(f"Image arrays are float in [0, 1] or uint8, but sample {sample} has {values.dtype}.")
-
-
-def _channel_dim(image: np.ndarray | Tensor) -> int:
-    return 0 if isinstance(image, Tensor) else 2
+            raise ValueError(f"Image values must be in [0, 1], but sample {sample} has {low} to {high}.")
 
 
 def _size(image: Image) -> tuple[int, int]:
@@ -231,6 +253,8 @@ def _size(image: Image) -> tuple[int, int]:
     return rows, columns
 
 
-def _as_tensor(image: np.ndarray | Tensor) -> Tensor:
-    tensor = image if isinstance(image, Tensor) else torch.from_numpy(image).permute(2, 0, 1)
-    return tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float()
+def _channels_first(image: np.ndarray | Tensor) -> Tensor:
+    if isinstance(image, Tensor):
+        return image
+    # A copy, as torch takes neither flipped nor (without a warning) read-only arrays, nor another byte order.
+    return torch.from_numpy(image.astype(image.dtype.newbyteorder("="))).permute(2, 0, 1)

@@ -9,6 +9,7 @@ from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPip
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_instruct_pix2pix import retrieve_latents
 from torch import Tensor
 
 from mtu.guidance import GuidancePlan, combine, plan_guidance
@@ -69,7 +70,8 @@ class MTUPipeline(StableDiffusionPipeline):
             output_type: "pil", "np", "pt" or "latent".
             return_dict: return `StableDiffusionPipelineOutput` rather than a tuple.
             cross_attention_kwargs: for attention processors; `scale` is the LoRA scale.
-            callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after each step.
+            callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after each step; returns the
+                tensors to go on with, of the same shapes.
             callback_on_step_end_tensor_inputs: of "latents" and "prompt_embeds" (one row per guidance branch).
 
         Returns:
@@ -96,7 +98,7 @@ class MTUPipeline(StableDiffusionPipeline):
             repeats=num_images_per_prompt,
         )
         size = output_size(request, height, width, self._default_size(), self._size_multiple())
-        self._check_call(request, size, generator, latents, output_type, callback_on_step_end_tensor_inputs)
+        self._check_call(request, size, generator, latents, eta, output_type, callback_on_step_end_tensor_inputs)
         self._interrupt = False
         self._cross_attention_kwargs = cross_attention_kwargs
         self._guidance_scale = max(request.guidance_scales)
@@ -114,10 +116,12 @@ class MTUPipeline(StableDiffusionPipeline):
             prompt_embeds.dtype,
             device,
             generator,
-            latents,
+            None if latents is None else latents.to(prompt_embeds.dtype),
         )
         step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
         self._num_timesteps = len(timesteps)
+        # Some schedulers (PNDM) have more timesteps than steps: as in diffusers, the first ones do not count.
+        warmup = len(timesteps) - request.num_inference_steps * self.scheduler.order
         with self.progress_bar(total=request.num_inference_steps) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
@@ -138,11 +142,10 @@ class MTUPipeline(StableDiffusionPipeline):
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
                     wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, i, t, wanted)
-                    latents = changed.pop("latents", latents)
-                    prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
+                    tensors |= _same_shapes(callback_on_step_end(self, i, t, wanted), tensors)
+                    latents, prompt_embeds = tensors["latents"], tensors["prompt_embeds"]
                 # Schedulers of higher order have several timesteps per step.
-                if i == len(timesteps) - 1 or (i + 1) % self.scheduler.order == 0:
+                if i == len(timesteps) - 1 or (i + 1 > warmup and (i + 1) % self.scheduler.order == 0):
                     progress_bar.update()
         return self._finish(latents, generator, output_type, return_dict)
 
@@ -177,15 +180,30 @@ class MTUPipeline(StableDiffusionPipeline):
         size: tuple[int, int],
         generator: torch.Generator | list[torch.Generator] | None,
         latents: Tensor | None,
+        eta: float,
         output_type: str,
         callback_inputs: Sequence[str],
     ) -> None:
         count = len(request.tasks)
+        for spec in request.tasks:
+            if spec.condition_channels not in (0, self.vae.config.latent_channels):
+                raise ValueError(
+                    f"Task {spec.name!r} reads {spec.condition_channels} condition channels, but this pipeline gives "
+                    f"the {self.vae.config.latent_channels} latent channels of an image."
+                )
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"generator must have one entry for each of {count} outputs, but got {len(generator)}.")
+        for one in generator if isinstance(generator, list) else [generator]:
+            if not isinstance(one, torch.Generator) and (one is not None or isinstance(generator, list)):
+                raise ValueError(f"generator must be a torch.Generator or a list of them, but got a {type(one)}.")
         expected = (count, self.unet.config.in_channels, *(edge // self.vae_scale_factor for edge in size))
+        if latents is not None and not (isinstance(latents, Tensor) and latents.is_floating_point()):
+            given = latents.dtype if isinstance(latents, Tensor) else type(latents)
+            raise ValueError(f"latents must be a floating-point tensor of shape {expected}, but got {given}.")
         if latents is not None and tuple(latents.shape) != expected:
             raise ValueError(f"latents must have the shape {expected}, but got {tuple(latents.shape)}.")
+        if not isinstance(eta, int | float) or not 0 <= eta <= 1:
+            raise ValueError(f"eta must be a number in [0, 1], but got {eta!r}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', but got {output_type!r}.")
         unknown = [name for name in callback_inputs if name not in self._callback_tensor_inputs]
@@ -218,8 +236,9 @@ class MTUPipeline(StableDiffusionPipeline):
         if not with_image:
             return None
         device, dtype = self._execution_device, self.vae.dtype
-        pixels = torch.stack([condition_image(request.images[i], request.tasks[i], *size) for i in with_image])
-        encoded = self.vae.encode(pixels.to(device, dtype)).latent_dist.mode().to(self.unet.dtype)
+        # Each to the device first: tensors may come from several places.
+        pixels = [condition_image(request.images[i], request.tasks[i], *size).to(device, dtype) for i in with_image]
+        encoded = retrieve_latents(self.vae.encode(torch.stack(pixels)), sample_mode="argmax").to(self.unet.dtype)
         conditions = encoded.new_zeros(len(request.images), *encoded.shape[1:])
         conditions[with_image] = encoded
         return conditions[plan.samples] * plan.use_image[:, None, None, None].to(encoded.dtype)
@@ -241,6 +260,17 @@ class MTUPipeline(StableDiffusionPipeline):
             images = self.image_processor.postprocess(decoded, output_type=output_type, do_denormalize=visible)
         self.maybe_free_model_hooks()
         return StableDiffusionPipelineOutput(images, flagged) if return_dict else (images, flagged)
+
+
+def _same_shapes(changed: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a callback returned, once it is known to fit the branches of this call."""
+    if not isinstance(changed, dict):
+        raise ValueError(f"callback_on_step_end must return its dictionary of tensors, but returned {changed!r}.")
+    for name, tensor in changed.items():
+        if name not in tensors or tensor.shape != tensors[name].shape:
+            expected = {known: tuple(old.shape) for known, old in tensors.items()}
+            raise ValueError(f"callback_on_step_end must return {expected}, but {name!r} is {tuple(tensor.shape)}.")
+    return changed
 
 
 # `model_index.json` names the module a class is imported from: the package, not this file.

@@ -72,7 +72,7 @@ def run_demo(base: Path, output: Path, config: DemoConfig) -> None:
     stock = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32)
     stock.scheduler = DPMSolverMultistepScheduler.from_config(stock.scheduler.config)
     print(f"One model of {len(TASKS)} tasks out of {base.name}:\n")
-    table = format_comparison(compare(stock.unet, num_experts=4, size=64))
+    table = format_comparison(compare(base, num_experts=4, size=64))
     print(table, flush=True)
     pipeline = upcycle(stock, ICON_TASKS, num_experts=4, seed=config.seed)
 

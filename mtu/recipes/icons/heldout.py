@@ -163,7 +163,7 @@ def picture_grid(examples: Sequence[IconExample], before: Tensor, after: Tensor,
         rows.setdefault(_row_name(example), []).append(i)
     width = names_width + per_row * block
     height = label_height + len(rows) * (cell + label_height)
-    grid = Image.new("RGB", (width, height), "white")
+    grid = Image.new("RGB", (width, height), "#eceff1")
     draw = ImageDraw.Draw(grid)
     font = ImageFont.load_default(11)
     for column in range(per_row):

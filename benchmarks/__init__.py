@@ -1,0 +1,1 @@
+"""Measurements: each module writes CSV rows with their provenance into `benchmarks/results`."""

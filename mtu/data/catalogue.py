@@ -1,0 +1,125 @@
+"""What the icon data set consists of: names, colours, captions, and the split of both names and combinations.
+
+Names are split by their *base name*, the first word of the hyphenated name: `bell`, `bell-ring` and `bell-outline`
+are always in the same split, so image-to-image tasks are tested on icons never seen in any variant. Text-to-image
+cannot be tested on unseen names; it is tested on seen names in unseen *combinations* of icon, colour and background.
+"""
+
+import hashlib
+from functools import cache
+from typing import Literal
+
+from mtu.data.font import glyphs
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+FOREGROUNDS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 40, 40),
+    "orange": (245, 135, 30),
+    "yellow": (245, 210, 45),
+    "green": (30, 175, 70),
+    "cyan": (45, 195, 215),
+    "blue": (45, 85, 225),
+    "purple": (140, 60, 190),
+    "pink": (240, 90, 170),
+}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+    "gray": (85, 85, 85),
+    "beige": (225, 205, 165),
+}
+
+OUTLINE, OFF = "-outline", "-off"
+TEST_PART, VALIDATION_PART = 0.10, 0.05
+HELD_OUT_PART, HELD_OUT_VALIDATION_PART = 0.10, 0.03
+
+
+def hash_fraction(text: str) -> float:
+    """Return a number in [0, 1) that depends on the text alone, on every machine and in every process."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def base_name(name: str) -> str:
+    """Return the first word of a hyphenated icon name."""
+    return name.split("-", 1)[0]
+
+
+def split_of(name: str) -> Split:
+    """Return the split of an icon name; all variants of one base name are in one split."""
+    fraction = hash_fraction(base_name(name))
+    if fraction < TEST_PART:
+        return "test"
+    return "validation" if fraction < TEST_PART + VALIDATION_PART else "train"
+
+
+@cache
+def combination_split(name: str, colour: str, background: str) -> Split:
+    """Return the split of one combination of icon (in its style), colour and background.
+
+    Args:
+        name: the icon's full name, so that `bell` and `bell-outline` are held out independently.
+        colour: a key of `FOREGROUNDS`.
+        background: a key of `BACKGROUNDS`.
+    """
+    fraction = hash_fraction(f"{name}|{colour}|{background}")
+    if fraction < HELD_OUT_PART:
+        return "test"
+    return "validation" if fraction < HELD_OUT_PART + HELD_OUT_VALIDATION_PART else "train"
+
+
+@cache
+def icon_names(split: Split) -> tuple[str, ...]:
+    """Return all icon names of a split."""
+    return tuple(name for name in glyphs() if split_of(name) == split)
+
+
+@cache
+def variant_names(split: Split, suffix: str) -> tuple[str, ...]:
+    """Return the names X of a split for which the icon X + suffix exists too."""
+    return tuple(name for name in icon_names(split) if name + suffix in glyphs())
+
+
+@cache
+def one_word_names(split: Split) -> tuple[str, ...]:
+    """Return the names of a split that consist of a single word, the icons of the two-icon scenes."""
+    return tuple(name for name in icon_names(split) if "-" not in name)
+
+
+@cache
+def caption_names() -> tuple[str, ...]:
+    """Return the names that text-to-image knows: one word, with an outline, not in the validation or test split."""
+    return tuple(name for name in one_word_names("train") if name + OUTLINE in glyphs())
+
+
+def caption(name: str, colour: str, background: str) -> str:
+    """Return the caption of one icon: "a red bell on white", "a red outlined bell on white".
+
+    The grammar is "a COLOUR [outlined | crossed out] NAME on BACKGROUND"; the style comes from the icon's name.
+
+    Args:
+        name: the icon's full name; hyphens become spaces.
+        colour: a key of `FOREGROUNDS`.
+        background: a key of `BACKGROUNDS`.
+    """
+    style = ""
+    if name.endswith(OUTLINE):
+        name, style = name.removesuffix(OUTLINE), "outlined "
+    elif name.endswith(OFF):
+        name, style = name.removesuffix(OFF), "crossed out "
+    return f"a {colour} {style}{name.replace('-', ' ')} on {background}"
+
+
+def scene_caption(names: tuple[str, str], colours: tuple[str, str], background: str) -> str:
+    """Return the caption of two icons: "a red bell and a blue star on white"."""
+    return f"a {colours[0]} {names[0]} and a {colours[1]} {names[1]} on {background}"
+
+
+def vocabulary() -> tuple[str, ...]:
+    """Return every word that captions and instructions of one-word icons are made of, sorted."""
+    words = {word for split in SPLITS for word in one_word_names(split)}
+    words |= {*FOREGROUNDS, *BACKGROUNDS}
+    words |= {"a", "and", "on", "crossed", "out", "outlined"}
+    words |= {"outline", "cross", "it", "make", "put", "remove", "the"}
+    return tuple(sorted(words))

@@ -1,0 +1,174 @@
+"""An upcycled model beside its original."""
+
+import os
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from diffusers import UNet2DConditionModel
+
+from mtu.config import ExpertConfig, NormMode
+from mtu.inspection.counting import (
+    count_flops,
+    count_parameters,
+    describe_flops,
+    format_count,
+    format_flops,
+    format_table,
+)
+from mtu.inspection.subject import Subject, read_subject
+from mtu.tasks import TaskSpec
+from mtu.unet import MTUUNet2DConditionModel
+
+__all__ = ["Comparison", "Row", "compare", "format_comparison"]
+
+
+class Row(NamedTuple):
+    """One quantity of the original and of the upcycled model; None where a model has no such thing.
+
+    Attributes:
+        key: name for machines; those of FLOPs start with "flops".
+        label: name for people.
+        original, upcycled, routers_dropped: the stock model, the upcycled one, and that one after `drop_routers_`.
+    """
+
+    key: str
+    label: str
+    original: int | None
+    upcycled: int
+    routers_dropped: int
+
+    @property
+    def ratio(self) -> float | None:
+        """Upcycled / original."""
+        return self.upcycled / self.original if self.original else None
+
+    @property
+    def ratio_routers_dropped(self) -> float | None:
+        """Upcycled and without routers / original."""
+        return self.routers_dropped / self.original if self.original else None
+
+
+class Comparison(NamedTuple):
+    """An upcycled model beside its original.
+
+    Attributes:
+        name: of the model.
+        size, latent_size: edge of the picture and of the latents that FLOPs are counted for.
+        tasks: of the upcycled model.
+        config: its expert layout.
+        rows: the quantities.
+    """
+
+    name: str
+    size: int
+    latent_size: int
+    tasks: tuple[TaskSpec, ...]
+    config: ExpertConfig
+    rows: tuple[Row, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        reason = self.config.why_not_preserved()
+        return {
+            "model": self.name,
+            "size": self.size,
+            "latent_size": self.latent_size,
+            "tasks": [task.name for task in self.tasks],
+            **{key: getattr(self.config, key) for key in ("num_experts", "top_k", "expert_ratio", "norm")},
+            "preserved": reason is None,
+            "why_not_preserved": reason,
+            "rows": [
+                {**row._asdict(), "ratio": row.ratio, "ratio_routers_dropped": row.ratio_routers_dropped}
+                for row in self.rows
+            ],
+        }
+
+
+def compare(
+    model: str | os.PathLike | UNet2DConditionModel,
+    num_experts: int | None = None,
+    *,
+    top_k: int | None = None,
+    expert_ratio: float | None = None,
+    norm: NormMode | None = None,
+    size: int = 512,
+    latent_factor: int | None = None,
+) -> Comparison:
+    """Count parameters and FLOPs of an upcycled model beside those of its original; no weights are read or made.
+
+    Args:
+        model: "sd15", "sdxl", a UNet (stock or upcycled, left as it is), or the folder of a UNet or a pipeline.
+        num_experts, top_k, expert_ratio, norm: as in `upcycle`, for a stock model; an upcycled one has its own.
+        size: edge of the picture in pixels.
+        latent_factor: pixels per latent; None: that of the pipeline's VAE where there is one, else 8.
+
+    Returns:
+        The comparison, for `format_comparison`.
+
+    Raises:
+        ValueError: no such folder, not that of a UNet, or arguments that `upcycle` refuses.
+    """
+    subject = read_subject(model)
+    latent_size = subject.latent_size(size, latent_factor)
+    settings = {"num_experts": num_experts, "top_k": top_k, "expert_ratio": expert_ratio, "norm": norm}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    if subject.upcycled is None:
+        upcycled = subject.build_upcycled(**settings)
+    elif settings:
+        raise ValueError(f"{subject.name} is upcycled already, its layout is fixed: expected no {', '.join(settings)}.")
+    else:
+        upcycled = subject.upcycled
+    tasks, config = upcycled.tasks, upcycled.expert_config
+    return Comparison(subject.name, size, latent_size, tasks, config, _rows(subject, upcycled, latent_size))
+
+
+def _rows(subject: Subject, upcycled: MTUUNet2DConditionModel, latent_size: int) -> tuple[Row, ...]:
+    """All quantities; `upcycled` loses its routers."""
+    stock = subject.build_stock()
+    channels, widest = stock.config.in_channels, upcycled.conv_in.in_channels
+    original = count_flops(stock, channels, latent_size)
+    own, wide = (count_flops(upcycled, count, latent_size) for count in (channels, widest))
+    parameters, trained = count_parameters(upcycled), sum(p.numel() for p in upcycled.trainable_parameters())
+    blocks = len(upcycled.routed_layers())
+    upcycled.drop_routers_()
+    trained_dropped = sum(p.numel() for p in upcycled.trainable_parameters())
+    rows = [
+        Row("parameters", "parameters", count_parameters(stock), parameters, count_parameters(upcycled)),
+        Row("trained_parameters", "trained parameters", None, trained, trained_dropped),
+        Row("ffn_blocks", "FFN blocks", blocks, blocks, blocks),
+    ]
+    first, total = upcycled.tasks[0].name, original.layers + original.attention
+    tasks = [("", f"{first}, {channels} channels", own), ("_widest_task", f"widest task, {widest} channels", wide)]
+    for key, label, flops in tasks if widest > channels else tasks[:1]:
+        layers, both = flops.layers, flops.layers + flops.attention
+        rows.append(Row(f"flops{key}", f"FLOPs, {label}", original.layers, layers, layers))
+        rows.append(Row(f"flops{key}_with_attention", "  with attention products", total, both, both))
+    rows.append(Row("flops_routers_per_call", "FLOPs of the routers, per call", None, own.routers, 0))
+    return tuple(rows)
+
+
+def format_comparison(comparison: Comparison) -> str:
+    """The comparison as an aligned table, with what it means."""
+    config, tasks = comparison.config, ", ".join(task.name for task in comparison.tasks)
+    experts = f"{config.num_experts} expert{'s' if config.num_experts > 1 else ''}"
+    ratio = Fraction(config.expert_ratio).limit_denominator(4096)
+    routing = "dense" if config.is_dense else f"top-{config.top_k}"
+    lines = [["", "original", "upcycled", "ratio", "routers dropped", "ratio"]]
+    for row in comparison.rows:
+        show = format_flops if row.key.startswith("flops") else format_count
+        original = "-" if row.original is None else show(row.original)
+        ratios = ["-" if r is None else f"{r:.3f}" for r in (row.ratio, row.ratio_routers_dropped)]
+        lines.append([row.label, original, show(row.upcycled), ratios[0], show(row.routers_dropped), ratios[1]])
+    reason = config.why_not_preserved()
+    return "\n".join(
+        [
+            f"{comparison.name}: {experts} of {ratio} of the FFN, {routing} routing, norm {config.norm!r}.",
+            f"Tasks: {tasks}.",
+            "",
+            format_table(lines, left=1),
+            "",
+            describe_flops(comparison.size, comparison.latent_size),
+            "Routers run once per call, whatever the batch; drop_routers_() leaves only their output.",
+            f"Output of the original preserved at initialisation: {'yes' if reason is None else f'no, {reason}'}.",
+        ]
+    )

@@ -1,0 +1,253 @@
+"""The expert layouts of a model under a parameter budget, and the paper's recipe for choosing one."""
+
+import os
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from diffusers import UNet2DConditionModel
+
+from mtu.config import ExpertConfig, NormMode
+from mtu.inspection.counting import (
+    Flops,
+    count_flops,
+    count_parameters,
+    describe_flops,
+    format_count,
+    format_flops,
+    format_table,
+)
+from mtu.inspection.subject import read_subject
+from mtu.unet import MTUUNet2DConditionModel
+
+__all__ = ["Layout", "Sweep", "format_sweep", "sweep"]
+
+_EXPERTS = (1, 2, 4, 8, 16)
+_RATIOS = (Fraction(1, 4), Fraction(1, 2), Fraction(1))
+
+_RECIPE = (
+    "1. Start with input convolutions, task norms and one expert",
+    "2. If that underperforms, raise N with smaller experts",
+    "3. Or keep full-size experts and add more, as the budget allows",
+)
+
+_BUDGET = re.compile(r"(\d+(?:\.\d+)?)([KMBx]?)", re.IGNORECASE)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+class Layout(NamedTuple):
+    """One expert layout of a sweep.
+
+    Attributes:
+        num_experts, expert_ratio, top_k: N, G and K; top_k None is dense routing.
+        parameters: after `drop_routers_`: what a budget bounds.
+        parameters_with_routers: in training.
+        trained_parameters: in training.
+        flops, flops_with_attention: of a task without condition channels, without routers.
+        preserved: whether initialisation can keep the original's output.
+        step: of the paper's recipe, 1 to 3; None: not part of it.
+        within_budget: whether `parameters` fit.
+    """
+
+    num_experts: int
+    expert_ratio: Fraction
+    top_k: int | None
+    parameters: int
+    parameters_with_routers: int
+    trained_parameters: int
+    flops: int
+    flops_with_attention: int
+    preserved: bool
+    step: int | None
+    within_budget: bool
+
+    def __str__(self) -> str:
+        routing = "" if self.top_k is None else f" top-{self.top_k}"
+        return f"N = {self.num_experts} G = {self.expert_ratio}{routing} ({format_count(self.parameters)})"
+
+
+class Sweep(NamedTuple):
+    """All layouts of one model, and the recipe for a budget.
+
+    Attributes:
+        name: of the model.
+        size, latent_size: edge of the picture and of the latents that FLOPs are counted for.
+        budget: in parameters.
+        original_parameters, original_flops: of the stock model.
+        layouts: by N, then G; those beyond the budget too.
+        recipe: its three steps, a line each.
+    """
+
+    name: str
+    size: int
+    latent_size: int
+    budget: int
+    original_parameters: int
+    original_flops: int
+    layouts: tuple[Layout, ...]
+    recipe: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        layouts = [
+            {
+                **layout._asdict(),
+                "expert_ratio": float(layout.expert_ratio),
+                "ratio": layout.parameters / self.original_parameters,
+                "flop_ratio": layout.flops / self.original_flops,
+            }
+            for layout in self.layouts
+        ]
+        fields = {**self._asdict(), "layouts": layouts, "recipe": list(self.recipe)}
+        return {"model": fields.pop("name"), **fields}
+
+
+def sweep(
+    model: str | os.PathLike | UNet2DConditionModel,
+    budget: str | int,
+    *,
+    norm: NormMode | None = None,
+    size: int = 512,
+    latent_factor: int | None = None,
+) -> Sweep:
+    """Parameters and FLOPs of N ∈ {1, 2, 4, 8, 16} × G ∈ {1/N, 1/4, 1/2, 1}, and the paper's recipe for a budget.
+
+    Routing is dense; where some K < N has K·G = 1, also top-k, with the active parameters and FLOPs of the original.
+    Hidden units all cost the same, so the model of one full-size expert is counted and the others follow from it.
+
+    Args:
+        model: "sd15", "sdxl", a UNet, or the folder of a UNet or a pipeline; of an upcycled one, its original.
+        budget: parameters after `drop_routers_`: a number, "860M", "1.2B", or "1.05x", times the original's.
+        norm: as in `upcycle`; None: that of an upcycled model, else "task".
+        size, latent_factor: as in `compare`.
+
+    Returns:
+        The sweep, for `format_sweep`.
+
+    Raises:
+        ValueError: as `compare`; a budget that is no number, or below the smallest layout.
+
+    Source: MTU (arXiv 2503.11905) §8.
+    """
+    subject = read_subject(model)
+    latent_size = subject.latent_size(size, latent_factor)
+    stock = subject.build_stock()
+    original = count_parameters(stock)
+    limit = _parse_budget(budget, original)
+    if norm is None:
+        norm = "task" if subject.upcycled is None else subject.upcycled.expert_config.norm
+    one_expert = subject.build_upcycled(num_experts=1, norm=norm)
+    layouts = _layouts(one_expert, limit, count_flops(one_expert, stock.config.in_channels, latent_size))
+    if not any(layout.within_budget for layout in layouts):
+        least = min(layouts, key=lambda layout: layout.parameters)
+        raise ValueError(f"No layout fits into {format_count(limit)} parameters: the smallest is {least}.")
+    flops = count_flops(stock, stock.config.in_channels, latent_size).layers
+    recipe = tuple(_recipe_line(step, layouts) for step in (1, 2, 3))
+    return Sweep(subject.name, size, latent_size, limit, original, flops, layouts, recipe)
+
+
+def _parse_budget(budget: str | int, original: int) -> int:
+    match = _BUDGET.fullmatch(str(budget).strip())
+    if match is None or not Fraction(match[1]):
+        raise ValueError(f"A budget is a number of parameters such as 860M, 1.2B or 1.05x, but got {str(budget)!r}.")
+    unit = match[2].lower()
+    return int(Fraction(match[1]) * (original if unit == "x" else _UNITS[unit]))
+
+
+def _layouts(one_expert: MTUUNet2DConditionModel, budget: int, flops: Flops) -> tuple[Layout, ...]:
+    """The layouts that fit the widths of the model, derived from that of one full-size expert."""
+    config, found = one_expert.expert_config, []
+    for num_experts in _EXPERTS:
+        for ratio in sorted({*_RATIOS, Fraction(1, num_experts)}):
+            active = ratio.denominator  # K with K·G = 1
+            for top_k in (None, active) if active < num_experts else (None,):
+                layout = ExpertConfig(num_experts, top_k, float(ratio), config.norm, 1.0, config.router_width)
+                try:
+                    found.append((layout, ratio, _sizes(one_expert, layout)))
+                except ValueError:
+                    continue  # N does not divide some layer's hidden units
+    layouts = []
+    for layout, ratio, (parameters, routers, trained) in found:
+        # FLOPs of FFNs go with the active hidden units, K·G times the stock ones.
+        layers = flops.layers + int(flops.ffn * (layout.active_experts * ratio - 1))
+        preserved, costs = layout.why_not_preserved() is None, (layers, layers + flops.attention)
+        counts = (parameters, parameters + routers, trained)
+        placed = (preserved, _step(layout.num_experts, ratio, preserved), parameters <= budget)
+        layouts.append(Layout(layout.num_experts, ratio, layout.top_k, *counts, *costs, *placed))
+    return tuple(layouts)
+
+
+def _sizes(one_expert: MTUUNet2DConditionModel, layout: ExpertConfig) -> tuple[int, int, int]:
+    """Parameters without routers, parameters of the routers, and trained parameters of a layout.
+
+    Raises:
+        ValueError: the layout does not fit the hidden widths.
+    """
+    layers, extra = one_expert.routed_layers(), layout.num_experts - 1
+    grown = 0
+    for layer in layers:
+        dim, stock_hidden = int(layer.net[2].out_features), int(layer.net[2].in_features)
+        hidden = layout.num_experts * layout.expert_width(stock_hidden)
+        grown += (3 * dim + 2) * (hidden - stock_hidden)  # two rows of w_in and b_in and a column of w_out per unit
+        if layout.norm == "task_expert":
+            grown += extra * 2 * dim * len(one_expert.tasks)
+    routers = count_parameters(one_expert.task_embedding) + sum(count_parameters(layer.router) for layer in layers)
+    routers_grown = extra * (layout.router_width + 1) * len(layers)
+    trained = sum(parameter.numel() for parameter in one_expert.trainable_parameters())
+    parameters = count_parameters(one_expert) - routers + grown
+    return parameters, routers + routers_grown, trained + grown + routers_grown
+
+
+def _step(num_experts: int, ratio: Fraction, preserved: bool) -> int | None:
+    """The step of the recipe that a layout belongs to; what loses the original's output belongs to none."""
+    if not preserved:
+        return None
+    if num_experts == 1:
+        return 1
+    return 2 if ratio < 1 else 3
+
+
+def _recipe_line(step: int, layouts: Sequence[Layout]) -> str:
+    own = [layout for layout in layouts if layout.step == step]
+    fitting = [str(layout) for layout in own if layout.within_budget]
+    if fitting:
+        return f"{_RECIPE[step - 1]}: {', '.join(fitting)}."
+    least = min(own, key=lambda layout: layout.parameters, default=None)
+    return f"{_RECIPE[step - 1]}: nothing fits{'' if least is None else f'; the smallest is {least}'}."
+
+
+def format_sweep(result: Sweep) -> str:
+    """The layouts within the budget as an aligned table, and the recipe."""
+    fitting = [layout for layout in result.layouts if layout.within_budget]
+    beyond = [layout for layout in result.layouts if not layout.within_budget]
+    lines = [["N", "G", "routing", "parameters", "ratio", "with routers", "trained", "FLOPs", "ratio", "+ attention"]]
+    lines[0] += ["preserved", "step"]
+    for layout in fitting:
+        cells = [str(layout.num_experts), str(layout.expert_ratio)]
+        cells += ["dense" if layout.top_k is None else f"top-{layout.top_k}"]
+        cells += [format_count(layout.parameters), f"{layout.parameters / result.original_parameters:.3f}"]
+        cells += [format_count(layout.parameters_with_routers), format_count(layout.trained_parameters)]
+        cells += [format_flops(layout.flops), f"{layout.flops / result.original_flops:.3f}"]
+        cells += [format_flops(layout.flops_with_attention), "yes" if layout.preserved else "no"]
+        lines.append([*cells, str(layout.step or "-")])
+    rest = "No layout goes beyond the budget."
+    if beyond:
+        least = min(beyond, key=lambda layout: layout.parameters)
+        rest = f"{len(beyond)} more layouts go beyond the budget, from {least} on."
+    return "\n".join(
+        [
+            f"{result.name}: N experts of G times the FFN within {format_count(result.budget)} parameters once routers "
+            f"are dropped (original: {format_count(result.original_parameters)}).",
+            "",
+            format_table(lines),
+            "",
+            rest,
+            "Preserved: training starts from the output of the original.",
+            describe_flops(result.size, result.latent_size),
+            "Routers, which run once per call whatever the batch, are left out.",
+            "",
+            "The paper's recipe (section 8) for this budget:",
+            *result.recipe,
+        ]
+    )

@@ -1,0 +1,1 @@
+"""Recipes: complete trainings that anyone can run again."""

@@ -1,0 +1,1 @@
+"""The icon models: a small base model made from nothing, for `python -m mtu.recipes.icons`."""

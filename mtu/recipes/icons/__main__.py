@@ -1,0 +1,79 @@
+"""`python -m mtu.recipes.icons`: everything about the icon models that can be run."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from mtu.data.catalogue import OUTLINE, caption_names
+from mtu.recipes.icons.base import BaseConfig, save_model, train_base
+from mtu.recipes.icons.card import write_card
+from mtu.recipes.icons.score import ScoreConfig, score_model
+
+
+def add_base(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the `base` command."""
+    parser = commands.add_parser("base", help="train the base text-to-image model from nothing")
+    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints, logs and the model")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in the output folder")
+    parser.add_argument("--minutes", type=float, help="limit of both trainings together, in minutes")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, data and noise")
+    parser.set_defaults(run=run_base)
+
+
+def run_base(arguments: argparse.Namespace) -> None:
+    """Train, save, score and describe the base model; the model comes to `OUTPUT/model`."""
+    command = f"python -m mtu.recipes.icons base --output DIR --seed {arguments.seed}"
+    config = BaseConfig(seed=arguments.seed)
+    if arguments.minutes is not None:
+        config = config.limited(arguments.minutes)
+        command += f" --minutes {arguments.minutes:g}"
+    make_base(arguments.output, config, ScoreConfig(), command=command, resume=arguments.resume)
+
+
+def make_base(output: Path, config: BaseConfig, score: ScoreConfig, *, command: str, resume: bool = False) -> None:
+    """Train, save, score and describe the base model.
+
+    Args:
+        output: folder for checkpoints and logs; the model comes to `model` below it.
+        config: what to train, and how.
+        score: how to score.
+        command: what was run, for the model card.
+        resume: continue from the checkpoints in the output folder.
+    """
+    pipeline, history = train_base(output, config, resume=resume)
+    folder = output / "model"
+    save_model(pipeline, folder)
+    metrics = score_model(folder, score)
+    prompts = config.denoiser.prompts
+    provenance = {
+        "command": command,
+        "seed": config.seed,
+        "machine": f"{os.cpu_count()} CPU cores",
+        "names": len(caption_names()),
+        "all_icons": sum(len((name, name + OUTLINE)) for name in caption_names()),
+        "vae_minutes": history["vae"][-1].seconds / 60,
+        "vae_steps": history["vae"][-1].step,
+        "vae_batch": config.vae.batch_size,
+        "denoiser_minutes": history["denoiser"][-1].seconds / 60,
+        "denoiser_steps": history["denoiser"][-1].step,
+        "denoiser_batch": config.denoiser.batch_size,
+        "scenes": prompts.scene_part,
+        "instructions": prompts.instruction_part,
+        "removed": prompts.removed_part,
+    }
+    write_card(folder, metrics, provenance)
+    print(f"The model is in {folder}; its scores are in {folder / 'README.md'}.")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m mtu.recipes.icons", description="The icon models of mtu.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    add_base(commands)
+    parsed = parser.parse_args(arguments)
+    parsed.run(parsed)
+
+
+if __name__ == "__main__":
+    main()

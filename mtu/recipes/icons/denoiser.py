@@ -1,0 +1,148 @@
+"""The UNet and text encoder of the icon base model, trained together on cached latents."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from mtu.data.degrade import to_tensor
+from mtu.recipes.icons.prompts import IconPicture, PromptConfig, ScenePicture, icon_pictures, prompt_of, scene_pictures
+from mtu.recipes.icons.text import token_ids
+from mtu.recipes.icons.vae import encode
+
+LATENT_SIZE = 16
+# Stable Diffusion's noise schedule.
+NOISE_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+}
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """The UNet's size and loss.
+
+    Attributes:
+        block_out_channels: width of each resolution, finest first; every one has cross-attention.
+        layers_per_block: residual and transformer blocks per resolution.
+        heads: attention heads of every transformer block.
+        norm_num_groups: groups of each group norm.
+        batch_size: pictures per step.
+        snr_gamma: cap of the signal-to-noise ratio in the loss weights.
+        prompts: parts of the training examples.
+    """
+
+    block_out_channels: tuple[int, ...] = (64, 96, 160)
+    layers_per_block: int = 1
+    heads: int = 4
+    norm_num_groups: int = 16
+    batch_size: int = 64
+    snr_gamma: float = 5.0
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+
+
+def build_unet(config: DenoiserConfig, text_width: int) -> UNet2DConditionModel:
+    """Build an untrained UNet in the shape of Stable Diffusion's, much smaller.
+
+    Args:
+        config: sizes.
+        text_width: width of the text encoder's output.
+    """
+    levels = len(config.block_out_channels)
+    unet = UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        # diffusers' name for the number of heads.
+        attention_head_dim=config.heads,
+        cross_attention_dim=text_width,
+        norm_num_groups=config.norm_num_groups,
+    )
+    return unet.to(memory_format=torch.channels_last)
+
+
+class LatentSet:
+    """Every picture that the base model learns from, with its latents.
+
+    Args:
+        vae: the trained autoencoder, its scaling factor set.
+        config: how many scenes there are, and their parts.
+        seed: determines the scenes.
+    """
+
+    def __init__(self, vae: AutoencoderKL, config: PromptConfig, seed: int) -> None:
+        self.icons = icon_pictures("train")
+        self.scenes = scene_pictures(np.random.default_rng([seed, 3]), config)
+        pictures: list[IconPicture | ScenePicture] = [*self.icons, *self.scenes]
+        chunks = [pictures[start : start + 256] for start in range(0, len(pictures), 256)]
+        latents = [encode(vae, to_tensor(np.stack([picture.paint() for picture in chunk]))) for chunk in chunks]
+        self.latents = torch.cat(latents) * vae.config.scaling_factor
+        self.config = config
+
+    def draw(self, rng: np.random.Generator, count: int) -> tuple[Tensor, list[str]]:
+        """Draw pictures and a prompt for each.
+
+        Returns:
+            (count, 4, 16, 16) float32 scaled latents, and the prompts.
+        """
+        scene = rng.random(count) < self.config.scene_part
+        rows = np.where(scene, rng.integers(len(self.scenes), size=count), rng.integers(len(self.icons), size=count))
+        drawn = [self.scenes[row] if is_scene else self.icons[row] for row, is_scene in zip(rows, scene, strict=True)]
+        latents = self.latents[torch.from_numpy(rows + scene * len(self.icons))]
+        return latents, [prompt_of(picture, rng, self.config) for picture in drawn]
+
+
+class DenoiserLoss:
+    """Noise-prediction loss of a step, with min-SNR weights.
+
+    Args:
+        unet: the UNet.
+        text_encoder: trained together with it.
+        tokenizer: of the prompts.
+        data: latents and prompts.
+        config: batch size and weights.
+        seed: with the step, determines pictures, prompts, timesteps and noise.
+
+    Source: Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", arXiv 2303.09556.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        data: LatentSet,
+        config: DenoiserConfig,
+        seed: int,
+    ) -> None:
+        self.unet, self.text_encoder, self.tokenizer = unet, text_encoder, tokenizer
+        self.data, self.config, self.seed = data, config, seed
+        self.scheduler = DDPMScheduler(**NOISE_SCHEDULE)
+        signal = self.scheduler.alphas_cumprod
+        ratio = signal / (1 - signal)
+        self.weights = ratio.clamp_max(config.snr_gamma) / ratio
+
+    def __call__(self, step: int) -> Tensor:
+        rng = np.random.default_rng([self.seed, 4, step])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        count = self.config.batch_size
+        latents, prompts = self.data.draw(rng, count)
+        # One timestep from each of `count` equal stretches: the loss varies less from step to step.
+        spread = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+        timesteps = (spread * len(self.weights)).long()[torch.randperm(count, generator=generator)]
+        noise = torch.randn(latents.shape, generator=generator)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            states = self.text_encoder(token_ids(self.tokenizer, prompts))[0]
+            predicted = self.unet(noisy, timesteps, states).sample
+        error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
+        return (error * self.weights[timesteps]).mean()

@@ -1,0 +1,141 @@
+"""What the base model learns to draw, and the words it learns for it.
+
+Most captions follow the data set's grammar. The rest say the same through the instructions of the image tasks: the
+picture of a red outlined bell on black is also "a blue bell on white, outline it, make it red, put it on black". The
+text encoder is frozen in later multi-task training, so this is where the instructions' words get their meaning.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from mtu.data.catalogue import (
+    BACKGROUNDS,
+    FOREGROUNDS,
+    OFF,
+    OUTLINE,
+    Split,
+    caption,
+    caption_names,
+    combination_split,
+    scene_caption,
+)
+from mtu.data.font import glyphs
+from mtu.data.icons import paint_icon, paint_scene, pick
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """Parts of the base model's training examples.
+
+    Attributes:
+        scene_part: part of the examples that are scenes of two half-size icons.
+        scenes: how many different scenes there are.
+        removed_part: part of the scenes that show one icon, and whose prompt removes the other.
+        instruction_part: part of the single icons that are described through instructions.
+        dropout: part of the prompts that are left empty, for classifier-free guidance.
+    """
+
+    scene_part: float = 0.12
+    scenes: int = 6000
+    removed_part: float = 0.35
+    instruction_part: float = 0.3
+    dropout: float = 0.1
+
+
+class IconPicture(NamedTuple):
+    """One icon over the whole picture; the name carries the style."""
+
+    name: str
+    colour: str
+    background: str
+
+    def paint(self) -> np.ndarray:
+        """Return the picture, (64, 64, 3) uint8."""
+        return paint_icon(self.name, self.colour, self.background)
+
+
+class ScenePicture(NamedTuple):
+    """Two half-size icons in two quadrants; the second is only spoken of where `removed` is true."""
+
+    names: tuple[str, str]
+    colours: tuple[str, str]
+    quadrants: tuple[int, int]
+    background: str
+    removed: bool
+
+    def paint(self) -> np.ndarray:
+        """Return the picture, (64, 64, 3) uint8."""
+        icons = list(zip(self.names, self.colours, self.quadrants, strict=True))
+        return paint_scene(icons[:1] if self.removed else icons, self.background)
+
+    def prompt(self, swapped: bool) -> str:
+        """Return the scene's caption, with the removal as an instruction; swapped names the second icon first."""
+        order = -1 if swapped else 1
+        text = scene_caption(self.names[::order], self.colours[::order], self.background)
+        return f"{text}, remove the {self.colours[1]} {self.names[1]}" if self.removed else text
+
+
+def icon_pictures(split: Split) -> list[IconPicture]:
+    """Return all combinations of a split that text-to-image may show: plain, outlined and crossed-out icons."""
+    named = [name + style for name in caption_names() for style in ("", OUTLINE, OFF) if name + style in glyphs()]
+    return [
+        IconPicture(name, colour, background)
+        for name in named
+        for colour in FOREGROUNDS
+        for background in BACKGROUNDS
+        if combination_split(name, colour, background) == split
+    ]
+
+
+def scene_pictures(rng: np.random.Generator, config: PromptConfig) -> list[ScenePicture]:
+    """Draw the scenes: two names, two colours, two quadrants and a background each."""
+    names, colours, backgrounds = caption_names(), tuple(FOREGROUNDS), tuple(BACKGROUNDS)
+
+    def two(options: Sequence[str]) -> tuple[str, str]:
+        first, second = rng.choice(len(options), 2, replace=False)
+        return options[first], options[second]
+
+    scenes = []
+    for _ in range(config.scenes):
+        first, second = rng.choice(4, 2, replace=False)
+        removed = bool(rng.random() < config.removed_part)
+        scene = ScenePicture(two(names), two(colours), (int(first), int(second)), pick(rng, backgrounds), removed)
+        scenes.append(scene)
+    return scenes
+
+
+def instruction_prompt(picture: IconPicture, rng: np.random.Generator) -> str:
+    """Describe one icon through instructions: a caption that leaves out or contradicts what they then change.
+
+    Args:
+        picture: what is shown.
+        rng: decides which of colour, background and style are said by instructions, and their order.
+    """
+    name, colour, background = picture
+    instructions = []
+    if rng.random() < 0.5:
+        instructions.append(f"make it {colour}")
+        colour = pick(rng, tuple(FOREGROUNDS)) if rng.random() < 0.5 else ""
+    if rng.random() < 0.5:
+        instructions.append(f"put it on {background}")
+        background = pick(rng, tuple(BACKGROUNDS)) if rng.random() < 0.5 else ""
+    for style, instruction in ((OUTLINE, "outline it"), (OFF, "cross it out")):
+        if name.endswith(style) and rng.random() < 0.7:
+            instructions.append(instruction)
+            name = name.removesuffix(style)
+    # Left-out words leave gaps in the caption's grammar, which are closed here.
+    text = " ".join(caption(name, colour, background or "?").removesuffix(" on ?").split())
+    order = rng.permutation(len(instructions))
+    return ", ".join([text, *(instructions[i] for i in order)])
+
+
+def prompt_of(picture: IconPicture | ScenePicture, rng: np.random.Generator, config: PromptConfig) -> str:
+    """Draw a prompt for a picture: empty, the data set's caption, or a caption with instructions."""
+    if rng.random() < config.dropout:
+        return ""
+    if isinstance(picture, ScenePicture):
+        return picture.prompt(swapped=bool(rng.random() < 0.5))
+    return instruction_prompt(picture, rng) if rng.random() < config.instruction_part else caption(*picture)

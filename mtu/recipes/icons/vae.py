@@ -1,0 +1,183 @@
+"""The autoencoder of the icon models: 64×64×3 pixels to 16×16×4 latents and back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from mtu.data.catalogue import BACKGROUNDS, FOREGROUNDS, combination_split, icon_names
+from mtu.data.degrade import degrade, psnr, to_tensor, upsample
+from mtu.data.font import glyph_rows, masks
+from mtu.data.icons import EDIT_KINDS, IMAGE_SIZE, IconExample, Icons, paint
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The autoencoder's size and loss.
+
+    Attributes:
+        block_out_channels: width of each resolution, finest first; each but the last halves the picture.
+        layers_per_block: residual blocks per resolution in the encoder; the decoder has one more.
+        norm_num_groups: groups of each group norm.
+        batch_size: pictures per step.
+        l1_weight: weight of the absolute error beside the squared error.
+        kl_weight: weight of the mean KL divergence per latent element.
+        scene_part: part of the pictures that show half-size icons.
+        degraded_part: part of the pictures that are super-resolution conditions.
+    """
+
+    block_out_channels: tuple[int, ...] = (32, 32, 96)
+    layers_per_block: int = 1
+    norm_num_groups: int = 8
+    batch_size: int = 8
+    l1_weight: float = 0.1
+    kl_weight: float = 5e-5
+    scene_part: float = 0.2
+    degraded_part: float = 0.06
+
+
+def build_vae(config: VAEConfig) -> AutoencoderKL:
+    """Build an untrained autoencoder; its middle has no attention, which would cost time and hinder generalising."""
+    levels = len(config.block_out_channels)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        norm_num_groups=config.norm_num_groups,
+        latent_channels=4,
+        sample_size=IMAGE_SIZE,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+    )
+    return vae
+
+
+@lru_cache(maxsize=1)
+def _drawable() -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of the training icons, and which (icon, colour, background) may be shown: (n, 8, 4) bool."""
+    names = icon_names("train")
+    rows = np.array([glyph_rows()[name] for name in names])
+    shown = [[[combination_split(n, c, b) == "train" for b in BACKGROUNDS] for c in FOREGROUNDS] for n in names]
+    return rows, np.array(shown)
+
+
+def training_pictures(rng: np.random.Generator, config: VAEConfig) -> Tensor:
+    """Draw pictures of every kind that any task shows, from the training icons, without held-out combinations.
+
+    Args:
+        rng: source of all random choices.
+        config: batch size and parts.
+
+    Returns:
+        (batch, 3, 64, 64) float32 in [-1, 1].
+    """
+    count, half = config.batch_size, IMAGE_SIZE // 2
+    colours, backgrounds = np.array(list(FOREGROUNDS.values())), np.array(list(BACKGROUNDS.values()))
+    rows, shown = _drawable()
+    pictures = np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    for picture in pictures:
+        # Mirrored icons are new shapes, for free.
+        mirror = slice(None, None, -1 if rng.random() < 0.5 else 1)
+        if rng.random() < config.scene_part:
+            behind = backgrounds[rng.integers(len(backgrounds))]
+            picture[:] = behind
+            for quadrant in rng.choice(4, rng.integers(1, 3), replace=False):
+                top, left = half * (quadrant // 2), half * (quadrant % 2)
+                mask = masks(half)[rows[rng.integers(len(rows))]][:, mirror]
+                colour = colours[rng.integers(len(colours))]
+                picture[top : top + half, left : left + half] = paint(mask, colour, behind)
+            continue
+        while True:
+            draw = rng.integers(len(rows)), rng.integers(len(colours)), rng.integers(len(backgrounds))
+            if shown[draw]:
+                break
+        mask = masks(IMAGE_SIZE)[rows[draw[0]]][:, mirror]
+        picture[:] = paint(mask, colours[draw[1]], backgrounds[draw[2]])
+    batch = to_tensor(pictures)
+    for i in np.flatnonzero(rng.random(count) < config.degraded_part):
+        batch[i] = upsample(to_tensor(degrade(pictures[i], rng)), IMAGE_SIZE)
+    return batch
+
+
+class VAELoss:
+    """Reconstruction loss of a step: squared error, some absolute error, and a small KL divergence.
+
+    Args:
+        vae: the autoencoder.
+        config: batch and weights.
+        seed: with the step, determines the pictures and the noise.
+    """
+
+    def __init__(self, vae: AutoencoderKL, config: VAEConfig, seed: int) -> None:
+        self.vae, self.config, self.seed = vae, config, seed
+
+    def __call__(self, step: int) -> Tensor:
+        rng = np.random.default_rng([self.seed, 1, step])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        pictures = training_pictures(rng, self.config)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = self.vae.encode(pictures).latent_dist
+            decoded = self.vae.decode(posterior.sample(generator=generator)).sample
+        error = decoded.float() - pictures
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = error.square().mean() + self.config.l1_weight * error.abs().mean() + self.config.kl_weight * kl
+        return loss
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """Return the unscaled latents of pictures: (n, 3, 64, 64) in [-1, 1] to (n, 4, 16, 16) float32."""
+    batches = []
+    for chunk in pictures.split(64):
+        with torch.autocast("cpu", torch.bfloat16):
+            batches.append(vae.encode(chunk).latent_dist.mode().float())
+    return torch.cat(batches)
+
+
+def set_scaling_factor(vae: AutoencoderKL, seed: int, pictures: int = 512) -> float:
+    """Set the autoencoder's scaling factor to 1 / (standard deviation of the latents), and return it.
+
+    Args:
+        vae: the trained autoencoder.
+        seed: determines the training pictures that are measured.
+        pictures: how many.
+    """
+    rng = np.random.default_rng([seed, 2])
+    factor = 1 / float(encode(vae, training_pictures(rng, VAEConfig(batch_size=pictures))).std())
+    vae.register_to_config(scaling_factor=factor)
+    return factor
+
+
+def reconstruction_examples(count: int) -> dict[str, list[IconExample]]:
+    """Return test examples by the kind of picture that they show: each kind of edit, scenes, and plain icons."""
+    icons = Icons("test")
+    edits = icons.batch("edit", range(8 * count))
+    kinds = {kind: [e for e in edits if e.kind == kind][:count] for kind in EDIT_KINDS}
+    indices = range(count)
+    kinds["scene"] = [e._replace(target=e.image) for e in icons.batch("remove", indices) if e.image is not None]
+    kinds["super-resolution"] = icons.batch("super-resolution", indices)
+    return kinds
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: AutoencoderKL, count: int = 48) -> Mapping[str, float]:
+    """Measure the reconstruction of pictures of test icons, never seen in training in any variant.
+
+    Args:
+        vae: the trained autoencoder, in any dtype that the CPU runs.
+        count: pictures per kind.
+
+    Returns:
+        Median PSNR in dB by kind of picture, and "all", the median over all of them.
+    """
+    values = {}
+    for kind, examples in reconstruction_examples(count).items():
+        pictures = torch.stack([example.target for example in examples]).to(vae.dtype)
+        values[kind] = psnr(vae.decode(vae.encode(pictures).latent_dist.mode()).sample.float(), pictures.float())
+    medians = {kind: float(value.median()) for kind, value in values.items()}
+    return medians | {"all": float(torch.cat(list(values.values())).median())}

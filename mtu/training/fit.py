@@ -1,0 +1,303 @@
+"""One training loop: AdamW, warm-up, cosine or constant rate, weight averaging, resumable checkpoints."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from tqdm import tqdm
+
+from mtu.training.checkpoint import load_checkpoint, save_checkpoint
+
+# A checkpoint may be continued with other values of these: they change no step that was already made.
+RESUMABLE_CHANGES = ("minutes", "checkpoint_every", "log_every")
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How to train.
+
+    Attributes:
+        steps: optimizer steps to make, or at most this many where `minutes` is given.
+        learning_rate: highest rate, reached after the warm-up.
+        warmup_steps: steps of linear warm-up.
+        schedule: "cosine" falls to zero at the end of training; "constant" stays.
+        weight_decay: AdamW's decay, on matrices and kernels only.
+        max_grad_norm: gradients are scaled down to this norm; None leaves them.
+        ema_decay: decay of the averaged weights; None keeps no average.
+        betas: AdamW's momentum coefficients.
+        checkpoint_every: steps from one checkpoint to the next.
+        log_every: steps from one logged loss to the next.
+        minutes: wall-clock limit; the cosine schedule then follows the clock, so that the rate still ends at zero.
+        seed: seeds torch's global generator before the first step and is kept in the checkpoint.
+    """
+
+    steps: int
+    learning_rate: float = 1e-3
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "cosine"
+    weight_decay: float = 0.01
+    max_grad_norm: float | None = 1.0
+    ema_decay: float | None = None
+    betas: tuple[float, float] = (0.9, 0.99)
+    checkpoint_every: int = 500
+    log_every: int = 50
+    minutes: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.checkpoint_every < 1 or self.log_every < 1:
+            raise ValueError("FitConfig: steps, checkpoint_every and log_every must each be at least 1.")
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"FitConfig: unknown schedule {self.schedule!r}; choose constant or cosine.")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"FitConfig: ema_decay must lie in [0, 1), got {self.ema_decay}.")
+
+
+class LogEntry(NamedTuple):
+    """Mean loss of the steps since the previous entry, with the rate and the seconds of training so far."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    seconds: float
+
+
+def learning_rate_at(step: int, seconds: float, config: FitConfig) -> float:
+    """Return the learning rate of a step.
+
+    Args:
+        step: steps made before this one.
+        seconds: training time before this step; used only where the configuration limits the minutes.
+        config: the training's configuration.
+    """
+    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    if config.schedule == "constant":
+        return config.learning_rate * warmup
+    progress = step / config.steps
+    if config.minutes is not None:
+        progress = max(progress, seconds / (60 * config.minutes))
+    return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def parameter_groups(
+    modules: Mapping[str, nn.Module], parameters: Iterable[Parameter], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Split parameters into those that decay, weights of linear layers and convolutions, and all others.
+
+    Others are vectors, embeddings, and tensors that hold a row per task: decay would move the rows of a task that is
+    not being trained.
+
+    Args:
+        modules: where the parameters live; tells the weights of layers from other matrices.
+        parameters: what is trained.
+        weight_decay: decay of the first group.
+    """
+    layers = (nn.Linear, nn.modules.conv._ConvNd)
+    weights = {id(m.weight) for root in modules.values() for m in root.modules() if isinstance(m, layers)}
+    decayed, kept = [], []
+    for parameter in parameters:
+        (decayed if id(parameter) in weights else kept).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+class Training:
+    """The state of one training: modules, optimizer, averaged weights, and how far it has come.
+
+    Args:
+        modules: named modules, saved whole.
+        parameters: those that are trained.
+        config: how to train.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], parameters: Iterable[Parameter], config: FitConfig) -> None:
+        self.modules = modules
+        self.config = config
+        names = {id(p): f"{key}.{name}" for key, root in modules.items() for name, p in root.named_parameters()}
+        self.trained = {}
+        for parameter in parameters:
+            if id(parameter) not in names:
+                raise ValueError("fit: a parameter to train belongs to none of the modules, so it would not be saved.")
+            self.trained[names[id(parameter)]] = parameter
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(modules, self.trained.values(), config.weight_decay),
+            lr=config.learning_rate,
+            betas=config.betas,
+        )
+        averaged = config.ema_decay is not None
+        self.average = {name: p.detach().clone() for name, p in self.trained.items()} if averaged else {}
+        self.step = 0
+        self.seconds = 0.0
+
+    def advance(self, loss: Tensor) -> None:
+        """Make one optimizer step down the gradient of the loss, and move the averaged weights along."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(self.step, self.seconds, self.config)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.config.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.trained.values(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.step += 1
+        if self.config.ema_decay is not None:
+            # The first steps average over a shorter time, or the random start would stay in the average for long.
+            decay = min(self.config.ema_decay, self.step / (self.step + 10))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.average.values()), list(self.trained.values()), 1 - decay)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything that a checkpoint must hold, by name."""
+        held = {f"module.{key}.{name}": t for key, m in self.modules.items() for name, t in m.state_dict().items()}
+        held |= {f"average.{name}": tensor for name, tensor in self.average.items()}
+        for name, parameter in self.trained.items():
+            state = self.optimizer.state.get(parameter, {})
+            held |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
+        held["random"] = torch.get_rng_state()
+        return held
+
+    def save(self, directory: Path) -> None:
+        """Write a checkpoint into the directory, in place of the one before."""
+        state = {"step": self.step, "seconds": self.seconds, "config": asdict(self.config)}
+        save_checkpoint(directory, self.tensors(), state)
+
+    def load(self, directory: Path) -> None:
+        """Continue from the checkpoint in the directory; raises ValueError if it is of another training."""
+        tensors, state = load_checkpoint(directory)
+        # Through JSON, so that tuples compare equal to the lists they became.
+        config = json.loads(json.dumps(asdict(self.config)))
+        changed = [k for k, v in config.items() if k not in RESUMABLE_CHANGES and state["config"].get(k) != v]
+        if changed:
+            raise ValueError(f"The checkpoint in {directory} was made with another {', '.join(sorted(changed))}.")
+        for key, module in self.modules.items():
+            prefix = f"module.{key}."
+            own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+            if shapes != {name: tensor.shape for name, tensor in own.items()}:
+                raise ValueError(f"The checkpoint in {directory} does not fit the module {key!r}.")
+            module.load_state_dict(own)
+        for name, tensor in self.average.items():
+            tensor.copy_(tensors[f"average.{name}"])
+        for name, parameter in self.trained.items():
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            found = {k: tensors[f"optimizer.{k}.{name}"] for k in keys if f"optimizer.{k}.{name}" in tensors}
+            # The moments take the parameter's memory format, as in the training that was interrupted.
+            self.optimizer.state[parameter] = {
+                k: v if k == "step" else torch.empty_like(parameter).copy_(v) for k, v in found.items()
+            }
+        torch.set_rng_state(tensors["random"])
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+
+    def use_average(self) -> None:
+        """Put the averaged weights, if any are kept, into the modules."""
+        with torch.no_grad():
+            for name, tensor in self.average.items():
+                self.trained[name].copy_(tensor)
+
+
+class LossLog:
+    """The losses of a training: means over stretches of steps, also as lines of `log.jsonl`.
+
+    Args:
+        directory: where the file goes; None keeps none.
+        last_step: entries of an earlier run up to this step are taken over. Lines beyond it, or cut off by an
+            interruption, are dropped.
+    """
+
+    def __init__(self, directory: Path | None, last_step: int) -> None:
+        self.path = None if directory is None else directory / "log.jsonl"
+        self.entries: list[LogEntry] = []
+        self.smoothed: float | None = None
+        self._pending: list[float] = []
+        if self.path is None:
+            return
+        for line in self.path.read_text().splitlines() if self.path.is_file() else ():
+            try:
+                entry = LogEntry(**json.loads(line))
+            except (json.JSONDecodeError, TypeError):
+                break
+            if entry.step <= last_step:
+                self.entries.append(entry)
+        self.path.write_text("".join(json.dumps(entry._asdict()) + "\n" for entry in self.entries))
+
+    def add(self, loss: float) -> None:
+        """Take in the loss of one step."""
+        self._pending.append(loss)
+        self.smoothed = loss if self.smoothed is None else 0.98 * self.smoothed + 0.02 * loss
+
+    def write(self, step: int, learning_rate: float, seconds: float) -> None:
+        """Log the mean loss since the previous entry."""
+        entry = LogEntry(step, sum(self._pending) / len(self._pending), learning_rate, seconds)
+        self.entries.append(entry)
+        self._pending.clear()
+        if self.path is not None:
+            with self.path.open("a") as log:
+                log.write(json.dumps(entry._asdict()) + "\n")
+
+
+def fit(
+    loss_fn: Callable[[int], Tensor],
+    modules: Mapping[str, nn.Module],
+    parameters: Iterable[Parameter],
+    config: FitConfig,
+    *,
+    directory: Path | None = None,
+    resume: bool = False,
+    description: str = "",
+) -> list[LogEntry]:
+    """Train modules in place, and leave the averaged weights in them where an average is kept.
+
+    Args:
+        loss_fn: gives the loss of a step; data and noise must depend on the step (and a seed) alone, so that a
+            resumed training goes on exactly as it would have.
+        modules: named modules, saved whole in checkpoints.
+        parameters: those of the modules' parameters to train.
+        config: how to train.
+        directory: where the checkpoint and `log.jsonl` go; None keeps neither.
+        resume: continue from the directory's checkpoint.
+        description: shown beside the progress bar.
+
+    Returns:
+        The logged losses, from the first step on.
+
+    Raises:
+        FloatingPointError: The loss is not finite; the weights are those before that step.
+        FileNotFoundError: There is no checkpoint to resume from.
+        ValueError: The checkpoint is damaged or belongs to another training.
+    """
+    if resume and directory is None:
+        raise ValueError("fit: resume needs the directory that holds the checkpoint.")
+    torch.manual_seed(config.seed)
+    training = Training(modules, parameters, config)
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        if resume:
+            training.load(directory)
+    log = LossLog(directory, training.step)
+    limit = math.inf if config.minutes is None else 60 * config.minutes
+    started = time.monotonic() - training.seconds
+    with tqdm(total=config.steps, initial=training.step, desc=description, mininterval=5, maxinterval=60) as bar:
+        while training.step < config.steps and training.seconds < limit:
+            loss = loss_fn(training.step)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise FloatingPointError(f"The loss of step {training.step} is {value}; try a lower learning rate.")
+            training.advance(loss)
+            training.seconds = time.monotonic() - started
+            log.add(value)
+            bar.update()
+            done = training.step == config.steps or training.seconds >= limit
+            if training.step % config.log_every == 0 or done:
+                rate = training.optimizer.param_groups[0]["lr"]
+                log.write(training.step, rate, training.seconds)
+                bar.set_postfix(loss=f"{log.smoothed:.4f}", rate=f"{rate:.1e}")
+            if directory is not None and (training.step % config.checkpoint_every == 0 or done):
+                training.save(directory)
+    training.use_average()
+    return log.entries

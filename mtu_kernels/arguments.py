@@ -1,0 +1,149 @@
+"""What `moe_ffn` takes besides x and routing, and the one place where all of it is checked."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtu_kernels.routing import Routing
+
+
+class NormAffine(NamedTuple):
+    """The affine part of LayerNorm, gathered per sample.
+
+    Attributes:
+        weight: (B, D), or (B, E, D) for an affine of its own before each expert. x's dtype or float32.
+        bias: the same shape and dtype rules as weight.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+
+class ExpertWeights(NamedTuple):
+    """All experts of one FFN, in the layout of a stock GEGLU feed-forward with H = E·F hidden units.
+
+    Expert e owns the hidden units [e·F, (e+1)·F): rows of both halves of w_in, columns of w_out.
+
+    Attributes:
+        w_in: (2H, D) compute dtype. H rows of values, then H rows of gates.
+        b_in: (2H,) compute dtype.
+        w_out: (D, H) compute dtype.
+        b_out: (D,), added once whatever the routing weights, or (E, D), weighed like the experts. Compute dtype.
+        num_experts: E.
+    """
+
+    w_in: Tensor
+    b_in: Tensor
+    w_out: Tensor
+    b_out: Tensor
+    num_experts: int
+
+
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_arguments(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing) -> None:
+    """Raises on the first argument that breaks a tensor rule of `moe_ffn`.
+
+    Shapes, dtypes and devices are plain host-side comparisons, so they also run (as guards) while compiling. Index
+    values are looked at only where that needs neither a sync nor a graph break.
+
+    Raises:
+        ValueError: one sentence with the argument, what it should be and what it is.
+    """
+    _check_shapes(x, norm, experts, routing)
+    _check_dtypes(x, norm, experts, routing)
+    _check_devices(x, norm, experts, routing)
+    if routing.indices is not None and _has_values(routing.indices):
+        _check_index_values(routing.indices, experts.num_experts)
+
+
+def _check_shapes(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing) -> None:
+    if x.dim() != 3:
+        raise ValueError(f"x must be (B, L, D), got {tuple(x.shape)}.")
+    B, _, D = x.shape
+    E = experts.num_experts
+    if experts.w_out.dim() != 2 or experts.w_out.shape[0] != D:
+        raise ValueError(f"experts.w_out must be (D, H) with D = {D} as in x, got {tuple(experts.w_out.shape)}.")
+    H = experts.w_out.shape[1]
+    if E < 1 or H < 1 or H % E != 0:
+        raise ValueError(f"experts.num_experts must divide the hidden width H = {H} of w_out, got {E}.")
+    _check_shape("experts.w_in", experts.w_in, "(2H, D)", (2 * H, D))
+    _check_shape("experts.b_in", experts.b_in, "(2H,)", (2 * H,))
+    _check_shape("experts.b_out", experts.b_out, "(D,) or (E, D)", (D,), (E, D))
+    _check_shape("norm.weight", norm.weight, "(B, D) or (B, E, D)", (B, D), (B, E, D))
+    if norm.bias.shape != norm.weight.shape:
+        raise ValueError(
+            f"norm.bias must have the shape of norm.weight {tuple(norm.weight.shape)}, got {tuple(norm.bias.shape)}."
+        )
+    if routing.indices is None:
+        _check_shape("routing.weights", routing.weights, "(B, E) as routing.indices is None", (B, E))
+        return
+    if routing.weights.dim() != 2 or routing.weights.shape[0] != B or not 1 <= routing.weights.shape[1] <= E:
+        raise ValueError(
+            f"routing.weights must be (B, K) with B = {B} and 1 <= K <= E = {E}, got {tuple(routing.weights.shape)}."
+        )
+    _check_shape("routing.indices", routing.indices, "(B, K) as routing.weights", tuple(routing.weights.shape))
+
+
+def _check_shape(name: str, tensor: Tensor, symbols: str, *allowed: tuple[int, ...]) -> None:
+    if not any(tensor.shape == shape for shape in allowed):
+        expected = " or ".join(str(tuple(shape)) for shape in allowed)
+        raise ValueError(f"{name} must be {symbols} = {expected}, got {tuple(tensor.shape)}.")
+
+
+def _check_dtypes(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing) -> None:
+    compute = experts.w_in.dtype
+    if compute not in COMPUTE_DTYPES:
+        raise ValueError(f"experts.w_in must be float32, bfloat16, float16 or float64, got {compute}.")
+    for name in ("b_in", "w_out", "b_out"):
+        dtype = getattr(experts, name).dtype
+        if dtype != compute:
+            raise ValueError(f"experts.{name} must have the compute dtype {compute} of experts.w_in, got {dtype}.")
+    if x.dtype not in (compute, torch.float32):
+        raise ValueError(f"x must be in the compute dtype {compute} of experts.w_in or float32, got {x.dtype}.")
+    for name, tensor in (
+        ("norm.weight", norm.weight),
+        ("norm.bias", norm.bias),
+        ("routing.weights", routing.weights),
+    ):
+        if tensor.dtype not in (x.dtype, torch.float32):
+            raise ValueError(f"{name} must be in the dtype {x.dtype} of x or float32, got {tensor.dtype}.")
+    if routing.indices is not None and routing.indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"routing.indices must be int32 or int64, got {routing.indices.dtype}.")
+
+
+def _check_devices(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing) -> None:
+    for group, value in (("norm", norm), ("experts", experts), ("routing", routing)):
+        for name, tensor in value._asdict().items():
+            if isinstance(tensor, Tensor) and tensor.device != x.device:
+                raise ValueError(f"{group}.{name} must be on the device {x.device} of x, got {tensor.device}.")
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether values can be looked at: not while tracing, not for fake, meta or vmapped tensors."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.is_meta:
+        return False
+    # Tensor subclasses (FakeTensor, FunctionalTensor, DTensor, …) stand for values that are not at hand here.
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _check_index_values(indices: Tensor, num_experts: int) -> None:
+    sorted_BK = indices.sort(dim=1).values
+    in_range = ((sorted_BK >= 0) & (sorted_BK < num_experts)).all()
+    distinct = (sorted_BK[:, 1:] != sorted_BK[:, :-1]).all()
+    if indices.is_cuda:
+        # Reading the flags would wait for the GPU; the asserts run there instead, in order with the kernels.
+        torch._assert_async(in_range, f"routing.indices must lie in [0, E = {num_experts}).")
+        torch._assert_async(distinct, "routing.indices must name an expert at most once for each sample.")
+        return
+    if not in_range:
+        raise ValueError(
+            f"routing.indices must lie in [0, E = {num_experts}), "
+            f"got values from {int(indices.min())} to {int(indices.max())}."
+        )
+    if not distinct:
+        raise ValueError("routing.indices must name an expert at most once for each sample, got repeated indices.")

@@ -1,0 +1,113 @@
+"""The backend "eager": ordinary PyTorch operators, for every device, every dtype and every exporter.
+
+It is deliberately not a custom operator: `torch.export` and ONNX see only aten operators, autograd differentiates it
+any number of times, and `torch.compile` can fuse through it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mtu_kernels.arguments import ExpertWeights, NormAffine
+from mtu_kernels.routing import Routing
+
+
+def moe_ffn(
+    x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing, *, eps: float = 1e-5, recompute: bool = False
+) -> Tensor:
+    """`mtu_kernels.moe_ffn` for arguments that are already checked.
+
+    Dense routing costs the products of one stock FFN and nothing more. Top-k routing does K/E of that work: it gathers
+    the active experts' weights for each sample, which holds B·K/E copies of the FFN's weights for the time of the call.
+    (A loop over experts that picks their samples would hold none, but needs the routing on the host.)
+    """
+    # Exporters get the plain graph: there is no backward pass to save memory for.
+    if recompute and torch.is_grad_enabled() and not torch.compiler.is_exporting():
+        tensors = (*norm, *experts[:4], *routing)
+        return checkpoint(
+            _moe_ffn_flat, x, *tensors, experts.num_experts, eps, use_reentrant=False, preserve_rng_state=False
+        )
+    return _moe_ffn(x, norm, experts, routing, eps)
+
+
+def _moe_ffn_flat(x: Tensor, *args) -> Tensor:
+    # Under torch.compile a checkpointed function may take tensors and numbers, but not tuples of them.
+    norm_weight, norm_bias, w_in, b_in, w_out, b_out, weights, indices, num_experts, eps = args
+    experts = ExpertWeights(w_in, b_in, w_out, b_out, num_experts)
+    return _moe_ffn(x, NormAffine(norm_weight, norm_bias), experts, Routing(weights, indices), eps)
+
+
+def _moe_ffn(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing, eps: float) -> Tensor:
+    compute = experts.w_in.dtype
+    accumulate = torch.promote_types(compute, torch.float32)
+    n_BLD = F.layer_norm(x.to(accumulate), x.shape[-1:], eps=eps)
+    norm = NormAffine(norm.weight.to(accumulate), norm.bias.to(accumulate))
+    weights_BK = routing.weights.to(accumulate)
+    if routing.indices is not None:
+        return _top_k(n_BLD, norm, experts, weights_BK, routing.indices)
+    hidden = _hidden if norm.weight.dim() == 2 else _hidden_of_expert_norms
+    h_BLH = _weigh(hidden(n_BLD, norm, experts), weights_BK, compute)
+    if experts.b_out.dim() == 1:
+        return F.linear(h_BLH, experts.w_out, experts.b_out)
+    bias_BD = (weights_BK[:, :, None] * experts.b_out).sum(dim=1)
+    return (F.linear(h_BLH, experts.w_out) + bias_BD[:, None]).to(compute)
+
+
+def _hidden(n_BLD: Tensor, norm: NormAffine, experts: ExpertWeights) -> Tensor:
+    """Activations (B, L, E, F) of all experts behind one affine (B, D)."""
+    x_hat_BLD = torch.addcmul(norm.bias[:, None], n_BLD, norm.weight[:, None]).to(experts.w_in.dtype)
+    u_BLH, g_BLH = F.linear(x_hat_BLD, experts.w_in, experts.b_in).chunk(2, dim=-1)
+    return (u_BLH * F.gelu(g_BLH)).unflatten(-1, (experts.num_experts, -1))
+
+
+def _hidden_of_expert_norms(n_BLD: Tensor, norm: NormAffine, experts: ExpertWeights) -> Tensor:
+    """Activations (B, L, E, F) of all experts, each behind its own affine of (B, E, D): a batch of products over E."""
+    B, L, D = n_BLD.shape
+    E = experts.num_experts
+    gamma_EB1D, beta_EB1D = (affine.transpose(0, 1)[:, :, None] for affine in norm)
+    x_hat_END = torch.addcmul(beta_EB1D, n_BLD, gamma_EB1D).to(experts.w_in.dtype).reshape(E, B * L, D)
+    w_u_EFD, w_g_EFD = experts.w_in.unflatten(0, (2, E, -1)).unbind()
+    b_u_EF, b_g_EF = experts.b_in.unflatten(0, (2, E, -1)).unbind()
+    u_ENF = torch.baddbmm(b_u_EF[:, None], x_hat_END, w_u_EFD.mT)
+    g_ENF = torch.baddbmm(b_g_EF[:, None], x_hat_END, w_g_EFD.mT)
+    return (u_ENF * F.gelu(g_ENF)).unflatten(1, (B, L)).permute(1, 2, 0, 3)
+
+
+def _top_k(n_BLD: Tensor, norm: NormAffine, experts: ExpertWeights, weights_BK: Tensor, indices_BK: Tensor) -> Tensor:
+    B, L, D = n_BLD.shape
+    K = indices_BK.shape[1]
+    H = experts.w_out.shape[1]
+    size = H // experts.num_experts
+    compute = experts.w_in.dtype
+    units_BKF = indices_BK[:, :, None] * size + torch.arange(size, device=n_BLD.device, dtype=indices_BK.dtype)
+    # For each slot its value rows, then its gate rows: the products below then need no further copy.
+    rows = torch.stack([units_BKF, units_BKF + H], dim=2).flatten()
+    w_in = experts.w_in.index_select(0, rows)
+    b_in = experts.b_in.index_select(0, rows)
+    if norm.weight.dim() == 2:
+        x_hat_BLD = torch.addcmul(norm.bias[:, None], n_BLD, norm.weight[:, None]).to(compute)
+        z = torch.baddbmm(b_in.view(B, 1, 2 * K * size), x_hat_BLD, w_in.view(B, 2 * K * size, D).mT)
+        z_BLK2F = z.view(B, L, K, 2, size)
+    else:
+        picked_BKD = indices_BK[:, :, None].expand(B, K, D).long()
+        gamma_BK1D, beta_BK1D = (affine.gather(1, picked_BKD)[:, :, None] for affine in norm)
+        x_hat_BKLD = torch.addcmul(beta_BK1D, n_BLD[:, None], gamma_BK1D).to(compute)
+        x_hat = x_hat_BKLD.view(B * K, L, D)
+        z = torch.baddbmm(b_in.view(B * K, 1, 2 * size), x_hat, w_in.view(B * K, 2 * size, D).mT)
+        z_BLK2F = z.view(B, K, L, 2, size).transpose(1, 2)
+    u_BLKF, g_BLKF = z_BLK2F.unbind(3)
+    h_BLH = _weigh(u_BLKF * F.gelu(g_BLKF), weights_BK, compute)
+    w_out_DBH = experts.w_out.index_select(1, units_BKF.flatten()).view(D, B, K * size)
+    y_BLD = torch.bmm(h_BLH, w_out_DBH.permute(1, 2, 0))
+    if experts.b_out.dim() == 1:
+        return y_BLD + experts.b_out
+    b_out_BKD = experts.b_out.index_select(0, indices_BK.flatten()).view(B, K, D)
+    return (y_BLD + (weights_BK[:, :, None] * b_out_BKD).sum(dim=1)[:, None]).to(compute)
+
+
+def _weigh(a_BLKF: Tensor, weights_BK: Tensor, compute: torch.dtype) -> Tensor:
+    """``w · a`` as (B, L, K·F). The product is rounded once: weights are never rounded to the compute dtype first."""
+    return (a_BLKF * weights_BK[:, None, :, None]).to(compute).flatten(2)

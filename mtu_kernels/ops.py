@@ -1,0 +1,190 @@
+"""Operators of the fused backends: one schema, fake kernels, autograd and FLOP formulas, shared by all of them.
+
+`define_ops("name")` defines three operators without kernels:
+
+- ``mtu_kernels::moe_ffn_name``: inference, y alone. Its gradient is defined too: it saves its inputs only and runs the
+  training operator in the backward pass, which is what ``recompute=True`` asks for.
+- ``mtu_kernels::moe_ffn_name_train``: y, and what the backward pass needs: ``hidden``, ``mean``, ``rstd``.
+- ``mtu_kernels::moe_ffn_name_backward``: the gradients of every floating-point input.
+
+A backend adds kernels and nothing else: in Python by ``LIBRARY.impl("moe_ffn_name", kernel, "CUDA")``, in C++ by
+``TORCH_LIBRARY_IMPL(mtu_kernels, CPU, m)``. The schemas are in Python: the package imports without the extension.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from mtu_kernels.arguments import ExpertWeights, NormAffine
+from mtu_kernels.routing import Routing
+
+LIBRARY = torch.library.Library("mtu_kernels", "DEF")
+
+_TENSORS = (
+    "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, "
+    "Tensor routing_weights, Tensor? expert_indices"
+)
+_NUM_TENSORS = 9
+
+
+class Ops(NamedTuple):
+    """The operators of one backend that a call may choose from. Their arguments are those of `moe_ffn`, flattened."""
+
+    inference: torch._ops.OpOverload
+    train: torch._ops.OpOverload
+
+
+def define_ops(backend: str) -> Ops:
+    """Defines the operators of a backend: all of them but their kernels.
+
+    The contract of the kernels, with K = E where ``expert_indices`` is ``None``:
+
+    - ``moe_ffn_{backend}(x, ..., num_experts, eps) -> y``: y (B, L, D) compute dtype, contiguous.
+    - ``moe_ffn_{backend}_train(x, ..., num_experts, eps) -> (y, hidden, mean, rstd)``: hidden (B, L, 2·K·F) compute
+      dtype, the pre-activations ``[values; gates]`` of the active experts in the order of the indices; mean and rstd
+      (B, L) float32 (float64 for float64), the statistics of LayerNorm.
+    - ``moe_ffn_{backend}_backward(grad_y, x, ..., hidden, mean, rstd, num_experts, expert_grads) -> 8 gradients``: each
+      in shape and dtype of its input, contiguous. ``expert_grads`` false: the experts are frozen, and their four
+      gradients are tensors of no elements. grad_y may have any strides.
+
+    Outputs share no memory with each other or with inputs.
+
+    Args:
+        backend: the name, a suffix of the operators' names.
+
+    Returns:
+        The operators to call.
+    """
+    name = f"moe_ffn_{backend}"
+    tags = (torch.Tag.pt2_compliant_tag,)
+    LIBRARY.define(f"{name}({_TENSORS}, int num_experts, float eps) -> Tensor", tags=tags)
+    LIBRARY.define(
+        f"{name}_train({_TENSORS}, int num_experts, float eps) -> (Tensor y, Tensor hidden, Tensor mean, Tensor rstd)",
+        tags=tags,
+    )
+    LIBRARY.define(
+        f"{name}_backward(Tensor grad_y, {_TENSORS}, Tensor hidden, Tensor mean, Tensor rstd, int num_experts, "
+        f"bool expert_grads) -> ({', '.join(['Tensor'] * 8)})",
+        tags=tags,
+    )
+    packets = [getattr(torch.ops.mtu_kernels, name + suffix) for suffix in ("", "_train", "_backward")]
+    fakes = (_fake_inference, _fake_train, _fake_backward)
+    formulas = (_inference_flops, _train_flops, _backward_flops)
+    for packet, fake, formula in zip(packets, fakes, formulas, strict=True):
+        torch.library.register_fake(packet.default, fake, lib=LIBRARY)
+        register_flop_formula(packet)(formula)
+    _register_autograd(*(packet.default for packet in packets))
+    return Ops(packets[0].default, packets[1].default)
+
+
+def call_ops(
+    ops: Ops,
+    x: Tensor,
+    norm: NormAffine,
+    experts: ExpertWeights,
+    routing: Routing,
+    *,
+    eps: float = 1e-5,
+    recompute: bool = False,
+) -> Tensor:
+    """`mtu_kernels.moe_ffn` by a backend's operators, for arguments that are already checked.
+
+    The training operator runs only where a gradient will be asked for and its saved tensors are wanted.
+    """
+    tensors = (x, *norm, *experts[:4], *routing)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if needs_grad and not recompute:
+        return ops.train(*tensors, experts.num_experts, eps)[0]
+    return ops.inference(*tensors, experts.num_experts, eps)
+
+
+def _register_autograd(
+    inference: torch._ops.OpOverload, train: torch._ops.OpOverload, backward: torch._ops.OpOverload
+) -> None:
+    def save_inputs(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:_NUM_TENSORS])
+        ctx.num_experts, ctx.eps = inputs[_NUM_TENSORS:]
+
+    def backward_of_inference(ctx, grad_y):
+        tensors = ctx.saved_tensors
+        saved = train(*tensors, ctx.num_experts, ctx.eps)[1:]
+        return gradients(ctx, grad_y, tensors, saved)
+
+    def save_inputs_and_outputs(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output[1:])
+        ctx.num_experts = inputs[_NUM_TENSORS]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    def backward_of_train(ctx, grad_y, *_):
+        if grad_y is None:
+            return (None,) * (_NUM_TENSORS + 2)
+        return gradients(ctx, grad_y, ctx.saved_tensors[:_NUM_TENSORS], ctx.saved_tensors[_NUM_TENSORS:])
+
+    def gradients(ctx, grad_y, tensors, saved):
+        expert_grads = any(ctx.needs_input_grad[3:7])
+        grads = list(backward(grad_y, *tensors, *saved, ctx.num_experts, expert_grads))
+        if not expert_grads:
+            grads[3:7] = [None] * 4
+        return *grads, None, None, None
+
+    def no_second_derivative(ctx, *grads):
+        raise NotImplementedError(f"{backward} has no second derivative: use backend='eager', which has.")
+
+    register = torch.library.register_autograd
+    register(inference, backward_of_inference, setup_context=save_inputs, lib=LIBRARY)
+    register(train, backward_of_train, setup_context=save_inputs_and_outputs, lib=LIBRARY)
+    # Without this, differentiating twice would give silent zeros.
+    register(backward, no_second_derivative, lib=LIBRARY)
+
+
+def _active_hidden(w_out: Tensor, routing_weights: Tensor, num_experts: int) -> int:
+    return w_out.shape[1] // num_experts * routing_weights.shape[1]
+
+
+def _fake_inference(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, weights, indices, num_experts, eps):
+    return x.new_empty(x.shape, dtype=w_in.dtype)
+
+
+def _fake_train(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, weights, indices, num_experts, eps):
+    hidden_shape = (*x.shape[:2], 2 * _active_hidden(w_out, weights, num_experts))
+    statistics = torch.promote_types(w_in.dtype, torch.float32)
+    return (
+        x.new_empty(x.shape, dtype=w_in.dtype),
+        x.new_empty(hidden_shape, dtype=w_in.dtype),
+        x.new_empty(x.shape[:2], dtype=statistics),
+        x.new_empty(x.shape[:2], dtype=statistics),
+    )
+
+
+def _fake_backward(grad_y, *args):
+    *tensors, hidden, mean, rstd, num_experts, expert_grads = args
+    x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, weights, indices = tensors
+    experts = [t.new_empty(t.shape if expert_grads else (0,)) for t in (w_in, b_in, w_out, b_out)]
+    x_and_norm = [t.new_empty(t.shape) for t in (x, norm_weight, norm_bias)]
+    return (*x_and_norm, *experts, weights.new_empty(weights.shape))
+
+
+def _product_flops(x_shape, w_out_shape, weights_shape, num_experts: int) -> int:
+    """Of the two products by w_in and w_out over the active experts: those of the plain FFN for dense routing."""
+    B, L, D = x_shape
+    active_hidden = w_out_shape[1] // num_experts * weights_shape[1]
+    return 2 * B * L * D * (2 * active_hidden) + 2 * B * L * active_hidden * D
+
+
+def _inference_flops(*args, out_shape=None) -> int:
+    x, _, _, _, _, w_out, _, weights, _, num_experts, _ = args
+    return _product_flops(x, w_out, weights, num_experts)
+
+
+def _train_flops(*args, out_shape=None) -> int:
+    return _inference_flops(*args)
+
+
+def _backward_flops(*args, out_shape=None) -> int:
+    _, x, _, _, _, _, w_out, _, weights, *_, num_experts, expert_grads = args
+    return (2 if expert_grads else 1) * _product_flops(x, w_out, weights, num_experts)

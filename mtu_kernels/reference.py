@@ -1,0 +1,84 @@
+"""The specification: what `moe_ffn` computes, one sample and one expert at a time, in plain PyTorch.
+
+Shape suffixes here and in all kernels: B samples, L tokens, D width, E experts, K active experts, F hidden units of one
+expert, H = E·F hidden units in all.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mtu_kernels.arguments import ExpertWeights, NormAffine
+from mtu_kernels.routing import Routing
+
+
+def moe_ffn(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing, *, eps: float = 1e-5) -> Tensor:
+    """LayerNorm, the active experts' GEGLU feed-forwards, and their weighted sum.
+
+    ``x̂_e = LayerNorm(x[b]) · γ_e + β_e``, ``u_e, g_e = x̂_e W_in,eᵀ + b_in,e``, ``a_e = u_e · gelu(g_e)``,
+    ``y[b] = Σ_e w[b,e] · (W_out,e a_e) + bias``
+
+    Every floating-point tensor must have one dtype; it works in any, and is checked against finite differences in
+    float64. No speed is intended.
+
+    Args:
+        x: (B, L, D) float.
+        norm: weight and bias (B, D) or (B, E, D) float.
+        experts: w_in (2H, D), b_in (2H,), w_out (D, H), b_out (D,) or (E, D) float.
+        routing: weights (B, K) float, indices (B, K) int, or ``None`` for K = E.
+        eps: added to the variance.
+
+    Returns:
+        y (B, L, D), without the residual.
+    """
+    y = []
+    for b in range(x.shape[0]):
+        n_LD = normalize(x[b], eps)
+        # A bias (D,) belongs to the FFN, not to an expert: it is added once, whatever the weights.
+        y_LD = torch.zeros_like(n_LD) if experts.b_out.dim() == 2 else experts.b_out.expand_as(n_LD)
+        for k, e in enumerate(active_experts(routing, b)):
+            expert = expert_slices(experts, e)
+            gamma_D, beta_D = affine_of(norm, b, e)
+            z_L2F = (n_LD * gamma_D + beta_D) @ expert.w_in.T + expert.b_in
+            out_LD = geglu(z_L2F) @ expert.w_out.T
+            if experts.b_out.dim() == 2:
+                out_LD = out_LD + expert.b_out
+            y_LD = y_LD + routing.weights[b, k] * out_LD
+        y.append(y_LD)
+    return torch.stack(y) if y else x.clone()
+
+
+def normalize(x_LD: Tensor, eps: float) -> Tensor:
+    """LayerNorm without the affine: ``(x − mean) / sqrt(var + eps)`` over D, with the biased variance."""
+    centred_LD = x_LD - x_LD.mean(dim=-1, keepdim=True)
+    return centred_LD * torch.rsqrt(centred_LD.square().mean(dim=-1, keepdim=True) + eps)
+
+
+def geglu(z_L2F: Tensor) -> Tensor:
+    """``u · gelu(g)``, values first, gates second; ``gelu(g) = g · Φ(g)`` by the error function, not by tanh."""
+    u_LF, g_LF = z_L2F.chunk(2, dim=-1)
+    return u_LF * g_LF * 0.5 * (1 + torch.erf(g_LF / math.sqrt(2)))
+
+
+def active_experts(routing: Routing, b: int) -> list[int]:
+    """The experts of sample b, in the order of their routing weights."""
+    return list(range(routing.weights.shape[1])) if routing.indices is None else routing.indices[b].tolist()
+
+
+def affine_of(norm: NormAffine, b: int, e: int) -> tuple[Tensor, Tensor]:
+    """γ and β (D,) that sample b meets before expert e."""
+    if norm.weight.dim() == 2:
+        return norm.weight[b], norm.bias[b]
+    return norm.weight[b, e], norm.bias[b, e]
+
+
+def expert_slices(experts: ExpertWeights, e: int) -> ExpertWeights:
+    """Expert e alone: its F value rows and F gate rows, its columns of w_out, its row of a bias (E, D)."""
+    w_in_2EFD = experts.w_in.unflatten(0, (2, experts.num_experts, -1))
+    b_in_2EF = experts.b_in.unflatten(0, (2, experts.num_experts, -1))
+    w_out_DEF = experts.w_out.unflatten(1, (experts.num_experts, -1))
+    b_out_D = experts.b_out if experts.b_out.dim() == 1 else experts.b_out[e]
+    return ExpertWeights(w_in_2EFD[:, e].flatten(0, 1), b_in_2EF[:, e].flatten(), w_out_DEF[:, e], b_out_D, 1)

@@ -1,0 +1,72 @@
+"""Routing: which experts a sample uses, and how much of each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """The routing weights of every sample, and the experts that they belong to.
+
+    Attributes:
+        weights: (B, K) float. Weight of each active expert, in the dtype of x or float32.
+        indices: (B, K) int32 or int64, no expert twice in a row. ``None`` means dense routing: K = E and slot k is
+            expert k.
+    """
+
+    weights: Tensor
+    indices: Tensor | None = None
+
+
+def top_k_routing(logits: Tensor, k: int) -> Routing:
+    """Keeps the k largest logits of each row and renormalises over them.
+
+    ``i = argsort(-logits, stable)[:k]``, ``w = softmax(logits[i])``
+
+    Equal logits keep the lower expert index. ``torch.topk`` would not do: which of two ties it keeps differs by device.
+    The kept experts stay in the order of descending logits.
+
+    Args:
+        logits: (T, E) float. One row per task or per sample.
+        k: number of experts to keep, 1 <= k <= E.
+
+    Returns:
+        A ``Routing`` with weights (T, k), float32 (float64 for float64 logits), and indices (T, k) int32. Gradients
+        flow into the kept logits only.
+
+    Raises:
+        ValueError: logits are not two-dimensional or not floating point, or k is out of range.
+
+    Source:
+        Upcycling Text-to-Image Diffusion Models for Multi-Task Capabilities, arXiv 2503.11905, section 3.
+    """
+    if logits.dim() != 2 or not logits.is_floating_point():
+        raise ValueError(
+            f"top_k_routing needs logits (T, E) of a floating-point dtype, got {tuple(logits.shape)} {logits.dtype}."
+        )
+    if not 1 <= k <= logits.shape[1]:
+        raise ValueError(f"top_k_routing needs 1 <= k <= E = {logits.shape[1]}, got k = {k}.")
+    sorted_TE, order_TE = torch.sort(logits, dim=-1, descending=True, stable=True)
+    weights_TK = torch.softmax(sorted_TE[:, :k], dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return Routing(weights_TK, order_TE[:, :k].to(torch.int32))
+
+
+def dense_weights(routing: Routing, num_experts: int) -> Tensor:
+    """Writes routing weights out over all experts, with exact zeros for inactive ones.
+
+    ``w[b, indices[b, k]] = weights[b, k]``
+
+    Args:
+        routing: weights (B, K) float and indices (B, K) or ``None``.
+        num_experts: E.
+
+    Returns:
+        (B, E) in the dtype of the weights; the weights themselves where routing is dense already.
+    """
+    if routing.indices is None:
+        return routing.weights
+    zeros_BE = routing.weights.new_zeros(routing.weights.shape[0], num_experts)
+    return zeros_BE.scatter(1, routing.indices.long(), routing.weights)

@@ -1,0 +1,222 @@
+"""`Icons`: examples are deterministic, their targets true, and nothing that is held out shows up in training."""
+
+import re
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mtu.data import Icons
+from mtu.data.catalogue import (
+    BACKGROUNDS,
+    FOREGROUNDS,
+    OFF,
+    OUTLINE,
+    SPLITS,
+    caption_names,
+    combination_split,
+    icon_names,
+    one_word_names,
+    variant_names,
+)
+from mtu.data.degrade import degrade, psnr, to_tensor, upsample
+from mtu.data.font import glyph_rows, masks
+from mtu.data.icons import EDIT_KINDS, TASKS, IconExample, paint_icon
+
+
+def pixels(image: Tensor | None) -> np.ndarray:
+    """Return the (h, w, 3) uint8 picture of an image in [-1, 1]."""
+    assert image is not None
+    return ((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def mask_of(picture: np.ndarray) -> tuple[np.ndarray, str]:
+    """Recover an icon's mask, as 0 … 1, and the background's name from a picture of known colours."""
+    background = tuple(int(c) for c in picture[0, 0])
+    name = {colour: name for name, colour in BACKGROUNDS.items()}[background]
+    distance = np.linalg.norm(picture.astype(float) - background, axis=-1)
+    return distance / distance.max(), name
+
+
+def colour_of(picture: np.ndarray) -> str:
+    """Return the name of the colour that is farthest from the background."""
+    distance = np.linalg.norm(picture.astype(float) - picture[0, 0], axis=-1)
+    colour = tuple(int(c) for c in picture.reshape(-1, 3)[distance.argmax()])
+    return {colour: name for name, colour in FOREGROUNDS.items()}[colour]
+
+
+def edits(split: str, count: int = 160) -> dict[str, list[IconExample]]:
+    """Return edits by kind."""
+    kinds = defaultdict(list)
+    for example in Icons(split).batch("edit", range(count)):  # type: ignore[arg-type]
+        kinds[example.kind].append(example)
+    return kinds
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_examples_depend_on_seed_split_task_and_index_alone(task: str) -> None:
+    first, again = Icons("train", seed=3), Icons("train", seed=3)
+    examples = first.batch(task, range(6))
+    # In another order: an example must not depend on those drawn before it.
+    for index in (5, 0, 3):
+        repeated = again.sample(task, index)
+        assert repeated.prompt == examples[index].prompt
+        assert torch.equal(repeated.target, examples[index].target)
+        image, before = repeated.image, examples[index].image
+        assert (image is None and before is None) or torch.equal(image, before)  # type: ignore[arg-type]
+    others = Icons("train", seed=4).batch(task, range(6)) + Icons("test", seed=3).batch(task, range(6))
+    assert not any(torch.equal(a.target, b.target) for a, b in zip(examples + examples, others, strict=True))
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("split", SPLITS)
+def test_shapes_and_ranges(task: str, split: str) -> None:
+    for example in Icons(split).batch(task, range(20)):  # type: ignore[arg-type]
+        assert example.task == task
+        assert example.kind in (EDIT_KINDS if task == "edit" else ("",))
+        assert example.target.shape == (3, 64, 64)
+        assert example.target.dtype == torch.float32
+        assert example.target.min() >= -1
+        assert example.target.max() <= 1
+        if task == "text-to-image":
+            assert example.image is None
+        else:
+            size = 32 if task == "super-resolution" else 64
+            assert example.image is not None
+            assert example.image.shape == (3, size, size)
+        assert (example.prompt == "") == (task == "super-resolution")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_text_to_image_shows_the_captions_icon_in_the_splits_combinations(split: str) -> None:
+    styles = Counter()
+    for example in Icons(split).batch("text-to-image", range(200)):  # type: ignore[arg-type]
+        match = re.fullmatch(r"a (\w+) (outlined )?(\w+) on (\w+)", example.prompt)
+        assert match is not None
+        colour, style, name, background = match.groups()
+        full = name + (OUTLINE if style else "")
+        assert name in caption_names()
+        assert combination_split(full, colour, background) == split
+        np.testing.assert_array_equal(pixels(example.target), paint_icon(full, colour, background))
+        styles[style] += 1
+    assert min(styles["outlined "], styles[None]) > 60
+
+
+def test_training_pictures_are_never_held_out_combinations() -> None:
+    names = icon_names("train")
+    drawn = masks(64)[[glyph_rows()[name] for name in names]]
+    by_mask = {mask.tobytes(): name for name, mask in zip(names, drawn, strict=True)}
+    # Some icons are drawn alike under two names; those say nothing about which of the two was meant.
+    alike = {mask for mask, count in Counter(mask.tobytes() for mask in drawn).items() if count > 1}
+    seen = 0
+    for task in ("text-to-image", "edit", "super-resolution"):
+        for example in Icons("train").batch(task, range(150)):
+            for image in (example.target, example.image if task == "edit" else example.target):
+                picture = pixels(image)
+                mask, background = mask_of(picture)
+                colour = colour_of(picture)
+                # Painting rounds colours, so the mask is matched by the nearest one.
+                error = np.abs(drawn - mask * 255).mean((1, 2))
+                exact = drawn[error.argmin()].tobytes()
+                if exact not in alike:
+                    assert combination_split(by_mask[exact], colour, background) == "train"
+                    seen += 1
+    assert seen > 800
+
+
+def test_kinds_of_edit_are_equally_frequent() -> None:
+    counts = Counter(example.kind for example in Icons("train").batch("edit", range(600)))
+    assert set(counts) == set(EDIT_KINDS)
+    # Four standard deviations of a binomial count of 600 draws at 1/4.
+    assert all(abs(count - 150) < 43 for count in counts.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix", "prompt"), [("outline", OUTLINE, "outline it"), ("off", OFF, "cross it out")]
+)
+def test_target_is_the_other_variant_of_the_same_icon(kind: str, suffix: str, prompt: str) -> None:
+    names = variant_names("test", suffix)
+    for example in edits("test")[kind]:
+        assert example.prompt == prompt
+        before, after = pixels(example.image), pixels(example.target)
+        colour, (_, background) = colour_of(before), mask_of(before)
+        pairs = [(paint_icon(n, colour, background), paint_icon(n + suffix, colour, background)) for n in names]
+        assert any(np.array_equal(a, before) and np.array_equal(b, after) for a, b in pairs)
+
+
+def test_recolouring_changes_the_colour_to_the_one_asked_for_and_nothing_else() -> None:
+    for example in edits("test")["recolour"]:
+        before, after = pixels(example.image), pixels(example.target)
+        colour = example.prompt.removeprefix("make it ")
+        assert colour_of(after) == colour != colour_of(before)
+        (old_mask, old_background), (new_mask, new_background) = mask_of(before), mask_of(after)
+        assert old_background == new_background
+        np.testing.assert_allclose(old_mask, new_mask, atol=0.02)
+
+
+def test_new_background_is_the_one_asked_for_and_the_icon_stays() -> None:
+    for example in edits("test")["background"]:
+        before, after = pixels(example.image), pixels(example.target)
+        background = example.prompt.removeprefix("put it on ")
+        assert mask_of(after)[1] == background != mask_of(before)[1]
+        assert colour_of(before) == colour_of(after)
+        np.testing.assert_allclose(mask_of(before)[0], mask_of(after)[0], atol=0.02)
+
+
+def test_removal_clears_the_named_icon_and_leaves_the_other() -> None:
+    pool = one_word_names("test")
+    for example in Icons("test").batch("remove", range(60)):
+        match = re.fullmatch(r"remove the (\w+) (\w+)", example.prompt)
+        assert match is not None
+        colour, name = match.groups()
+        assert name in pool
+        before, after = pixels(example.image), pixels(example.target)
+        changed = (before != after).any(-1)
+        # What changed is one icon of the named colour and shape in one quadrant, and is plain background now.
+        assert (after[changed] == after[0, 0]).all()
+        top, left = (int(side.min()) // 32 * 32 for side in np.nonzero(changed))
+        assert colour_of(np.concatenate([before[:1, :1].repeat(32, 1), before[top : top + 32, left : left + 32]]))
+        mask = masks(32)[glyph_rows()[name]] > 0
+        assert np.array_equal(changed[top : top + 32, left : left + 32], mask)
+        assert changed.sum() == mask.sum()
+        np.testing.assert_array_equal(before[changed].max(0) != after[0, 0], True)
+        assert FOREGROUNDS[colour] in {tuple(int(c) for c in pixel) for pixel in before[changed]}
+        # The other icon is still there, in another colour.
+        assert colour_of(after) != colour
+
+
+def test_image_tasks_are_tested_on_icons_never_seen() -> None:
+    for split in SPLITS:
+        assert set(variant_names(split, OUTLINE)) <= set(icon_names(split))
+        others = {name for other in SPLITS if other != split for name in icon_names(other)}
+        assert not others & set(one_word_names(split))
+        assert not others & set(variant_names(split, OFF))
+
+
+def test_copying_the_input_scores_what_it_should() -> None:
+    """Medians in dB, a fingerprint of rendering, colours and degradation."""
+    expected = {"outline": 14, "off": 18, "recolour": 14, "super-resolution": 21, "remove": 19, "no noise": 27}
+    values: dict[str, list[float]] = defaultdict(list)
+    icons = Icons("test")
+    for task in ("edit", "super-resolution", "remove"):
+        for index, example in enumerate(icons.batch(task, range(300))):
+            assert example.image is not None
+            copy = upsample(example.image, 64)
+            values[example.kind or task].append(float(psnr(copy, example.target)))
+            if task == "super-resolution":
+                clean = degrade(pixels(example.target), np.random.default_rng(index), noise=False)
+                values["no noise"].append(float(psnr(upsample(to_tensor(clean), 64), example.target)))
+    medians = {kind: float(np.median(values[kind])) for kind in expected}
+    print(medians)
+    assert medians == pytest.approx(expected, abs=1.2)
+
+
+def test_errors_are_one_sentence() -> None:
+    with pytest.raises(ValueError, match="Unknown split 'dev'; choose one of train, validation, test"):
+        Icons("dev")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Unknown task 'inpaint'; choose one of text-to-image"):
+        Icons().sample("inpaint", 0)
+    with pytest.raises(ValueError, match="counts from 0, got -1"):
+        Icons().sample("edit", -1)

@@ -1,0 +1,221 @@
+"""The base recipe: its parts, one miniature run from end to end, and the model that ships."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from mtu.data.catalogue import (
+    BACKGROUNDS,
+    FOREGROUNDS,
+    OUTLINE,
+    caption,
+    caption_names,
+    combination_split,
+    split_of,
+    vocabulary,
+)
+from mtu.recipes.icons import vae as vae_module
+from mtu.recipes.icons.__main__ import main, make_base
+from mtu.recipes.icons.base import BaseConfig, new_pipeline, save_model
+from mtu.recipes.icons.denoiser import DenoiserConfig
+from mtu.recipes.icons.prompts import (
+    IconPicture,
+    PromptConfig,
+    icon_pictures,
+    instruction_prompt,
+    prompt_of,
+    scene_pictures,
+)
+from mtu.recipes.icons.score import ScoreConfig, read_colours, requests, retrieved
+from mtu.recipes.icons.text import TextConfig, build_tokenizer
+from mtu.recipes.icons.vae import VAEConfig, training_pictures
+from mtu.training import FitConfig
+
+ASSET = Path(__file__).parents[3] / "mtu" / "assets" / "icons-base"
+
+MINIATURE = BaseConfig(
+    vae=VAEConfig(block_out_channels=(8, 8, 16), norm_num_groups=4, batch_size=2),
+    text=TextConfig(width=16, layers=1, heads=2),
+    denoiser=DenoiserConfig(
+        block_out_channels=(8, 8, 16), heads=2, norm_num_groups=4, batch_size=4, prompts=PromptConfig(scenes=20)
+    ),
+    vae_fit=FitConfig(steps=3, log_every=1, checkpoint_every=2),
+    denoiser_fit=FitConfig(steps=4, log_every=1, checkpoint_every=2, ema_decay=0.5),
+)
+SCORE = ScoreConfig(
+    samples=8, validation_samples=2, guidance_scales=(1.0, 3.0), steps=2, candidates=5, reconstructions=2
+)
+
+
+@pytest.fixture
+def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave a hundredth of the pictures, so that encoding them all takes no time."""
+    monkeypatch.setattr("mtu.recipes.icons.denoiser.icon_pictures", lambda split: icon_pictures(split)[::100])
+
+
+def test_every_word_is_one_token_and_any_text_can_be_encoded() -> None:
+    tokenizer = build_tokenizer(24)
+    for word in vocabulary():
+        assert len(tokenizer(word).input_ids) == 3, word
+    text = "a red bell, Zürich Ω 日本 x9 🙂"
+    decoded = tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True)
+    assert decoded.replace(" ", "") == text.lower().replace(" ", "")
+    assert tokenizer.unk_token_id not in tokenizer(text).input_ids[1:-1]
+    assert len(tokenizer("").input_ids) == 2
+    assert tokenizer.get_vocab() == build_tokenizer(24).get_vocab()
+
+
+def test_training_combinations_are_all_there_and_none_is_held_out() -> None:
+    pictures = icon_pictures("train")
+    assert {p.name.removesuffix(OUTLINE).removesuffix("-off") for p in pictures} == set(caption_names())
+    assert all(combination_split(*p) == "train" and split_of(p.name) == "train" for p in pictures)
+    assert {p.colour for p in pictures} == set(FOREGROUNDS)
+    assert {p.background for p in pictures} == set(BACKGROUNDS)
+    held_out = set(icon_pictures("test")) | set(icon_pictures("validation"))
+    assert held_out
+    assert not held_out & set(pictures)
+    asked = requests("test", 300, 0)
+    assert len(set(asked)) == 300
+    assert set(asked) <= held_out
+
+
+def test_the_autoencoder_never_sees_held_out_combinations(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, shown = vae_module._drawable()
+    painted = Counter()
+    full = vae_module.paint
+
+    def spy(mask: np.ndarray, colour: np.ndarray, background: np.ndarray) -> np.ndarray:
+        if mask.shape == (64, 64):
+            painted[(mask.tobytes(), tuple(colour), tuple(background))] += 1
+        return full(mask, colour, background)
+
+    monkeypatch.setattr(vae_module, "paint", spy)
+    training_pictures(np.random.default_rng(0), VAEConfig(batch_size=300))
+    drawn = vae_module.masks(64)[rows]
+    allowed = set()
+    for index, mask in enumerate(drawn):
+        for c, colour in enumerate(FOREGROUNDS.values()):
+            for b, background in enumerate(BACKGROUNDS.values()):
+                if shown[index, c, b]:
+                    allowed |= {(mask.tobytes(), colour, background)}
+        if index == 400:
+            break
+    known = {mask.tobytes() for mask in drawn[:401]}
+    checked = [key for key in painted if key[0] in known]
+    assert len(painted) > 150
+    assert checked
+    assert set(checked) <= allowed
+
+
+def test_instructions_say_what_the_picture_shows() -> None:
+    rng = np.random.default_rng(0)
+    words = Counter()
+    for _ in range(500):
+        picture = IconPicture("bell-outline", "red", "black")
+        text = instruction_prompt(picture, rng)
+        base, *instructions = text.split(", ")
+        words.update(text.replace(",", "").split())
+        assert "?" not in text
+        assert "  " not in text
+        assert " bell" in base
+        assert ("outline it" in instructions) != ("outlined" in base)
+        if "make it red" not in instructions:
+            assert base.startswith("a red ")
+        if "put it on black" not in instructions:
+            assert base.endswith(" on black")
+        assert set(instructions) <= {"make it red", "put it on black", "outline it"}
+    assert min(words[word] for word in ("make", "put", "outline", "it")) > 100
+    assert set(words) <= set(vocabulary())
+
+
+def test_scenes_show_both_icons_or_the_one_that_is_left() -> None:
+    rng, config = np.random.default_rng(0), PromptConfig(scenes=200, dropout=0.0)
+    scenes = scene_pictures(rng, config)
+    for scene in scenes:
+        picture = scene.paint()
+        colours = {tuple(int(c) for c in pixel) for pixel in picture.reshape(-1, 3)}
+        assert FOREGROUNDS[scene.colours[0]] in colours
+        assert (FOREGROUNDS[scene.colours[1]] in colours) == (not scene.removed)
+        prompt = prompt_of(scene, rng, config)
+        assert prompt.endswith(f", remove the {scene.colours[1]} {scene.names[1]}") == scene.removed
+    assert 40 < sum(scene.removed for scene in scenes) < 100
+    prompts = [prompt_of(scenes[0], rng, PromptConfig(dropout=0.5)) for _ in range(200)]
+    assert 60 < prompts.count("") < 140
+
+
+def test_scores_are_perfect_for_true_pictures_and_not_for_others() -> None:
+    pictures = requests("test", 60, 0)
+    true = np.stack([picture.paint() for picture in pictures]).astype(np.float32)
+    noisy = np.clip(true + np.random.default_rng(0).normal(0, 20, true.shape), 0, 255)
+    for images in (true, noisy):
+        colours, backgrounds = read_colours(images)
+        assert colours == [p.colour for p in pictures]
+        assert backgrounds == [p.background for p in pictures]
+        # A few icons are drawn alike under two names.
+        assert retrieved(images, pictures, 100, 0).mean() > 0.95
+    assert retrieved(np.roll(true, 1, axis=0), pictures, 100, 0).mean() < 0.1
+
+
+@pytest.mark.usefixtures("few_pictures")
+def test_miniature_run_from_end_to_end_resumes_and_describes_itself(tmp_path: Path) -> None:
+    make_base(tmp_path, MINIATURE, SCORE, command="the command")
+    model = tmp_path / "model"
+    metrics = json.loads((model / "metrics.json").read_text())
+    assert metrics["samples"] == 8
+    assert 0 <= metrics["text_to_image"]["retrieval_top1"] <= 1
+    assert metrics["training"]["denoiser_steps"] == 4
+    card = (model / "README.md").read_text()
+    assert "the command" in card
+    assert "{" not in card.replace("{}", "")
+    assert (model / "samples.png").is_file()
+    first = {path.name: path.read_bytes() for path in model.rglob("*.safetensors")}
+    # Resuming a finished run trains nothing, and comes to the same weights.
+    make_base(tmp_path, MINIATURE, SCORE, command="the command", resume=True)
+    assert {path.name: path.read_bytes() for path in model.rglob("*.safetensors")} == first
+    pipeline = StableDiffusionPipeline.from_pretrained(model)
+    assert {m.dtype for m in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
+    assert pipeline.unet.config.cross_attention_dim == 16
+    assert pipeline.vae.config.scaling_factor != 1.0
+
+
+def test_resuming_from_an_empty_folder_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"There is no checkpoint in .* to resume from\."):
+        main(["base", "--output", str(tmp_path), "--resume", "--minutes", "0.01"])
+
+
+def test_untrained_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
+    first, again = new_pipeline(MINIATURE), new_pipeline(MINIATURE)
+    save_model(first, tmp_path)
+    for name in ("unet", "vae", "text_encoder"):
+        loaded = getattr(StableDiffusionPipeline.from_pretrained(tmp_path), name).state_dict()
+        for key, tensor in getattr(again, name).state_dict().items():
+            assert torch.equal(loaded[key], tensor.half().float() if tensor.is_floating_point() else tensor), key
+
+
+def test_shipped_model_is_small_and_draws_what_the_caption_says() -> None:
+    files = [path for path in ASSET.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 20 * 2**20
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
+    pipeline = StableDiffusionPipeline.from_pretrained(ASSET)
+    pipeline.set_progress_bar_config(disable=True)
+    metrics = json.loads((ASSET / "metrics.json").read_text())
+    pictures = requests("test", 6, 1)
+    output = pipeline(
+        [caption(*picture) for picture in pictures],
+        num_inference_steps=10,
+        guidance_scale=metrics["guidance_scale"],
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    )
+    images = output.images * 255
+    colours, backgrounds = read_colours(images)
+    assert sum(c == p.colour for c, p in zip(colours, pictures, strict=True)) >= 5
+    assert sum(b == p.background for b, p in zip(backgrounds, pictures, strict=True)) >= 5
+    assert retrieved(images, pictures, 100, 0).sum() >= 4
+    # An empty prompt and unknown words must run too.
+    assert pipeline(["", "a Zürich of 7"], num_inference_steps=1, output_type="np").images.shape == (2, 64, 64, 3)

@@ -1,0 +1,205 @@
+"""`fit`: resuming is exact, checkpoints survive interruptions, and errors say what is wrong."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mtu.training import FitConfig, LogEntry, fit
+from mtu.training.checkpoint import load_checkpoint
+from mtu.training.fit import learning_rate_at, parameter_groups
+
+CONFIG = FitConfig(steps=10, learning_rate=1e-2, warmup_steps=2, ema_decay=0.9, checkpoint_every=5, log_every=1)
+
+
+class Model(nn.Module):
+    """A convolution, an embedding and a linear map: every kind of parameter the loop tells apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.embedding = nn.Embedding(5, 4)
+        self.dropout = nn.Dropout(0.5)
+        self.linear = nn.Linear(4, 2)
+
+    def loss(self, step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step)
+        features = self.conv(torch.randn(6, 3, 8, 8, generator=generator)).mean((2, 3))
+        rows = torch.randint(5, (6,), generator=generator)
+        return (self.linear(self.dropout(features + self.embedding(rows))) - 1).square().mean()
+
+
+def train(
+    config: FitConfig = CONFIG, directory: Path | None = None, *, resume: bool = False, stop_at: int | None = None
+) -> tuple[Model, list[LogEntry]]:
+    """Train a fresh model; `stop_at` interrupts before that step, as a user would."""
+    model = Model()
+
+    def loss_fn(step: int) -> Tensor:
+        if step == stop_at:
+            raise KeyboardInterrupt
+        return model.loss(step)
+
+    return model, fit(loss_fn, {"model": model}, model.parameters(), config, directory=directory, resume=resume)
+
+
+def test_resumed_training_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> None:
+    straight, history = train(directory=tmp_path / "straight")
+    with pytest.raises(KeyboardInterrupt):
+        # Two steps beyond the checkpoint, so that their log lines must be dropped again.
+        train(directory=tmp_path / "broken", stop_at=7)
+    resumed, resumed_history = train(directory=tmp_path / "broken", resume=True)
+    for (name, expected), (_, found) in zip(straight.state_dict().items(), resumed.state_dict().items(), strict=True):
+        assert torch.equal(expected, found), name
+    assert [(e.step, e.loss, e.learning_rate) for e in history] == [
+        (e.step, e.loss, e.learning_rate) for e in resumed_history
+    ]
+    tensors = [load_checkpoint(tmp_path / name)[0] for name in ("straight", "broken")]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+    lines = (tmp_path / "broken" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 11))
+
+
+def test_resuming_a_finished_training_changes_nothing(tmp_path: Path) -> None:
+    model, history = train(directory=tmp_path)
+    again, repeated = train(directory=tmp_path, resume=True)
+    assert repeated == history
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_the_directory_holds_one_checkpoint_and_no_pickle(tmp_path: Path) -> None:
+    train(directory=tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["checkpoint-0000010.safetensors", "checkpoint.json", "log.jsonl"]
+
+
+def test_the_loss_falls_and_averaged_weights_are_left_in_the_modules(tmp_path: Path) -> None:
+    model, history = train(replace(CONFIG, steps=200, learning_rate=3e-2), tmp_path)
+    assert history[-1].loss < 0.5 * history[0].loss
+    tensors, _ = load_checkpoint(tmp_path)
+    assert torch.equal(model.linear.weight, tensors["average.model.linear.weight"])
+    assert not torch.equal(model.linear.weight, tensors["module.model.linear.weight"])
+
+
+def test_the_average_is_what_its_definition_says() -> None:
+    model, weights = Model(), []
+
+    def loss_fn(step: int) -> Tensor:
+        weights.append(model.linear.weight.detach().clone())
+        return model.loss(step)
+
+    fit(loss_fn, {"model": model}, model.parameters(), replace(CONFIG, steps=4, ema_decay=0.2))
+    other, _ = train(replace(CONFIG, steps=4, ema_decay=None))
+    average = weights[0]
+    for step, weight in enumerate([*weights[1:], other.linear.weight], start=1):
+        decay = min(0.2, step / (step + 10))
+        average = decay * average + (1 - decay) * weight
+    torch.testing.assert_close(model.linear.weight, average)
+
+
+def test_learning_rate_warms_up_and_ends_at_zero() -> None:
+    config = FitConfig(steps=100, learning_rate=1.0, warmup_steps=9)
+    assert learning_rate_at(0, 0, config) == pytest.approx(0.1)
+    assert learning_rate_at(50, 0, config) == pytest.approx(0.5)
+    assert learning_rate_at(100, 0, config) == pytest.approx(0.0)
+    assert learning_rate_at(99, 0, replace(config, schedule="constant")) == 1.0
+    limited = replace(config, minutes=2.0)
+    assert learning_rate_at(10, 60, limited) == pytest.approx(0.5)
+    assert learning_rate_at(10, 120, limited) == pytest.approx(0.0)
+    assert learning_rate_at(75, 60, limited) == learning_rate_at(75, 0, config)
+
+
+def test_a_time_limit_ends_the_training_with_a_checkpoint(tmp_path: Path) -> None:
+    config = replace(CONFIG, steps=10**6, minutes=0.2 / 60, checkpoint_every=10**6)
+    _, history = train(config, tmp_path)
+    assert 0 < history[-1].step < 10**6
+    assert history[-1].seconds >= 0.2
+    assert load_checkpoint(tmp_path)[1]["step"] == history[-1].step
+    # Already over: resuming makes no step, unless more time is given.
+    assert train(config, tmp_path, resume=True)[1] == history
+    longer = train(replace(config, minutes=0.4 / 60), tmp_path, resume=True)[1]
+    assert longer[-1].step > history[-1].step
+
+
+def test_vectors_and_embeddings_do_not_decay() -> None:
+    model = Model()
+    decayed, kept = parameter_groups({"model": model}, model.parameters(), 0.1)
+    assert decayed["weight_decay"] == 0.1
+    assert kept["weight_decay"] == 0.0
+    assert {id(p) for p in decayed["params"]} == {id(model.conv.weight), id(model.linear.weight)}
+    assert len(kept["params"]) == 3
+
+
+def test_only_the_given_parameters_move() -> None:
+    model, fresh = Model(), Model()
+    fit(model.loss, {"model": model}, [model.linear.weight], CONFIG)
+    before = dict(fresh.named_parameters())
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {"linear.weight"}
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_move() -> None:
+    model, weights = Model(), []
+
+    def loss_fn(step: int) -> Tensor:
+        weights.append(model.linear.weight.detach().clone())
+        return model.loss(step) * (float("nan") if step == 3 else 1.0)
+
+    with pytest.raises(FloatingPointError, match="The loss of step 3 is nan"):
+        fit(loss_fn, {"model": model}, model.parameters(), CONFIG)
+    assert torch.equal(model.linear.weight, weights[-1])
+
+
+def test_resuming_from_nothing_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"There is no checkpoint in .* to resume from\.$"):
+        train(directory=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="resume needs the directory"):
+        train(resume=True)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 200, -1])
+def test_resuming_from_a_truncated_checkpoint_says_so(tmp_path: Path, keep: int) -> None:
+    train(directory=tmp_path)
+    path = tmp_path / "checkpoint-0000010.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"The checkpoint in .* is damaged \(SafetensorError\)\.$"):
+        train(directory=tmp_path, resume=True)
+
+
+def test_resuming_from_a_missing_or_broken_part_says_so(tmp_path: Path) -> None:
+    train(directory=tmp_path)
+    state = (tmp_path / "checkpoint.json").read_text()
+    (tmp_path / "checkpoint.json").write_text(state[: len(state) // 2])
+    with pytest.raises(ValueError, match="is damaged"):
+        train(directory=tmp_path, resume=True)
+    (tmp_path / "checkpoint.json").write_text(state)
+    (tmp_path / "checkpoint-0000010.safetensors").unlink()
+    with pytest.raises(ValueError, match="is damaged"):
+        train(directory=tmp_path, resume=True)
+
+
+def test_resuming_another_training_says_what_differs(tmp_path: Path) -> None:
+    train(directory=tmp_path)
+    with pytest.raises(ValueError, match=r"was made with another learning_rate, steps\.$"):
+        train(replace(CONFIG, steps=11, learning_rate=1.0, log_every=2), tmp_path, resume=True)
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="does not fit the module 'model'"):
+        fit(lambda step: model(torch.ones(2)).sum(), {"model": model}, model.parameters(), CONFIG,
+            directory=tmp_path, resume=True)  # fmt: skip
+
+
+def test_wrong_configurations_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        FitConfig(steps=0)
+    with pytest.raises(ValueError, match="unknown schedule 'linear'"):
+        FitConfig(steps=1, schedule="linear")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="ema_decay"):
+        FitConfig(steps=1, ema_decay=1.0)
+    stray = nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match="belongs to none of the modules"):
+        fit(lambda step: stray.sum(), {"model": Model()}, [stray], CONFIG)

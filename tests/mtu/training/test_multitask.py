@@ -1,0 +1,168 @@
+"""The multi-task objective: what is encoded, what a step's loss is, and which parameters it moves."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import mtu
+from mtu.data.icons import TASKS, Icons
+from mtu.recipes.icons.base import BaseConfig, new_pipeline
+from mtu.recipes.icons.denoiser import DenoiserConfig
+from mtu.recipes.icons.text import TextConfig
+from mtu.recipes.icons.vae import VAEConfig
+from mtu.training import FitConfig, fit
+from mtu.training.multitask import MultiTaskConfig, MultiTaskLoss, encode_examples
+
+MINIATURE = BaseConfig(
+    vae=VAEConfig(block_out_channels=(8, 8, 16), norm_num_groups=4),
+    text=TextConfig(width=16, layers=1, heads=2),
+    denoiser=DenoiserConfig(block_out_channels=(8, 8, 16), heads=2, norm_num_groups=4),
+)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> mtu.MTUPipeline:
+    torch.manual_seed(0)
+    return mtu.upcycle(new_pipeline(MINIATURE))
+
+
+@pytest.fixture(scope="module")
+def data(pipeline):
+    icons = Icons("train")
+    return encode_examples(pipeline, {task: icons.batch(task, range(6)) for task in TASKS})
+
+
+def test_latents_are_those_of_the_pipeline(pipeline, data) -> None:
+    example = Icons("train").sample("edit", 2)
+    with torch.no_grad():
+        target = pipeline.vae.encode(example.target[None]).latent_dist.mode() * pipeline.vae.config.scaling_factor
+        condition = pipeline.vae.encode(example.image[None]).latent_dist.mode()
+        prompt = pipeline.encode_prompt(example.prompt, "cpu", 1, False)[0]
+    latents = data.tasks["edit"]
+    # The same products in another batch size: float32 rounding of some 30 layers.
+    torch.testing.assert_close(latents.target[2:3], target, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(latents.condition[2:3], condition, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(data.prompts[latents.prompt[2]][None], prompt, rtol=1e-4, atol=1e-5)
+    assert data.tasks["text-to-image"].condition is None
+    assert data.tasks["super-resolution"].prompt.eq(0).all()
+    assert data.tasks["super-resolution"].condition.shape == data.tasks["super-resolution"].target.shape
+
+
+def test_loss_is_the_sum_of_the_tasks_means(pipeline, data) -> None:
+    pipeline.unet.eval()
+    config = MultiTaskConfig(batch_per_task=3, dropout=0.0)
+    with torch.no_grad():
+        noise_only = MultiTaskLoss(pipeline, data, config)(0)
+        again = MultiTaskLoss(pipeline, data, config)(0)
+        other = MultiTaskLoss(pipeline, data, config)(1)
+    assert torch.equal(noise_only, again)
+    assert not torch.equal(noise_only, other)
+    # With the prediction held at zero each task's mean is E‖ε‖² = 1, within √(2 / (3·1024)) = 2.6%; 6 σ of the sum.
+    silent = MultiTaskLoss(pipeline, data, config)
+    silent.unet = _Silent(pipeline.unet)
+    assert float(silent(0)) == pytest.approx(len(TASKS), abs=6 * 0.026 * len(TASKS) ** 0.5)
+
+
+def test_min_snr_weights_lower_the_easy_timesteps(pipeline, data) -> None:
+    plain = MultiTaskLoss(pipeline, data, MultiTaskConfig())
+    weighed = MultiTaskLoss(pipeline, data, MultiTaskConfig(snr_gamma=5.0))
+    assert plain.weights.eq(1).all()
+    assert weighed.weights[0] < 0.01
+    assert weighed.weights[-1] == 1
+
+
+def test_v_prediction_weighs_the_noise_error_alike(pipeline, data) -> None:
+    other = dataclasses.replace(MINIATURE)
+    torch.manual_seed(0)
+    twin = mtu.upcycle(new_pipeline(other))
+    twin.scheduler.register_to_config(prediction_type="v_prediction")
+    loss = MultiTaskLoss(twin, data, MultiTaskConfig())
+    noise_weight = loss.weights / (1 - loss.scheduler.alphas_cumprod)
+    torch.testing.assert_close(noise_weight, torch.ones_like(noise_weight))
+
+
+def test_dropout_follows_the_guidance(pipeline, data) -> None:
+    class Recorder(_Silent):
+        def __call__(self, sample, timesteps, prompt, task_ids):
+            self.seen = sample, prompt, task_ids
+            return super().__call__(sample, timesteps, prompt, task_ids)
+
+    loss = MultiTaskLoss(pipeline, data, MultiTaskConfig(batch_per_task=400, dropout=0.25))
+    loss.unet = Recorder(pipeline.unet)
+    loss(0)
+    sample, prompt, task_ids = loss.unet.seen
+    empty_prompt = (prompt == data.prompts[0]).flatten(1).all(1)
+    empty_image = sample[:, 4:].flatten(1).eq(0).all(1)
+    names = [spec.name for spec in pipeline.unet.tasks]
+    parts = {
+        name: (float(empty_prompt[task_ids == i].float().mean()), float(empty_image[task_ids == i].float().mean()))
+        for i, name in enumerate(names)
+    }
+    # 400 draws: 5 standard deviations are 0.125.
+    assert parts["text-to-image"] == (pytest.approx(0.25, abs=0.125), 1.0)
+    assert parts["super-resolution"] == (1.0, 0.0)
+    for name in ("edit", "remove"):
+        assert parts[name] == (pytest.approx(0.5, abs=0.125), pytest.approx(0.25, abs=0.125))
+    dual = torch.isin(task_ids, torch.tensor([names.index("edit"), names.index("remove")]))
+    assert not (empty_image & ~empty_prompt & dual).any()
+
+
+def test_training_moves_the_upcycled_parts_alone(data) -> None:
+    torch.manual_seed(0)
+    twin = mtu.upcycle(new_pipeline(MINIATURE))
+    unet = twin.unet.train()
+    trained = {name for name, _ in unet.named_trainable_parameters()}
+    old = {name: parameter.clone() for name, parameter in unet.named_parameters()}
+    loss = MultiTaskLoss(twin, data, MultiTaskConfig(batch_per_task=2))
+    config = FitConfig(steps=3, learning_rate=1e-3, schedule="constant", weight_decay=0.0, log_every=1)
+    history = fit(loss, {"unet": unet}, unet.trainable_parameters(), config)
+    moved = {name for name, parameter in unet.named_parameters() if not torch.equal(parameter, old[name])}
+    assert moved == trained
+    assert len(history) == 3
+
+
+def test_weight_decay_leaves_rows_of_absent_tasks_alone(data) -> None:
+    torch.manual_seed(0)
+    twin = mtu.upcycle(new_pipeline(MINIATURE))
+    unet = twin.unet.train()
+    absent = unet.task_index("remove")
+    rows = {name: p[absent].detach().clone() for name, p in unet.named_trainable_parameters() if _is_packed(name)}
+    kept = type(data)({name: latents for name, latents in data.tasks.items() if name != "remove"}, data.prompts)
+    loss = MultiTaskLoss(twin, kept, MultiTaskConfig(batch_per_task=2))
+    config = FitConfig(steps=3, learning_rate=1e-2, schedule="constant", weight_decay=0.1, log_every=1)
+    fit(loss, {"unet": unet}, unet.trainable_parameters(), config)
+    for name, parameter in unet.named_trainable_parameters():
+        if _is_packed(name):
+            assert torch.equal(parameter[absent], rows[name]), name
+
+
+def test_bad_arguments(pipeline, data) -> None:
+    icons = Icons("train")
+    with pytest.raises(ValueError, match="Unknown task 'sing'"):
+        encode_examples(pipeline, {"sing": icons.batch("edit", range(1))})
+    with pytest.raises(ValueError, match="does not fit task 'edit'"):
+        encode_examples(pipeline, {"edit": icons.batch("text-to-image", range(1))})
+    with pytest.raises(ValueError, match="batch_per_task"):
+        MultiTaskConfig(batch_per_task=0)
+    with pytest.raises(ValueError, match="dropout"):
+        MultiTaskConfig(dropout=0.7)
+    other = mtu.upcycle(new_pipeline(MINIATURE))
+    other.scheduler.register_to_config(prediction_type="sample")
+    with pytest.raises(ValueError, match="'sample'"):
+        MultiTaskLoss(other, data, MultiTaskConfig())
+
+
+def _is_packed(name: str) -> bool:
+    return ".norm3." in name or name.startswith(("conv_in.", "task_embedding."))
+
+
+class _Silent:
+    """A stand-in UNet that predicts no noise at all, with the tasks of a real one."""
+
+    def __init__(self, unet: mtu.MTUUNet2DConditionModel) -> None:
+        self.tasks, self.task_device = unet.tasks, unet.task_device
+        self.task_ids, self.task_index = unet.task_ids, unet.task_index
+
+    def __call__(self, sample, timesteps, prompt, task_ids):
+        return type("Output", (), {"sample": torch.zeros_like(sample[:, :4])})

@@ -1,0 +1,322 @@
+"""Every backend against the specification: values, gradients, edges, tracing."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtu_kernels import ExpertWeights, NormAffine, Routing, available_backends, dense_weights, moe_ffn, reference
+
+from .moe_ffn_cases import DENSE, SEEDS, Problem, Sizes, assert_as_exact_as_eager, forward_and_gradients, make_problem
+
+BACKENDS = available_backends()
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOP_2 = DENSE._replace(K=2)
+
+
+@pytest.fixture(params=BACKENDS)
+def op(request):
+    return functools.partial(moe_ffn, backend=request.param)
+
+
+def problems(sizes=DENSE, **options):
+    return [make_problem(seed, sizes, **options) for seed in SEEDS]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("expert_bias", [False, True], ids=("bias", "expert_bias"))
+@pytest.mark.parametrize("expert_norm", [False, True], ids=("norm", "expert_norm"))
+@pytest.mark.parametrize("sizes", [DENSE, TOP_2], ids=("dense", "top2"))
+def test_values_and_gradients(op, sizes, expert_norm, expert_bias, dtype):
+    assert_as_exact_as_eager(op, problems(sizes, expert_norm=expert_norm, expert_bias=expert_bias, dtype=dtype))
+
+
+@pytest.mark.parametrize("expert_norm", [False, True], ids=("norm", "expert_norm"))
+@pytest.mark.parametrize("sizes", [DENSE, TOP_2], ids=("dense", "top2"))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("x_is_float32", [False, True], ids=("low_x", "float32_x"))
+def test_float32_affines_and_routing_under_low_precision(op, x_is_float32, dtype, sizes, expert_norm):
+    options = dict(dtype=dtype, x_dtype=torch.float32 if x_is_float32 else dtype, affine_dtype=torch.float32)
+    assert_as_exact_as_eager(op, problems(sizes, expert_norm=expert_norm, expert_bias=True, **options))
+
+
+EDGE_SIZES = {
+    "no_tokens": Sizes(L=0),
+    "no_tokens_top2": Sizes(L=0, K=2),
+    "no_samples": Sizes(B=0),
+    "no_samples_top2": Sizes(B=0, K=2),
+    "one_token": Sizes(B=5, L=1),
+    "one_token_top1": Sizes(B=5, L=1, K=1),
+    "odd": Sizes(B=5, L=13, D=17, E=3, F=7),
+    "odd_top2": Sizes(B=5, L=13, D=17, E=3, F=7, K=2),
+    "all_experts_by_index": Sizes(K=4),
+    "one_expert": Sizes(E=1),
+    "one_expert_by_index": Sizes(E=1, K=1),
+    "one_hidden_unit_each": Sizes(F=1, K=1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("expert_norm", [False, True], ids=("norm", "expert_norm"))
+@pytest.mark.parametrize("sizes", EDGE_SIZES.values(), ids=EDGE_SIZES.keys())
+def test_edge_sizes(op, sizes, expert_norm, dtype):
+    assert_as_exact_as_eager(op, problems(sizes, dtype=dtype, expert_norm=expert_norm, expert_bias=expert_norm))
+
+
+def mean_far_above_deviation(p: Problem) -> Problem:
+    return p._replace(x=p.x + 100)
+
+
+def variance_below_eps(p: Problem) -> Problem:
+    return p._replace(x=p.x * 2**-10)
+
+
+def constant_tokens(p: Problem) -> Problem:
+    return p._replace(x=p.x[:, :, :1].expand_as(p.x).contiguous())
+
+
+def large_eps(p: Problem) -> Problem:
+    return p._replace(eps=0.1)
+
+
+def one_expert_takes_all(p: Problem) -> Problem:
+    weights = torch.zeros_like(p.routing.weights)
+    weights[:, 0] = 1
+    indices = None if p.routing.indices is None else torch.tensor([2, 1]).expand_as(p.routing.indices)
+    return p._replace(routing=Routing(weights, indices))
+
+
+def a_weight_is_zero(p: Problem) -> Problem:
+    weights = p.routing.weights.clone()
+    weights[0, 1] = 0
+    return p._replace(routing=Routing(weights, p.routing.indices))
+
+
+def negative_and_large_weights(p: Problem) -> Problem:
+    return p._replace(routing=Routing(4 * p.routing.weights - 2, p.routing.indices))
+
+
+def tasks_mixed_and_repeated(p: Problem) -> Problem:
+    tasks = torch.tensor([1, 0, 1])
+    indices = None if p.routing.indices is None else p.routing.indices[tasks]
+    norm = type(p.norm)(*(t[tasks] for t in p.norm))
+    return p._replace(norm=norm, routing=Routing(p.routing.weights[tasks], indices))
+
+
+def nothing_contiguous(p: Problem) -> Problem:
+    p = p.map(lambda t: t.repeat_interleave(2, dim=-1)[..., ::2].mT.contiguous().mT if t.dim() > 1 else t)
+    p = p.map(lambda t: t.repeat_interleave(2)[::2] if t.dim() == 1 else t)
+    indices = p.routing.indices
+    return p._replace(routing=Routing(p.routing.weights, None if indices is None else indices.T.contiguous().T))
+
+
+def everything_expanded(p: Problem) -> Problem:
+    """One sample stands for all: expanded x, affines, routing, and a gradient that comes back expanded."""
+    first = p._replace(x=p.x[:1].expand_as(p.x), grad_y=p.grad_y[:, :, :1].expand_as(p.grad_y))
+    weights = p.routing.weights[:1].expand_as(p.routing.weights)
+    indices = None if p.routing.indices is None else p.routing.indices[:1].expand_as(p.routing.indices)
+    norm = type(p.norm)(*(t[:1].expand_as(t) for t in p.norm))
+    return first._replace(norm=norm, routing=Routing(weights, indices))
+
+
+def int64_indices(p: Problem) -> Problem:
+    return p._replace(
+        routing=Routing(p.routing.weights, None if p.routing.indices is None else p.routing.indices.long())
+    )
+
+
+EDGES = (
+    mean_far_above_deviation, variance_below_eps, constant_tokens, large_eps, one_expert_takes_all, a_weight_is_zero,
+    negative_and_large_weights, tasks_mixed_and_repeated, nothing_contiguous, everything_expanded, int64_indices,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [DENSE, TOP_2], ids=("dense", "top2"))
+@pytest.mark.parametrize("edge", EDGES, ids=lambda edge: edge.__name__)
+def test_edge_values(op, edge, sizes, dtype):
+    for expert_norm in (False, True):
+        options = dict(dtype=dtype, affine_dtype=torch.float32, expert_norm=expert_norm, expert_bias=expert_norm)
+        assert_as_exact_as_eager(op, [edge(p) for p in problems(sizes, **options)])
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    sizes=st.builds(
+        Sizes,
+        B=st.integers(0, 3), L=st.integers(0, 5), D=st.integers(1, 9), E=st.integers(1, 4), F=st.integers(1, 5),
+    ),
+    data=st.data(),
+)  # fmt: skip
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_shape(backend, sizes, data):
+    sizes = sizes._replace(K=data.draw(st.none() | st.integers(1, sizes.E), label="K"))
+    expert_norm, expert_bias, recompute = (data.draw(st.booleans()) for _ in range(3))
+    problem = make_problem(1, sizes, dtype=torch.float64, expert_norm=expert_norm, expert_bias=expert_bias)
+    op = functools.partial(moe_ffn, backend=backend, recompute=recompute)
+    actual, exact = (forward_and_gradients(f, problem) for f in (op, reference.moe_ffn))
+    for a, b in zip(actual, exact, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        # A wrong index is an error of order 1, rounding one of 2^-52 times the small condition of LayerNorm: any bound
+        # in between tells them apart, and 2^-23 is in the middle of it.
+        scale = max(1.0, b.abs().max().item()) if b.numel() else 1.0
+        assert ((a - b).abs() <= torch.finfo(torch.float32).eps * scale).all()
+
+
+def test_all_experts_by_index_is_dense(op):
+    for seed in SEEDS:
+        dense = make_problem(seed, dtype=torch.float64, expert_norm=True, expert_bias=True)
+        order = torch.stack([torch.randperm(4) for _ in range(3)])
+        by_index = Routing(dense.routing.weights.gather(1, order), order.int())
+        assert torch.equal(dense_weights(by_index, 4), dense.routing.weights)
+        expected = forward_and_gradients(op, dense)
+        actual = forward_and_gradients(op, dense._replace(routing=by_index))
+        actual[-1] = dense_weights(Routing(actual[-1], order), 4)
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=torch.finfo(torch.float32).eps)  # as in test_every_shape
+
+
+@pytest.mark.parametrize("expert_norm", [False, True], ids=("norm", "expert_norm"))
+def test_weight_zero_is_exactly_nothing(op, expert_norm):
+    problem = make_problem(0, expert_norm=expert_norm, expert_bias=True)
+    problem.routing.weights[:, 2] = 0
+    outputs = forward_and_gradients(op, problem)
+    problem.experts.w_out[:, 12:18] += 1e4
+    problem.experts.b_out[2] += 1e4
+    assert torch.equal(op(*problem.arguments), outputs[0])
+    _, _, _, _, d_w_in, d_b_in, d_w_out, d_b_out, d_weights = outputs
+    for grad in (d_w_in.view(2, 4, 6, 16)[:, 2], d_b_in.view(2, 4, 6)[:, 2], d_w_out[:, 12:18], d_b_out[2]):
+        assert (grad == 0).all()
+    # The weight itself still learns.
+    assert (d_weights[:, 2] != 0).all()
+
+
+@pytest.mark.parametrize("expert_norm", [False, True], ids=("norm", "expert_norm"))
+def test_inactive_experts_are_not_looked_at(op, expert_norm):
+    problem = make_problem(0, TOP_2, expert_norm=expert_norm, expert_bias=True)
+    problem = problem._replace(routing=Routing(problem.routing.weights, torch.tensor([[3, 0], [0, 3], [3, 1]])))
+    expected = forward_and_gradients(op, problem)
+    problem.experts.w_in.view(2, 4, 6, 16)[:, 2] = float("nan")
+    problem.experts.w_out[:, 12:18] = float("nan")
+    problem.experts.b_out[2] = float("nan")
+    actual = forward_and_gradients(op, problem)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert (actual[4].view(2, 4, 6, 16)[:, 2] == 0).all()
+    assert (actual[6][:, 12:18] == 0).all()
+
+
+@pytest.mark.parametrize("sizes", [DENSE, TOP_2], ids=("dense", "top2"))
+def test_recompute_changes_nothing(op, sizes):
+    problem = make_problem(0, sizes, expert_norm=True, expert_bias=True)
+    plain = forward_and_gradients(op, problem)
+    again = forward_and_gradients(functools.partial(op, recompute=True), problem)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_recompute_saves_inputs_only(op):
+    problem = make_problem(0).requires_grad()
+    inputs = {t.data_ptr() for t in problem.tensors}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()), lambda _: None):
+        op(*problem.arguments, recompute=True)
+        assert set(saved) <= inputs
+        op(*problem.arguments)
+        assert not set(saved) <= inputs
+
+
+@pytest.mark.parametrize("frozen", ["x", "norm", "experts", "routing"])
+def test_gradients_of_some_inputs(op, frozen):
+    names = ("x", "norm", "norm", "experts", "experts", "experts", "experts", "routing")
+    problem = make_problem(0, expert_bias=True)
+    expected = forward_and_gradients(op, problem)[1:]
+    problem = problem.requires_grad()
+    for name, tensor in zip(names, problem.tensors, strict=True):
+        tensor.requires_grad_(name != frozen)
+    op(*problem.arguments).backward(problem.grad_y.detach())
+    for name, tensor, grad in zip(names, problem.tensors, expected, strict=True):
+        assert tensor.grad is None if name == frozen else torch.equal(tensor.grad, grad)
+
+
+def test_autocast_casts_the_experts_alone(op):
+    problem = make_problem(0, expert_bias=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = forward_and_gradients(op, problem._replace(grad_y=problem.grad_y.bfloat16()))
+    experts = type(problem.experts)(*(t.bfloat16() for t in problem.experts[:4]), 4)
+    expected = forward_and_gradients(op, problem._replace(experts=experts, grad_y=problem.grad_y.bfloat16()))
+    assert [t.dtype for t in actual] == [torch.bfloat16] + [torch.float32] * 8
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b.to(a.dtype))
+
+
+def test_autocast_leaves_float64_alone(op):
+    problem = make_problem(0, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = op(*problem.arguments)
+    assert torch.equal(actual, op(*problem.arguments))
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=("save", "recompute"))
+@pytest.mark.parametrize("sizes", [DENSE, TOP_2], ids=("dense", "top2"))
+@pytest.mark.parametrize("expert_norm", [False, True], ids=("norm", "expert_norm"))
+def test_traces_in_one_graph_for_all_routings(op, expert_norm, sizes, recompute):
+    op = functools.partial(op, recompute=recompute)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for problem in problems(sizes, expert_norm=expert_norm, expert_bias=expert_norm)[:3]:
+            actual, expected = (forward_and_gradients(f, problem) for f in (compiled, op))
+            assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # inductor's own import
+@pytest.mark.parametrize("sizes", [DENSE, TOP_2], ids=("dense", "top2"))
+def test_compiles(op, sizes):
+    compiled = torch.compile(op, fullgraph=True)
+    options = dict(dtype=torch.bfloat16, affine_dtype=torch.float32)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_as_exact_as_eager(compiled, problems(sizes, **options))
+
+
+def test_traces_under_autocast(op):
+    problem = make_problem(0)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(compiled(*problem.arguments), op(*problem.arguments))
+
+
+class Exportable(torch.nn.Module):
+    """Weights as parameters; x, affines and routing as run-time inputs."""
+
+    def __init__(self, problem: Problem, backend: str):
+        super().__init__()
+        self.w_in, self.b_in, self.w_out, self.b_out = (torch.nn.Parameter(t) for t in problem.experts[:4])
+        self.num_experts, self.backend = problem.experts.num_experts, backend
+
+    def forward(self, x, norm_weight, norm_bias, weights, indices):
+        experts = ExpertWeights(self.w_in, self.b_in, self.w_out, self.b_out, self.num_experts)
+        norm, routing = NormAffine(norm_weight, norm_bias), Routing(weights, indices)
+        return moe_ffn(x, norm, experts, routing, backend=self.backend, recompute=True)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=("non_strict", "strict"))
+@pytest.mark.parametrize("sizes", [DENSE, TOP_2], ids=("dense", "top2"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exports_with_dynamic_batch_and_length(backend, sizes, strict):
+    batch, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=2, max=4096)
+    row = {0: batch}
+    shapes = ({0: batch, 1: length}, row, row, row, row if sizes.K else None)
+    problem = make_problem(0, sizes, expert_bias=True)
+    module = Exportable(problem, backend)
+    inputs = (problem.x, *problem.norm, *problem.routing)
+    exported = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=strict)
+    other = make_problem(1, sizes._replace(B=5, L=11))
+    inputs = (other.x, *other.norm, *other.routing)
+    assert torch.equal(exported.module()(*inputs), module(*inputs))
+    namespaces = {
+        node.target.namespace for node in exported.graph.nodes if isinstance(node.target, torch._ops.OpOverload)
+    }
+    # For foreign runtimes: "eager" leaves nothing but PyTorch's own operators, and no checkpoint either.
+    assert namespaces == {"aten"} if backend == "eager" else "mtu_kernels" in namespaces
+    assert not any(isinstance(target, torch._ops.HigherOrderOperator) for target in targets)
