@@ -95,7 +95,7 @@ def _top_k(n_BLD: Tensor, norm: NormAffine, experts: ExpertWeights, weights_BK: 
         picked_BKD = indices_BK[:, :, None].expand(B, K, D).long()
         gamma_BK1D, beta_BK1D = (affine.gather(1, picked_BKD)[:, :, None] for affine in norm)
         x_hat_BKLD = torch.addcmul(beta_BK1D, n_BLD[:, None], gamma_BK1D).to(compute)
-        x_hat = x_hat_BKLD.view(B * K, L, D)
+        x_hat = x_hat_BKLD.reshape(B * K, L, D)
         z = torch.baddbmm(b_in.view(B * K, 1, 2 * size), x_hat, w_in.view(B * K, 2 * size, D).mT)
         z_BLK2F = z.view(B, K, L, 2, size).transpose(1, 2)
     u_BLKF, g_BLKF = z_BLK2F.unbind(3)

@@ -142,8 +142,8 @@ def _register_autograd(
     register(backward, no_second_derivative, lib=LIBRARY)
 
 
-def _active_hidden(w_out: Tensor, routing_weights: Tensor, num_experts: int) -> int:
-    return w_out.shape[1] // num_experts * routing_weights.shape[1]
+def _active_hidden(w_out_shape: torch.Size, weights_shape: torch.Size, num_experts: int) -> int:
+    return w_out_shape[1] // num_experts * weights_shape[1]
 
 
 def _fake_inference(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, weights, indices, num_experts, eps):
@@ -151,7 +151,7 @@ def _fake_inference(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, weights
 
 
 def _fake_train(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, weights, indices, num_experts, eps):
-    hidden_shape = (*x.shape[:2], 2 * _active_hidden(w_out, weights, num_experts))
+    hidden_shape = (*x.shape[:2], 2 * _active_hidden(w_out.shape, weights.shape, num_experts))
     statistics = torch.promote_types(w_in.dtype, torch.float32)
     return (
         x.new_empty(x.shape, dtype=w_in.dtype),
@@ -162,8 +162,8 @@ def _fake_train(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, weights, in
 
 
 def _fake_backward(grad_y, *args):
-    *tensors, hidden, mean, rstd, num_experts, expert_grads = args
-    x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, weights, indices = tensors
+    expert_grads = args[-1]
+    x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, weights = args[: _NUM_TENSORS - 1]
     experts = [t.new_empty(t.shape if expert_grads else (0,)) for t in (w_in, b_in, w_out, b_out)]
     x_and_norm = [t.new_empty(t.shape) for t in (x, norm_weight, norm_bias)]
     return (*x_and_norm, *experts, weights.new_empty(weights.shape))
@@ -172,7 +172,7 @@ def _fake_backward(grad_y, *args):
 def _product_flops(x_shape, w_out_shape, weights_shape, num_experts: int) -> int:
     """Of the two products by w_in and w_out over the active experts: those of the plain FFN for dense routing."""
     B, L, D = x_shape
-    active_hidden = w_out_shape[1] // num_experts * weights_shape[1]
+    active_hidden = _active_hidden(w_out_shape, weights_shape, num_experts)
     return 2 * B * L * D * (2 * active_hidden) + 2 * B * L * active_hidden * D
 
 

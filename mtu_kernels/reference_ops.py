@@ -34,10 +34,10 @@ from mtu_kernels.routing import Routing
 def _inference(x, *args) -> Tensor:
     *tensors, num_experts, eps = args
     y = reference.moe_ffn(*_unflatten(_widen(x, *tensors), num_experts), eps=eps)
-    return y.to(tensors[2].dtype)
+    return y.to(tensors[2].dtype).contiguous()
 
 
-def _train(x, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _train(x, *args) -> tuple[Tensor, ...]:
     *tensors, num_experts, eps = args
     compute = tensors[2].dtype
     x_BLD, norm, experts, routing = _unflatten(_widen(x, *tensors), num_experts)
@@ -56,7 +56,8 @@ def _train(x, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             z_L2F = (n_LD * gamma_D + beta_D) @ expert.w_in.T + expert.b_in
             z_BL2KF[b, :, :, k] = z_L2F.unflatten(-1, (2, size))
     statistics = torch.promote_types(compute, torch.float32)
-    return y.to(compute), z_BL2KF.flatten(2).to(compute), mean_BL.to(statistics), rstd_BL.to(statistics)
+    outputs = (y.to(compute), z_BL2KF.flatten(2).to(compute), mean_BL.to(statistics), rstd_BL.to(statistics))
+    return tuple(t.contiguous() for t in outputs)
 
 
 def _backward(grad_y, *args) -> tuple[Tensor, ...]:
@@ -64,7 +65,7 @@ def _backward(grad_y, *args) -> tuple[Tensor, ...]:
     x_BLD, norm, experts, routing = _unflatten(_widen(*tensors), num_experts)
     grad_y_BLD, hidden, mean_BL, rstd_BL = _widen(grad_y, hidden, mean_BL, rstd_BL)
     z_BL2KF = hidden.unflatten(-1, (2, routing.weights.shape[1], -1))
-    grads = [torch.zeros_like(t) for t in (x_BLD, *norm, *experts[:4], routing.weights)]
+    grads = [t.new_zeros(t.shape) for t in (x_BLD, *norm, *experts[:4], routing.weights)]
     d_x, d_gamma, d_beta, d_w_in, d_b_in, d_w_out, d_b_out, d_weights = grads
     # Views of the accumulators, by expert.
     d_norm = NormAffine(d_gamma, d_beta)

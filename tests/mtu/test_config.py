@@ -17,8 +17,8 @@ def layout(num_experts=4, top_k=None, expert_ratio=0.25, norm="task", routing_sc
 
 @pytest.mark.parametrize(
     ("num_experts", "ratio", "hidden", "width"),
-    [(4, 0.25, 128, 32), (1, 1.0, 128, 128), (4, 1.0, 128, 128), (3, 1 / 3, 1920, 640), (2, 0.75, 128, 96), (2, 2, 8, 16)],
-)  # fmt: skip
+    [(4, 0.25, 128, 32), (1, 1.0, 128, 128), (4, 1.0, 128, 128), (3, 1 / 3, 1920, 640), (2, 0.75, 8, 6), (2, 2, 8, 16)],
+)
 def test_width_of_an_expert(num_experts, ratio, hidden, width):
     assert layout(num_experts, expert_ratio=ratio).expert_width(hidden) == width
 

@@ -177,7 +177,7 @@ def test_chunks_of_the_batch_raise(dim):
 
 def test_a_block_without_tasks_raises():
     block = routed_block()
-    with pytest.raises(ValueError, match="needs a task context .* call it through MTUUNet2DConditionModel"):
+    with pytest.raises(ValueError, match=r"needs a task context .* call it through MTUUNet2DConditionModel"):
         block(tokens())
     with pytest.raises(ValueError, match=r"but got \['scale'\]"):
         block(tokens(), cross_attention_kwargs={"scale": 1.0})

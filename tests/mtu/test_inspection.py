@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import mtu
@@ -32,7 +33,8 @@ def table(text: str) -> dict[str, list[str]]:
 
 
 def counted_flops(unet: torch.nn.Module, given: dict) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # The CPU's fused attention has no FLOP formula in PyTorch; the plain one is two batched products.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         unet(**given)
     return counter.get_total_flops()
 
@@ -133,16 +135,14 @@ def test_counts_are_those_of_the_model_itself(config, layout):
 
 def test_attention_products_are_what_their_formula_says():
     # Per attention, with S queries and S' keys of width D: Q Kᵀ and its product with V, 2·2·S·S'·D.
-    rows = {row.key: row for row in compare(stock_unet(SD), size=64).rows}
-    blocks = compare(stock_unet(SD), size=64).rows[2].upcycled
-    attention = rows["flops_with_attention"].original - rows["flops"].original
-    widths = {8: 32, 4: 64}  # edge of the tokens of each resolution, and its width
-    tokens = [(edge**2, width) for edge, width in widths.items()]
-    per_block = {width: 4 * count * (count + 77) * width for count, width in tokens}
-    names = [name for name, m in stock_unet(SD).named_modules() if name.endswith("attn1")]
-    expected = sum(per_block[64 if "mid_block" in name else 32] for name in names)
-    assert len(names) == blocks
-    assert attention == expected
+    unet = stock_unet(SD)
+    rows = {row.key: row for row in compare(unet, size=64).rows}
+    tokens = {32: 8 * 8, 64: 4 * 4}  # by width: the 8×8 latents, and the middle block's 4×4
+    widths = [module.to_q.in_features for name, module in unet.named_modules() if name.endswith("attn1")]
+    assert rows["ffn_blocks"].original == len(widths)
+    # Self-attention has S' = S, cross-attention the 77 tokens of the text.
+    expected = sum(4 * tokens[width] * (tokens[width] + 77) * width for width in widths)
+    assert rows["flops_with_attention"].original - rows["flops"].original == expected
 
 
 def test_top_k_costs_the_active_experts_only():
@@ -320,8 +320,7 @@ def assert_refused(capsys, arguments: list[str], message: str) -> None:
 )
 def test_bad_arguments(capsys, arguments, message):
     # `--budget -1x` would be read as an option.
-    joined = [f"--budget={a}" if b == "--budget" else a for a, b in zip(arguments, ["", *arguments], strict=False)]
-    assert_refused(capsys, [a for a in joined if a != "--budget"], message)
+    assert_refused(capsys, " ".join(arguments).replace("--budget ", "--budget=").split(), message)
 
 
 def test_layout_of_an_upcycled_model_cannot_be_changed(capsys, tmp_path):
@@ -343,10 +342,10 @@ def test_command_lines_that_do_not_parse_exit_with_2(arguments):
 
 @pytest.mark.parametrize("norm", ["task", "task_expert"])
 def test_swept_numbers_are_those_of_comparisons(norm):
-    stock = stock_unet(SDXL)
+    stock = stock_unet(SD)
     result = sweep(stock, "9x", norm=norm, size=64)
     assert len(result.layouts) == 26
-    for layout in result.layouts:
+    for layout in result.layouts[2::3]:
         one = compare(
             stock,
             layout.num_experts,
@@ -383,8 +382,7 @@ def test_sweep_lists_every_layout_once_with_its_step():
 
 
 def test_numbers_of_experts_that_do_not_divide_the_ffn_are_left_out():
-    # Widths 12 and 24, hence 48 and 96 hidden units, which 16 divides; 20 and 40, hence 80, which it divides, too; but 1/4
-    # of 4·(4·1) = 16 is whole and 1/16 · 4 · 6 = 1.5 is not.
+    # Widths 6 and 12, hence 24 and 48 hidden units: 16 does not divide 24.
     stock = stock_unet(SD, block_out_channels=(6, 12), norm_num_groups=2, attention_head_dim=2)
     assert {layout.num_experts for layout in sweep(stock, "9x", size=64).layouts} == {1, 2, 4, 8}
 

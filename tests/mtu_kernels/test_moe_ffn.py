@@ -42,6 +42,16 @@ def test_float32_affines_and_routing_under_low_precision(op, x_is_float32, dtype
     assert_as_exact_as_eager(op, problems(sizes, expert_norm=expert_norm, expert_bias=True, **options))
 
 
+def one_nan(y):
+    return torch.where(torch.arange(y.numel()).view_as(y) == 5, float("nan"), y)
+
+
+@pytest.mark.parametrize("spoil", [one_nan, lambda y: y * (1 + 2**-19), lambda y: y.roll(1, dims=1)])
+def test_the_rule_itself_rejects(spoil):
+    with pytest.raises(AssertionError, match="y: "):
+        assert_as_exact_as_eager(lambda *args, **options: spoil(moe_ffn(*args, **options)), problems())
+
+
 EDGE_SIZES = {
     "no_tokens": Sizes(L=0),
     "no_tokens_top2": Sizes(L=0, K=2),
@@ -314,9 +324,8 @@ def test_exports_with_dynamic_batch_and_length(backend, sizes, strict):
     other = make_problem(1, sizes._replace(B=5, L=11))
     inputs = (other.x, *other.norm, *other.routing)
     assert torch.equal(exported.module()(*inputs), module(*inputs))
-    namespaces = {
-        node.target.namespace for node in exported.graph.nodes if isinstance(node.target, torch._ops.OpOverload)
-    }
+    targets = [node.target for node in exported.graph.nodes]
+    namespaces = {target.namespace for target in targets if isinstance(target, torch._ops.OpOverload)}
     # For foreign runtimes: "eager" leaves nothing but PyTorch's own operators, and no checkpoint either.
     assert namespaces == {"aten"} if backend == "eager" else "mtu_kernels" in namespaces
     assert not any(isinstance(target, torch._ops.HigherOrderOperator) for target in targets)

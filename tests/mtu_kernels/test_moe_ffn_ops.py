@@ -39,6 +39,20 @@ def test_registration(backend, sizes, options):
 
 
 @pytest.mark.parametrize("backend", OP_BACKENDS)
+def test_outputs_are_contiguous_whatever_the_inputs(backend):
+    """Fakes promise contiguous outputs, and code compiled with them relies on it."""
+    inference, train, backward = ops_of(backend)
+    problem = make_problem(0, Sizes(K=2), expert_norm=True, expert_bias=True)
+    problem = problem.map(lambda t: t.mT.contiguous().mT if t.dim() > 1 else t)
+    torch.library.opcheck(inference, problem.op_arguments)
+    torch.library.opcheck(train, problem.op_arguments)
+    y, *saved = train(*problem.op_arguments)
+    arguments = (problem.grad_y, *problem.op_arguments[:9], *saved, problem.experts.num_experts, True)
+    torch.library.opcheck(backward, arguments)
+    assert all(t.is_contiguous() for t in (y, *saved, *backward(*arguments)))
+
+
+@pytest.mark.parametrize("backend", OP_BACKENDS)
 def test_what_training_saves(backend):
     _, train, _ = ops_of(backend)
     problem = make_problem(0, Sizes(K=2), dtype=torch.float64)

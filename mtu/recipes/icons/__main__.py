@@ -8,6 +8,7 @@ from pathlib import Path
 from mtu.data.catalogue import OUTLINE, caption_names
 from mtu.recipes.icons.base import BaseConfig, save_model, train_base
 from mtu.recipes.icons.card import write_card
+from mtu.recipes.icons.demo import BASE_MODEL, DemoConfig, run_demo
 from mtu.recipes.icons.score import ScoreConfig, score_model
 
 
@@ -66,13 +67,33 @@ def make_base(output: Path, config: BaseConfig, score: ScoreConfig, *, command: 
     print(f"The model is in {folder}; its scores are in {folder / 'README.md'}.")
 
 
+def add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the `demo` command."""
+    defaults = DemoConfig()
+    parser = commands.add_parser("demo", help="upcycle a base model, train it on four tasks, show and measure them")
+    parser.add_argument("--base", type=Path, default=BASE_MODEL, help="folder of the base model (default: the shipped)")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for pictures, tables, model")
+    parser.add_argument("--minutes", type=float, default=defaults.minutes, help="of training")
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="of data, initialisation and noise")
+    parser.set_defaults(run=run_demo_command)
+
+
+def run_demo_command(arguments: argparse.Namespace) -> None:
+    """Run the demo."""
+    run_demo(arguments.base, arguments.output, DemoConfig(minutes=arguments.minutes, seed=arguments.seed))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m mtu.recipes.icons", description="The icon models of mtu.")
     commands = parser.add_subparsers(required=True, metavar="command")
     add_base(commands)
+    add_demo(commands)
     parsed = parser.parse_args(arguments)
-    parsed.run(parsed)
+    try:
+        parsed.run(parsed)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The UNet and text encoder of the icon base model, trained together on cached latents."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from mtu.data.degrade import to_tensor
 from mtu.recipes.icons.prompts import IconPicture, PromptConfig, ScenePicture, icon_pictures, prompt_of, scene_pictures
 from mtu.recipes.icons.text import token_ids
 from mtu.recipes.icons.vae import encode
+from mtu.training.shards import sharded_loss
 
 LATENT_SIZE = 16
 # Stable Diffusion's noise schedule.
@@ -35,6 +37,7 @@ class DenoiserConfig:
         heads: attention heads of every transformer block.
         norm_num_groups: groups of each group norm.
         batch_size: pictures per step.
+        shards: equal parts of the batch, each computed by its own thread.
         snr_gamma: cap of the signal-to-noise ratio in the loss weights.
         prompts: parts of the training examples.
     """
@@ -43,7 +46,8 @@ class DenoiserConfig:
     layers_per_block: int = 1
     heads: int = 4
     norm_num_groups: int = 16
-    batch_size: int = 64
+    batch_size: int = 32
+    shards: int = 2
     snr_gamma: float = 5.0
     prompts: PromptConfig = field(default_factory=PromptConfig)
 
@@ -56,7 +60,7 @@ def build_unet(config: DenoiserConfig, text_width: int) -> UNet2DConditionModel:
         text_width: width of the text encoder's output.
     """
     levels = len(config.block_out_channels)
-    unet = UNet2DConditionModel(
+    return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         down_block_types=("CrossAttnDownBlock2D",) * levels,
         up_block_types=("CrossAttnUpBlock2D",) * levels,
@@ -67,7 +71,6 @@ def build_unet(config: DenoiserConfig, text_width: int) -> UNet2DConditionModel:
         cross_attention_dim=text_width,
         norm_num_groups=config.norm_num_groups,
     )
-    return unet.to(memory_format=torch.channels_last)
 
 
 class LatentSet:
@@ -126,6 +129,7 @@ class DenoiserLoss:
     ) -> None:
         self.unet, self.text_encoder, self.tokenizer = unet, text_encoder, tokenizer
         self.data, self.config, self.seed = data, config, seed
+        self.parameters = [*unet.parameters(), *text_encoder.parameters()]
         self.scheduler = DDPMScheduler(**NOISE_SCHEDULE)
         signal = self.scheduler.alphas_cumprod
         ratio = signal / (1 - signal)
@@ -140,9 +144,17 @@ class DenoiserLoss:
         spread = (torch.arange(count) + torch.rand(count, generator=generator)) / count
         timesteps = (spread * len(self.weights)).long()[torch.randperm(count, generator=generator)]
         noise = torch.randn(latents.shape, generator=generator)
-        noisy = self.scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            states = self.text_encoder(token_ids(self.tokenizer, prompts))[0]
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        tokens = token_ids(self.tokenizer, prompts)
+        rows = torch.arange(count).chunk(self.config.shards)
+        shards = [partial(self._loss, noisy[r], noise[r], timesteps[r], tokens[r]) for r in rows]
+        return sharded_loss(shards, self.parameters)
+
+    def _loss(self, noisy: Tensor, noise: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
+        """Return the weighted loss of a part of the batch."""
+        # Each weight is used once, so autocast's cache of converted weights, which threads would share, gains nothing.
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            states = self.text_encoder(tokens)[0]
             predicted = self.unet(noisy, timesteps, states).sample
         error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
         return (error * self.weights[timesteps]).mean()

@@ -67,7 +67,13 @@ def held_out(per_row: int, seed: int) -> list[IconExample]:
     return [rows[row][i] for i in range(per_row) for row in rows]
 
 
-def generate(pipeline: MTUPipeline, examples: Sequence[IconExample], seed: int, description: str) -> Tensor:
+def generate(
+    pipeline: MTUPipeline,
+    examples: Sequence[IconExample],
+    seed: int,
+    description: str,
+    steps: int | None = None,
+) -> Tensor:
     """Generate every example in batches that mix the tasks, with the tasks' own guidance and a seed per image.
 
     Returns:
@@ -86,6 +92,7 @@ def generate(pipeline: MTUPipeline, examples: Sequence[IconExample], seed: int, 
                 [example.task for example in chunk],
                 height=IMAGE_SIZE,
                 width=IMAGE_SIZE,
+                num_inference_steps=steps,
                 generator=[torch.Generator().manual_seed(1000 * seed + number) for number in numbers],
                 output_type="pt",
             )

@@ -31,9 +31,9 @@ class ScoreConfig:
         seed: of the requests and of the noise.
     """
 
-    samples: int = 400
-    validation_samples: int = 96
-    guidance_scales: tuple[float, ...] = (1.5, 2.0, 3.0, 4.0, 5.0, 7.5)
+    samples: int = 256
+    validation_samples: int = 40
+    guidance_scales: tuple[float, ...] = (1.5, 2.0, 3.0, 5.0, 7.5)
     steps: int = 20
     candidates: int = 100
     reconstructions: int = 100
@@ -60,8 +60,8 @@ def generate(
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     images: list[Tensor] = []
-    for start in range(0, len(pictures), 50):
-        prompts = [caption(*picture) for picture in pictures[start : start + 50]]
+    for start in range(0, len(pictures), 64):
+        prompts = [caption(*picture) for picture in pictures[start : start + 64]]
         output = pipeline(
             prompts, num_inference_steps=steps, guidance_scale=scale, generator=generator, output_type="pt"
         )
@@ -182,7 +182,7 @@ def score_model(folder: Path, config: ScoreConfig) -> dict[str, object]:
     Returns:
         What `metrics.json` holds.
     """
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     scale, by_scale = choose_guidance(pipeline, config)
     pictures = requests("test", config.samples, config.seed)
     scores, images = text_to_image_scores(pipeline, pictures, scale, config)

@@ -1,0 +1,92 @@
+"""The demo, in miniature from end to end, and what it measures and shows."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+import mtu
+from mtu.data.degrade import psnr
+from mtu.data.icons import EDIT_KINDS, TASKS
+from mtu.recipes.icons.base import BaseConfig, new_pipeline, save_model
+from mtu.recipes.icons.demo import ICON_TASKS, DemoConfig, run_demo
+from mtu.recipes.icons.denoiser import DenoiserConfig
+from mtu.recipes.icons.heldout import generate, held_out, measure, picture_grid
+from mtu.recipes.icons.text import TextConfig
+from mtu.recipes.icons.vae import VAEConfig
+
+MINIATURE = BaseConfig(
+    vae=VAEConfig(block_out_channels=(8, 8, 16), norm_num_groups=4),
+    text=TextConfig(width=16, layers=1, heads=2),
+    denoiser=DenoiserConfig(block_out_channels=(8, 8, 16), heads=2, norm_num_groups=4),
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    save_model(new_pipeline(MINIATURE), folder)
+    return folder
+
+
+def test_demo_from_end_to_end(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = DemoConfig(minutes=5, steps=3, examples=4, per_row=1, batch_per_task=1, inference_steps=2)
+    run_demo(base, tmp_path / "out", config)
+    printed = capsys.readouterr().out
+    for words in ("trained parameters", "FLOPs", "copying the input", "before", "after", "VAE's ceiling"):
+        assert words in printed
+    assert (tmp_path / "out" / "grid.png").stat().st_size > 1000
+    rows = list(csv.DictReader((tmp_path / "out" / "metrics.csv").read_text().splitlines()))
+    assert {row["task"] for row in rows} >= {"text-to-image", "remove", *(f"edit: {kind}" for kind in EDIT_KINDS)}
+    assert all(row["torch"] == torch.__version__ for row in rows)
+    model = mtu.MTUPipeline.from_pretrained(tmp_path / "out" / "model", dtype=torch.float32)
+    assert [spec.name for spec in model.unet.tasks] == list(TASKS)
+    assert model.unet.tasks == ICON_TASKS
+
+
+def test_every_batch_mixes_the_tasks_and_examples_are_held_out() -> None:
+    examples = held_out(3, seed=0)
+    assert len(examples) == 3 * (3 + len(EDIT_KINDS))
+    assert {example.task for example in examples[: 3 + len(EDIT_KINDS)]} == set(TASKS)
+    again = held_out(3, seed=0)
+    assert all(torch.equal(a.target, b.target) and a.prompt == b.prompt for a, b in zip(examples, again, strict=True))
+
+
+def test_measures_are_right_for_images_that_are_known(base: Path) -> None:
+    pipeline = mtu.upcycle(StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32), ICON_TASKS)
+    examples = held_out(2, seed=0)
+    targets = torch.stack([example.target for example in examples])
+    noisy = (targets + 0.1 * torch.randn(targets.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+    rows = {(row.task, row.metric): row for row in measure(pipeline, examples, noisy, targets)}
+    for (task, metric), row in rows.items():
+        if task == "text-to-image":
+            assert row.copy is None
+            assert row.after == 100.0, metric
+        else:
+            assert row.after == pytest.approx(100, abs=0.1)  # PSNR of equal images is capped at 100 dB
+            where = [i for i, e in enumerate(examples) if task in (e.task, f"{e.task}: {e.kind}")]
+            expected = psnr(noisy[where], targets[where]).mean()  # of two examples the mean is the median
+            assert row.before == pytest.approx(float(expected), abs=1e-3)
+            assert 5 < row.copy < 40
+
+
+def test_images_do_not_depend_on_how_they_are_batched(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = mtu.upcycle(StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32), ICON_TASKS)
+    examples = held_out(1, seed=0)
+    together = generate(pipeline, examples, 0, "together", steps=2)
+    monkeypatch.setattr("mtu.recipes.icons.heldout._BATCH", 2)
+    apart = generate(pipeline, examples, 0, "apart", steps=2)
+    # float32 rounding of two denoising steps and the VAE, each some 40 layers of 2 ulp, on values up to 1.
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-4)
+    grid = picture_grid(examples, together, apart)
+    assert grid.width > 4 * 64
+    assert grid.height > 7 * 64
+
+
+def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no model_index\.json"):
+        run_demo(tmp_path, tmp_path / "out", DemoConfig())
+    assert not (tmp_path / "out").exists()
