@@ -73,6 +73,16 @@ class TaskConvIn(nn.Module):
         bias = select_rows(self.bias, task_ids)
         return torch.baddbmm(bias[:, :, None], kernels, patches).unflatten(2, (height, width))
 
+    def _apply(self, fn, recurse: bool = True):
+        # `.to(memory_format=torch.channels_last)` asks every tensor of five dimensions, too, which torch refuses: show
+        # it the kernels of all tasks as those of one convolution, and keep the layout that the product reads.
+        def by_kernel(tensor: Tensor) -> Tensor:
+            if tensor.dim() != 5:
+                return fn(tensor)
+            return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2]).contiguous()
+
+        return super()._apply(by_kernel, recurse)
+
     def set_rows_(self, weight: Tensor, bias: Tensor, condition_channels: Sequence[int]) -> None:
         """Replace the packed tensors, for another number of tasks or of channels."""
         self.weight = nn.Parameter(weight, self.weight.requires_grad)

@@ -98,7 +98,7 @@ def describe_flops(size: int, latent_size: int) -> str:
     return (
         f"FLOPs: one forward of the UNet at {size} x {size} (latents {latent_size} x {latent_size}), batch 1, "
         f"{_TEXT_TOKENS} text tokens.\nA multiply-add counts as two. Convolutions and linear layers; the two products "
-        "inside attention are counted apart."
+        "inside attention only where named."
     )
 
 

@@ -109,7 +109,7 @@ class MTUPipeline(StableDiffusionPipeline):
         condition = self._branch_conditions(request, plan, size)
         task_ids = self.unet.task_ids([spec.name for spec in request.tasks], device)[plan.samples]
         timesteps, _ = retrieve_timesteps(self.scheduler, request.num_inference_steps, device)
-        latents = self.prepare_latents(
+        sample: Tensor = self.prepare_latents(
             len(request.tasks),
             self.unet.config.in_channels,
             *size,
@@ -126,7 +126,7 @@ class MTUPipeline(StableDiffusionPipeline):
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
-                model_input = self.scheduler.scale_model_input(latents[plan.samples], t)
+                model_input = self.scheduler.scale_model_input(sample[plan.samples], t)
                 if condition is not None:
                     model_input = torch.cat([model_input, condition], dim=1)
                 predictions: Tensor = self.unet(
@@ -138,16 +138,16 @@ class MTUPipeline(StableDiffusionPipeline):
                     task_ids=task_ids,
                 )[0]
                 noise = combine(predictions, plan)
-                latents = self.scheduler.step(noise, t, latents, **step_kwargs, return_dict=False)[0]
+                sample = self.scheduler.step(noise, t, sample, **step_kwargs, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
+                    tensors = {"latents": sample, "prompt_embeds": prompt_embeds}
                     wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     tensors |= _same_shapes(callback_on_step_end(self, i, t, wanted), tensors)
-                    latents, prompt_embeds = tensors["latents"], tensors["prompt_embeds"]
+                    sample, prompt_embeds = tensors["latents"], tensors["prompt_embeds"]
                 # Schedulers of higher order have several timesteps per step.
                 if i == len(timesteps) - 1 or (i + 1 > warmup and (i + 1) % self.scheduler.order == 0):
                     progress_bar.update()
-        return self._finish(latents, generator, output_type, return_dict)
+        return self._finish(sample, generator, output_type, return_dict)
 
     def export_task(self, name: str) -> StableDiffusionPipeline | StableDiffusionInstructPix2PixPipeline:
         """The stock diffusers pipeline of one task, on a plain UNet with the same output; all else is shared.
@@ -226,7 +226,7 @@ class MTUPipeline(StableDiffusionPipeline):
             lora_scale=(cross_attention_kwargs or {}).get("scale"),
         )
         chosen = positive[plan.samples]
-        if needs_negative:
+        if negative is not None:
             chosen = torch.where(plan.use_prompt[:, None, None], chosen, negative[plan.samples])
         return chosen.to(self.unet.dtype)
 

@@ -681,7 +681,6 @@ def test_slicing(pipe, mixed):
     assert_same(mixed(), reference)
 
 
-@pytest.mark.xfail(raises=RuntimeError, reason="torch takes the packed (T, C, Cin, k, k) kernels for 3-D convolutions")
 def test_channels_last(pipe, mixed):
     reference = mixed()
     pipe.unet.to(memory_format=torch.channels_last)
