@@ -39,6 +39,7 @@ class DenoiserConfig:
         batch_size: pictures per step.
         shards: equal parts of the batch, each computed by its own thread.
         snr_gamma: cap of the signal-to-noise ratio in the loss weights.
+        noise_weight: cap of the weight, one over the signal-to-noise ratio, that noisy timesteps get besides.
         prompts: parts of the training examples.
     """
 
@@ -49,6 +50,7 @@ class DenoiserConfig:
     batch_size: int = 32
     shards: int = 2
     snr_gamma: float = 5.0
+    noise_weight: float = 10.0
     prompts: PromptConfig = field(default_factory=PromptConfig)
 
 
@@ -105,7 +107,7 @@ class LatentSet:
 
 
 class DenoiserLoss:
-    """Noise-prediction loss of a step, with min-SNR weights.
+    """Noise-prediction loss of a step, weighted by the signal-to-noise ratio.
 
     Args:
         unet: the UNet.
@@ -133,7 +135,10 @@ class DenoiserLoss:
         self.scheduler = DDPMScheduler(**NOISE_SCHEDULE)
         signal = self.scheduler.alphas_cumprod
         ratio = signal / (1 - signal)
-        self.weights = ratio.clamp_max(config.snr_gamma) / ratio
+        # Min-SNR, plus the weights of an error in v: without them the noisiest steps, where only the text can tell what
+        # the picture will be, hardly count, and captions are learned late.
+        weights = ratio.clamp_max(config.snr_gamma) / ratio + (1 / ratio).clamp_max(config.noise_weight)
+        self.weights = weights / weights.mean()
 
     def __call__(self, step: int) -> Tensor:
         rng = np.random.default_rng([self.seed, 4, step])
