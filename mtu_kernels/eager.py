@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from mtu_kernels.arguments import ExpertWeights, NormAffine
 from mtu_kernels.routing import Routing
 
-
 # torch 2.6 has no such function.
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 
