@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint bench format clean
 .DELETE_ON_ERROR:
 
 # torch goes first: a package that asks for it later is then satisfied with the pinned build.
@@ -21,6 +21,9 @@ demo: $(VENV)/.ready
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.model_sizes
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ from torch import Tensor
 from mtu import task_rows
 from mtu.config import ExpertConfig
 from mtu.export import stock_config
+from mtu.plain_linear import is_plain_linear
 from mtu.tasks import TaskSpec, as_task_specs
 
 if TYPE_CHECKING:
@@ -72,10 +73,14 @@ def save_trained(unet: "MTUUNet2DConditionModel", directory: str | os.PathLike) 
     """Write the trained parameters alone, with what is needed to rebuild the model over its base.
 
     Raises:
-        ValueError: the routers were dropped.
+        ValueError: the routers were dropped, or adapters are loaded.
     """
     if unet.task_embedding is None:
         raise ValueError("Trained parameters include the routers, which were dropped: expected a model with routers.")
+    linears = (".ff.net.0.proj", ".ff.net.2", ".ff.router.linear_1", ".ff.router.linear_2")
+    for name, module in unet.named_modules():
+        if name.endswith(linears) and not is_plain_linear(module):
+            raise ValueError(f"{name} is a {type(module).__name__}: unload adapters and offloading before saving.")
     tensors = {name: parameter.detach() for name, parameter in unet.named_trainable_parameters()}
     description = {
         "tasks": [spec.to_dict() for spec in unet.tasks],
@@ -131,14 +136,17 @@ def load_pretrained(cls: type, load: Callable[..., Any], path: str | os.PathLike
             "class and pass it to mtu.upcycle."
         )
     try:
-        _check_shards(Path(path, kwargs.get("subfolder") or ""))
+        if os.path.isdir(path):
+            _check_shards(Path(path, kwargs.get("subfolder") or ""))
         model, info = load(path, use_safetensors=True, output_loading_info=True, **kwargs)
-    except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError, OSError) as error:
-        if isinstance(error, OSError) and not os.path.isdir(path):
-            raise  # the network, not the files
+    except (SafetensorError, LookupError, AttributeError, TypeError, RuntimeError, ValueError, OSError) as error:
+        # The network or a full device is no fault of the files.
+        if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, OSError) and not os.path.isdir(path)):
+            raise
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
-        raise ValueError(f"{path} is not a whole checkpoint of an upcycled UNet: {reason}.") from error
-    # `.router` for a quantizer's extra keys would be wrong: they are known to the model by then.
+        raise ValueError(
+            f"{path} is not a whole checkpoint of an upcycled UNet, or cannot be loaded as asked: {reason}."
+        ) from error
     wrong = {kind: sorted(map(str, info.get(f"{kind}_keys", []))) for kind in ("missing", "unexpected", "mismatched")}
     for kind, keys in wrong.items():
         if keys:
@@ -148,6 +156,7 @@ def load_pretrained(cls: type, load: Callable[..., Any], path: str | os.PathLike
             )
     if any(parameter.is_meta for parameter in model.parameters()) and "device_map" not in kwargs:
         raise ValueError(f"{path} lacks parameters of the architecture in its config.json.")
+    model.conv_in.place_channels_()
     model.freeze_stock_parameters_()
     return (model, info) if output_loading_info else model
 

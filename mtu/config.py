@@ -23,9 +23,9 @@ class ExpertConfig:
     Args:
         num_experts: E.
         top_k: active experts K per task; None: all of them (dense routing).
-        expert_ratio: G = F / 4D; None: 1/E, which keeps the parameter count.
+        expert_ratio: G = F / 4D; 1/E keeps the parameter count.
         norm: "task" (one LayerNorm per task) or "task_expert" (one per task and expert).
-        routing_scale: routing weights are `routing_scale · softmax(…)`; None: 1/G, which preserves the function.
+        routing_scale: routing weights are `routing_scale · softmax(…)`; 1/G preserves the function.
         router_width: width of task embeddings and routers.
 
     Raises:

@@ -32,10 +32,11 @@ class TaskConvIn(nn.Module):
         super().__init__()
         self.latent_channels = latent_channels
         self.kernel_size = kernel_size
-        channels = [latent_channels + count for count in condition_channels]
-        self.weight = nn.Parameter(torch.zeros(len(channels), out_channels, max(channels), kernel_size, kernel_size))
-        self.bias = nn.Parameter(torch.zeros(len(channels), out_channels))
-        self.register_buffer("channels", torch.tensor(channels), persistent=False)
+        self.task_channels = tuple(latent_channels + count for count in condition_channels)
+        tasks, widest = len(self.task_channels), max(self.task_channels)
+        self.weight = nn.Parameter(torch.zeros(tasks, out_channels, widest, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(tasks, out_channels))
+        self.place_channels_()
 
     @property
     def in_channels(self) -> int:
@@ -81,11 +82,25 @@ class TaskConvIn(nn.Module):
                 return fn(tensor)
             return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2]).contiguous()
 
-        return super()._apply(by_kernel, recurse)
+        super()._apply(by_kernel, recurse)
+        self.place_channels_()
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.place_channels_()
+
+    def place_channels_(self) -> None:
+        """Put the channel counts where the parameters are; needed only where those were set one by one.
+
+        They are no part of the state dict, and nothing else would fill them once the parameters leave the meta device.
+        """
+        channels = torch.tensor(self.task_channels, device=self.weight.device)
+        self.register_buffer("channels", channels, persistent=False)
 
     def set_rows_(self, weight: Tensor, bias: Tensor, condition_channels: Sequence[int]) -> None:
         """Replace the packed tensors, for another number of tasks or of channels."""
         self.weight = nn.Parameter(weight, self.weight.requires_grad)
         self.bias = nn.Parameter(bias, self.bias.requires_grad)
-        channels = [self.latent_channels + count for count in condition_channels]
-        self.channels = torch.tensor(channels, device=self.channels.device)
+        self.task_channels = tuple(self.latent_channels + count for count in condition_channels)
+        self.place_channels_()

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mtu.config import ExpertConfig
 from mtu.norm import TaskLayerNorm
+from mtu.plain_linear import is_plain_linear
 from mtu.router import Router, RoutingTable, TaskContext, select_rows
 from mtu_kernels import ExpertWeights, NormAffine, Routing, dense_weights, moe_ffn
 
@@ -19,8 +20,6 @@ __all__ = ["CONTEXT_KEY", "RoutedFeedForward", "RoutedTransformerBlock", "why_no
 # Under this name the task context travels through `cross_attention_kwargs`, the one argument that diffusers hands
 # from the UNet to every transformer block (GLIGEN uses it in the same way), also through gradient checkpointing.
 CONTEXT_KEY = "mtu"
-
-_HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def why_not_upcyclable(block: BasicTransformerBlock) -> str | None:
@@ -34,8 +33,10 @@ def why_not_upcyclable(block: BasicTransformerBlock) -> str | None:
     if block.pos_embed is not None or hasattr(block, "fuser"):
         return "it has positional embeddings or a GLIGEN fuser"
     for name, linear in (("ff.net.0.proj", block.ff.net[0].proj), ("ff.net.2", block.ff.net[2])):
-        if type(linear) is not nn.Linear:
-            return f"{name} is a {type(linear).__name__}, not nn.Linear (unload or fuse adapters first)"
+        if not is_plain_linear(linear):
+            return (
+                f"{name} ({type(linear).__name__}) is not a plain nn.Linear: unload adapters, offloading, quantization"
+            )
     return None
 
 
@@ -81,14 +82,10 @@ class RoutedFeedForward(FeedForward):
         return self._by_modules(hidden_states, affine, routing)
 
     def _is_plain(self, hidden_states: Tensor) -> bool:
-        # Whatever changes what calling these modules means (PEFT, quantization, offloading, layerwise casting) shows
-        # as another type, a hook, a replaced forward or another dtype: then the modules themselves must be called.
         if self.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.net):
             return False
         for linear in (self.net[0].proj, self.net[2]):
-            if type(linear) is not nn.Linear or linear.bias is None or "forward" in linear.__dict__:
-                return False
-            if any(getattr(linear, hooks) for hooks in _HOOK_DICTS):
+            if not is_plain_linear(linear):
                 return False
             if hidden_states.dtype not in (linear.weight.dtype, torch.float32) and not torch.is_autocast_enabled(
                 hidden_states.device.type

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtu.config import ExpertConfig
+from mtu.plain_linear import is_plain_linear
 from mtu_kernels import Routing, top_k_routing
 
-__all__ = ["Router", "RoutingTable", "TaskContext", "select_rows"]
+__all__ = ["Router", "RoutingTable", "TaskContext", "initial_router_state", "select_rows"]
 
 # Elements looked at per tensor when a cached table is checked: few enough to cost microseconds, spread enough that
 # an optimizer's or an averaging step, which changes everything, cannot go unseen.
@@ -62,23 +63,6 @@ class Router(nn.Module):
         self.linear_2 = nn.Linear(config.router_width, config.num_experts)
         self._cache: tuple[object, Routing] | None = None
 
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        """Initialise: dense routers start uniform (zero logits), top-k routers near it (N(0, 0.02²)).
-
-        All-zero logits would tie under top-k, so every task would pick the same experts and the others would never
-        get a gradient.
-        """
-        bound = self.linear_1.in_features**-0.5
-        with torch.no_grad():
-            for parameter in self.linear_1.parameters():
-                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
-            self.linear_2.bias.zero_()
-            if self.top_k is None:
-                self.linear_2.weight.zero_()
-            else:
-                weight = torch.empty(self.linear_2.weight.shape).normal_(0.0, 0.02, generator=generator)
-                self.linear_2.weight.copy_(weight)
-
     def forward(self, embedding: Tensor) -> Routing:
         """The routing of every task.
 
@@ -93,9 +77,10 @@ class Router(nn.Module):
         key = self._cache_key(embedding)
         if key is None:
             return self._route(embedding)
-        if self._cache is None or self._cache[0] != key:
-            self._cache = (key, self._route(embedding))
-        return self._cache[1]
+        cache = self._cache
+        if cache is None or cache[0] != key:
+            cache = self._cache = (key, self._route(embedding))
+        return cache[1]
 
     def invalidate(self) -> None:
         """Forget the cached table."""
@@ -110,8 +95,8 @@ class Router(nn.Module):
             else contextlib.nullcontext()
         )
         with no_autocast:
-            # Under layerwise casting the type of the weight is that of its storage, not of its computation.
-            if "forward" not in self.linear_1.__dict__:
+            # The dtype of a quantized or layerwise-cast weight is that of its storage, not of its computation.
+            if is_plain_linear(self.linear_1):
                 embedding = embedding.to(self.linear_1.weight.dtype)
             hidden = F.relu(self.linear_1(embedding))
             logits = self.linear_2(hidden).float()
@@ -123,6 +108,8 @@ class Router(nn.Module):
     def _cache_key(self, embedding: Tensor) -> object | None:
         # Writes through `.data` change neither the version nor the address, so the values are looked at too. Off the
         # CPU that look would stall the device's queue for longer than the router takes: no cache there.
+        if not (is_plain_linear(self.linear_1) and is_plain_linear(self.linear_2)):
+            return None  # an adapter's scale and switches are no tensors
         tensors = [embedding, *self.parameters()]
         if any(tensor.device.type != "cpu" or tensor.is_inference() for tensor in tensors):
             return None
@@ -130,6 +117,22 @@ class Router(nn.Module):
         if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
             return None
         return tuple((t.data_ptr(), t._version, t.dtype, t.shape, _fingerprint(t)) for t in tensors)
+
+
+def initial_router_state(config: ExpertConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """The state dict that a router starts from: dense ones uniform (zero logits), top-k ones near it (N(0, 0.02²)).
+
+    All-zero logits would tie under top-k, so every task would pick the same experts and the others would never get a
+    gradient.
+    """
+    width, bound = config.router_width, config.router_width**-0.5
+    out = torch.zeros(config.num_experts, width)
+    return {
+        "linear_1.weight": torch.empty(width, width).uniform_(-bound, bound, generator=generator),
+        "linear_1.bias": torch.empty(width).uniform_(-bound, bound, generator=generator),
+        "linear_2.weight": out if config.is_dense else out.normal_(0.0, 0.02, generator=generator),
+        "linear_2.bias": torch.zeros(config.num_experts),
+    }
 
 
 class RoutingTable(nn.Module):

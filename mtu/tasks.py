@@ -73,8 +73,8 @@ class TaskSpec:
             value = getattr(self, field)
             if field == "image_guidance_scale" and value is None:
                 continue
-            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-                raise ValueError(f"Task {self.name!r}: {field} must be a finite number, but got {value!r}.")
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+                raise ValueError(f"Task {self.name!r}: {field} must be a finite number ≥ 0, but got {value!r}.")
         if not isinstance(self.uses_prompt, bool):
             raise ValueError(f"Task {self.name!r}: uses_prompt must be True or False, but got {self.uses_prompt!r}.")
         if self.guidance not in ("none", "text", "dual"):

@@ -26,11 +26,11 @@ from mtu.norm import TaskLayerNorm
 from mtu.router import Router, RoutingTable, TaskContext
 from mtu.tasks import TaskSpec, as_task_specs
 
-__all__ = ["MTUUNet2DConditionModel"]
+__all__ = ["MTUUNet2DConditionModel", "check_blocks"]
 
 
 class MTUUNet2DConditionModel(UNet2DConditionModel):
-    """A `UNet2DConditionModel` that serves several tasks with the weights, FLOPs and latency of one.
+    """A `UNet2DConditionModel` that serves several tasks with the parameters and FLOPs of one.
 
     Feed-forward networks are experts weighed by per-task routers, and each task has its own LayerNorm before them and
     its own input convolution; all else is the stock model. Built by `mtu.upcycle` or `from_pretrained`.
@@ -70,7 +70,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         config = ExpertConfig(num_experts, top_k, expert_ratio, norm, routing_scale, router_width)
         super().__init__(**stock)  # registers the stock part of the configuration
         self.register_to_config(tasks=[spec.to_dict() for spec in specs])
-        _check_blocks(self)
+        check_blocks(self)
         for transformer in self.modules():
             if isinstance(transformer, Transformer2DModel):
                 for index, block in enumerate(transformer.transformer_blocks):
@@ -221,7 +221,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             wrong = [i for i in task_ids.tolist() if not 0 <= i < len(self.config.tasks)]
             if wrong:
                 raise ValueError(f"task_ids must be in [0, {len(self.config.tasks)}), but got {wrong[0]}.")
-        return task_ids.expand(batch)
+        return task_ids.to(sample.device).expand(batch)
 
     def _embedding_table(self, device: torch.device) -> Tensor | None:
         """The task embedding (T, W); None once the routers are dropped."""
@@ -349,7 +349,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         return export.export_task(self, self.task_index(name), prune=prune)
 
 
-def _check_blocks(unet: UNet2DConditionModel) -> None:
+def check_blocks(unet: UNet2DConditionModel) -> None:
     """Raise a ValueError unless every transformer block can be upcycled, and there is one."""
     blocks = [(name, m) for name, m in unet.named_modules() if isinstance(m, BasicTransformerBlock)]
     if not blocks:

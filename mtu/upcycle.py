@@ -16,8 +16,9 @@ from mtu import checkpoint
 from mtu.config import ExpertConfig, NormMode
 from mtu.export import stock_config
 from mtu.pipelines import MTUPipeline
+from mtu.router import initial_router_state
 from mtu.tasks import SD_TASKS, SDXL_TASKS, TaskSpec, as_task_specs
-from mtu.unet import MTUUNet2DConditionModel
+from mtu.unet import MTUUNet2DConditionModel, check_blocks
 
 __all__ = ["load_trained", "upcycle"]
 
@@ -96,7 +97,9 @@ def _upcycle_pipeline(pipeline: DiffusionPipeline, **settings: Any) -> MTUPipeli
     if type(pipeline) is not StableDiffusionPipeline and not isinstance(pipeline, MTUPipeline):
         raise TypeError(f"upcycle takes a UNet or a StableDiffusionPipeline, but got a {type(pipeline).__name__}.")
     parts = {**pipeline.components, "unet": upcycle(pipeline.unet, **settings)}
-    return MTUPipeline(**parts, requires_safety_checker=pipeline.config.requires_safety_checker)
+    upcycled = MTUPipeline(**parts, requires_safety_checker=pipeline.config.requires_safety_checker)
+    upcycled.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+    return upcycled
 
 
 def load_trained(
@@ -140,7 +143,6 @@ def _convert(
                 f"{tuple(merged[name].shape)}."
             )
     upcycled.load_state_dict(merged, assign=True)
-    upcycled.conv_in.channels = upcycled.conv_in.channels.to(state["conv_in.weight"].device)
     upcycled.freeze_stock_parameters_()
     upcycled.set_attn_processor(unet.attn_processors)
     if unet.is_gradient_checkpointing:
@@ -148,7 +150,15 @@ def _convert(
     return upcycled.train(unet.training)
 
 
-def _resolve(unet, tasks, num_experts, top_k, expert_ratio, norm, init) -> tuple[tuple[TaskSpec, ...], ExpertConfig]:
+def _resolve(
+    unet: UNet2DConditionModel,
+    tasks: Iterable[TaskSpec | str] | None,
+    num_experts: int | None,
+    top_k: int | None,
+    expert_ratio: float | None,
+    norm: NormMode,
+    init: str,
+) -> tuple[tuple[TaskSpec, ...], ExpertConfig]:
     """Check the arguments against the UNet and fill in the defaults."""
     _check_stock(unet)
     if init not in ("preserve", "paper"):
@@ -160,13 +170,14 @@ def _resolve(unet, tasks, num_experts, top_k, expert_ratio, norm, init) -> tuple
     if not isinstance(num_experts, int) or isinstance(num_experts, bool) or num_experts < 1:
         raise ValueError(f"num_experts must be an integer ≥ 1, but got {num_experts!r}.")
     ratio = 1.0 / num_experts if expert_ratio is None else expert_ratio
+    preserving = init == "preserve" and isinstance(ratio, int | float) and ratio > 0  # else ExpertConfig refuses it
     width = unet.config.cross_attention_dim
     config = ExpertConfig(
         num_experts=num_experts,
         top_k=top_k,
         expert_ratio=ratio,
         norm=norm,
-        routing_scale=1.0 if init == "paper" else 1.0 / ratio if ratio else 1.0,
+        routing_scale=1.0 / ratio if preserving else 1.0,
         router_width=max(width) if isinstance(width, list | tuple) else width,
     )
     return specs, config
@@ -179,6 +190,21 @@ def _check_stock(unet: object) -> None:
         )
     if not isinstance(unet, UNet2DConditionModel):
         raise TypeError(f"upcycle takes a UNet2DConditionModel, but got {type(unet).__name__}.")
+    check_blocks(unet)
+    if unet.config.in_channels != unet.config.out_channels:
+        raise ValueError(
+            f"upcycle starts from a text-to-image UNet with {unet.config.out_channels} input channels, but got "
+            f"{unet.config.in_channels} (an editing or inpainting UNet)."
+        )
+    # What is not in the tensors would be lost: the upcycled model is built on them alone.
+    hooked = [name for name, m in unet.named_modules() if hasattr(m, "_hf_hook") or "forward" in vars(m)]
+    dtypes = {parameter.dtype for parameter in unet.parameters()}
+    devices = {parameter.device.type for parameter in unet.parameters()}
+    if hooked or not dtypes <= {torch.float64, torch.float32, torch.bfloat16, torch.float16} or len(devices) > 1:
+        raise ValueError(
+            "upcycle takes a UNet that is wholly in one place, before offloading, quantization or layerwise casting, "
+            f"but got {len(hooked)} hooked modules and parameters of {sorted(map(str, dtypes))} on {sorted(devices)}."
+        )
 
 
 def _check_same_keys(upcycled: MTUUNet2DConditionModel, state: dict[str, Tensor]) -> None:
@@ -214,9 +240,7 @@ def _new_state(
         for key in ("weight", "bias"):
             shape = getattr(block.norm3, key).shape
             new[f"{name}.norm3.{key}"] = state[f"{name}.norm3.{key}"].expand(shape).clone()
-        router = type(block.ff.router)(config)
-        router.reset_parameters(generator)
-        for key, tensor in router.state_dict().items():
+        for key, tensor in initial_router_state(config, generator).items():
             new[f"{name}.ff.router.{key}"] = tensor.to(like)
         new.update(_resized_experts(name, state, config, preserve=preserve))
     return new
@@ -237,8 +261,7 @@ def _resized_experts(name: str, state: dict[str, Tensor], config: ExpertConfig, 
     columns = state[out_weight][:, units]
     if scale is not None:
         columns = (columns.float() * scale.to(columns.device).float()).to(columns.dtype)
-    resized = {in_weight: state[in_weight][rows], in_bias: state[in_bias][rows], out_weight: columns}
-    return resized
+    return {in_weight: state[in_weight][rows], in_bias: state[in_bias][rows], out_weight: columns}
 
 
 def _warn_if_experts_idle(upcycled: MTUUNet2DConditionModel) -> None:

@@ -64,7 +64,9 @@ def degrade(image: np.ndarray, rng: np.random.Generator, *, noise: bool = True) 
 
 
 def upsample(condition: Tensor, size: int) -> Tensor:
-    """Resize a super-resolution condition bicubically, as the pipeline does before it encodes it.
+    """Resize a super-resolution condition bicubically, to see what copying it would give.
+
+    PyTorch's kernel (a = −0.75); pipelines use PIL's (a = −0.5), which is a little softer.
 
     Args:
         condition: (..., 3, h, w) in [-1, 1].

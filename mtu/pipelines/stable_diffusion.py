@@ -1,8 +1,10 @@
 """The multi-task Stable Diffusion pipeline."""
 
+import functools
 import inspect
+import os
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
@@ -13,9 +15,26 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_instruct_pix
 from torch import Tensor
 
 from mtu.guidance import GuidancePlan, combine, plan_guidance
+from mtu.model_card import write_model_card
 from mtu.pipelines.inputs import Request, condition_image, output_size, parse_request
 
 __all__ = ["MTUPipeline"]
+
+
+class Branches(NamedTuple):
+    """What the UNet is called with, a row for each of N guidance branches.
+
+    Args:
+        plan: which branch is what.
+        prompt_embeds: (N, L, D).
+        condition: (N, 4, h, w) condition latents; None if no sample has an image.
+        task_ids: (N,) int64.
+    """
+
+    plan: GuidancePlan
+    prompt_embeds: Tensor
+    condition: Tensor | None
+    task_ids: Tensor
 
 
 class MTUPipeline(StableDiffusionPipeline):
@@ -103,50 +122,34 @@ class MTUPipeline(StableDiffusionPipeline):
         self._cross_attention_kwargs = cross_attention_kwargs
         self._guidance_scale = max(request.guidance_scales)
 
+        # As the stock pipeline has them, for callbacks that ask.
+        self._clip_skip, self._guidance_rescale = None, 0.0
+
         device = self._execution_device
         plan = plan_guidance(request.tasks, request.guidance_scales, request.image_guidance_scales, device)
-        prompt_embeds = self._branch_prompts(request, plan, cross_attention_kwargs)
-        condition = self._branch_conditions(request, plan, size)
-        task_ids = self.unet.task_ids([spec.name for spec in request.tasks], device)[plan.samples]
-        timesteps, _ = retrieve_timesteps(self.scheduler, request.num_inference_steps, device)
+        branches = Branches(
+            plan,
+            self._branch_prompts(request, plan, cross_attention_kwargs),
+            self._branch_conditions(request, plan, size),
+            self.unet.task_ids([spec.name for spec in request.tasks], device)[plan.samples],
+        )
+        self._num_timesteps = len(retrieve_timesteps(self.scheduler, request.num_inference_steps, device)[0])
+        dtype = branches.prompt_embeds.dtype
         sample: Tensor = self.prepare_latents(
             len(request.tasks),
             self.unet.config.in_channels,
             *size,
-            prompt_embeds.dtype,
+            dtype,
             device,
             generator,
-            None if latents is None else latents.to(prompt_embeds.dtype),
+            None if latents is None else latents.to(dtype),
         )
         step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
-        self._num_timesteps = len(timesteps)
-        # Some schedulers (PNDM) have more timesteps than steps: as in diffusers, the first ones do not count.
-        warmup = len(timesteps) - request.num_inference_steps * self.scheduler.order
+        on_step_end = None
+        if callback_on_step_end is not None:
+            on_step_end = functools.partial(_call_back, callback_on_step_end, callback_on_step_end_tensor_inputs, self)
         with self.progress_bar(total=request.num_inference_steps) as progress_bar:
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                model_input = self.scheduler.scale_model_input(sample[plan.samples], t)
-                if condition is not None:
-                    model_input = torch.cat([model_input, condition], dim=1)
-                predictions: Tensor = self.unet(
-                    model_input,
-                    t,
-                    encoder_hidden_states=prompt_embeds,
-                    cross_attention_kwargs=cross_attention_kwargs,
-                    return_dict=False,
-                    task_ids=task_ids,
-                )[0]
-                noise = combine(predictions, plan)
-                sample = self.scheduler.step(noise, t, sample, **step_kwargs, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    tensors = {"latents": sample, "prompt_embeds": prompt_embeds}
-                    wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    tensors |= _same_shapes(callback_on_step_end(self, i, t, wanted), tensors)
-                    sample, prompt_embeds = tensors["latents"], tensors["prompt_embeds"]
-                # Schedulers of higher order have several timesteps per step.
-                if i == len(timesteps) - 1 or (i + 1 > warmup and (i + 1) % self.scheduler.order == 0):
-                    progress_bar.update()
+            sample = self._denoise(sample, branches, step_kwargs, on_step_end, progress_bar)
         return self._finish(sample, generator, output_type, return_dict)
 
     def export_task(self, name: str) -> StableDiffusionPipeline | StableDiffusionInstructPix2PixPipeline:
@@ -164,7 +167,58 @@ class MTUPipeline(StableDiffusionPipeline):
         parts = {key: part for key, part in parts.items() if key in accepted}
         return stock(**parts, requires_safety_checker=self.config.requires_safety_checker)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
+        """Load what `save_pretrained` wrote; arguments as in diffusers. Only safetensors files are read.
+
+        Raises:
+            ValueError: `use_safetensors=False`, or a UNet of another architecture, truncated or altered.
+        """
+        if kwargs.pop("use_safetensors", True) is False:
+            raise ValueError("Only safetensors files are loaded, but got use_safetensors=False.")
+        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as diffusers does, with a README.md (unless there is one) that says how to load the folder."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_model_card(save_directory, self.unet)
+
     # ------------------------------------------------------------------------------------------------------- parts
+
+    def _denoise(
+        self,
+        sample: Tensor,
+        branches: "Branches",
+        step_kwargs: dict[str, Any],
+        on_step_end: Callable[..., tuple[Tensor, Tensor]] | None,
+        progress_bar: Any,
+    ) -> Tensor:
+        """Run the scheduler's timesteps: one UNet call over all branches each, combined by their guidance."""
+        plan, prompt_embeds, condition, task_ids = branches
+        timesteps, order = self.scheduler.timesteps, self.scheduler.order
+        # Some schedulers (PNDM) have more timesteps than steps: as in diffusers, the first ones do not count.
+        warmup = len(timesteps) - progress_bar.total * order
+        for i, t in enumerate(timesteps):
+            if self.interrupt:
+                continue
+            model_input = self.scheduler.scale_model_input(sample[plan.samples], t)
+            if condition is not None:
+                model_input = torch.cat([model_input, condition], dim=1)
+            predictions: Tensor = self.unet(
+                model_input,
+                t,
+                encoder_hidden_states=prompt_embeds,
+                cross_attention_kwargs=self.cross_attention_kwargs,
+                return_dict=False,
+                task_ids=task_ids,
+            )[0]
+            sample = self.scheduler.step(combine(predictions, plan), t, sample, **step_kwargs, return_dict=False)[0]
+            if on_step_end is not None:
+                sample, prompt_embeds = on_step_end(i, t, sample, prompt_embeds)
+            # Schedulers of higher order have several timesteps per step.
+            if i == len(timesteps) - 1 or (i + 1 > warmup and (i + 1) % order == 0):
+                progress_bar.update()
+        return sample
 
     def _default_size(self) -> tuple[int, int]:
         size = self.unet.config.sample_size
@@ -260,6 +314,21 @@ class MTUPipeline(StableDiffusionPipeline):
             images = self.image_processor.postprocess(decoded, output_type=output_type, do_denormalize=visible)
         self.maybe_free_model_hooks()
         return StableDiffusionPipelineOutput(images, flagged) if return_dict else (images, flagged)
+
+
+def _call_back(
+    callback: Callable,
+    names: Sequence[str],
+    pipeline: MTUPipeline,
+    step: int,
+    timestep: Tensor,
+    latents: Tensor,
+    prompt_embeds: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Latents and prompt embeddings after a user's callback has seen, and perhaps changed, those it asked for."""
+    tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
+    tensors |= _same_shapes(callback(pipeline, step, timestep, {name: tensors[name] for name in names}), tensors)
+    return tensors["latents"], tensors["prompt_embeds"]
 
 
 def _same_shapes(changed: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -54,6 +54,8 @@ class FitConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.checkpoint_every < 1 or self.log_every < 1:
             raise ValueError("FitConfig: steps, checkpoint_every and log_every must each be at least 1.")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"FitConfig: minutes must be a positive number, got {self.minutes}.")
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"FitConfig: unknown schedule {self.schedule!r}; choose constant or cosine.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:

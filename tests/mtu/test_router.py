@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mtu.config import ExpertConfig
-from mtu.router import Router, RoutingTable, select_rows
+from mtu.router import Router, RoutingTable, initial_router_state, select_rows
 from mtu_kernels import dense_weights
 
 TASKS, WIDTH, EXPERTS = 3, 16, 4
@@ -19,7 +19,7 @@ def layout(top_k=None, routing_scale=4.0):
 
 def new_router(top_k=None, routing_scale=4.0):
     router = Router(layout(top_k, routing_scale))
-    router.reset_parameters(torch.Generator().manual_seed(0))
+    router.load_state_dict(initial_router_state(layout(top_k, routing_scale), torch.Generator().manual_seed(0)))
     return router.eval()
 
 

@@ -62,6 +62,7 @@ def make_base(output: Path, config: BaseConfig, score: ScoreConfig, *, command: 
         "scenes": prompts.scene_part,
         "instructions": prompts.instruction_part,
         "removed": prompts.removed_part,
+        "remark": "",
     }
     write_card(folder, metrics, provenance)
     print(f"The model is in {folder}; its scores are in {folder / 'README.md'}.")

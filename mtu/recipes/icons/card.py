@@ -35,18 +35,19 @@ Each generated picture is above the true picture of its caption; no combination 
 
 Seed {seed}; {vae_minutes:.0f} minutes for the autoencoder ({vae_steps} steps of {vae_batch} pictures) and
 {denoiser_minutes:.0f} minutes for UNet and text encoder ({denoiser_steps} steps of {denoiser_batch}) on {machine}.
+{remark}
 
 - Data: icons of the Material Design Icons font, rendered in 8 colours on 4 backgrounds. The 10 % of base names in the
   test split and the 5 % in the validation split are in no training picture; neither are the held-out tenth
   (test) and 3 % (validation) of the combinations of icon, colour and background.
 - Autoencoder: 64×64×3 to 16×16×4, trained on all training icons, mirrored ones and half-size ones too, and on
   degraded pictures as in super-resolution.
-- UNet and text encoder: noise prediction with min-SNR weights (γ = 5), Stable Diffusion's noise schedule, a tenth of
-  the prompts empty, averaged weights. {scenes:.0%} of the pictures are scenes of two half-size icons ("a red bell and
-  a blue star on white"). {instructions:.0%} of the other prompts say part of the picture through instructions ("a
-  blue bell on white, make it red, outline it"), and {removed:.0%} of the scenes remove an icon ("…, remove the blue
-  star"), so that the frozen text encoder of a later multi-task model knows these words. Crossed-out icons are drawn
-  too.
+- UNet and text encoder: noise prediction, weighted by min-SNR (γ = 5) and more where the noise is strong, Stable
+  Diffusion's noise schedule, a tenth of the prompts empty, averaged weights. {scenes:.0%} of the pictures are scenes
+  of two half-size icons ("a red bell and a blue star on white"). {instructions:.0%} of the other prompts say part of
+  the picture through instructions ("a blue bell on white, make it red, outline it"), and {removed:.0%} of the scenes
+  remove an icon ("…, remove the blue star"), so that the frozen text encoder of a later multi-task model knows these
+  words. Crossed-out icons are drawn too.
 
 ## How good it is
 

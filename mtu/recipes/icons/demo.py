@@ -71,7 +71,7 @@ def run_demo(base: Path, output: Path, config: DemoConfig) -> None:
     if not (base / "model_index.json").is_file():
         raise ValueError(f"{base} holds no model_index.json: expected a folder in Stable Diffusion's layout.")
     torch.manual_seed(config.seed)
-    stock = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+    stock = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
     stock.scheduler = DPMSolverMultistepScheduler.from_config(stock.scheduler.config)
     print(f"One model of {len(TASKS)} tasks out of {base.name}:\n")
     table = format_comparison(compare(base, num_experts=4, size=64))
@@ -95,7 +95,10 @@ def run_demo(base: Path, output: Path, config: DemoConfig) -> None:
         "threads": torch.get_num_threads(),
         "device": platform.machine(),
     }
-    write_results(output, table, rows, provenance, examples, before, after)
+    write_csv(output / "metrics.csv", rows, provenance)
+    (output / "metrics.md").write_text(format_measurements(rows) + "\n")
+    (output / "model.txt").write_text(table + "\n")
+    picture_grid(examples, before, after).save(output / "grid.png")
     pipeline.save_pretrained(output / "model")
     print(f"\n{format_measurements(rows)}\n")
     print(f"Pictures, tables and the model are in {output} ({time.monotonic() - started:.0f} s in all).")
@@ -127,11 +130,3 @@ def train(pipeline: MTUPipeline, config: DemoConfig, directory: Path) -> None:
     unet = pipeline.unet.train()
     fit(loss, {"unet": unet}, unet.trainable_parameters(), settings, directory=directory, description="training")
     unet.eval()
-
-
-def write_results(output: Path, table: str, rows, provenance, examples, before, after) -> None:
-    """Write the grid, the metrics and the parameter table."""
-    write_csv(output / "metrics.csv", rows, provenance)
-    (output / "metrics.md").write_text(format_measurements(rows) + "\n")
-    (output / "model.txt").write_text(table + "\n")
-    picture_grid(examples, before, after).save(output / "grid.png")

@@ -162,8 +162,7 @@ def write_csv(path: Path, rows: Sequence[Measurement], provenance: dict[str, obj
 
 def picture_grid(examples: Sequence[IconExample], before: Tensor, after: Tensor, per_row: int = 4) -> Image.Image:
     """Examples side by side: input, before, after and target, a block of columns per example, a line per row."""
-    scale, gap, label_height, names_width = 1, 6, 26, 112
-    cell = IMAGE_SIZE * scale
+    cell, gap, label_height, names_width = IMAGE_SIZE, 6, 26, 112
     block = 4 * (cell + 2) + 2 * gap
     rows: dict[str, list[int]] = {}
     for i, example in enumerate(examples):

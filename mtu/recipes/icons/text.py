@@ -1,10 +1,12 @@
 """The tokenizer and text encoder of the icon models."""
 
-import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -31,33 +33,45 @@ class TextConfig:
     max_length: int = 24
 
 
+@cache
+def learn_merges(words: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Learn byte-pair merges until every word is one token.
+
+    The most frequent pair is merged first, the alphabetically first one of equally frequent pairs. The trainer of the
+    `tokenizers` library breaks ties by the order of a randomly seeded hash table: another process gets other token
+    numbers, which a resumed training must not.
+
+    Args:
+        words: lower-case ASCII words, each counted once.
+    """
+    pieces = [[*word[:-1], word[-1] + WORD_END] for word in words]
+    merges = []
+    while unfinished := [word for word in pieces if len(word) > 1]:
+        counts = Counter(pair for word in unfinished for pair in pairwise(word))
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        for word in unfinished:
+            for i in reversed(range(len(word) - 1)):
+                if tuple(word[i : i + 2]) == best:
+                    word[i : i + 2] = ["".join(best)]
+    return tuple(merges)
+
+
 def build_tokenizer(max_length: int) -> CLIPTokenizer:
-    """Train a byte-pair tokenizer for which each word of the data set is one token.
+    """Build a byte-pair tokenizer for which each word of the data set is one token.
 
     Every byte is a token, alone and at a word's end, so that any text can be encoded without an unknown token.
 
     Args:
         max_length: tokens per prompt, begin and end included.
     """
-    stock = CLIPTokenizer().backend_tokenizer
-    trained = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
-    trained.normalizer, trained.pre_tokenizer = stock.normalizer, stock.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    # The size is out of reach: training goes on until every word has been merged into one token.
-    trainer = trainers.BpeTrainer(
-        vocab_size=1_000_000,
-        min_frequency=1,
-        initial_alphabet=alphabet,
-        end_of_word_suffix=WORD_END,
-        show_progress=False,
-    )
-    trained.train_from_iterator(vocabulary(), trainer)
-    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
+    merges = learn_merges(vocabulary())
     tokens = [*alphabet, *(byte + WORD_END for byte in alphabet), *(left + right for left, right in merges)]
     # Two pairs can merge to the same token; it keeps its first place.
     ordered = dict.fromkeys([*tokens, BEGIN, END])
     identifiers = {token: number for number, token in enumerate(ordered)}
-    return CLIPTokenizer(vocab=identifiers, merges=merges, model_max_length=max_length)
+    return CLIPTokenizer(vocab=identifiers, merges=list(merges), model_max_length=max_length)
 
 
 def build_text_encoder(config: TextConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
