@@ -36,7 +36,8 @@ class TaskConvIn(nn.Module):
         tasks, widest = len(self.task_channels), max(self.task_channels)
         self.weight = nn.Parameter(torch.zeros(tasks, out_channels, widest, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(tasks, out_channels))
-        self.place_channels_()
+        # Not where the parameters are: a model under construction may have those on the meta device.
+        self.register_buffer("channels", torch.tensor(self.task_channels), persistent=False)
 
     @property
     def in_channels(self) -> int:

@@ -34,9 +34,8 @@ def why_not_upcyclable(block: BasicTransformerBlock) -> str | None:
         return "it has positional embeddings or a GLIGEN fuser"
     for name, linear in (("ff.net.0.proj", block.ff.net[0].proj), ("ff.net.2", block.ff.net[2])):
         if not is_plain_linear(linear):
-            return (
-                f"{name} ({type(linear).__name__}) is not a plain nn.Linear: unload adapters, offloading, quantization"
-            )
+            kind = f"{type(linear).__module__.partition('.')[0]} {type(linear).__name__}"
+            return f"{name} is a {kind}, not a plain nn.Linear (unload or fuse adapters; offload, quantize afterwards)"
     return None
 
 

@@ -231,6 +231,7 @@ MIXES = (NAMES, ("edit",) * 5, ("text-to-image", "remove", "remove", "edit", "su
 def test_one_compilation_serves_all_task_mixes_and_follows_updates(dynamo, settings):
     unet = upcycled_unet(**settings)
     given = inputs(unet)
+    unet.invalidate_routing_cache()
     compiled = torch.compile(unet, backend="eager", fullgraph=True)
     with torch.no_grad():
         outputs = [compiled(**given, task_ids=unet.task_ids(names)).sample for names in MIXES]

@@ -4,11 +4,14 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from mtu.config import ExpertConfig
 from mtu.router import Router, RoutingTable, initial_router_state, select_rows
 from mtu_kernels import dense_weights
+
+from .tiny import randomise_
 
 TASKS, WIDTH, EXPERTS = 3, 16, 4
 
@@ -256,3 +259,35 @@ def test_selected_rows_are_the_same_bits_with_and_without_gradients(shape, dtype
     selected.backward(torch.ones_like(selected))
     counts = torch.tensor([1.0, 0.0, 3.0]).to(dtype).view(-1, *(1,) * (len(shape) - 1))
     assert torch.equal(table.grad, counts.expand(shape))
+
+
+def test_a_router_with_an_adapter_is_not_cached(embedding):
+    """An adapter's switches are Python state, which no look at tensors can see."""
+    router = new_router()
+    adapter = LoraConfig(target_modules=["linear_1"], init_lora_weights=False)
+    inject_adapter_in_model(adapter, router)
+    randomise_([router.linear_2.weight], seed=5)
+    with torch.no_grad():
+        with_adapter = router(embedding).weights
+        router.linear_1.enable_adapters(False)
+        assert not torch.equal(router(embedding).weights, with_adapter)
+
+
+def test_a_storage_dtype_is_not_that_of_the_embedding(embedding):
+    """Quantized layers store integers; what they compute in is their own affair."""
+
+    class Quantized(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+            self.linear = linear
+
+        def forward(self, x):
+            return self.linear(x)
+
+    router = new_router()
+    randomise_([router.linear_2.weight], seed=5)
+    with torch.no_grad():
+        expected = router(embedding).weights
+        router.linear_1 = Quantized(router.linear_1)
+        assert torch.equal(router(embedding).weights, expected)

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from accelerate import init_empty_weights
+from accelerate import cpu_offload, init_empty_weights
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
 
@@ -23,6 +23,7 @@ from .tiny import (
     rows,
     snapshot,
     stock_unet,
+    upcycled_unet,
 )
 
 PRESERVED = [
@@ -280,14 +281,49 @@ def test_a_unet_with_adapters_raises_and_still_works(targets):
     stock.add_adapter(LoraConfig(target_modules=targets, init_lora_weights=False))
     before, given = snapshot(stock), rows(inputs(stock), slice(None), 4)
     expected = predict(stock, given)
-    with pytest.raises(ValueError, match=r"Unload or fuse adapters before upcycling: .* for example"):
+    with pytest.raises(ValueError, match=r"[Uu]nload or fuse adapters"):
         mtu.upcycle(stock)
     assert_unchanged(stock, before)
     assert torch.equal(predict(stock, given), expected)
 
 
+def test_an_editing_unet_raises():
+    edits = mtu.upcycle(stock_unet()).export_task("edit")
+    with pytest.raises(ValueError, match=r"text-to-image UNet with 4 input channels, but got 8"):
+        mtu.upcycle(edits)
+
+
+def test_a_unet_that_is_not_wholly_here_raises():
+    offloaded = stock_unet()
+    cpu_offload(offloaded)
+    with pytest.raises(ValueError, match="upcycle"):
+        mtu.upcycle(offloaded)
+    cast = stock_unet()
+    cast.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    with pytest.raises(ValueError, match="upcycle"):
+        mtu.upcycle(cast)
+
+
+def test_a_model_upcycled_on_meta_can_be_filled():
+    filled, own = upcycled_unet(), upcycled_unet(randomised=False).to("meta")
+    given = inputs(filled)
+    given["task_ids"] = torch.tensor([0, 1, 2, 3, 1])
+    own.load_state_dict(filled.state_dict(), assign=True)
+    assert torch.equal(predict(own, given), predict(filled, given))
+    other = upcycled_unet(randomised=False).to("meta").to_empty(device="cpu")
+    other.load_state_dict(filled.state_dict())
+    assert torch.equal(predict(other, given), predict(filled, given))
+
+
+def test_the_global_generator_is_left_alone():
+    stock = stock_unet()
+    state = torch.get_rng_state()
+    mtu.upcycle(stock)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_pruned_export_raises():
-    pruned = mtu.upcycle(stock_unet(), num_experts=2, expert_ratio=1.0).export_task("edit", prune=True)
+    pruned = mtu.upcycle(stock_unet(), num_experts=2, expert_ratio=1.0).export_task("text-to-image", prune=True)
     with pytest.raises(
         ValueError, match=r"must have shape \(256, 32\) by the UNet's configuration, but got \(512, 32\)"
     ):

@@ -46,7 +46,7 @@ def stock_unet(config: dict[str, Any] = SD, seed: int = 0, **changes: Any) -> UN
     return unet
 
 
-# Upcycling takes four times as long as copying what it gives, and the tests ask for the same few models again and again.
+# Upcycling takes four times as long as copying its result, and the tests ask for the same few models again and again.
 _UPCYCLED: dict[str, mtu.MTUUNet2DConditionModel] = {}
 
 

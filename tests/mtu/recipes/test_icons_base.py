@@ -67,7 +67,9 @@ def test_every_word_is_one_token_and_any_text_can_be_encoded() -> None:
     assert decoded.replace(" ", "") == text.lower().replace(" ", "")
     assert tokenizer.unk_token_id not in tokenizer(text).input_ids[1:-1]
     assert len(tokenizer("").input_ids) == 2
-    assert tokenizer.get_vocab() == build_tokenizer(24).get_vocab()
+    # Written down: in every process the same words must get the same numbers, or resuming would scramble them.
+    assert len(tokenizer) == 2935
+    assert tokenizer("red").input_ids == [2933, 2575, 2934]
 
 
 def test_training_combinations_are_all_there_and_none_is_held_out() -> None:
