@@ -13,6 +13,7 @@ from tqdm import tqdm
 from mtu.pipelines import MTUPipeline
 from mtu.pipelines.inputs import condition_image
 from mtu.tasks import TaskSpec
+from mtu.training.weights import timestep_weights
 
 __all__ = ["MultiTaskConfig", "MultiTaskLoss", "TaskExample", "TaskLatents", "encode_examples"]
 
@@ -72,7 +73,7 @@ class MultiTaskConfig:
         batch_per_task: examples of each task in a step.
         dropout: part of the examples that lose their prompt, and for dual guidance as large a part each that loses
             prompt and image, so that the guidance's other branches are learned. Tasks without guidance lose nothing.
-        snr_gamma: weigh timesteps by min(SNR, γ) / SNR; None: plain mean squared error.
+        snr_gamma, noise_weight: weights of timesteps (see `timestep_weights`); None and 0: plain mean squared error.
         autocast: compute dtype; None: that of the parameters.
         seed: with the step, determines examples, timesteps and noise.
     """
@@ -80,6 +81,7 @@ class MultiTaskConfig:
     batch_per_task: int = 16
     dropout: float = 0.05
     snr_gamma: float | None = None
+    noise_weight: float = 0.0
     autocast: torch.dtype | None = None
     seed: int = 0
 
@@ -136,8 +138,7 @@ class MultiTaskLoss:
     Raises:
         ValueError: a prediction type that is neither "epsilon" nor "v_prediction".
 
-    Source: MTU (arXiv 2503.11905) eq. 2; min-SNR weights: Hang et al. (arXiv 2303.09556); dropout of conditions:
-        InstructPix2Pix (arXiv 2211.09800) §3.2.
+    Source: MTU (arXiv 2503.11905) eq. 2; dropout of conditions: InstructPix2Pix (arXiv 2211.09800) §3.2.
     """
 
     def __init__(self, pipeline: MTUPipeline, data: EncodedTasks, config: MultiTaskConfig) -> None:
@@ -147,10 +148,9 @@ class MultiTaskLoss:
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"Training predicts 'epsilon' or 'v_prediction', but got {self.prediction_type!r}.")
         signal = self.scheduler.alphas_cumprod
-        ratio = signal / (1 - signal)
-        weights = torch.ones_like(ratio) if config.snr_gamma is None else ratio.clamp_max(config.snr_gamma) / ratio
-        # Predicting v weighs the noise error by 1 / (1 − ᾱ) = SNR + 1; divided out, both types learn the same.
-        self.weights = weights * (1 - signal) if self.prediction_type == "v_prediction" else weights
+        weights = timestep_weights(signal, config.snr_gamma, config.noise_weight)
+        # At a given x_t an error in v is that in the noise / √ᾱ; with its square taken out, both types learn the same.
+        self.weights = weights * signal if self.prediction_type == "v_prediction" else weights
 
     def __call__(self, step: int) -> Tensor:
         rng = np.random.default_rng([self.config.seed, 7, step])

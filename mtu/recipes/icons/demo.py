@@ -46,7 +46,7 @@ class DemoConfig:
         batch_per_task: training examples of each task in a step.
         learning_rate: highest rate of Adam.
         inference_steps: denoising steps; None: the tasks' own, 20.
-        snr_gamma: of min-SNR weights; None: the paper's plain loss.
+        snr_gamma, noise_weight: weights of timesteps; None and 0: the paper's plain loss.
         seed: of data, initialisation, noise and held-out examples.
     """
 
@@ -58,6 +58,7 @@ class DemoConfig:
     learning_rate: float = 1e-3
     inference_steps: int | None = None
     snr_gamma: float | None = 5.0
+    noise_weight: float = 10.0
     seed: int = 0
 
 
@@ -115,6 +116,7 @@ def train(pipeline: MTUPipeline, config: DemoConfig, directory: Path) -> None:
         MultiTaskConfig(
             batch_per_task=config.batch_per_task,
             snr_gamma=config.snr_gamma,
+            noise_weight=config.noise_weight,
             autocast=torch.bfloat16,
             seed=config.seed,
         ),

@@ -1,7 +1,5 @@
 """The multi-task objective: what is encoded, what a step's loss is, and which parameters it moves."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -68,18 +66,26 @@ def test_min_snr_weights_lower_the_easy_timesteps(pipeline, data) -> None:
     plain = MultiTaskLoss(pipeline, data, MultiTaskConfig())
     weighed = MultiTaskLoss(pipeline, data, MultiTaskConfig(snr_gamma=5.0))
     assert plain.weights.eq(1).all()
-    assert weighed.weights[0] < 0.01
-    assert weighed.weights[-1] == 1
+    assert weighed.weights[0] < 0.01 * weighed.weights[-1]
+    noisy = MultiTaskLoss(pipeline, data, MultiTaskConfig(snr_gamma=5.0, noise_weight=10.0))
+    assert noisy.weights[-1] / noisy.weights[500] > weighed.weights[-1] / weighed.weights[500]
+    for loss in (weighed, noisy):
+        assert float(loss.weights.mean()) == pytest.approx(1, rel=1e-5)  # 1,000 float32 terms
 
 
-def test_v_prediction_weighs_the_noise_error_alike(pipeline, data) -> None:
-    other = dataclasses.replace(MINIATURE)
-    torch.manual_seed(0)
-    twin = mtu.upcycle(new_pipeline(other))
+def test_v_prediction_weighs_the_noise_error_alike(data) -> None:
+    twin = mtu.upcycle(new_pipeline(MINIATURE))
     twin.scheduler.register_to_config(prediction_type="v_prediction")
     loss = MultiTaskLoss(twin, data, MultiTaskConfig())
-    noise_weight = loss.weights / (1 - loss.scheduler.alphas_cumprod)
-    torch.testing.assert_close(noise_weight, torch.ones_like(noise_weight))
+    generator = torch.Generator().manual_seed(0)
+    target, noise, guess = (torch.randn(4, 4, 2, 2, generator=generator) for _ in range(3))
+    steps = torch.tensor([10, 300, 700, 999])
+    alpha = loss.scheduler.alphas_cumprod[steps].view(-1, 1, 1, 1)
+    # What a model that guesses the noise says of the picture, and of v.
+    implied = (loss.scheduler.add_noise(target, noise, steps) - (1 - alpha).sqrt() * guess) / alpha.sqrt()
+    error = loss.scheduler.get_velocity(implied, guess, steps) - loss.scheduler.get_velocity(target, noise, steps)
+    weighed = error.square().mean((1, 2, 3)) * loss.weights[steps]
+    torch.testing.assert_close(weighed, (guess - noise).square().mean((1, 2, 3)), rtol=1e-4, atol=0)
 
 
 def test_dropout_follows_the_guidance(pipeline, data) -> None:

@@ -1,0 +1,28 @@
+"""Loss weights of timesteps, for the squared error of the predicted noise."""
+
+from torch import Tensor
+
+__all__ = ["timestep_weights"]
+
+
+def timestep_weights(alphas_cumprod: Tensor, snr_gamma: float | None, noise_weight: float) -> Tensor:
+    """`min(SNR, γ) / SNR + min(1 / SNR, κ)`, with mean 1, where SNR = ᾱ / (1 − ᾱ).
+
+    The first term is min-SNR: it lowers timesteps of little noise, which are easy. The second is the weight of an error
+    in v up to a cap κ: without it the noisiest timesteps, where only text and condition tell what the picture is, count
+    for almost nothing in the predicted image.
+
+    Args:
+        alphas_cumprod: (timesteps,) ᾱ, the signal's part of the variance.
+        snr_gamma: γ; None: the first term is 1.
+        noise_weight: κ; 0: no second term.
+
+    Returns:
+        (timesteps,) in the dtype of ᾱ.
+
+    Source: Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy" (arXiv 2303.09556).
+    """
+    ratio = alphas_cumprod / (1 - alphas_cumprod)
+    lowered = ratio / ratio if snr_gamma is None else ratio.clamp_max(snr_gamma) / ratio
+    weights = lowered + (1 / ratio).clamp_max(noise_weight)
+    return weights / weights.mean()
