@@ -38,7 +38,7 @@ class BaseConfig:
     vae_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=10000, learning_rate=1e-3, warmup_steps=200))
     denoiser_fit: FitConfig = field(
         default_factory=lambda: FitConfig(
-            steps=12000, learning_rate=1.6e-3, warmup_steps=200, ema_decay=0.998, checkpoint_every=250
+            steps=12000, learning_rate=8e-4, warmup_steps=200, ema_decay=0.998, checkpoint_every=250
         )
     )
     seed: int = 0

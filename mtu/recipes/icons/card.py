@@ -65,7 +65,9 @@ validation combinations).
 | autoencoder: median PSNR on icons never seen, all kinds | {vae_psnr:.1f} dB |
 
 Candidates are painted in the requested colour and background, so only the shape decides, and the same name in the
-other style is always among them. Autoencoder by kind of picture: {vae_kinds}.
+other style is always among them.
+
+Autoencoder by kind of picture: {vae_kinds}.
 
 ## Limits
 
