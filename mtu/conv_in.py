@@ -26,6 +26,8 @@ class TaskConvIn(nn.Module):
     Parameters: weight (T, C, Cin, k, k) with Cin the widest task's channels, bias (T, C).
     """
 
+    channels: Tensor  # (T,) int64, latent and condition channels of each task
+
     def __init__(
         self, condition_channels: Sequence[int], latent_channels: int, out_channels: int, kernel_size: int
     ) -> None:

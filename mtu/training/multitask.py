@@ -1,6 +1,8 @@
 """The multi-task objective: noise prediction on all tasks at once, over latents encoded beforehand."""
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -13,6 +15,7 @@ from tqdm import tqdm
 from mtu.pipelines import MTUPipeline
 from mtu.pipelines.inputs import condition_image
 from mtu.tasks import TaskSpec
+from mtu.training.shards import sharded_loss
 from mtu.training.weights import timestep_weights
 
 __all__ = ["MultiTaskConfig", "MultiTaskLoss", "TaskExample", "TaskLatents", "encode_examples"]
@@ -75,6 +78,8 @@ class MultiTaskConfig:
             prompt and image, so that the guidance's other branches are learned. Tasks without guidance lose nothing.
         snr_gamma, noise_weight: weights of timesteps (see `timestep_weights`); None and 0: plain mean squared error.
         autocast: compute dtype; None: that of the parameters.
+        shards: parts of the batch, each with its share of every task, computed by a thread of its own (see
+            `sharded_loss`); must divide batch_per_task.
         seed: with the step, determines examples, timesteps and noise.
     """
 
@@ -83,24 +88,34 @@ class MultiTaskConfig:
     snr_gamma: float | None = None
     noise_weight: float = 0.0
     autocast: torch.dtype | None = None
+    shards: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.batch_per_task < 1:
             raise ValueError(f"batch_per_task must be at least 1, but got {self.batch_per_task}.")
+        if self.shards < 1 or self.batch_per_task % self.shards:
+            raise ValueError(f"shards must divide batch_per_task = {self.batch_per_task}, but got {self.shards}.")
         if not 0 <= self.dropout <= 0.5:
             raise ValueError(f"dropout must lie in [0, 0.5], but got {self.dropout}.")
 
 
 @torch.no_grad()
 def encode_examples(
-    pipeline: MTUPipeline, examples: Mapping[str, Sequence[TaskExample]], *, description: str = "encoding"
+    pipeline: MTUPipeline,
+    examples: Mapping[str, Sequence[TaskExample]],
+    *,
+    autocast: torch.dtype | None = None,
+    threads: int = 1,
+    description: str = "encoding",
 ) -> EncodedTasks:
     """Encode examples once, with the pipeline's own VAE, text encoder and resizing.
 
     Args:
         pipeline: its `vae`, `text_encoder` and `unet.tasks` are used.
         examples: the examples of each task, by its name.
+        autocast: compute dtype of the VAE; None: that of its parameters.
+        threads: batches in work at once; on a CPU with `torch.set_num_threads(1)`, one per core.
         description: shown beside the progress bar.
 
     Raises:
@@ -108,22 +123,23 @@ def encode_examples(
     """
     rows: dict[str, int] = {"": 0}
     encoded = {}
-    with tqdm(total=sum(map(len, examples.values())), desc=description, unit="image") as bar:
+    total = sum(map(len, examples.values()))
+    with tqdm(total=total, desc=description, unit="image") as bar, ThreadPoolExecutor(threads) as pool:
         for name, items in examples.items():
             spec = pipeline.unet.tasks[pipeline.unet.task_index(name)]
             for item in items:
                 if (item.image is None) == spec.takes_image or item.task != name:
                     raise ValueError(f"An example of {item.task!r} does not fit task {name!r}: {spec}.")
+            chunks = [items[start : start + _ENCODE_BATCH] for start in range(0, len(items), _ENCODE_BATCH)]
             targets, conditions = [], []
-            for start in range(0, len(items), _ENCODE_BATCH):
-                chunk = items[start : start + _ENCODE_BATCH]
-                pixels = torch.stack([item.target for item in chunk])
-                targets.append(_encode(pipeline, pixels) * pipeline.vae.config.scaling_factor)
-                if spec.takes_image:
-                    conditions.append(_encode(pipeline, torch.stack([_condition(item, spec) for item in chunk])))
-                bar.update(len(chunk))
+            for target, condition in pool.map(functools.partial(_encode, pipeline, spec, autocast), chunks):
+                targets.append(target)
+                conditions.append(condition)
+                bar.update(len(target))
             prompts = torch.tensor([rows.setdefault(item.prompt, len(rows)) for item in items])
-            encoded[name] = TaskLatents(torch.cat(targets), torch.cat(conditions) if conditions else None, prompts)
+            encoded[name] = TaskLatents(
+                torch.cat(targets), torch.cat(conditions) if spec.takes_image else None, prompts
+            )
     return EncodedTasks(encoded, _embed(pipeline, list(rows)))
 
 
@@ -155,7 +171,6 @@ class MultiTaskLoss:
     def __call__(self, step: int) -> Tensor:
         rng = np.random.default_rng([self.config.seed, 7, step])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        device = self.unet.task_device
         count, names = self.config.batch_per_task, list(self.data.tasks)
         parts = [self._draw(rng, name) for name in names]
         target, condition, prompt = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -166,13 +181,24 @@ class MultiTaskLoss:
         noisy = self.scheduler.add_noise(target, noise, timesteps)
         wanted = noise if self.prediction_type == "epsilon" else self.scheduler.get_velocity(target, noise, timesteps)
         task_ids = self.unet.task_ids(names, "cpu").repeat_interleave(count)
-        sample, prompt, task_ids = (
-            tensor.to(device) for tensor in (torch.cat([noisy, condition], 1), prompt, task_ids)
-        )
-        with torch.autocast(device.type, self.config.autocast, enabled=self.config.autocast is not None):
-            predicted = self.unet(sample, timesteps.to(device), prompt, task_ids=task_ids).sample
-        error = (predicted.float() - wanted.to(device)).square().mean(dim=(1, 2, 3))
-        return (error * self.weights[timesteps].to(device)).view(len(names), count).mean(1).sum()
+        batch = (torch.cat([noisy, condition], 1), timesteps, prompt, task_ids, wanted)
+        batch = [tensor.to(self.unet.task_device) for tensor in batch]
+        if self.config.shards == 1:
+            return self._loss(*batch)
+        rows = torch.arange(len(names) * count).view(len(names), count).chunk(self.config.shards, dim=1)
+        parts = [functools.partial(self._loss, *(tensor[part.flatten()] for tensor in batch)) for part in rows]
+        return sharded_loss(parts, self.unet.trainable_parameters())
+
+    def _loss(self, sample: Tensor, timesteps: Tensor, prompt: Tensor, task_ids: Tensor, wanted: Tensor) -> Tensor:
+        """The weighted loss of a batch that has equally many examples of each task, task by task."""
+        autocast, kind = self.config.autocast, sample.device.type
+        # Threads would share the cache of converted weights.
+        cached = self.config.shards == 1
+        with torch.autocast(kind, autocast, enabled=autocast is not None, cache_enabled=cached):
+            predicted = self.unet(sample, timesteps, prompt, task_ids=task_ids).sample
+        error = (predicted.float() - wanted).square().mean(dim=(1, 2, 3))
+        weighed = error * self.weights.to(error.device)[timesteps]
+        return weighed.view(len(self.data.tasks), -1).mean(1).sum()
 
     def _draw(self, rng: np.random.Generator, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """Target latents, condition latents (zeros where there are none) and prompt embeddings of one task."""
@@ -189,9 +215,20 @@ class MultiTaskLoss:
         return latents.target[rows], condition, self.data.prompts[prompt]
 
 
-def _encode(pipeline: MTUPipeline, pixels: Tensor) -> Tensor:
+@torch.no_grad()  # a thread has a grad mode of its own
+def _encode(
+    pipeline: MTUPipeline, spec: TaskSpec, autocast: torch.dtype | None, chunk: Sequence[TaskExample]
+) -> tuple[Tensor, Tensor | None]:
+    """Target latents, scaled, and condition latents, unscaled, of some examples."""
     vae = pipeline.vae
-    return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu()
+
+    def latents(pictures: list[Tensor]) -> Tensor:
+        with torch.autocast(vae.device.type, autocast, enabled=autocast is not None, cache_enabled=False):
+            pixels = torch.stack(pictures).to(vae.device, vae.dtype)
+            return vae.encode(pixels).latent_dist.mode().float().cpu()
+
+    target = latents([item.target for item in chunk]) * vae.config.scaling_factor
+    return target, latents([_condition(item, spec) for item in chunk]) if spec.takes_image else None
 
 
 def _condition(example: TaskExample, spec: TaskSpec) -> Tensor:

@@ -1,6 +1,7 @@
 """`python -m mtu.recipes.icons demo`: the main job of the library, start to end, in minutes on a CPU."""
 
 import dataclasses
+import math
 import platform
 import time
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ class DemoConfig:
 
     minutes: float = 5.0
     steps: int = 4000
-    examples: int = 3000
+    examples: int = 2000
     per_row: int = 24
     batch_per_task: int = 12
     learning_rate: float = 1e-3
@@ -107,9 +108,14 @@ def run_demo(base: Path, output: Path, config: DemoConfig) -> None:
 
 def train(pipeline: MTUPipeline, config: DemoConfig, directory: Path) -> None:
     """Train the upcycled parts of a pipeline on the four icon tasks."""
+    # A small model's operations are too short to split over cores: each core gets its own part of the batch.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     icons = Icons("train", config.seed)
     examples: dict[str, Sequence[IconExample]] = {task: icons.batch(task, range(config.examples)) for task in TASKS}
-    data = encode_examples(pipeline, examples, description="encoding the training images")
+    data = encode_examples(
+        pipeline, examples, autocast=torch.bfloat16, threads=threads, description="encoding the training images"
+    )
     loss = MultiTaskLoss(
         pipeline,
         data,
@@ -118,6 +124,7 @@ def train(pipeline: MTUPipeline, config: DemoConfig, directory: Path) -> None:
             snr_gamma=config.snr_gamma,
             noise_weight=config.noise_weight,
             autocast=torch.bfloat16,
+            shards=math.gcd(threads, config.batch_per_task),
             seed=config.seed,
         ),
     )
@@ -132,3 +139,4 @@ def train(pipeline: MTUPipeline, config: DemoConfig, directory: Path) -> None:
     unet = pipeline.unet.train()
     fit(loss, {"unet": unet}, unet.trainable_parameters(), settings, directory=directory, description="training")
     unet.eval()
+    torch.set_num_threads(threads)

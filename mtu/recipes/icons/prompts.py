@@ -96,7 +96,7 @@ def scene_pictures(rng: np.random.Generator, config: PromptConfig) -> list[Scene
 
     def two(options: Sequence[str]) -> tuple[str, str]:
         first, second = rng.choice(len(options), 2, replace=False)
-        return options[first], options[second]
+        return options[int(first)], options[int(second)]
 
     scenes = []
     for _ in range(config.scenes):

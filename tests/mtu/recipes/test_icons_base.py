@@ -185,9 +185,10 @@ def test_miniature_run_from_end_to_end_resumes_and_describes_itself(tmp_path: Pa
     assert pipeline.vae.config.scaling_factor != 1.0
 
 
-def test_resuming_from_an_empty_folder_says_so(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"There is no checkpoint in .* to resume from\."):
+def test_resuming_from_an_empty_folder_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
         main(["base", "--output", str(tmp_path), "--resume", "--minutes", "0.01"])
+    assert f"There is no checkpoint in {tmp_path / 'vae'} to resume from." in capsys.readouterr().err
 
 
 def test_untrained_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
