@@ -243,6 +243,14 @@ class LossLog:
                 log.write(json.dumps(entry._asdict()) + "\n")
 
 
+def _progress_bar(training: Training, config: FitConfig, description: str) -> tqdm:
+    style: dict[str, Any] = {"desc": description, "mininterval": 5, "maxinterval": 60}
+    if config.minutes is None:
+        return tqdm(total=config.steps, initial=training.step, unit="step", **style)
+    layout = "{l_bar}{bar}| {n:.0f}/{total:.0f} s{postfix}"
+    return tqdm(total=60 * config.minutes, initial=training.seconds, bar_format=layout, **style)
+
+
 def fit(
     loss_fn: Callable[[int], Tensor],
     modules: Mapping[str, nn.Module],
@@ -284,7 +292,7 @@ def fit(
     log = LossLog(directory, training.step)
     limit = math.inf if config.minutes is None else 60 * config.minutes
     started = time.monotonic() - training.seconds
-    with tqdm(total=config.steps, initial=training.step, desc=description, mininterval=5, maxinterval=60) as bar:
+    with _progress_bar(training, config, description) as bar:
         while training.step < config.steps and training.seconds < limit:
             loss = loss_fn(training.step)
             value = float(loss.detach())
@@ -293,12 +301,13 @@ def fit(
             training.advance(loss)
             training.seconds = time.monotonic() - started
             log.add(value)
-            bar.update()
+            # Where the clock ends the training, the bar shows the clock.
+            bar.update(1 if config.minutes is None else min(training.seconds, limit) - bar.n)
             done = training.step == config.steps or training.seconds >= limit
             if training.step % config.log_every == 0 or done:
                 rate = training.optimizer.param_groups[0]["lr"]
                 log.write(training.step, rate, training.seconds)
-                bar.set_postfix(loss=f"{log.smoothed:.4f}", rate=f"{rate:.1e}")
+                bar.set_postfix(step=training.step, loss=f"{log.smoothed:.4f}", rate=f"{rate:.1e}")
             if directory is not None and (training.step % config.checkpoint_every == 0 or done):
                 training.save(directory)
     training.use_average()

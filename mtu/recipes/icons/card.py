@@ -51,7 +51,7 @@ Seed {seed}; {vae_minutes:.0f} minutes for the autoencoder ({vae_steps} steps of
 
 ## How good it is
 
-Measured by the same command on the float16 weights of this folder, run in float32. Text-to-image: {samples}
+Measured by `mtu.recipes.icons.score` on the float16 weights of this folder, run in float32. Text-to-image: {samples}
 generated pictures for captions of held-out combinations, {steps} steps, guidance scale {scale} (chosen on the
 validation combinations).
 

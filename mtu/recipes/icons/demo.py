@@ -51,12 +51,12 @@ class DemoConfig:
         seed: of data, initialisation, noise and held-out examples.
     """
 
-    minutes: float = 5.0
+    minutes: float = 6.0
     steps: int = 4000
     examples: int = 2000
-    per_row: int = 24
+    per_row: int = 16
     batch_per_task: int = 12
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     inference_steps: int | None = None
     snr_gamma: float | None = 5.0
     noise_weight: float = 10.0

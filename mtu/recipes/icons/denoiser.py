@@ -14,6 +14,7 @@ from mtu.recipes.icons.prompts import IconPicture, PromptConfig, ScenePicture, i
 from mtu.recipes.icons.text import token_ids
 from mtu.recipes.icons.vae import encode
 from mtu.training.shards import sharded_loss
+from mtu.training.weights import timestep_weights
 
 LATENT_SIZE = 16
 # Stable Diffusion's noise schedule.
@@ -133,12 +134,7 @@ class DenoiserLoss:
         self.data, self.config, self.seed = data, config, seed
         self.parameters = [*unet.parameters(), *text_encoder.parameters()]
         self.scheduler = DDPMScheduler(**NOISE_SCHEDULE)
-        signal = self.scheduler.alphas_cumprod
-        ratio = signal / (1 - signal)
-        # Min-SNR, plus the weights of an error in v: without them the noisiest steps, where only the text can tell what
-        # the picture will be, hardly count, and captions are learned late.
-        weights = ratio.clamp_max(config.snr_gamma) / ratio + (1 / ratio).clamp_max(config.noise_weight)
-        self.weights = weights / weights.mean()
+        self.weights = timestep_weights(self.scheduler.alphas_cumprod, config.snr_gamma, config.noise_weight)
 
     def __call__(self, step: int) -> Tensor:
         rng = np.random.default_rng([self.seed, 4, step])
