@@ -302,7 +302,8 @@ def fit(
             training.seconds = time.monotonic() - started
             log.add(value)
             # Where the clock ends the training, the bar shows the clock.
-            bar.update(1 if config.minutes is None else min(training.seconds, limit) - bar.n)
+            bar.n = training.step if config.minutes is None else min(training.seconds, limit)
+            bar.update(0)
             done = training.step == config.steps or training.seconds >= limit
             if training.step % config.log_every == 0 or done:
                 rate = training.optimizer.param_groups[0]["lr"]
