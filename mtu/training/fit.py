@@ -248,7 +248,8 @@ def _progress_bar(training: Training, config: FitConfig, description: str) -> tq
     if config.minutes is None:
         return tqdm(total=config.steps, initial=training.step, unit="step", **style)
     layout = "{l_bar}{bar}| {n:.0f}/{total:.0f} s{postfix}"
-    return tqdm(total=60 * config.minutes, initial=training.seconds, bar_format=layout, **style)
+    total = 60 * config.minutes
+    return tqdm(total=total, initial=min(training.seconds, total), bar_format=layout, **style)
 
 
 def fit(

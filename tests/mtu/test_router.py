@@ -224,7 +224,9 @@ def test_a_copy_has_a_cache_of_its_own(trained, embedding):
 # ------------------------------------------------------------------------------------------- tables, selecting rows
 
 
-@pytest.mark.parametrize("convert", [lambda m: m.to(torch.bfloat16), nn.Module.half, nn.Module.double], ids=str)
+@pytest.mark.parametrize(
+    "convert", [lambda m: m.to(torch.bfloat16), nn.Module.half, nn.Module.double], ids=["bfloat16", "half", "double"]
+)
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_a_table_stays_float32(convert, top_k):
     table = RoutingTable(layout(top_k), TASKS)
