@@ -183,7 +183,7 @@ def _write(
     json_path, tensor_path = (folder / name for name in files)
     partial = tensor_path.with_suffix(".partial")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    description = {**description, "sha256": _digest(partial)}
+    description = {**description, "sha256": _digest(partial, description)}
     os.replace(partial, tensor_path)
     partial = json_path.with_suffix(".partial")
     partial.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
@@ -200,17 +200,25 @@ def _read(directory: str | os.PathLike, files: tuple[str, str]) -> tuple[dict[st
         description = json.loads(json_path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{json_path} is not the JSON file that was saved: {error}.") from None
-    if _digest(tensor_path) != _entry(description, "sha256", directory):
-        raise ValueError(f"{tensor_path} is truncated or was altered: its SHA-256 is not the one in {json_path.name}.")
+    expected = _entry(description, "sha256", directory)
+    described = {key: value for key, value in description.items() if key != "sha256"}
+    if _digest(tensor_path, described) != expected:
+        raise ValueError(
+            f"{tensor_path.name} or {json_path.name} in {directory} is truncated or was altered: their SHA-256 is not "
+            "the one that was saved."
+        )
     try:
         return description, load_file(tensor_path)
     except SafetensorError as error:
         raise ValueError(f"{tensor_path} is not a safetensors file: {error}.") from None
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, description: dict[str, Any]) -> str:
+    """SHA-256 of a tensor file and of what describes it: an edited setting could fit the same tensors."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(json.dumps(description, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _entry(description: Any, key: str, directory: str | os.PathLike) -> Any:

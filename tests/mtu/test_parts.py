@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 import mtu
 from mtu import TaskSpec
+from mtu.checkpoint import _digest
 
 from .tiny import (
     FAMILIES,
@@ -101,9 +102,13 @@ def test_a_float32_task_fits_a_bfloat16_model(tmp_path):
     assert {parameter.dtype for parameter in unet.parameters()} == {torch.bfloat16}
 
 
-def edit_json(folder, change, name="mtu_task.json"):
+def edit_json(folder, change, name="mtu_task.json", signed=True):
+    """Change a description; `signed`: as another writer of the format would, with a digest that fits."""
     description = json.loads((folder / name).read_text())
     change(description)
+    if signed:
+        rest = {key: value for key, value in description.items() if key != "sha256"}
+        description["sha256"] = _digest((folder / name).with_suffix(".safetensors"), rest)
     (folder / name).write_text(json.dumps(description))
 
 
@@ -120,6 +125,11 @@ def truncate(folder, name="mtu_task.safetensors"):
 BROKEN_TASKS = [
     pytest.param(lambda f: flip_a_byte(f), "truncated or was altered", id="byte"),
     pytest.param(lambda f: truncate(f), "truncated or was altered", id="truncated"),
+    pytest.param(
+        lambda f: edit_json(f, lambda d: d["task"].update(guidance_scale=3.0), signed=False),
+        "truncated or was altered",
+        id="edited",
+    ),
     pytest.param(lambda f: (f / "mtu_task.safetensors").unlink(), "holds no mtu_task.safetensors", id="no_tensors"),
     pytest.param(lambda f: (f / "mtu_task.json").unlink(), "holds no mtu_task.json", id="no_json"),
     pytest.param(lambda f: (f / "mtu_task.json").write_text("{"), "not the JSON file that was saved", id="json"),
@@ -221,6 +231,11 @@ TRAINED = ("mtu_trained.json", "mtu_trained.safetensors")
 BROKEN_TRAINED = [
     pytest.param(lambda f: flip_a_byte(f, TRAINED[1]), "truncated or was altered", id="byte"),
     pytest.param(lambda f: truncate(f, TRAINED[1]), "truncated or was altered", id="truncated"),
+    pytest.param(
+        lambda f: edit_json(f, lambda d: d["experts"].update(routing_scale=1.0), TRAINED[0], signed=False),
+        "truncated or was altered",
+        id="edited",
+    ),
     pytest.param(lambda f: (f / TRAINED[0]).unlink(), "holds no mtu_trained.json", id="no_json"),
     pytest.param(lambda f: (f / TRAINED[1]).unlink(), "holds no mtu_trained.safetensors", id="no_tensors"),
     pytest.param(lambda f: edit_json(f, lambda d: d["tasks"].pop(), TRAINED[0]), "must have shape", id="tasks"),
