@@ -115,7 +115,7 @@ def encode_examples(
         pipeline: its `vae`, `text_encoder` and `unet.tasks` are used.
         examples: the examples of each task, by its name.
         autocast: compute dtype of the VAE; None: that of its parameters.
-        threads: batches in work at once; on a CPU with `torch.set_num_threads(1)`, one per core.
+        threads: batches in work at once; on a CPU with `operation_threads(1)`, one per core.
         description: shown beside the progress bar.
 
     Raises:

@@ -1,7 +1,8 @@
 """A loss whose batch is cut into shards, each computed forward and backward by its own thread on one core."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,10 +25,21 @@ class _Precomputed(torch.autograd.Function):
         return None, None, *context.gradients
 
 
+@contextmanager
+def operation_threads(count: int) -> Iterator[None]:
+    """Split each operation over `count` threads, and over as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def sharded_loss(shards: Sequence[Callable[[], Tensor]], parameters: Sequence[Parameter]) -> Tensor:
     """Return the mean of several losses, whose gradients are computed at once, one thread each.
 
-    With `torch.set_num_threads(1)` this uses a CPU's cores better than splitting every operation over them: small
+    With `operation_threads(1)` this uses a CPU's cores better than splitting every operation over them: small
     models spend much time in operations too short to share, and a core that another process takes away for a moment
     stops one shard, not all cores at the next barrier.
 

@@ -14,6 +14,7 @@ from mtu.recipes.icons.text import TextConfig, build_text_encoder, build_tokeniz
 from mtu.recipes.icons.vae import VAEConfig, VAELoss, build_vae, set_scaling_factor
 from mtu.training import FitConfig, LogEntry, fit
 from mtu.training.checkpoint import STATE_FILE
+from mtu.training.shards import operation_threads
 
 # Part of a limited training time that goes to the autoencoder.
 VAE_SHARE = 0.25
@@ -110,18 +111,16 @@ def train_base(
     # attention that diffusers prefers. It is a run-time choice: the saved model does not know of it.
     unet.set_attn_processor(AttnProcessor())
     loss = DenoiserLoss(unet, text_encoder, pipeline.tokenizer, data, config.denoiser, config.seed)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // config.denoiser.shards))
-    history["denoiser"] = fit(
-        loss,
-        {"unet": unet, "text_encoder": text_encoder},
-        loss.parameters,
-        config.denoiser_fit,
-        directory=stages["denoiser"],
-        resume=resume and started["denoiser"],
-        description="denoiser",
-    )
-    torch.set_num_threads(threads)
+    with operation_threads(max(1, torch.get_num_threads() // config.denoiser.shards)):
+        history["denoiser"] = fit(
+            loss,
+            {"unet": unet, "text_encoder": text_encoder},
+            loss.parameters,
+            config.denoiser_fit,
+            directory=stages["denoiser"],
+            resume=resume and started["denoiser"],
+            description="denoiser",
+        )
     unet.eval()
     text_encoder.eval()
     return pipeline, history

@@ -19,6 +19,7 @@ from mtu.recipes.icons.heldout import format_measurements, generate, held_out, m
 from mtu.tasks import EDIT, REMOVE, SUPER_RESOLUTION, TEXT_TO_IMAGE, TaskSpec
 from mtu.training import FitConfig, fit
 from mtu.training.multitask import MultiTaskConfig, MultiTaskLoss, encode_examples
+from mtu.training.shards import operation_threads
 from mtu.upcycle import upcycle
 
 __all__ = ["BASE_MODEL", "ICON_TASKS", "DemoConfig", "run_demo"]
@@ -85,7 +86,10 @@ def run_demo(base: Path, output: Path, config: DemoConfig) -> None:
 
     examples = held_out(config.per_row, config.seed)
     before = generate(pipeline, examples, config.seed, "held-out, before training", config.inference_steps)
-    train(pipeline, config, output / "training")
+    cores = torch.get_num_threads()
+    # A small model's operations are too short to split over cores: each core gets its own part of the batch.
+    with operation_threads(1):
+        train(pipeline, config, output / "training", cores)
     after = generate(pipeline, examples, config.seed, "held-out, after training", config.inference_steps)
 
     rows = measure(pipeline, examples, before, after)
@@ -106,15 +110,12 @@ def run_demo(base: Path, output: Path, config: DemoConfig) -> None:
     print(f"Pictures, tables and the model are in {output} ({time.monotonic() - started:.0f} s in all).")
 
 
-def train(pipeline: MTUPipeline, config: DemoConfig, directory: Path) -> None:
-    """Train the upcycled parts of a pipeline on the four icon tasks."""
-    # A small model's operations are too short to split over cores: each core gets its own part of the batch.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def train(pipeline: MTUPipeline, config: DemoConfig, directory: Path, cores: int) -> None:
+    """Train the upcycled parts of a pipeline on the four icon tasks, each batch in equal parts on several cores."""
     icons = Icons("train", config.seed)
     examples: dict[str, Sequence[IconExample]] = {task: icons.batch(task, range(config.examples)) for task in TASKS}
     data = encode_examples(
-        pipeline, examples, autocast=torch.bfloat16, threads=threads, description="encoding the training images"
+        pipeline, examples, autocast=torch.bfloat16, threads=cores, description="encoding the training images"
     )
     loss = MultiTaskLoss(
         pipeline,
@@ -124,7 +125,7 @@ def train(pipeline: MTUPipeline, config: DemoConfig, directory: Path) -> None:
             snr_gamma=config.snr_gamma,
             noise_weight=config.noise_weight,
             autocast=torch.bfloat16,
-            shards=math.gcd(threads, config.batch_per_task),
+            shards=math.gcd(cores, config.batch_per_task),
             seed=config.seed,
         ),
     )
@@ -139,4 +140,3 @@ def train(pipeline: MTUPipeline, config: DemoConfig, directory: Path) -> None:
     unet = pipeline.unet.train()
     fit(loss, {"unet": unet}, unet.trainable_parameters(), settings, directory=directory, description="training")
     unet.eval()
-    torch.set_num_threads(threads)
