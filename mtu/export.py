@@ -54,7 +54,7 @@ def export_task(unet: "MTUUNet2DConditionModel", index: int, *, prune: bool = Fa
     """
     if any(p.is_meta for p in unet.parameters()) and any(hasattr(m, "_hf_hook") for m in unet.modules()):
         raise RuntimeError("Some parameters are offloaded: expected a model that is wholly in memory.")
-    blocks = {name: m for name, m in unet.named_modules() if hasattr(m, "ff") and hasattr(m, "norm3")}
+    blocks = unet.routed_blocks()
     for name, block in blocks.items():
         hidden, stock = block.ff.net[2].in_features, 4 * block.dim
         if hidden != stock and not prune:

@@ -235,9 +235,13 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
 
     # ------------------------------------------------------------------------------- parameters, routers, backend
 
+    def routed_blocks(self) -> dict[str, RoutedTransformerBlock]:
+        """The transformer blocks with a routed feed-forward network, by name, in the order of the state dict."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, RoutedTransformerBlock)}
+
     def routed_layers(self) -> list[RoutedFeedForward]:
         """The routed feed-forward networks, in the order of the state dict."""
-        return [module for module in self.modules() if isinstance(module, RoutedFeedForward)]
+        return [block.ff for block in self.routed_blocks().values()]
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What multi-task training updates: experts, routers, task embedding, task norms, task input convolutions."""

@@ -69,18 +69,9 @@ def upcycle(
 
     Source: MTU (arXiv 2503.11905) §3.
     """
-    if isinstance(unet, DiffusionPipeline):
-        return _upcycle_pipeline(
-            unet,
-            tasks=tasks,
-            num_experts=num_experts,
-            top_k=top_k,
-            expert_ratio=expert_ratio,
-            norm=norm,
-            init=init,
-            backend=backend,
-            seed=seed,
-        )
+    pipeline = unet if isinstance(unet, DiffusionPipeline) else None
+    if pipeline is not None:
+        unet = _unet_of(pipeline)
     specs, config = _resolve(unet, tasks, num_experts, top_k, expert_ratio, norm, init)
     mtu_kernels.check_backend(backend)
     reason = config.why_not_preserved() if init == "preserve" else None
@@ -90,13 +81,18 @@ def upcycle(
     upcycled = _convert(unet, specs, config, preserve=init == "preserve", seed=seed)
     upcycled.set_backend(backend)
     _warn_if_experts_idle(upcycled)
-    return upcycled
+    return upcycled if pipeline is None else _with_unet(pipeline, upcycled)
 
 
-def _upcycle_pipeline(pipeline: DiffusionPipeline, **settings: Any) -> MTUPipeline:
+def _unet_of(pipeline: DiffusionPipeline) -> UNet2DConditionModel:
     if type(pipeline) is not StableDiffusionPipeline and not isinstance(pipeline, MTUPipeline):
         raise TypeError(f"upcycle takes a UNet or a StableDiffusionPipeline, but got a {type(pipeline).__name__}.")
-    parts = {**pipeline.components, "unet": upcycle(pipeline.unet, **settings)}
+    return pipeline.unet
+
+
+def _with_unet(pipeline: DiffusionPipeline, unet: MTUUNet2DConditionModel) -> MTUPipeline:
+    """A multi-task pipeline of `unet` and all else that `pipeline` has."""
+    parts = {**pipeline.components, "unet": unet}
     upcycled = MTUPipeline(**parts, requires_safety_checker=pipeline.config.requires_safety_checker)
     upcycled.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
     return upcycled
@@ -234,9 +230,7 @@ def _new_state(
     conv[:, :, : like.shape[1]] = like
     new["conv_in.weight"] = conv
     new["conv_in.bias"] = state["conv_in.bias"].repeat(num_tasks, 1)
-    for name, block in upcycled.named_modules():
-        if not hasattr(block, "norm3"):
-            continue
+    for name, block in upcycled.routed_blocks().items():
         for key in ("weight", "bias"):
             shape = getattr(block.norm3, key).shape
             new[f"{name}.norm3.{key}"] = state[f"{name}.norm3.{key}"].expand(shape).clone()

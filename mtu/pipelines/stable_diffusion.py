@@ -116,7 +116,7 @@ class MTUPipeline(StableDiffusionPipeline):
             num_inference_steps=num_inference_steps,
             repeats=num_images_per_prompt,
         )
-        size = output_size(request, height, width, self._default_size(), self._size_multiple())
+        size = output_size(request, height, width, self._default_size(), self.vae_scale_factor)
         self._check_call(request, size, generator, latents, eta, output_type, callback_on_step_end_tensor_inputs)
         self._interrupt = False
         self._cross_attention_kwargs = cross_attention_kwargs
@@ -224,9 +224,6 @@ class MTUPipeline(StableDiffusionPipeline):
         size = self.unet.config.sample_size
         rows, columns = (size, size) if isinstance(size, int) else size
         return rows * self.vae_scale_factor, columns * self.vae_scale_factor
-
-    def _size_multiple(self) -> int:
-        return self.vae_scale_factor
 
     def _check_call(
         self,
