@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mtu_kernels import eager, reference_ops
+from mtu_kernels import eager, reference_ops, triton
 from mtu_kernels.arguments import ExpertWeights, NormAffine, check_arguments
 from mtu_kernels.routing import Routing
 
-# What runs here. All take (x, norm, experts, routing, *, eps, recompute), already checked.
-_BACKENDS: dict[str, Callable[..., Tensor]] = {"eager": eager.moe_ffn, "reference": reference_ops.moe_ffn}
-# What some installation may have.
+
+class _Backend(NamedTuple):
+    """A backend's function, for arguments already checked, and its answers to whether it runs here and serves a call."""
+
+    moe_ffn: Callable[..., Tensor]
+    why_not_installed: Callable[[], str | None] = lambda: None
+    why_not: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
+
+
+_BACKENDS = {
+    "eager": _Backend(eager.moe_ffn),
+    "reference": _Backend(reference_ops.moe_ffn),
+    "triton": _Backend(triton.moe_ffn, triton.why_not_installed, triton.why_not),
+}
 _KNOWN_BACKENDS = ("eager", "reference", "triton", "cpp")
 
 
@@ -53,7 +67,7 @@ def moe_ffn(
         ValueError: an argument's shape, dtype, device or index values break the rules above, or the backend's name is
             unknown. On CUDA wrong index values raise from the device, at the next synchronisation; under
             ``torch.compile`` they are not looked at.
-        RuntimeError: the backend is not part of this installation.
+        RuntimeError: the backend is not part of this installation, or cannot serve the call's device or dtype.
 
     Source:
         Upcycling Text-to-Image Diffusion Models for Multi-Task Capabilities, arXiv 2503.11905, section 3.
@@ -62,17 +76,17 @@ def moe_ffn(
     device_type = x.device.type
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         check_arguments(x, norm, experts, routing)
-        return _run(backend)(x, norm, experts, routing, eps=eps, recompute=recompute)
+        return _run(backend, x, experts)(x, norm, experts, routing, eps=eps, recompute=recompute)
     experts = _autocast(experts, torch.get_autocast_dtype(device_type))
     check_arguments(x, norm, experts, routing)
     # Autocast would go on inside and cast the routing weights and norm affines as well.
     with torch.autocast(device_type, enabled=False):
-        return _run(backend)(x, norm, experts, routing, eps=eps, recompute=recompute)
+        return _run(backend, x, experts)(x, norm, experts, routing, eps=eps, recompute=recompute)
 
 
 def available_backends() -> tuple[str, ...]:
     """The backends that this installation can run, whatever the device."""
-    return tuple(_BACKENDS)
+    return tuple(name for name, backend in _BACKENDS.items() if backend.why_not_installed() is None)
 
 
 def check_backend(name: str) -> None:
@@ -84,18 +98,40 @@ def check_backend(name: str) -> None:
         ValueError: no backend has this name.
         RuntimeError: the backend is not part of this installation.
     """
-    if name == "auto" or name in _BACKENDS:
+    if name == "auto" or (name in _BACKENDS and _BACKENDS[name].why_not_installed() is None):
         return
     if name not in _KNOWN_BACKENDS:
         known = ", ".join(("auto", *_KNOWN_BACKENDS))
         raise ValueError(f"There is no backend {name!r}: it must be one of {known}.")
+    reason = _BACKENDS[name].why_not_installed() if name in _BACKENDS else "it is not part of this version"
     raise RuntimeError(
-        f"The backend {name!r} is not part of this installation: available are {', '.join(available_backends())}."
+        f"The backend {name!r} cannot run here: {reason}; available are {', '.join(available_backends())}."
     )
 
 
-def _run(backend: str) -> Callable[..., Tensor]:
-    return _BACKENDS["eager" if backend == "auto" else backend]
+def _run(backend: str, x: Tensor, experts: ExpertWeights) -> Callable[..., Tensor]:
+    if backend == "auto":
+        return _fastest(x, experts)
+    reason = _BACKENDS[backend].why_not(x.device, experts.w_in.dtype)
+    if reason is not None:
+        raise RuntimeError(f"The backend {backend!r} cannot serve this call: {reason}.")
+    return _BACKENDS[backend].moe_ffn
+
+
+def _fastest(x: Tensor, experts: ExpertWeights) -> Callable[..., Tensor]:
+    if x.device.type != "cuda":
+        return eager.moe_ffn
+    reason = triton.why_not(x.device, experts.w_in.dtype)
+    if reason is None:
+        return triton.moe_ffn
+    if not torch.compiler.is_compiling():
+        _log_once(f"backend='auto' takes 'eager' on {x.device}, as 'triton' cannot serve the call: {reason}.")
+    return eager.moe_ffn
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logging.getLogger("mtu_kernels").warning(message)
 
 
 def _autocast(experts: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:

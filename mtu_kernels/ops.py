@@ -2,8 +2,8 @@
 
 `define_ops("name")` defines three operators without kernels:
 
-- ``mtu_kernels::moe_ffn_name``: inference, y alone. Its gradient is defined too: it saves its inputs only and runs the
-  training operator in the backward pass, which is what ``recompute=True`` asks for.
+- ``mtu_kernels::moe_ffn_name``: inference, y alone. Its gradient is defined too: it saves its inputs only, and the
+  backward operator computes the rest again, which is what ``recompute=True`` asks for.
 - ``mtu_kernels::moe_ffn_name_train``: y, and what the backward pass needs: ``hidden``, ``mean``, ``rstd``.
 - ``mtu_kernels::moe_ffn_name_backward``: the gradients of every floating-point input.
 
@@ -47,9 +47,10 @@ def define_ops(backend: str) -> Ops:
     - ``moe_ffn_{backend}_train(x, ..., num_experts, eps) -> (y, hidden, mean, rstd)``: hidden (B, L, 2·K·F) compute
       dtype, the pre-activations ``[values; gates]`` of the active experts in the order of the indices; mean and rstd
       (B, L) float32 (float64 for float64), the statistics of LayerNorm.
-    - ``moe_ffn_{backend}_backward(grad_y, x, ..., hidden, mean, rstd, num_experts, expert_grads) -> 8 gradients``: each
-      in shape and dtype of its input, contiguous. ``expert_grads`` false: the experts are frozen, and their four
-      gradients are tensors of no elements. grad_y may have any strides.
+    - ``moe_ffn_{backend}_backward(grad_y, x, ..., hidden, mean, rstd, num_experts, eps, expert_grads) -> 8 gradients``:
+      each in shape and dtype of its input, contiguous. hidden, mean and rstd are all given or all ``None``: then they
+      are computed again. ``expert_grads`` false: the experts are frozen, and their four gradients are tensors of no
+      elements. grad_y may have any strides.
 
     Outputs share no memory with each other or with inputs.
 
@@ -67,8 +68,8 @@ def define_ops(backend: str) -> Ops:
         tags=tags,
     )
     LIBRARY.define(
-        f"{name}_backward(Tensor grad_y, {_TENSORS}, Tensor hidden, Tensor mean, Tensor rstd, int num_experts, "
-        f"bool expert_grads) -> ({', '.join(['Tensor'] * 8)})",
+        f"{name}_backward(Tensor grad_y, {_TENSORS}, Tensor? hidden, Tensor? mean, Tensor? rstd, int num_experts, "
+        f"float eps, bool expert_grads) -> ({', '.join(['Tensor'] * 8)})",
         tags=tags,
     )
     packets = [getattr(torch.ops.mtu_kernels, name + suffix) for suffix in ("", "_train", "_backward")]
@@ -110,13 +111,11 @@ def _register_autograd(
         ctx.num_experts, ctx.eps = inputs[_NUM_TENSORS:]
 
     def backward_of_inference(ctx, grad_y):
-        tensors = ctx.saved_tensors
-        saved = train(*tensors, ctx.num_experts, ctx.eps)[1:]
-        return gradients(ctx, grad_y, tensors, saved)
+        return gradients(ctx, grad_y, ctx.saved_tensors, (None, None, None))
 
     def save_inputs_and_outputs(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output[1:])
-        ctx.num_experts = inputs[_NUM_TENSORS]
+        ctx.num_experts, ctx.eps = inputs[_NUM_TENSORS:]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
@@ -127,7 +126,7 @@ def _register_autograd(
 
     def gradients(ctx, grad_y, tensors, saved):
         expert_grads = any(ctx.needs_input_grad[3:7])
-        grads = list(backward(grad_y, *tensors, *saved, ctx.num_experts, expert_grads))
+        grads = list(backward(grad_y, *tensors, *saved, ctx.num_experts, ctx.eps, expert_grads))
         if not expert_grads:
             grads[3:7] = [None] * 4
         return *grads, None, None, None
@@ -186,5 +185,8 @@ def _train_flops(*args, out_shape=None) -> int:
 
 
 def _backward_flops(*args, out_shape=None) -> int:
-    _, x, _, _, _, _, w_out, _, weights, *_, num_experts, expert_grads = args
-    return (2 if expert_grads else 1) * _product_flops(x, w_out, weights, num_experts)
+    _, x, _, _, _, _, w_out, _, weights, _, hidden, _, _, num_experts, _, expert_grads = args
+    forward = _product_flops(x, w_out, weights, num_experts)
+    # Of the forward pass, only the first product is computed again.
+    recomputed = 0 if hidden is not None else forward // 3 * 2
+    return (2 if expert_grads else 1) * forward + recomputed

@@ -61,7 +61,9 @@ def _train(x, *args) -> tuple[Tensor, ...]:
 
 
 def _backward(grad_y, *args) -> tuple[Tensor, ...]:
-    *tensors, hidden, mean_BL, rstd_BL, num_experts, expert_grads = args
+    *tensors, hidden, mean_BL, rstd_BL, num_experts, eps, expert_grads = args
+    if hidden is None:
+        _, hidden, mean_BL, rstd_BL = _train(*tensors, num_experts, eps)
     x_BLD, norm, experts, routing = _unflatten(_widen(*tensors), num_experts)
     grad_y_BLD, hidden, mean_BL, rstd_BL = _widen(grad_y, hidden, mean_BL, rstd_BL)
     z_BL2KF = hidden.unflatten(-1, (2, routing.weights.shape[1], -1))

@@ -1,0 +1,90 @@
+"""The gradient of the second product and of the activation: ∂z, the weighted activation again, and ∂w.
+
+    ∂(w a) = ∂y W_out,e;    ∂u = w ∂(wa)·gelu(g);    ∂g = w ∂(wa)·u·(Φ(g) + g φ(g));    ∂w = Σ ∂(wa)·a
+
+The product's result stays in registers. Sums over rows leave each row tile as one row of partial sums, which are then
+added in a fixed order: no atomics, so the same bits every time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mtu_kernels.arguments import ExpertWeights
+from mtu_kernels.routing import Routing
+from mtu_kernels.triton.activation import GegluGradients, expert_of_slot, store_geglu_backward
+from mtu_kernels.triton.expert_in import program_tile
+from mtu_kernels.triton.launch import Launch
+from mtu_kernels.triton.tiles import TileConfig
+
+
+@triton.jit
+def expert_out_backward_kernel(
+    grad_y_ptr, w_out_ptr, weights_ptr, indices_ptr, z_ptr, h_ptr, dz_ptr, d_weights_ptr, d_bias_ptr, B, L, D, F, K, E,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, IN_PLACE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    KF = K * F
+    tiles_m = tl.cdiv(L, BLOCK_M)
+    tile_m, tile_n = program_tile(B * tiles_m, tl.cdiv(KF, BLOCK_N), GROUP_M)
+    sample = tile_m // tiles_m
+    local_M = (tile_m % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column_N = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    safe_N = tl.minimum(column_N, KF - 1)
+    slot_N = safe_N // F
+    unit_N = expert_of_slot(indices_ptr, sample, slot_N, K, E) * F + safe_N % F
+
+    # Rows and columns past the end read the last ones again: nothing of theirs is stored.
+    k_K = tl.arange(0, BLOCK_K)
+    safe_M = sample.to(tl.int64) * L + tl.minimum(local_M, L - 1)
+    grad_y_ptrs = grad_y_ptr + safe_M[:, None] * D + k_K[None, :]
+    w_out_ptrs = w_out_ptr + unit_N[None, :] + k_K.to(tl.int64)[:, None] * (E * F)
+    da_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, D, BLOCK_K):
+        if EVEN_K:
+            grad_y_MK = tl.load(grad_y_ptrs)
+            w_out_KN = tl.load(w_out_ptrs)
+        else:
+            grad_y_MK = tl.load(grad_y_ptrs, mask=k_K[None, :] < D - k, other=0.0)
+            w_out_KN = tl.load(w_out_ptrs, mask=k_K[:, None] < D - k, other=0.0)
+        da_MN = tl.dot(grad_y_MK, w_out_KN, da_MN, input_precision=PRECISION)
+        grad_y_ptrs += BLOCK_K
+        w_out_ptrs += BLOCK_K * E * F
+    mask_MN = (local_M < L)[:, None] & (column_N < KF)[None, :]
+    rows_M = sample.to(tl.int64) * L + local_M
+    store_geglu_backward(
+        da_MN, mask_MN, sample, tile_m, rows_M, column_N, slot_N, weights_ptr, z_ptr, h_ptr, dz_ptr, d_weights_ptr,
+        d_bias_ptr, K, KF, EXACT, IN_PLACE,
+    )  # fmt: skip
+
+
+def launch_expert_out_backward(
+    grad_y: Tensor, experts: ExpertWeights, routing: Routing, z: Tensor, outputs: GegluGradients, tile: TileConfig,
+    precision: str,
+) -> Launch:  # fmt: skip
+    """grad_y (B, L, D) and z (B, L, 2KF) → outputs, whose sums have a row for each tile of `row_block` rows."""
+    B, L, D = grad_y.shape
+    K = routing.weights.shape[1]
+    E = experts.num_experts
+    F = experts.w_out.shape[1] // E
+    block_m = row_block(tile, L)
+    constants = {
+        "EVEN_K": D % tile.block_k == 0,
+        "PRECISION": precision,
+        "EXACT": grad_y.element_size() == 4,
+        "IN_PLACE": outputs.dz is z,
+        "BLOCK_M": block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "GROUP_M": tile.group_m,
+    }
+    programs = B * triton.cdiv(L, block_m) * triton.cdiv(K * F, tile.block_n)
+    arguments = (grad_y, experts.w_out, *routing, z, *outputs, B, L, D, F, K, E)
+    return Launch(expert_out_backward_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages)
+
+
+def row_block(tile: TileConfig, L: int) -> int:
+    """Rows of a tile: fewer than the table says where a sample has fewer tokens."""
+    return min(tile.block_m, max(16, triton.next_power_of_2(L)))

@@ -1,0 +1,204 @@
+"""Products that sum over the active experts' hidden units: the second product, and the gradient of x̂.
+
+    y[b]  = Σ_k h[b, :, k] W_out,eᵀ + bias          one half,   e = indices[b, k]
+    ∂x̂[b] = Σ_k ∂u[b, :, k] W_u,e + ∂g[b, :, k] W_g,e    two halves; apart for each k behind affines of (B, E, D)
+
+Both read (B, L, halves·K·F) rows and, step by step of the main loop, the rows or columns of weights that belong to one
+expert. Which expert that is comes from a vector loaded before the loop: a load inside it would stop its pipelining.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mtu_kernels.routing import Routing
+from mtu_kernels.triton.activation import expert_of_slot
+from mtu_kernels.triton.descriptors import describable, describe
+from mtu_kernels.triton.expert_in import program_tile
+from mtu_kernels.triton.launch import Launch
+from mtu_kernels.triton.tiles import TileConfig
+
+
+@triton.jit
+def add_bias(y_MN, bias_ptr, weights_ptr, indices_ptr, sample, n_N, N, K, E, BIAS_PER_EXPERT: tl.constexpr):
+    """y + b_out where it is (D,), y + Σ_k w[k] · b_out[e_k] where it is (E, D)."""
+    if bias_ptr is None:
+        return y_MN
+    n_N = tl.minimum(n_N, N - 1)
+    if not BIAS_PER_EXPERT:
+        return y_MN + tl.load(bias_ptr + n_N).to(tl.float32)[None, :]
+    bias_N = tl.zeros_like(n_N).to(tl.float32)
+    for k in range(0, K):
+        expert = expert_of_slot(indices_ptr, sample, k, K, E)
+        w = tl.load(weights_ptr + sample.to(tl.int64) * K + k).to(tl.float32)
+        bias_N += w * tl.load(bias_ptr + expert * N + n_N).to(tl.float32)
+    return y_MN + bias_N[None, :]
+
+
+@triton.jit
+def experts_of_sample(indices_ptr, sample, K, E, SLOTS: tl.constexpr):
+    """The experts of all slots of a sample, padded to SLOTS."""
+    slot_S = tl.arange(0, SLOTS)
+    if indices_ptr is None:
+        return slot_S
+    expert_S = tl.load(indices_ptr + sample.to(tl.int64) * K + tl.minimum(slot_S, K - 1)).to(tl.int32)
+    return tl.minimum(tl.maximum(expert_S, 0), E - 1)
+
+
+@triton.jit
+def select_expert(indices_ptr, experts_S, slot, SLOTS: tl.constexpr):
+    """experts_S[slot], from registers."""
+    if indices_ptr is None:
+        return slot
+    return tl.sum(tl.where(tl.arange(0, SLOTS) == slot, experts_S, 0), axis=0)
+
+
+@triton.jit
+def expert_sum_kernel(
+    a_ptr, weight_ptr, bias_ptr, weights_ptr, indices_ptr, y_ptr, B, L, N, F, K, E, stride_k, stride_n,
+    HALVES: tl.constexpr, SLOT_OUTPUTS: tl.constexpr, BIAS_PER_EXPERT: tl.constexpr, SLOTS: tl.constexpr,
+    EVEN_F: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """weight_ptr: hidden unit i of half j is at (j·H + i)·stride_k, column n at n·stride_n."""
+    tiles_m = tl.cdiv(L, BLOCK_M)
+    outputs = B * K if SLOT_OUTPUTS else B
+    tile_m, tile_n = program_tile(outputs * tiles_m, tl.cdiv(N, BLOCK_N), GROUP_M)
+    output = tile_m // tiles_m
+    sample = output // K if SLOT_OUTPUTS else output
+    first_slot = output % K if SLOT_OUTPUTS else 0
+    num_slots = 1 if SLOT_OUTPUTS else K
+    local_M = (tile_m % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n_N = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k_K = tl.arange(0, BLOCK_K)
+    experts_S = experts_of_sample(indices_ptr, sample, K, E, SLOTS)
+
+    # Rows and columns past the end read the last ones again: nothing of theirs is stored.
+    row_M = sample.to(tl.int64) * L + tl.minimum(local_M, L - 1)
+    a_ptrs = a_ptr + row_M[:, None] * (HALVES * K * F) + k_K[None, :]
+    weight_ptrs = weight_ptr + tl.minimum(n_N, N - 1).to(tl.int64)[None, :] * stride_n
+    y_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    steps = tl.cdiv(F, BLOCK_K)
+    for step in range(0, HALVES * num_slots * steps):
+        part = step // steps
+        half = part // num_slots
+        slot = first_slot + part % num_slots
+        f = (step % steps) * BLOCK_K
+        unit_K = half * (E * F) + select_expert(indices_ptr, experts_S, slot, SLOTS) * F + f + k_K
+        column = (half * K + slot) * F + f
+        if EVEN_F:
+            a_MK = tl.load(a_ptrs + column)
+            weight_KN = tl.load(weight_ptrs + unit_K.to(tl.int64)[:, None] * stride_k)
+        else:
+            a_MK = tl.load(a_ptrs + column, mask=k_K[None, :] < F - f, other=0.0)
+            weight_KN = tl.load(
+                weight_ptrs + unit_K.to(tl.int64)[:, None] * stride_k, mask=k_K[:, None] < F - f, other=0.0
+            )
+        y_MN = tl.dot(a_MK, weight_KN, y_MN, input_precision=PRECISION)
+
+    y_MN = add_bias(y_MN, bias_ptr, weights_ptr, indices_ptr, sample, n_N, N, K, E, BIAS_PER_EXPERT)
+    y_ptrs = y_ptr + (output.to(tl.int64) * L + local_M)[:, None] * N + n_N[None, :]
+    tl.store(y_ptrs, y_MN.to(y_ptr.dtype.element_ty), mask=(local_M < L)[:, None] & (n_N < N)[None, :])
+
+
+@triton.jit
+def expert_sum_descriptor_kernel(
+    a_desc, weight_desc, bias_ptr, weights_ptr, indices_ptr, y_desc, B, L, N, F, K, E,
+    HALVES: tl.constexpr, SLOT_OUTPUTS: tl.constexpr, BIAS_PER_EXPERT: tl.constexpr, SLOTS: tl.constexpr,
+    UNITS_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """The same by tensor descriptors, for 16-bit storage; BLOCK_K divides F.
+
+    a_desc: (B, L, halves·KF); weight_desc: (halves·H, N) where UNITS_FIRST, else (N, H); y_desc: (outputs, L, N).
+    """
+    tiles_m = tl.cdiv(L, BLOCK_M)
+    outputs = B * K if SLOT_OUTPUTS else B
+    tile_m, tile_n = program_tile(outputs * tiles_m, tl.cdiv(N, BLOCK_N), GROUP_M)
+    output = tile_m // tiles_m
+    sample = output // K if SLOT_OUTPUTS else output
+    first_slot = output % K if SLOT_OUTPUTS else 0
+    num_slots = 1 if SLOT_OUTPUTS else K
+    row = (tile_m % tiles_m) * BLOCK_M
+    n = tile_n * BLOCK_N
+    experts_S = experts_of_sample(indices_ptr, sample, K, E, SLOTS)
+    y_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    steps = F // BLOCK_K
+    for step in range(0, HALVES * num_slots * steps):
+        part = step // steps
+        half = part // num_slots
+        slot = first_slot + part % num_slots
+        f = (step % steps) * BLOCK_K
+        unit = half * (E * F) + select_expert(indices_ptr, experts_S, slot, SLOTS) * F + f
+        a_MK = a_desc.load([sample, row, (half * K + slot) * F + f]).reshape(BLOCK_M, BLOCK_K)
+        weight_KN = weight_desc.load([unit, n]) if UNITS_FIRST else weight_desc.load([n, unit]).T
+        y_MN = tl.dot(a_MK, weight_KN, y_MN)
+    y_MN = add_bias(
+        y_MN, bias_ptr, weights_ptr, indices_ptr, sample, n + tl.arange(0, BLOCK_N), N, K, E, BIAS_PER_EXPERT
+    )
+    y_desc.store([output, row, n], y_MN.to(y_desc.dtype).reshape(1, BLOCK_M, BLOCK_N))
+
+
+class Summands(NamedTuple):
+    """What is summed.
+
+    Attributes:
+        a: (B, L, halves·K·F) compute dtype.
+        weight: w_out (N, H), or w_in (2H, N): the two products differ in which of its sides hidden units lie on.
+        units_first: whether hidden units are the first dimension of weight.
+        bias: (N,) or (E, N), or ``None``.
+        num_experts: E.
+    """
+
+    a: Tensor
+    weight: Tensor
+    units_first: bool
+    bias: Tensor | None
+    num_experts: int
+
+
+def launch_expert_sum(summands: Summands, routing: Routing, y: Tensor, tile: TileConfig, precision: str) -> Launch:
+    """→ y (B, L, N), or (B, K, L, N) with an output of its own for each slot."""
+    a, weight, units_first, bias, E = summands
+    B, K = routing.weights.shape
+    *_, L, N = y.shape
+    hidden = weight.shape[0 if units_first else 1]
+    halves = 2 if units_first else 1
+    F = hidden // (halves * E)
+    slot_outputs = y.dim() == 4
+    block_m = min(tile.block_m, max(16, triton.next_power_of_2(L)))
+    # The depth of a step should divide F: masked steps load what they do not use.
+    divisor = min(F & -F, tile.block_k)
+    block_k = divisor if divisor >= 16 else tile.block_k
+    constants = {
+        "HALVES": halves,
+        "SLOT_OUTPUTS": slot_outputs,
+        "BIAS_PER_EXPERT": bias is not None and bias.dim() == 2,
+        "SLOTS": triton.next_power_of_2(K),
+        "BLOCK_M": block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": block_k,
+        "GROUP_M": tile.group_m,
+    }
+    programs = B * (K if slot_outputs else 1) * triton.cdiv(L, block_m) * triton.cdiv(N, tile.block_n)
+    sizes = (B, L, N, F, K, E)
+    if tile.descriptors and F % block_k == 0 and all(describable(t) for t in (a, weight, y)):
+        weight_block = (block_k, tile.block_n) if units_first else (tile.block_n, block_k)
+        arguments = (
+            describe(a, (1, block_m, block_k)),
+            describe(weight, weight_block),
+            bias,
+            *routing,
+            describe(y.flatten(0, -3), (1, block_m, tile.block_n)),
+            *sizes,
+        )
+        constants["UNITS_FIRST"] = units_first
+        return Launch(expert_sum_descriptor_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages)
+    constants |= {"EVEN_F": F % block_k == 0, "PRECISION": precision}
+    strides = weight.stride() if units_first else weight.stride()[::-1]
+    arguments = (a, weight, bias, *routing, y, *sizes, *strides)
+    return Launch(expert_sum_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages)

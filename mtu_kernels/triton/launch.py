@@ -1,0 +1,84 @@
+"""A kernel launch as a value: built from tensors of any kind, run by whoever has a device for it.
+
+The operators build launches and hand each to `Machine.run`. On a GPU, `execute` runs it at once. Built on tensors
+without memory and collected instead, the same launches say which kernels a call compiles to, for any architecture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+
+class Launch(NamedTuple):
+    """One kernel call.
+
+    Attributes:
+        kernel: the function under ``triton.jit``.
+        programs: size of the one-dimensional grid; 0 launches nothing.
+        arguments: run-time arguments in order; ``None`` for a tensor that the call has no use for.
+        constants: the ``tl.constexpr`` arguments by name.
+        num_warps: warps per program.
+        num_stages: depth of software pipelining.
+    """
+
+    kernel: Any
+    programs: int
+    arguments: tuple
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+class Machine(NamedTuple):
+    """Where launches go.
+
+    Attributes:
+        arch: "sm_90", "gfx942", …; "interpreter" under Triton's interpreter.
+        run: takes each launch in turn.
+    """
+
+    arch: str
+    run: Callable[[Launch], None]
+
+
+def execute(launch: Launch) -> None:
+    """Runs a launch on the current device (or in Triton's interpreter)."""
+    if launch.programs:
+        launch.kernel[(launch.programs,)](
+            *launch.arguments, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages
+        )
+
+
+@contextlib.contextmanager
+def on_device(device: torch.device) -> Iterator[Machine]:
+    """The machine of a device, which is the current one meanwhile: kernels launch on the current device."""
+    if device.type != "cuda":
+        yield Machine("interpreter", execute)
+        return
+    with torch.cuda.device(device):
+        yield Machine(arch_of(device), execute)
+
+
+@functools.cache
+def arch_of(device: torch.device) -> str:
+    """The name of a GPU's architecture, as compilers write it."""
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+def interpreted() -> bool:
+    """Whether kernels were defined under ``TRITON_INTERPRET=1``, Triton's own switch, and so run on CPU tensors."""
+    return not isinstance(_probe, triton.runtime.JITFunction)

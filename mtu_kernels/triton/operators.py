@@ -1,0 +1,285 @@
+"""The three operators as sequences of launches: LayerNorm, first product, second product, and their gradients.
+
+Each product runs either as a kernel of this package or, where routing is dense and the product therefore plain, by the
+library behind torch (cuBLAS): `tile_choice.find_tile` says which. Sums over rows leave kernels as partial sums and are
+added here, in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from mtu_kernels.arguments import ExpertWeights, NormAffine
+from mtu_kernels.routing import Routing
+from mtu_kernels.triton.activation import GegluGradients, launch_geglu, launch_geglu_backward
+from mtu_kernels.triton.expert_in import Hidden, launch_expert_in
+from mtu_kernels.triton.expert_out_backward import launch_expert_out_backward, row_block
+from mtu_kernels.triton.expert_sum import Summands, launch_expert_sum
+from mtu_kernels.triton.expert_weights import launch_expert_weights
+from mtu_kernels.triton.launch import Machine
+from mtu_kernels.triton.layer_norm import (
+    NormGradients,
+    Statistics,
+    launch_layer_norm,
+    launch_layer_norm_backward,
+    norm_tiles,
+)
+from mtu_kernels.triton.tile_choice import find_tile, token_class
+from mtu_kernels.triton.tiles import ELEMENTWISE_TILE, Library, TileConfig, TileKey
+
+
+class Call(NamedTuple):
+    """The tensors of one call, all contiguous, and where its launches go."""
+
+    machine: Machine
+    x: Tensor
+    norm: NormAffine
+    experts: ExpertWeights
+    routing: Routing
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """(K,) where each active expert has an input of its own, behind an affine of its own."""
+        return (self.routing.weights.shape[1],) if self.norm.weight.dim() == 3 else ()
+
+    @property
+    def size(self) -> int:
+        """F."""
+        return self.experts.w_out.shape[1] // self.experts.num_experts
+
+    @property
+    def active_hidden(self) -> int:
+        """K·F."""
+        return self.size * self.routing.weights.shape[1]
+
+    @property
+    def precision(self) -> str:
+        """How products of float32 are computed; 16-bit storage knows one way only."""
+        return "tf32" if self.experts.w_in.dtype == torch.float32 and _tf32_allowed(self.x.device) else "ieee"
+
+    def tile(self, product: str, *, grouped: bool) -> TileConfig | Library:
+        B, L, D = self.x.shape
+        bits = 8 * self.experts.w_in.element_size()
+        return find_tile(TileKey(product, self.machine.arch, bits, grouped, D, token_class(B * L)))
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.x.new_empty(shape, dtype=dtype or self.experts.w_in.dtype)
+
+
+def make_call(machine: Machine, tensors: tuple[Tensor | None, ...], num_experts: int) -> Call:
+    """From the flattened arguments of an operator. Strided and expanded tensors are copied; contiguous ones are not."""
+    x, gamma, beta, w_in, b_in, w_out, b_out, weights, indices = (
+        None if t is None else t.contiguous() for t in tensors
+    )
+    experts = ExpertWeights(w_in, b_in, w_out, b_out, num_experts)
+    return Call(machine, x, NormAffine(gamma, beta), experts, Routing(weights, indices))
+
+
+def inference(call: Call, eps: float) -> Tensor:
+    """y (B, L, D)."""
+    x_hat = normalize(call, None, eps)
+    hidden = Hidden(call.empty(*call.x.shape[:2], call.active_hidden), None)
+    activate(call, x_hat, hidden)
+    del x_hat
+    return project_out(call, hidden.h)
+
+
+def train(call: Call, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y (B, L, D), z (B, L, 2KF), mean and rstd (B, L)."""
+    B, L, _ = call.x.shape
+    statistics = _empty_statistics(call)
+    x_hat = normalize(call, statistics, eps)
+    hidden = Hidden(call.empty(B, L, call.active_hidden), call.empty(B, L, 2 * call.active_hidden))
+    activate(call, x_hat, hidden)
+    del x_hat
+    return project_out(call, hidden.h), hidden.z, *statistics
+
+
+def backward(
+    call: Call, grad_y: Tensor, saved: tuple[Tensor, Tensor, Tensor] | None, eps: float, expert_grads: bool
+) -> tuple[Tensor, ...]:
+    """Gradients of x, norm, experts (of no elements unless expert_grads) and routing weights, in their dtypes.
+
+    saved ``None``: pre-activations and statistics are computed again, and ∂z overwrites z.
+    """
+    grad_y = grad_y.contiguous()
+    recomputed = saved is None
+    z, statistics = _recompute(call, eps) if saved is None else (saved[0], Statistics(*saved[1:]))
+    outputs = _activation_gradients(call, grad_y, z, in_place=recomputed, expert_grads=expert_grads)
+    del z
+    grad_y_sum = grad_y.sum(dim=1, dtype=torch.float32)
+    d_weights = _routing_gradient(call, outputs.d_weights, grad_y_sum)
+    d_experts = [call.empty(0)] * 4
+    if expert_grads:
+        d_w_out = _w_out_gradient(call, grad_y, outputs.h)
+        d_b_in, d_b_out = _bias_gradients(call, outputs.d_bias, grad_y_sum)
+        outputs = outputs._replace(h=None, d_bias=None)
+        d_experts = [_w_in_gradient(call, outputs.dz, eps), d_b_in, d_w_out, d_b_out]
+    d_x_hat = _input_gradient(call, outputs.dz)
+    del outputs
+    d_x, d_gamma, d_beta = _norm_gradients(call, d_x_hat, statistics)
+    dtypes = (*(t.dtype for t in call.norm), *(t.dtype for t in call.experts[:4]), call.routing.weights.dtype)
+    others = (d_gamma, d_beta, *d_experts, d_weights)
+    return d_x, *(grad.to(dtype) for grad, dtype in zip(others, dtypes, strict=True))
+
+
+def normalize(call: Call, statistics: Statistics | None, eps: float) -> Tensor:
+    """x̂ (B, L, D), or (B, K, L, D) behind affines of (B, E, D); statistics are written if given."""
+    B, L, D = call.x.shape
+    x_hat = call.empty(B, *call.slots, L, D)
+    call.machine.run(launch_layer_norm(call.x, call.norm, call.routing.indices, x_hat, statistics, eps))
+    return x_hat
+
+
+def activate(call: Call, x_hat: Tensor, outputs: Hidden) -> None:
+    """The first product: writes h, z or both."""
+    product = "expert_in" if outputs.z is None else "expert_in_train"
+    tile = call.tile(product, grouped=call.routing.indices is not None or x_hat.dim() == 4)
+    if isinstance(tile, TileConfig):
+        call.machine.run(launch_expert_in(x_hat, call.experts, call.routing, outputs, tile, call.precision))
+        return
+    z = call.empty(*call.x.shape[:2], 2 * call.active_hidden) if outputs.z is None else outputs.z
+    torch.addmm(call.experts.b_in, x_hat.flatten(0, 1), call.experts.w_in.T, out=z.flatten(0, 1))
+    if outputs.h is not None:
+        call.machine.run(launch_geglu(z, call.routing.weights, outputs.h, call.size, ELEMENTWISE_TILE))
+
+
+def project_out(call: Call, h: Tensor) -> Tensor:
+    """The second product, y (B, L, D)."""
+    experts = call.experts
+    y = call.empty(*call.x.shape)
+    tile = call.tile("expert_sum", grouped=call.routing.indices is not None or experts.b_out.dim() == 2)
+    if isinstance(tile, TileConfig):
+        summands = Summands(h, experts.w_out, False, experts.b_out, experts.num_experts)
+        call.machine.run(launch_expert_sum(summands, call.routing, y, tile, call.precision))
+    else:
+        torch.addmm(experts.b_out, h.flatten(0, 1), experts.w_out.T, out=y.flatten(0, 1))
+    return y
+
+
+def _recompute(call: Call, eps: float) -> tuple[Tensor, Statistics]:
+    statistics = _empty_statistics(call)
+    z = call.empty(*call.x.shape[:2], 2 * call.active_hidden)
+    activate(call, normalize(call, statistics, eps), Hidden(None, z))
+    return z, statistics
+
+
+def _activation_gradients(
+    call: Call, grad_y: Tensor, z: Tensor, *, in_place: bool, expert_grads: bool
+) -> GegluGradients:
+    B, L, _ = grad_y.shape
+    width = call.active_hidden
+    tile = call.tile("expert_out_backward", grouped=call.routing.indices is not None)
+    rows = row_block(tile, L) if isinstance(tile, TileConfig) else ELEMENTWISE_TILE.block_m
+    tiles = triton.cdiv(L, rows)
+    outputs = GegluGradients(
+        h=call.empty(B, L, width) if expert_grads else None,
+        dz=z if in_place else torch.empty_like(z),
+        d_weights=call.empty(B, tiles, width, dtype=torch.float32),
+        d_bias=call.empty(B, tiles, 2 * width, dtype=torch.float32) if expert_grads else None,
+    )
+    if isinstance(tile, TileConfig):
+        precision = call.precision
+        launch = launch_expert_out_backward(grad_y, call.experts, call.routing, z, outputs, tile, precision)
+    else:
+        da = (grad_y.flatten(0, 1) @ call.experts.w_out).view(B, L, width)
+        launch = launch_geglu_backward(da, call.routing.weights, z, outputs, call.size, ELEMENTWISE_TILE)
+    call.machine.run(launch)
+    return outputs
+
+
+def _routing_gradient(call: Call, sums: Tensor, grad_y_sum: Tensor) -> Tensor:
+    weights, indices = call.routing
+    d_weights_BK = sums.sum(dim=1).unflatten(-1, (weights.shape[1], -1)).sum(dim=-1)
+    if call.experts.b_out.dim() == 2:
+        products_BE = (grad_y_sum[:, None] * call.experts.b_out.float()).sum(dim=-1)
+        d_weights_BK += products_BE if indices is None else products_BE.gather(1, indices.long())
+    return d_weights_BK
+
+
+def _bias_gradients(call: Call, sums: Tensor, grad_y_sum: Tensor) -> tuple[Tensor, Tensor]:
+    weights, indices = call.routing
+    d_b_in_B2KF = sums.sum(dim=1).unflatten(-1, (2, weights.shape[1], -1))
+    d_b_in = _add_samples(d_b_in_B2KF.transpose(1, 2), indices, call.experts.num_experts).transpose(0, 1).flatten()
+    if call.experts.b_out.dim() == 1:
+        return d_b_in, grad_y_sum.sum(dim=0)
+    d_b_out_BKD = weights[:, :, None].float() * grad_y_sum[:, None]
+    return d_b_in, _add_samples(d_b_out_BKD, indices, call.experts.num_experts)
+
+
+def _add_samples(parts: Tensor, indices: Tensor | None, num_experts: int) -> Tensor:
+    """Parts (B, K, …) of each sample's active experts → their sums (E, …), exact zeros for experts of no sample."""
+    return _spread(parts, indices, num_experts).sum(dim=0)
+
+
+def _spread(parts: Tensor, indices: Tensor | None, num_experts: int) -> Tensor:
+    """(B, K, …) → (B, E, …), exact zeros for inactive experts."""
+    if indices is None:
+        return parts
+    places = indices.long().view(*indices.shape, *[1] * (parts.dim() - 2)).expand(parts.shape)
+    return parts.new_zeros(parts.shape[0], num_experts, *parts.shape[2:]).scatter(1, places, parts)
+
+
+def _w_out_gradient(call: Call, grad_y: Tensor, h: Tensor) -> Tensor:
+    tile = call.tile("expert_weights", grouped=call.routing.indices is not None)
+    if isinstance(tile, Library):
+        return grad_y.flatten(0, 1).T @ h.flatten(0, 1)
+    gradient = torch.empty_like(call.experts.w_out)
+    call.machine.run(launch_expert_weights(h, grad_y, call.routing, gradient.T, call.size, tile, call.precision))
+    return gradient
+
+
+def _w_in_gradient(call: Call, dz: Tensor, eps: float) -> Tensor:
+    # x̂ costs one pass over x again: cheaper than keeping it.
+    x_hat = normalize(call, None, eps)
+    tile = call.tile("expert_weights", grouped=call.routing.indices is not None or x_hat.dim() == 4)
+    if isinstance(tile, Library):
+        return dz.flatten(0, 1).T @ x_hat.flatten(0, 1)
+    gradient = torch.empty_like(call.experts.w_in)
+    call.machine.run(launch_expert_weights(dz, x_hat, call.routing, gradient, call.size, tile, call.precision))
+    return gradient
+
+
+def _input_gradient(call: Call, dz: Tensor) -> Tensor:
+    """∂x̂ (B, L, D), or (B, K, L, D) behind affines of (B, E, D)."""
+    B, L, D = call.x.shape
+    tile = call.tile("expert_in_backward", grouped=call.routing.indices is not None or bool(call.slots))
+    if isinstance(tile, Library):
+        return (dz.flatten(0, 1) @ call.experts.w_in).view(B, L, D)
+    d_x_hat = call.empty(B, *call.slots, L, D)
+    summands = Summands(dz, call.experts.w_in, True, None, call.experts.num_experts)
+    call.machine.run(launch_expert_sum(summands, call.routing, d_x_hat, tile, call.precision))
+    return d_x_hat
+
+
+def _norm_gradients(call: Call, d_x_hat: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor, Tensor]:
+    B, L, D = call.x.shape
+    slots = call.slots[0] if call.slots else 1
+    tiles = norm_tiles(L, D, slots)
+    sums = [call.empty(B, tiles, slots, D, dtype=torch.float32) for _ in range(2)]
+    outputs = NormGradients(torch.empty_like(call.x), *sums)
+    indices = call.routing.indices
+    call.machine.run(launch_layer_norm_backward(d_x_hat, call.x, statistics, call.norm, indices, outputs))
+    d_gamma_BKD, d_beta_BKD = (t.sum(dim=1) for t in sums)
+    if not call.slots:
+        return outputs.x, d_gamma_BKD[:, 0], d_beta_BKD[:, 0]
+    num_experts = call.experts.num_experts
+    return outputs.x, _spread(d_gamma_BKD, indices, num_experts), _spread(d_beta_BKD, indices, num_experts)
+
+
+def _empty_statistics(call: Call) -> Statistics:
+    shape = call.x.shape[:2]
+    return Statistics(call.empty(*shape, dtype=torch.float32), call.empty(*shape, dtype=torch.float32))
+
+
+def _tf32_allowed(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    settings = torch.backends.cuda.matmul
+    # Where torch has the newer setting, reading the older one raises once a user has set the newer.
+    precision = getattr(settings, "fp32_precision", None)
+    return settings.allow_tf32 if precision is None else precision == "tf32"

@@ -1,0 +1,52 @@
+"""Which tile a product runs with: a frozen table, and a careful default for what the table does not know.
+
+Nothing is tuned at run time: that would stall users, need a driver while compiling, and break CUDA-graph capture.
+`python -m benchmarks.tune` measures on the GPU it finds and rewrites `tile_table.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+from mtu_kernels.triton.tile_table import ROWS
+from mtu_kernels.triton.tiles import LIBRARY, PAIR_PRODUCTS, PLAIN_PRODUCTS, Library, TableRow, TileConfig, TileKey
+
+
+def token_class(tokens: int) -> int:
+    """Token counts that share a tile: those with the same next power of two, from 64 to 65536."""
+    return min(max(1 << max(tokens - 1, 0).bit_length(), 64), 65536)
+
+
+@functools.cache
+def find_tile(key: TileKey) -> TileConfig | Library:
+    """The row for exactly this shape, else the one for its width, else for its architecture, else the default."""
+    for candidate in (key, key._replace(tokens=0), key._replace(width=0, tokens=0)):
+        if candidate in _TABLE:
+            return _TABLE[candidate]
+    return default_tile(key)
+
+
+def default_tile(key: TileKey) -> TileConfig | Library:
+    """What fits any GPU that Triton compiles for: little shared memory, few registers."""
+    if key.arch == "interpreter":
+        # Small, so that small problems take several programs and several steps of the main loop.
+        return TileConfig(32, 16, 16, 1, 1, group_m=2)
+    if not key.grouped and (key.bits == 32 or key.product in PLAIN_PRODUCTS):
+        # Nothing to fuse; or products in IEEE float32, which Triton runs on the plain units: a library is better tuned.
+        return LIBRARY
+    if key.bits == 32:
+        return TileConfig(32, 32, 32, 4, 2)
+    return TileConfig(64, 32 if key.product in PAIR_PRODUCTS else 64, 32, 4, 2)
+
+
+def _index(rows: Iterable[TableRow]) -> dict[TileKey, TileConfig | Library]:
+    table: dict[TileKey, TileConfig | Library] = {}
+    for row in rows:
+        if row.key in table:
+            raise ValueError(f"tile_table.py has two rows for {row.key}.")
+        table[row.key] = row.tile
+    return table
+
+
+_TABLE = _index(ROWS)
