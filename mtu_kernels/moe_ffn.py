@@ -16,7 +16,7 @@ from mtu_kernels.routing import Routing
 
 
 class _Backend(NamedTuple):
-    """A backend's function, for arguments already checked, and its answers to whether it runs here and serves a call."""
+    """A backend's function, for arguments already checked; what keeps it from running here; from serving a call."""
 
     moe_ffn: Callable[..., Tensor]
     why_not_installed: Callable[[], str | None] = lambda: None

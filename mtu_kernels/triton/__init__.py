@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from types import ModuleType
 
 import torch
@@ -22,9 +21,21 @@ _OPS = define_ops("triton")
 moe_ffn = functools.partial(call_ops, _OPS)
 
 
-@functools.cache
+# Compilers take the answers of both questions as constants: nothing behind them changes while a program runs.
+@torch.compiler.assume_constant_result
 def why_not_installed() -> str | None:
-    """What keeps this installation from running the backend, as a clause; ``None`` if nothing does."""
+    """What keeps this installation from running the backend, as a clause; or ``None``."""
+    return _why_not_installed()
+
+
+@torch.compiler.assume_constant_result
+def why_not(device: torch.device, compute: torch.dtype) -> str | None:
+    """What keeps the backend from serving a call on this device in this compute dtype, as a clause; or ``None``."""
+    return _why_not(device, compute)
+
+
+@functools.cache
+def _why_not_installed() -> str | None:
     try:
         version = importlib.import_module("triton").__version__
     except ImportError:
@@ -38,15 +49,9 @@ def _major_minor(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2])
 
 
-@torch.compiler.assume_constant_result
-def why_not(device: torch.device, compute: torch.dtype) -> str | None:
-    """What keeps the backend from serving a call on a device in a compute dtype, as a clause; ``None`` if nothing does."""
-    return _why_not(device, compute)
-
-
 @functools.cache
 def _why_not(device: torch.device, compute: torch.dtype) -> str | None:
-    if (reason := why_not_installed()) is not None:
+    if (reason := _why_not_installed()) is not None:
         return reason
     if compute not in _DTYPES:
         return f"it computes in float32, bfloat16 and float16, not in {str(compute).removeprefix('torch.')}"
@@ -59,6 +64,8 @@ def _why_not(device: torch.device, compute: torch.dtype) -> str | None:
         return "it runs on CUDA devices, and on CPU tensors under TRITON_INTERPRET=1 only"
     if device.type == "cpu" and compute == torch.bfloat16:
         return "Triton's interpreter computes products of bfloat16 wrongly"
+    if not torch.cuda.is_available():
+        return None  # a tensor without memory that is meant for a GPU elsewhere
     if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
         return f"it needs an NVIDIA GPU of compute capability 8.0 or newer, not {launch.arch_of(device)}"
     return None

@@ -71,10 +71,12 @@ def geglu_backward(da, u, g, EXACT: tl.constexpr):
 @triton.jit
 def expert_of_slot(indices_ptr, sample, slot, K, E):
     """The expert of each slot: the slot itself where routing is dense. Wrong indices are clamped into range."""
+    # The compiler reads on after an early return, even under a constant condition: hence else.
     if indices_ptr is None:
         return slot
-    expert = tl.load(indices_ptr + sample.to(tl.int64) * K + slot).to(tl.int32)
-    return tl.minimum(tl.maximum(expert, 0), E - 1)
+    else:
+        expert = tl.load(indices_ptr + sample.to(tl.int64) * K + slot).to(tl.int32)
+        return tl.minimum(tl.maximum(expert, 0), E - 1)
 
 
 @triton.jit
@@ -93,19 +95,22 @@ def store_geglu_backward(
         # dz overwrites z: all of the tile is read before any of it is written.
         tl.debug_barrier()
     w_N = tl.load(weights_ptr + sample.to(tl.int64) * K + slots_N).to(tl.float32)
-    da_MN = tl.where(mask_MN, da_MN, 0.0)
+    # Elements past the end hold anything: of them nothing is stored or summed. Taking ∂(w · a) for u and g there ties
+    # both to the registers that the product left it in: 16-bit numbers move between threads, and not float32 ones.
+    u_MN = tl.where(mask_MN, u_MN, da_MN)
+    g_MN = tl.where(mask_MN, g_MN, da_MN)
     a_MN, du_MN, dg_MN = geglu_backward(da_MN * w_N[None, :], u_MN, g_MN, EXACT)
     tl.store(dz_ptr + z_MN, du_MN.to(dz_ptr.dtype.element_ty), mask=mask_MN)
     tl.store(dz_ptr + z_MN + KF, dg_MN.to(dz_ptr.dtype.element_ty), mask=mask_MN)
     mask_N = columns_N < KF
     sums_N = tile.to(tl.int64) * KF + columns_N
-    tl.store(d_weights_ptr + sums_N, tl.sum(da_MN * a_MN, axis=0), mask=mask_N)
+    tl.store(d_weights_ptr + sums_N, tl.sum(tl.where(mask_MN, da_MN * a_MN, 0.0), axis=0), mask=mask_N)
     if h_ptr is not None:
         h_MN = rows_M[:, None] * KF + columns_N[None, :]
         tl.store(h_ptr + h_MN, (a_MN * w_N[None, :]).to(h_ptr.dtype.element_ty), mask=mask_MN)
         biases_N = sums_N + tile.to(tl.int64) * KF
-        tl.store(d_bias_ptr + biases_N, tl.sum(du_MN, axis=0), mask=mask_N)
-        tl.store(d_bias_ptr + biases_N + KF, tl.sum(dg_MN, axis=0), mask=mask_N)
+        tl.store(d_bias_ptr + biases_N, tl.sum(tl.where(mask_MN, du_MN, 0.0), axis=0), mask=mask_N)
+        tl.store(d_bias_ptr + biases_N + KF, tl.sum(tl.where(mask_MN, dg_MN, 0.0), axis=0), mask=mask_N)
 
 
 @triton.jit
@@ -115,7 +120,7 @@ def geglu_kernel(
 ):  # fmt: skip
     """h (B, L, KF) = w · u · gelu(g) from z (B, L, 2KF)."""
     KF = K * F
-    sample, tile, rows_M, columns_N, slots_N, mask_MN = _elementwise_tile(L, F, K, BLOCK_M, BLOCK_N)
+    sample, _, rows_M, columns_N, slots_N, mask_MN = _elementwise_tile(L, F, K, BLOCK_M, BLOCK_N)
     z_MN = rows_M[:, None] * (2 * KF) + columns_N[None, :]
     u_MN = tl.load(z_ptr + z_MN, mask=mask_MN, other=0.0).to(tl.float32)
     g_MN = tl.load(z_ptr + z_MN + KF, mask=mask_MN, other=0.0).to(tl.float32)

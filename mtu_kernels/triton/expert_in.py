@@ -104,7 +104,8 @@ def expert_in_descriptor_kernel(
 ):  # fmt: skip
     """The same by tensor descriptors, which mask rows and depth by themselves, for 16-bit storage.
 
-    BLOCK_N divides F where ALIGNED, else KF. x_hat_desc: (B·slots, L, D); w_in_desc: (2, H, D); h_desc: (B, L, KF); z_desc: (B, L, 2KF).
+    BLOCK_N divides F where ALIGNED, else KF.
+    x_hat_desc: (B·slots, L, D); w_in_desc: (2, H, D); h_desc: (B, L, KF); z_desc: (B, L, 2KF).
     """
     tiles_m = tl.cdiv(L, BLOCK_M)
     tiles_n = K * F // BLOCK_N

@@ -32,11 +32,11 @@ def expert_out_backward_kernel(
     sample = tile_m // tiles_m
     local_M = (tile_m % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     column_N = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    safe_N = tl.minimum(column_N, KF - 1)
-    slot_N = safe_N // F
-    unit_N = expert_of_slot(indices_ptr, sample, slot_N, K, E) * F + safe_N % F
+    # A remainder, unlike a minimum, leaves neighbours together, and so loads of several elements.
+    slot_N = tl.minimum(column_N // F, K - 1)
+    unit_N = expert_of_slot(indices_ptr, sample, slot_N, K, E) * F + column_N % F
 
-    # Rows and columns past the end read the last ones again: nothing of theirs is stored.
+    # Rows past the end read the last one again, and columns those of the last slot: nothing of theirs is stored.
     k_K = tl.arange(0, BLOCK_K)
     safe_M = sample.to(tl.int64) * L + tl.minimum(local_M, L - 1)
     grad_y_ptrs = grad_y_ptr + safe_M[:, None] * D + k_K[None, :]

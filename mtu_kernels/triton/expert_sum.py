@@ -26,27 +26,24 @@ from mtu_kernels.triton.tiles import TileConfig
 @triton.jit
 def add_bias(y_MN, bias_ptr, weights_ptr, indices_ptr, sample, n_N, N, K, E, BIAS_PER_EXPERT: tl.constexpr):
     """y + b_out where it is (D,), y + Σ_k w[k] · b_out[e_k] where it is (E, D)."""
-    if bias_ptr is None:
-        return y_MN
     n_N = tl.minimum(n_N, N - 1)
-    if not BIAS_PER_EXPERT:
-        return y_MN + tl.load(bias_ptr + n_N).to(tl.float32)[None, :]
-    bias_N = tl.zeros_like(n_N).to(tl.float32)
-    for k in range(0, K):
-        expert = expert_of_slot(indices_ptr, sample, k, K, E)
-        w = tl.load(weights_ptr + sample.to(tl.int64) * K + k).to(tl.float32)
-        bias_N += w * tl.load(bias_ptr + expert * N + n_N).to(tl.float32)
-    return y_MN + bias_N[None, :]
+    # The compiler reads on after an early return, even under a constant condition: hence one return.
+    if BIAS_PER_EXPERT:
+        bias_N = tl.zeros_like(n_N).to(tl.float32)
+        for k in range(0, K):
+            expert = expert_of_slot(indices_ptr, sample, k, K, E)
+            w = tl.load(weights_ptr + sample.to(tl.int64) * K + k).to(tl.float32)
+            bias_N += w * tl.load(bias_ptr + expert * N + n_N).to(tl.float32)
+        y_MN += bias_N[None, :]
+    elif bias_ptr is not None:
+        y_MN += tl.load(bias_ptr + n_N).to(tl.float32)[None, :]
+    return y_MN
 
 
 @triton.jit
 def experts_of_sample(indices_ptr, sample, K, E, SLOTS: tl.constexpr):
     """The experts of all slots of a sample, padded to SLOTS."""
-    slot_S = tl.arange(0, SLOTS)
-    if indices_ptr is None:
-        return slot_S
-    expert_S = tl.load(indices_ptr + sample.to(tl.int64) * K + tl.minimum(slot_S, K - 1)).to(tl.int32)
-    return tl.minimum(tl.maximum(expert_S, 0), E - 1)
+    return expert_of_slot(indices_ptr, sample, tl.minimum(tl.arange(0, SLOTS), K - 1), K, E)
 
 
 @triton.jit
@@ -54,7 +51,8 @@ def select_expert(indices_ptr, experts_S, slot, SLOTS: tl.constexpr):
     """experts_S[slot], from registers."""
     if indices_ptr is None:
         return slot
-    return tl.sum(tl.where(tl.arange(0, SLOTS) == slot, experts_S, 0), axis=0)
+    else:
+        return tl.sum(tl.where(tl.arange(0, SLOTS) == slot, experts_S, 0), axis=0)
 
 
 @triton.jit
@@ -77,10 +75,11 @@ def expert_sum_kernel(
     k_K = tl.arange(0, BLOCK_K)
     experts_S = experts_of_sample(indices_ptr, sample, K, E, SLOTS)
 
-    # Rows and columns past the end read the last ones again: nothing of theirs is stored.
+    # Rows past the end read the last one again, and columns the first ones: nothing of theirs is stored. A remainder,
+    # unlike a minimum, leaves neighbours together, and so loads of several elements.
     row_M = sample.to(tl.int64) * L + tl.minimum(local_M, L - 1)
     a_ptrs = a_ptr + row_M[:, None] * (HALVES * K * F) + k_K[None, :]
-    weight_ptrs = weight_ptr + tl.minimum(n_N, N - 1).to(tl.int64)[None, :] * stride_n
+    weight_ptrs = weight_ptr + (n_N % N).to(tl.int64)[None, :] * stride_n
     y_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     steps = tl.cdiv(F, BLOCK_K)
     for step in range(0, HALVES * num_slots * steps):

@@ -32,9 +32,10 @@ def expert_weights_kernel(
     expert = part % E
     unit_M = (tile % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     n_N = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Units and columns past the end read the last ones again: nothing of theirs is stored.
-    safe_unit_M = tl.minimum(unit_M, F - 1)
-    safe_n_N = tl.minimum(n_N, N - 1)
+    # Units and columns past the end read the first ones again: nothing of theirs is stored. A remainder, unlike a
+    # minimum, leaves neighbours together, and so loads of several elements.
+    safe_unit_M = unit_M % F
+    safe_n_N = n_N % N
     k_K = tl.arange(0, BLOCK_K)
     slot_S = tl.arange(0, SLOTS)
     gradient_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

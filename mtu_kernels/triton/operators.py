@@ -113,7 +113,7 @@ def backward(
     del z
     grad_y_sum = grad_y.sum(dim=1, dtype=torch.float32)
     d_weights = _routing_gradient(call, outputs.d_weights, grad_y_sum)
-    d_experts = [call.empty(0)] * 4
+    d_experts = [call.empty(0) for _ in range(4)]
     if expert_grads:
         d_w_out = _w_out_gradient(call, grad_y, outputs.h)
         d_b_in, d_b_out = _bias_gradients(call, outputs.d_bias, grad_y_sum)

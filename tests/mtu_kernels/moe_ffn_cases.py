@@ -11,9 +11,6 @@ from torch import Tensor
 
 from mtu_kernels import ExpertWeights, NormAffine, Routing, dense_weights, reference
 
-# A maximum over few numbers is luck (routing weights are 6 in a problem), and so is one over heavy tails: hence as many
-# seeds as time allows, and uniform numbers.
-SEEDS = range(12)
 NAMES = ("x", "norm.weight", "norm.bias", "w_in", "b_in", "w_out", "b_out", "routing.weights")
 
 

@@ -7,39 +7,49 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtu_kernels import ExpertWeights, NormAffine, Routing, available_backends, dense_weights, moe_ffn, reference
+from mtu_kernels import ExpertWeights, NormAffine, Routing, dense_weights, moe_ffn, reference
 
-from .moe_ffn_cases import DENSE, SEEDS, Problem, Sizes, assert_as_exact_as_eager, forward_and_gradients, make_problem
+from .moe_ffn_cases import DENSE, Problem, Sizes, assert_as_exact_as_eager, forward_and_gradients, make_problem
+from .places import PLACES, Place
 
-BACKENDS = available_backends()
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOP_2 = DENSE._replace(K=2)
+EAGER = Place("eager", "cpu")
 
 
-@pytest.fixture(params=BACKENDS)
-def op(request):
-    return functools.partial(moe_ffn, backend=request.param)
+@pytest.fixture(params=PLACES)
+def place(request):
+    return request.param
 
 
-def problems(sizes=DENSE, **options):
-    return [make_problem(seed, sizes, **options) for seed in SEEDS]
+@pytest.fixture
+def op(place):
+    return place.op
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def dtype_of(place, precision):
+    if precision == "float16" and place.low == torch.float16:
+        pytest.skip("float16 is this place's low precision")
+    return place.low if precision == "low" else getattr(torch, precision)
+
+
+@pytest.mark.parametrize("precision", ["float32", "low", "float16"])
 @pytest.mark.parametrize("expert_bias", [False, True], ids=("bias", "expert_bias"))
 @pytest.mark.parametrize("expert_norm", [False, True], ids=("norm", "expert_norm"))
 @pytest.mark.parametrize("sizes", [DENSE, TOP_2], ids=("dense", "top2"))
-def test_values_and_gradients(op, sizes, expert_norm, expert_bias, dtype):
-    assert_as_exact_as_eager(op, problems(sizes, expert_norm=expert_norm, expert_bias=expert_bias, dtype=dtype))
+def test_values_and_gradients(place, sizes, expert_norm, expert_bias, precision):
+    options = dict(expert_norm=expert_norm, expert_bias=expert_bias, dtype=dtype_of(place, precision))
+    assert_as_exact_as_eager(place.op, place.problems(sizes, **options))
 
 
 @pytest.mark.parametrize("expert_norm", [False, True], ids=("norm", "expert_norm"))
 @pytest.mark.parametrize("sizes", [DENSE, TOP_2], ids=("dense", "top2"))
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("precision", ["low", "float16"])
 @pytest.mark.parametrize("x_is_float32", [False, True], ids=("low_x", "float32_x"))
-def test_float32_affines_and_routing_under_low_precision(op, x_is_float32, dtype, sizes, expert_norm):
+def test_float32_affines_and_routing_under_low_precision(place, x_is_float32, precision, sizes, expert_norm):
+    dtype = dtype_of(place, precision)
     options = dict(dtype=dtype, x_dtype=torch.float32 if x_is_float32 else dtype, affine_dtype=torch.float32)
-    assert_as_exact_as_eager(op, problems(sizes, expert_norm=expert_norm, expert_bias=True, **options))
+    problems = place.problems(sizes, expert_norm=expert_norm, expert_bias=True, **options)
+    assert_as_exact_as_eager(place.op, problems)
 
 
 def one_nan(y):
@@ -49,7 +59,7 @@ def one_nan(y):
 @pytest.mark.parametrize("spoil", [one_nan, lambda y: y * (1 + 2**-19), lambda y: y.roll(1, dims=1)])
 def test_the_rule_itself_rejects(spoil):
     with pytest.raises(AssertionError, match="y: "):
-        assert_as_exact_as_eager(lambda *args, **options: spoil(moe_ffn(*args, **options)), problems())
+        assert_as_exact_as_eager(lambda *args, **options: spoil(moe_ffn(*args, **options)), EAGER.problems())
 
 
 EDGE_SIZES = {
@@ -68,11 +78,12 @@ EDGE_SIZES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("precision", ["float32", "low"])
 @pytest.mark.parametrize("expert_norm", [False, True], ids=("norm", "expert_norm"))
 @pytest.mark.parametrize("sizes", EDGE_SIZES.values(), ids=EDGE_SIZES.keys())
-def test_edge_sizes(op, sizes, expert_norm, dtype):
-    assert_as_exact_as_eager(op, problems(sizes, dtype=dtype, expert_norm=expert_norm, expert_bias=expert_norm))
+def test_edge_sizes(place, sizes, expert_norm, precision):
+    options = dict(expert_norm=expert_norm, expert_bias=expert_norm, dtype=dtype_of(place, precision))
+    assert_as_exact_as_eager(place.op, place.problems(sizes, **options))
 
 
 def mean_far_above_deviation(p: Problem) -> Problem:
@@ -143,13 +154,20 @@ EDGES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("precision", ["float32", "low"])
+@pytest.mark.parametrize("expert_norm", [False, True], ids=("norm", "expert_norm"))
 @pytest.mark.parametrize("sizes", [DENSE, TOP_2], ids=("dense", "top2"))
 @pytest.mark.parametrize("edge", EDGES, ids=lambda edge: edge.__name__)
-def test_edge_values(op, edge, sizes, dtype):
-    for expert_norm in (False, True):
-        options = dict(dtype=dtype, affine_dtype=torch.float32, expert_norm=expert_norm, expert_bias=expert_norm)
-        assert_as_exact_as_eager(op, [edge(p) for p in problems(sizes, **options)])
+def test_edge_values(place, edge, sizes, expert_norm, precision):
+    options = dict(affine_dtype=torch.float32, expert_norm=expert_norm, expert_bias=expert_norm)
+    problems = place.problems(sizes, dtype=dtype_of(place, precision), **options)
+    assert_as_exact_as_eager(place.op, [edge(p) for p in problems])
+
+
+def right_index(dtype):
+    """A wrong index is an error of order 1, rounding one of eps times the small condition of LayerNorm: any bound in
+    between tells them apart, and sqrt(eps) is in the middle of it."""
+    return torch.finfo(dtype).eps ** 0.5
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -160,25 +178,22 @@ def test_edge_values(op, edge, sizes, dtype):
     ),
     data=st.data(),
 )  # fmt: skip
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_shape(backend, sizes, data):
+@pytest.mark.parametrize("place", PLACES)
+def test_every_shape(place, sizes, data):
     sizes = sizes._replace(K=data.draw(st.none() | st.integers(1, sizes.E), label="K"))
     expert_norm, expert_bias, recompute = (data.draw(st.booleans()) for _ in range(3))
-    problem = make_problem(1, sizes, dtype=torch.float64, expert_norm=expert_norm, expert_bias=expert_bias)
-    op = functools.partial(moe_ffn, backend=backend, recompute=recompute)
-    actual, exact = (forward_and_gradients(f, problem) for f in (op, reference.moe_ffn))
+    problem = make_problem(1, sizes, dtype=place.exact, expert_norm=expert_norm, expert_bias=expert_bias)
+    actual = forward_and_gradients(functools.partial(place.op, recompute=recompute), problem)
+    exact = forward_and_gradients(reference.moe_ffn, problem)
     for a, b in zip(actual, exact, strict=True):
         assert a.shape == b.shape
         assert a.dtype == b.dtype
-        # A wrong index is an error of order 1, rounding one of 2^-52 times the small condition of LayerNorm: any bound
-        # in between tells them apart, and 2^-23 is in the middle of it.
         scale = max(1.0, b.abs().max().item()) if b.numel() else 1.0
-        assert ((a - b).abs() <= torch.finfo(torch.float32).eps * scale).all()
+        assert ((a - b).abs() <= right_index(place.exact) * scale).all()
 
 
-def test_all_experts_by_index_is_dense(op):
-    for seed in SEEDS:
-        dense = make_problem(seed, dtype=torch.float64, expert_norm=True, expert_bias=True)
+def test_all_experts_by_index_is_dense(place, op):
+    for dense in place.problems(dtype=place.exact, expert_norm=True, expert_bias=True):
         order = torch.stack([torch.randperm(4) for _ in range(3)])
         by_index = Routing(dense.routing.weights.gather(1, order), order.int())
         assert torch.equal(dense_weights(by_index, 4), dense.routing.weights)
@@ -186,7 +201,8 @@ def test_all_experts_by_index_is_dense(op):
         actual = forward_and_gradients(op, dense._replace(routing=by_index))
         actual[-1] = dense_weights(Routing(actual[-1], order), 4)
         for a, b in zip(actual, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=torch.finfo(torch.float32).eps)  # as in test_every_shape
+            scale = max(1.0, b.abs().max().item())
+            assert ((a - b).abs() <= right_index(place.exact) * scale).all()
 
 
 @pytest.mark.parametrize("expert_norm", [False, True], ids=("norm", "expert_norm"))
@@ -250,22 +266,22 @@ def test_gradients_of_some_inputs(op, frozen):
         assert tensor.grad is None if name == frozen else torch.equal(tensor.grad, grad)
 
 
-def test_autocast_casts_the_experts_alone(op):
+def test_autocast_casts_the_experts_alone(place, op):
     problem = make_problem(0, expert_bias=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = forward_and_gradients(op, problem._replace(grad_y=problem.grad_y.bfloat16()))
-    experts = type(problem.experts)(*(t.bfloat16() for t in problem.experts[:4]), 4)
-    expected = forward_and_gradients(op, problem._replace(experts=experts, grad_y=problem.grad_y.bfloat16()))
-    assert [t.dtype for t in actual] == [torch.bfloat16] + [torch.float32] * 8
+    with torch.autocast(place.device, dtype=place.low):
+        actual = forward_and_gradients(op, problem._replace(grad_y=problem.grad_y.to(place.low)))
+    experts = type(problem.experts)(*(t.to(place.low) for t in problem.experts[:4]), 4)
+    expected = forward_and_gradients(op, problem._replace(experts=experts, grad_y=problem.grad_y.to(place.low)))
+    assert [t.dtype for t in actual] == [place.low] + [torch.float32] * 8
     for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b.to(a.dtype))
 
 
-def test_autocast_leaves_float64_alone(op):
+def test_autocast_leaves_float64_alone():
     problem = make_problem(0, dtype=torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = op(*problem.arguments)
-    assert torch.equal(actual, op(*problem.arguments))
+        actual = moe_ffn(*problem.arguments)
+    assert torch.equal(actual, moe_ffn(*problem.arguments))
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=("save", "recompute"))
@@ -275,24 +291,24 @@ def test_traces_in_one_graph_for_all_routings(op, expert_norm, sizes, recompute)
     op = functools.partial(op, recompute=recompute)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for problem in problems(sizes, expert_norm=expert_norm, expert_bias=expert_norm)[:3]:
+        for problem in EAGER.problems(sizes, expert_norm=expert_norm, expert_bias=expert_norm)[:3]:
             actual, expected = (forward_and_gradients(f, problem) for f in (compiled, op))
             assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # inductor's own import
 @pytest.mark.parametrize("sizes", [DENSE, TOP_2], ids=("dense", "top2"))
-def test_compiles(op, sizes):
-    compiled = torch.compile(op, fullgraph=True)
-    options = dict(dtype=torch.bfloat16, affine_dtype=torch.float32)
+def test_compiles(place, sizes):
+    compiled = torch.compile(place.op, fullgraph=True)
+    problems = place.problems(sizes, dtype=place.low, affine_dtype=torch.float32)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        assert_as_exact_as_eager(compiled, problems(sizes, **options))
+        assert_as_exact_as_eager(compiled, problems)
 
 
-def test_traces_under_autocast(op):
+def test_traces_under_autocast(place, op):
     problem = make_problem(0)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(place.device, dtype=place.low):
         assert torch.equal(compiled(*problem.arguments), op(*problem.arguments))
 
 
@@ -312,7 +328,7 @@ class Exportable(torch.nn.Module):
 
 @pytest.mark.parametrize("strict", [False, True], ids=("non_strict", "strict"))
 @pytest.mark.parametrize("sizes", [DENSE, TOP_2], ids=("dense", "top2"))
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [param.values[0].backend for param in PLACES if not param.marks])
 def test_exports_with_dynamic_batch_and_length(backend, sizes, strict):
     batch, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=2, max=4096)
     row = {0: batch}

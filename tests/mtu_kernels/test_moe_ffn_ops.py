@@ -5,18 +5,19 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtu_kernels import available_backends, moe_ffn
+from mtu_kernels import moe_ffn
 
 from .moe_ffn_cases import Sizes, make_problem
+from .places import OP_PLACES, PLACES
 
-OP_BACKENDS = [name for name in available_backends() if name != "eager"]
+SMALL = Sizes(B=2, L=5, D=8, F=3)
 FORMS = {
-    "dense": (Sizes(), {}),
-    "top2": (Sizes(K=2), {}),
-    "dense_per_expert": (Sizes(), {"expert_norm": True, "expert_bias": True}),
-    "top2_per_expert_low": (Sizes(K=2), {"expert_norm": True, "expert_bias": True, "dtype": torch.bfloat16}),
-    "no_samples": (Sizes(B=0), {}),
-    "no_tokens": (Sizes(L=0, K=1), {}),
+    "dense": (SMALL, {}),
+    "top2": (SMALL._replace(K=2), {}),
+    "dense_per_expert_low": (SMALL, {"expert_norm": True, "expert_bias": True}),
+    "top2_per_expert_low": (SMALL._replace(K=2), {"expert_norm": True, "expert_bias": True}),
+    "no_samples": (SMALL._replace(B=0), {}),
+    "no_tokens": (SMALL._replace(L=0, K=1), {}),
 }
 
 
@@ -24,39 +25,45 @@ def ops_of(backend):
     return [getattr(torch.ops.mtu_kernels, f"moe_ffn_{backend}{s}").default for s in ("", "_train", "_backward")]
 
 
+def backward_arguments(problem, saved, expert_grads=True):
+    num_experts = problem.experts.num_experts
+    return (problem.grad_y, *problem.op_arguments[:9], *saved, num_experts, problem.eps, expert_grads)
+
+
 @pytest.mark.parametrize(("sizes", "options"), FORMS.values(), ids=FORMS.keys())
-@pytest.mark.parametrize("backend", OP_BACKENDS)
-def test_registration(backend, sizes, options):
-    inference, train, backward = ops_of(backend)
-    problem = make_problem(0, sizes, **options)
+@pytest.mark.parametrize("place", OP_PLACES)
+def test_registration(place, sizes, options):
+    inference, train, backward = ops_of(place.backend)
+    dtype = place.low if "expert_norm" in options else torch.float32
+    problem = place.move(make_problem(0, sizes, dtype=dtype, **options))
     for op in (inference, train):
         torch.library.opcheck(op, problem.op_arguments)
         torch.library.opcheck(op, problem.requires_grad().op_arguments)
     _, *saved = train(*problem.op_arguments)
     for expert_grads in (True, False):
-        arguments = (problem.grad_y, *problem.op_arguments[:9], *saved, problem.experts.num_experts, expert_grads)
-        torch.library.opcheck(backward, arguments)
+        torch.library.opcheck(backward, backward_arguments(problem, saved, expert_grads))
+    torch.library.opcheck(backward, backward_arguments(problem, (None, None, None)))
 
 
-@pytest.mark.parametrize("backend", OP_BACKENDS)
-def test_outputs_are_contiguous_whatever_the_inputs(backend):
+@pytest.mark.parametrize("place", OP_PLACES)
+def test_outputs_are_contiguous_whatever_the_inputs(place):
     """Fakes promise contiguous outputs, and code compiled with them relies on it."""
-    inference, train, backward = ops_of(backend)
-    problem = make_problem(0, Sizes(K=2), expert_norm=True, expert_bias=True)
+    inference, train, backward = ops_of(place.backend)
+    problem = place.move(make_problem(0, Sizes(K=2), expert_norm=True, expert_bias=True))
     problem = problem.map(lambda t: t.mT.contiguous().mT if t.dim() > 1 else t)
     torch.library.opcheck(inference, problem.op_arguments)
     torch.library.opcheck(train, problem.op_arguments)
     y, *saved = train(*problem.op_arguments)
-    arguments = (problem.grad_y, *problem.op_arguments[:9], *saved, problem.experts.num_experts, True)
+    arguments = backward_arguments(problem, saved)
     torch.library.opcheck(backward, arguments)
     assert all(t.is_contiguous() for t in (y, *saved, *backward(*arguments)))
 
 
-@pytest.mark.parametrize("backend", OP_BACKENDS)
-def test_what_training_saves(backend):
-    _, train, _ = ops_of(backend)
-    problem = make_problem(0, Sizes(K=2), dtype=torch.float64)
-    _, hidden, mean, rstd = train(*problem.op_arguments)
+@pytest.mark.parametrize("place", OP_PLACES)
+def test_what_training_saves(place):
+    _, train, _ = ops_of(place.backend)
+    problem = make_problem(0, Sizes(K=2), dtype=place.exact)
+    _, hidden, mean, rstd = (t.cpu() for t in train(*place.move(problem).op_arguments))
     x, norm, experts, routing = problem.arguments
     torch.testing.assert_close(mean, x.mean(dim=-1))
     torch.testing.assert_close(rstd, (x.var(dim=-1, correction=0) + problem.eps).rsqrt())
@@ -66,9 +73,10 @@ def test_what_training_saves(backend):
         torch.testing.assert_close(hidden[b].view(-1, 2, 2, 6), z[b][:, :, routing.indices[b]])
 
 
-@pytest.mark.parametrize("backend", OP_BACKENDS)
-def test_inference_saves_nothing_and_training_is_chosen_by_grad_mode(backend):
-    problem = make_problem(0)
+@pytest.mark.parametrize("place", OP_PLACES)
+def test_inference_saves_nothing_and_training_is_chosen_by_grad_mode(place):
+    backend = place.backend
+    problem = place.move(make_problem(0))
 
     def operators(problem):
         with torch.profiler.profile() as profile:
@@ -82,10 +90,10 @@ def test_inference_saves_nothing_and_training_is_chosen_by_grad_mode(backend):
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["save", "recompute"])
-@pytest.mark.parametrize("backend", OP_BACKENDS)
-def test_a_second_derivative_is_refused_not_zero(backend, recompute):
-    problem = make_problem(0).requires_grad()
-    y = moe_ffn(*problem.arguments, backend=backend, recompute=recompute)
+@pytest.mark.parametrize("place", OP_PLACES)
+def test_a_second_derivative_is_refused_not_zero(place, recompute):
+    problem = place.move(make_problem(0)).requires_grad()
+    y = moe_ffn(*problem.arguments, backend=place.backend, recompute=recompute)
     (grad,) = torch.autograd.grad(y.square().sum(), problem.x, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative: use backend='eager'"):
         grad.sum().backward()
@@ -99,9 +107,10 @@ def flops(function):
 
 @pytest.mark.parametrize("expert_norm", [False, True], ids=["norm", "expert_norm"])
 @pytest.mark.parametrize("K", [None, 1, 2, 4])
-@pytest.mark.parametrize("backend", available_backends())
-def test_flops_are_those_of_the_stock_feed_forward_times_k_over_e(backend, K, expert_norm):
-    problem = make_problem(0, Sizes(K=K), expert_norm=expert_norm, expert_bias=True).requires_grad()
+@pytest.mark.parametrize("place", PLACES)
+def test_flops_are_those_of_the_stock_feed_forward_times_k_over_e(place, K, expert_norm):
+    backend = place.backend
+    problem = place.move(make_problem(0, Sizes(K=K), expert_norm=expert_norm, expert_bias=True)).requires_grad()
     x, _, experts, _ = problem.arguments
 
     def stock():
@@ -117,12 +126,16 @@ def test_flops_are_those_of_the_stock_feed_forward_times_k_over_e(backend, K, ex
     assert forward == expected
     assert flops(lambda: y.backward(problem.grad_y.detach()))[0] == 2 * expected
     y = moe_ffn(*problem.arguments, backend=backend, recompute=True)
-    assert flops(lambda: y.backward(problem.grad_y.detach()))[0] > 2 * expected
+    again = flops(lambda: y.backward(problem.grad_y.detach()))[0] - 2 * expected
+    # Only the first product has to be computed again, which is two thirds. The checkpoint of "eager" does not always
+    # stop there.
+    assert again == expected // 3 * 2 or (backend == "eager" and again == expected)
 
 
-@pytest.mark.parametrize("backend", available_backends())
-def test_frozen_experts_cost_no_weight_gradients(backend):
-    problem = make_problem(0).requires_grad()
+@pytest.mark.parametrize("place", PLACES)
+def test_frozen_experts_cost_no_weight_gradients(place):
+    backend = place.backend
+    problem = place.move(make_problem(0)).requires_grad()
     frozen = problem.experts._replace(**{k: getattr(problem.experts, k).detach() for k in problem.experts._fields[:4]})
     forward, y = flops(lambda: moe_ffn(problem.x, problem.norm, frozen, problem.routing, backend=backend))
     assert flops(lambda: y.backward(problem.grad_y.detach()))[0] == forward

@@ -1,0 +1,8 @@
+import os
+
+import torch
+
+# Without a GPU, Triton's kernels run in Triton's interpreter. It reads its switch when a kernel is defined, hence here,
+# before any test module is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

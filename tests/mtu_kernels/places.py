@@ -1,0 +1,83 @@
+"""Where backends run in tests: each on the CPU (Triton in its interpreter), and on a GPU under `-m gpu`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtu_kernels import available_backends, moe_ffn, triton
+
+from .moe_ffn_cases import DENSE, Problem, Sizes, make_problem
+
+
+class Place(NamedTuple):
+    """A backend on a device."""
+
+    backend: str
+    device: str
+
+    @property
+    def is_interpreter(self) -> bool:
+        return self.backend == "triton" and self.device == "cpu"
+
+    @property
+    def low(self) -> torch.dtype:
+        """The low precision to test: bfloat16, which Triton's interpreter computes wrongly."""
+        return torch.float16 if self.is_interpreter else torch.bfloat16
+
+    @property
+    def exact(self) -> torch.dtype:
+        """The highest precision that the backend computes in."""
+        return torch.float32 if self.backend == "triton" else torch.float64
+
+    @property
+    def seeds(self) -> range:
+        """A maximum over few numbers is luck (routing weights are 6 in a problem), and so is one over heavy tails:
+        hence as many seeds as time allows, and uniform numbers."""
+        return range(6 if self.is_interpreter else 12)
+
+    @property
+    def op(self) -> Callable[..., Tensor]:
+        """`moe_ffn` for tensors on the CPU, computed here."""
+        if self.device == "cpu":
+            return functools.partial(moe_ffn, backend=self.backend)
+        return functools.partial(_elsewhere, device=self.device, backend=self.backend)
+
+    def problems(self, sizes: Sizes = DENSE, **options) -> list[Problem]:
+        return [make_problem(seed, sizes, **options) for seed in self.seeds]
+
+    def move(self, problem: Problem) -> Problem:
+        """The problem on this place's device; gradients are asked of the moved tensors."""
+        moved = problem.map(lambda t: t.detach().to(self.device).requires_grad_(t.requires_grad))
+        indices = problem.routing.indices
+        return moved._replace(
+            routing=moved.routing._replace(indices=None if indices is None else indices.to(self.device))
+        )
+
+
+def _elsewhere(x, norm, experts, routing, *, device, **options):
+    def move(tensors):
+        return type(tensors)(*(t.to(device) if isinstance(t, Tensor) else t for t in tensors))
+
+    return moe_ffn(x.to(device), move(norm), move(experts), move(routing), **options).cpu()
+
+
+def _places(device: str) -> list[Place]:
+    if device == "cuda":
+        return [Place("eager", "cuda"), Place("triton", "cuda")]
+    interpreted = triton.why_not(torch.device("cpu"), torch.float32) is None
+    return [Place(name, "cpu") for name in available_backends() if name != "triton" or interpreted]
+
+
+def _params(places: list[Place], *marks: pytest.MarkDecorator) -> list:
+    return [pytest.param(place, id="-".join(place), marks=marks) for place in places]
+
+
+PLACES = [*_params(_places("cpu")), *_params(_places("cuda"), pytest.mark.gpu)]
+# Those that are operators of their own.
+OP_PLACES = [param for param in PLACES if param.values[0].backend != "eager"]
