@@ -122,7 +122,9 @@ def _register_autograd(
     def backward_of_train(ctx, grad_y, *_):
         if grad_y is None:
             return (None,) * (_NUM_TENSORS + 2)
-        return gradients(ctx, grad_y, ctx.saved_tensors[:_NUM_TENSORS], ctx.saved_tensors[_NUM_TENSORS:])
+        # Read once: checkpointing unpacks a saved tensor a single time.
+        saved = ctx.saved_tensors
+        return gradients(ctx, grad_y, saved[:_NUM_TENSORS], saved[_NUM_TENSORS:])
 
     def gradients(ctx, grad_y, tensors, saved):
         expert_grads = any(ctx.needs_input_grad[3:7])
