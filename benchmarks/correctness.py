@@ -1,0 +1,100 @@
+"""Right before fast: no contender is timed before it has passed this check on its own inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.inputs import EPS, Inputs
+from benchmarks.peers import FFN, stock_ffn, user_ffn
+from mtu_kernels import ExpertWeights, NormAffine, Routing, reference
+
+# Tokens of a sample that are compared: spread over all of it, few enough for float64 on a CPU.
+_TOKENS = 512
+
+
+class WrongResult(AssertionError):
+    """A contender computes something else than the reference."""
+
+
+def check(function: FFN, inputs: Inputs) -> None:
+    """Asserts ``max|f − ref64| <= 2 · max|user − ref64| + ulp · max|ref64|`` for y, and for gradients if any are asked.
+
+    The user's code is the stock feed-forward for stock inputs, and `user_ffn` for routed ones.
+
+    The function runs on the whole inputs, and is compared on two samples, the first and the last. The gradient that
+    comes back is zero elsewhere, so the exact gradients of all other tokens are zeros, and those of the weights are
+    sums over the compared tokens. The ulp is that of the compute dtype for gradients, too: what they are sums of is
+    stored in it. (The tests of `mtu_kernels` hold them to their own dtype; that takes more numbers than one call has.)
+
+    Args:
+        function: x, norm, experts, routing → y.
+        inputs: as the contender prepares them. Gradients are checked for all that require them.
+
+    Raises:
+        WrongResult: one sentence with the first wrong tensor, its error and what is allowed.
+    """
+    B, L, _ = inputs.x.shape
+    device = inputs.x.device
+    samples = torch.tensor(sorted({0, B - 1}), device=device)
+    tokens = torch.linspace(0, L - 1, min(L, _TOKENS), device=device).long()
+    grad_y = torch.zeros_like(inputs.grad_y)
+    grad_y[samples[:, None], tokens] = inputs.grad_y[samples[:, None], tokens]
+    widened = _widened(inputs)
+    yardstick = stock_ffn if inputs.norm.weight.dim() == 1 else user_ffn
+    with torch.set_grad_enabled(bool(inputs.leaves)):
+        y, *gradients = _outputs(function, inputs._replace(grad_y=grad_y), inputs.leaves)
+        user = _outputs(yardstick, _excerpt(inputs, samples, tokens), inputs.leaves)
+        exact = _outputs(_reference, _excerpt(widened, samples, tokens), widened.leaves)
+    actual = [y[samples[:, None], tokens], *gradients]
+    labels = ("y", *(f"the gradient of {name}" for name in inputs.leaf_names))
+    dtypes = (inputs.x.dtype, *(leaf.dtype for leaf in inputs.leaves))
+    ulp = torch.finfo(inputs.x.dtype).eps
+    for label, dtype, a, u, e in zip(labels, dtypes, actual, user, exact, strict=True):
+        error, allowed = _max_abs(a - e), 2 * _max_abs(u - e) + ulp * _max_abs(e)
+        # Not "error > allowed", which NaN would pass.
+        if a.dtype != dtype or not error <= allowed:
+            raise WrongResult(
+                f"{label} must be {dtype} within {allowed:.3g} of float64, got {a.dtype} off by {error:.3g}."
+            )
+
+
+def _outputs(function: FFN, inputs: Inputs, leaves: Sequence[Tensor]) -> list[Tensor]:
+    y = function(*inputs.arguments)
+    if y.shape != inputs.x.shape:
+        raise WrongResult(f"y must be {tuple(inputs.x.shape)} as x, got {tuple(y.shape)}.")
+    return [y.detach(), *(torch.autograd.grad(y, leaves, inputs.grad_y) if leaves else ())]
+
+
+def _reference(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing) -> Tensor:
+    # A stock affine (D,) is the same for each sample.
+    rows = NormAffine(*(t if t.dim() == 2 else t.expand(len(x), -1) for t in norm))
+    return reference.moe_ffn(x, rows, experts, routing, eps=EPS)
+
+
+def _excerpt(inputs: Inputs, samples: Tensor, tokens: Tensor) -> Inputs:
+    """The compared part, as a differentiable function of the whole."""
+    x, norm, experts, routing, grad_y = inputs
+    affines = (t[samples] if t.dim() == 2 else t for t in norm)
+    rows = (None if t is None else t[samples] for t in routing)
+    region = samples[:, None], tokens
+    return Inputs(x[region], NormAffine(*affines), experts, Routing(*rows), grad_y[region])
+
+
+def _widened(inputs: Inputs) -> Inputs:
+    """Leaves of their own in float64."""
+
+    def widen(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or not tensor.is_floating_point():
+            return tensor
+        return tensor.detach().double().requires_grad_(tensor.requires_grad)
+
+    x, norm, experts, routing, grad_y = inputs
+    experts = ExpertWeights(*map(widen, experts[:4]), experts.num_experts)
+    return Inputs(widen(x), NormAffine(*map(widen, norm)), experts, Routing(*map(widen, routing)), widen(grad_y))
+
+
+def _max_abs(tensor: Tensor) -> float:
+    return tensor.abs().max().item()

@@ -1,0 +1,268 @@
+"""`python -m benchmarks.moe_ffn`: times and memory of the routed feed-forward beside its peers.
+
+Writes a CSV row as soon as its group is measured, and prints the ratios that the feed-forward is held to. It needs
+torch and tqdm; neither this package nor diffusers has to be installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch._functorch.config
+from tqdm import tqdm
+
+from benchmarks.correctness import check
+from benchmarks.inputs import DTYPES, Inputs, draw_shared, number_of_sets, route
+from benchmarks.memory import peak_bytes, saved_bytes
+from benchmarks.peers import CONTENDERS, FFN, bind
+from benchmarks.provenance import RESULTS, provenance
+from benchmarks.report import report
+from benchmarks.rows import COLUMNS, Row, append_row, check_header, read_rows
+from benchmarks.sweeps import DEFAULT_SWEEPS, DENSE, PASSES, QUICK, SHAPE_SETS, Entry, Group, Sweep
+from benchmarks.timing import Call, host_us, time_interleaved, warm_up
+from mtu_kernels import check_backend
+
+_SECONDS = 0.1
+
+
+class Prepared(NamedTuple):
+    """An entry that passed its check and is ready to be timed."""
+
+    entry: Entry
+    function: FFN | None
+    sets: list[Inputs]
+    calls: list[Call]
+    capturable: bool
+
+
+class Log:
+    """One line for each row, refusal and failure; above the progress bar, which is on stderr."""
+
+    def __init__(self, total: int) -> None:
+        self.bar = tqdm(total=total, unit="row", file=sys.stderr)
+        self.failures = 0
+        self._refused: set[str] = set()
+
+    def row(self, row: Row) -> None:
+        times = f"{row.median_us:10.1f} µs  ({row.p20_us:.1f} to {row.p80_us:.1f})"
+        times += ", without a graph" if row.device == "cuda" and not row.graph else ""
+        self.bar.write(f"{row.workload!s:40} {row.setting!s:22} {row.contender:22} {times}", file=sys.stdout)
+
+    def refused(self, group: Group, entry: Entry, reason: Exception) -> None:
+        """A contender that cannot run somewhere says so once for each reason."""
+        # The compiler's errors name the cause in their second line.
+        line = " ".join(str(reason).strip().splitlines()[:2])
+        if f"{entry.contender} {line}" not in self._refused:
+            self._refused.add(f"{entry.contender} {line}")
+            self.bar.write(f"skipped {entry.contender} at {group.workload}: {line}", file=sys.stderr)
+
+    def failed(self, group: Group, entry: Entry, reason: Exception) -> None:
+        self.failures += 1
+        place = f"{entry.contender} at {group.workload} {entry.setting}"
+        self.bar.write(f"FAILED, not timed: {place}: {type(reason).__name__}: {reason}", file=sys.stderr)
+
+
+def measure(group: Group, device: torch.device, seconds: float, log: Log) -> Iterator[tuple[Entry, dict]]:
+    """Yields the entries that could be measured, with their columns: timed interleaved, then memory one by one."""
+    # Code compiled for other shapes would count against the limit of recompilations, and then run uncompiled.
+    torch.compiler.reset()
+    # Two backward passes over one forward pass: buffers must not be given away after the first one.
+    donated = torch._functorch.config.patch(donated_buffer=group.workload.direction != "backward")
+    # Captures need a stream of their own, and gradients of a forward pass run on the stream that it ran on.
+    stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+    with donated, stream:
+        first = draw_shared(group.workload, device, 0)
+        count = number_of_sets(first, group.workload)
+        shared = [first, *(draw_shared(group.workload, device, seed) for seed in range(1, count))]
+        ready = []
+        for entry in group.entries:
+            try:
+                sets = [route(tensors, entry.setting, seed) for seed, tensors in enumerate(shared)]
+                ready.append(_prepare(entry, sets, group.workload.direction, device))
+            except (RuntimeError, ValueError) as reason:
+                log.refused(group, entry, reason)
+            except Exception as reason:
+                # Wrong results, and whatever else goes wrong in one contender: the others are measured all the same.
+                log.failed(group, entry, reason)
+            log.bar.update()
+        if not ready:
+            return
+        capturable = [prepared.capturable for prepared in ready]
+        timings = time_interleaved([prepared.calls for prepared in ready], capturable, device, seconds)
+        for prepared, timing in zip(ready, timings, strict=True):
+            yield prepared.entry, timing._asdict() | _memory_and_host(prepared, device)
+
+
+def _prepare(entry: Entry, sets: Sequence[Inputs], direction: str, device: torch.device) -> Prepared:
+    contender = CONTENDERS[entry.contender]
+    if contender.backend is not None:
+        check_backend(contender.backend)
+    function = contender.make()
+    prepared = [contender.prepare(inputs) for inputs in sets]
+    if function is not None:
+        check(function, prepared[0])
+    calls = bind(function, prepared, direction)
+    warm_up(calls, device)
+    capturable = not (contender.waits_for_top_k and entry.setting.K is not None)
+    return Prepared(entry, function, prepared, calls, capturable)
+
+
+def _memory_and_host(prepared: Prepared, device: torch.device) -> dict[str, float | int | None]:
+    call, function, inputs = prepared.calls[0], prepared.function, prepared.sets[0]
+    saved = None
+    if function is not None and inputs.leaves:
+        saved = saved_bytes(lambda: function(*inputs.arguments), inputs.named.values())
+    return {"host_us": host_us(call, device), "peak_bytes": peak_bytes(call, device), "saved_bytes": saved}
+
+
+def run(
+    groups: Sequence[Group], device: torch.device, seconds: float, output: Path, source: dict[str, str]
+) -> tuple[list[Row], int]:
+    """Measures groups one after the other and appends their rows to the CSV file as soon as they are there.
+
+    Returns:
+        The rows, and how many of them are missing because a contender was wrong or broke.
+    """
+    log = Log(sum(len(group.entries) for group in groups))
+    # Rows of another run were not interleaved with these: groups are named apart by time.
+    start = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
+    rows = []
+    with log.bar:
+        for number, group in enumerate(groups):
+            name, place = f"{start}-{number}", (device.type, group.workload)
+            for entry, columns in measure(group, device, seconds, log):
+                row = Row(name, entry.contender, *place, entry.setting, **columns, source=source)
+                append_row(output, row)
+                log.row(row)
+                rows.append(row)
+            if device.type == "cuda":
+                # A group's blocks fit the next one badly.
+                torch.cuda.empty_cache()
+    return rows, log.failures
+
+
+def _choices(text: str, known: Sequence[str], noun: str) -> tuple[str, ...]:
+    names = tuple(known) if text == "all" else tuple(text.split(","))
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"unknown {noun} {name!r}: expected some of {', '.join(known)}.")
+    return names
+
+
+def _contenders(text: str) -> tuple[str, ...]:
+    return _choices(text, tuple(CONTENDERS), "contender")
+
+
+def _passes(text: str) -> tuple[str, ...]:
+    return _choices(text, PASSES, "pass")
+
+
+def _shapes(text: str) -> tuple[tuple[int, int], ...]:
+    shapes: list[tuple[int, int]] = []
+    for name in text.split(","):
+        width, _, tokens = name.partition("x")
+        if name in SHAPE_SETS:
+            shapes += SHAPE_SETS[name]
+        elif width.isdecimal() and tokens.isdecimal() and int(width) and int(tokens):
+            shapes.append((int(width), int(tokens)))
+        else:
+            sets = ", ".join(SHAPE_SETS)
+            raise argparse.ArgumentTypeError(f"unknown shape {name!r}: expected DxL as in 320x4096, or one of {sets}.")
+    return tuple(shapes)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    counts = text.split(",")
+    if not all(count.isdecimal() and int(count) for count in counts):
+        raise argparse.ArgumentTypeError(f"expected positive whole numbers such as 1,8, got {text!r}.")
+    return tuple(int(count) for count in counts)
+
+
+def _top_k(text: str) -> tuple[int | None, ...]:
+    return tuple(DENSE if name == "dense" else _counts(name)[0] for name in text.split(","))
+
+
+def _parser() -> argparse.ArgumentParser:
+    lines = [f"  {name:22} {contender.about}" for name, contender in CONTENDERS.items()]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.moe_ffn",
+        description="Times and memory of the routed feed-forward beside its peers, and the ratios that it is held to.",
+        epilog="contenders:\n" + "\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_argument_group(
+        "what to measure", "Without any of these: a default sweep. With some: all combinations of what they list."
+    )
+    what.add_argument("--shapes", type=_shapes, help="DxL, or sets: sd15, sdxl, cpu (default: sd15,sdxl; cpu on a CPU)")
+    what.add_argument("--batch", type=_counts, dest="batches", help="samples (default: 8; 1 on a CPU)")
+    what.add_argument("--experts", type=_counts, help="(default: 4)")
+    what.add_argument("--top-k", type=_top_k, help="active experts, or dense (default: dense)")
+    what.add_argument("--tasks", type=_counts, help="distinct tasks in the batch (default: 1)")
+    what.add_argument("--pass", type=_passes, dest="passes", help=f"{', '.join(PASSES)}, or all (default: forward)")
+    what.add_argument("--contenders", type=_contenders, help="names, or all (default: all but those with -max)")
+    what.add_argument("--quick", action="store_true", help="a smoke test: tiny defaults for all of the above")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="(default: bf16)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    parser.add_argument("--seconds", type=float, default=_SECONDS, help=f"for each row (default: {_SECONDS})")
+    parser.add_argument("--output", type=Path, help="CSV to add rows to (default: results/moe_ffn_DEVICE.csv)")
+    parser.add_argument("--commit", help="for the provenance, in a copy of the tree without its git directory")
+    parser.add_argument("--report", type=Path, metavar="CSV", help="measure nothing: print the ratios of these rows")
+    parser.add_argument("--tested", type=_contenders, help="contender that the ratios are of (default: by device)")
+    return parser
+
+
+def sweeps_of(options: argparse.Namespace, device: str) -> tuple[Sweep, ...]:
+    """The default sweep of the device, or one of all combinations of the options that were given."""
+    names = ("shapes", "batches", "experts", "top_k", "tasks", "passes", "contenders")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.quick:
+        return (QUICK._replace(**given),)
+    if not given:
+        return DEFAULT_SWEEPS[device]
+    usual = Sweep(tuple(name for name in CONTENDERS if not name.endswith("-max")))
+    if device == "cpu":
+        usual = usual._replace(shapes=SHAPE_SETS["cpu"], batches=(1,))
+    return (usual._replace(**given),)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns 1 if a contender was wrong or broke."""
+    argv = sys.argv[1:] if argv is None else argv
+    # Or else the profiler, which counts memory on a CPU, writes two lines for each row. Read when it starts first.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    parser = _parser()
+    options = parser.parse_args(argv)
+    tested = options.tested[0] if options.tested else None
+    try:
+        if options.report is not None:
+            print("\n".join(report(read_rows(options.report), tested)))
+            return 0
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda needs a CUDA device, and torch finds none.")
+        kind = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(kind)
+        groups = [group for sweep in sweeps_of(options, kind) for group in sweep.groups(options.dtype)]
+        if not groups:
+            raise ValueError("There is nothing to measure: --top-k must be at most --experts, --tasks 1 for --batch 1.")
+        output = options.output or RESULTS / f"moe_ffn_{kind}.csv"
+        source = provenance(shlex.join(["python", "-m", "benchmarks.moe_ffn", *argv]), device, options.commit)
+        check_header(output, [*COLUMNS, *source])
+    except ValueError as error:
+        parser.error(str(error))
+    rows, failures = run(groups, device, options.seconds, output, source)
+    print(f"{len(rows)} rows added to {output}")
+    print("\n".join(report(rows, tested)))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""What is measured: workloads, the settings of each contender in them, and the sweeps that are run by default."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+# D×L: width and tokens of the transformer blocks.
+SHAPE_SETS: dict[str, tuple[tuple[int, int], ...]] = {
+    "sd15": ((320, 4096), (640, 1024), (1280, 256), (1280, 64)),
+    "sdxl": ((640, 4096), (1280, 1024)),
+    # Batches of SD 1.5 flattened to the token counts that the CPU targets are stated for.
+    "cpu": ((320, 8192), (640, 2048), (1280, 512), (1280, 128)),
+}
+PASSES = ("forward", "backward", "forward+backward")
+DENSE = None
+
+
+class Workload(NamedTuple):
+    """What all rows of a group share: one feed-forward with H = 4·D hidden units, at one batch, in one direction."""
+
+    D: int
+    L: int
+    B: int
+    dtype: str
+    direction: str
+
+    @property
+    def needs_grad(self) -> bool:
+        return self.direction != "forward"
+
+    def __str__(self) -> str:
+        return f"{self.D}x{self.L} B={self.B} {self.dtype} {self.direction}"
+
+
+class Setting(NamedTuple):
+    """How the samples are routed: E experts, K of them active (None: dense), rows of `tasks` distinct tasks."""
+
+    E: int = 1
+    K: int | None = DENSE
+    tasks: int = 1
+
+    def __str__(self) -> str:
+        return f"E={self.E} {'dense' if self.K is None else f'top-{self.K}'} tasks={self.tasks}"
+
+
+class Entry(NamedTuple):
+    """A contender in a setting: one row of the CSV."""
+
+    contender: str
+    setting: Setting
+
+
+class Group(NamedTuple):
+    """Entries that are measured interleaved, and so may be compared."""
+
+    workload: Workload
+    entries: tuple[Entry, ...]
+
+
+class Sweep(NamedTuple):
+    """All combinations of what is listed. Settings that are no different (K > E, tasks in one sample) are left out."""
+
+    contenders: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...] = SHAPE_SETS["sd15"] + SHAPE_SETS["sdxl"]
+    batches: tuple[int, ...] = (8,)
+    experts: tuple[int, ...] = (4,)
+    top_k: tuple[int | None, ...] = (DENSE,)
+    tasks: tuple[int, ...] = (1,)
+    passes: tuple[str, ...] = ("forward",)
+
+    def groups(self, dtype: str) -> Iterator[Group]:
+        """The groups of the sweep, in each of them every entry once."""
+        settings = [
+            Setting(*values)
+            for values in itertools.product(self.experts, self.top_k, self.tasks)
+            if values[1] is None or values[1] <= values[0]
+        ]
+        for direction, (D, L), B in itertools.product(self.passes, self.shapes, self.batches):
+            wanted = [setting for setting in settings if B > 1 or setting.tasks == 1]
+            pairs = itertools.product(wanted, self.contenders)
+            entries = dict.fromkeys(Entry(name, heeded(name, setting)) for setting, name in pairs)
+            if entries:
+                yield Group(Workload(D, L, B, dtype, direction), tuple(entries))
+
+
+def heeded(contender: str, setting: Setting) -> Setting:
+    """The part of a setting that makes a difference to a contender: the rest takes its default.
+
+    It keeps a contender from being measured twice, and finds the row to compare with.
+    """
+    if contender == "eager" or contender.startswith("compile-folded"):
+        return Setting()
+    if contender == "products":
+        return Setting() if setting.K is None else setting._replace(tasks=1)
+    return setting
+
+
+_CUDA = (
+    # The op at every shape, beside the price of the original and the floor.
+    Sweep(("products", "eager", "mtu-triton"), batches=(1, 2, 8, 32), experts=(1, 4)),
+    # What top-k routing saves.
+    Sweep(("products", "loop", "mtu-eager", "mtu-triton"), experts=(8,), top_k=(DENSE, 1, 2)),
+    # What a mix of tasks costs.
+    Sweep(("mtu-triton",), batches=(8, 32), tasks=(1, 4, 64)),
+    Sweep(("mtu-triton",), experts=(8,), top_k=(2,), batches=(8, 32), tasks=(1, 4, 64)),
+    # Training: time, memory.
+    Sweep(
+        ("products", "eager", "loop", "mtu-eager", "mtu-triton", "mtu-triton-recompute"), passes=("forward+backward",)
+    ),
+    Sweep(("products", "eager", "mtu-triton"), shapes=SHAPE_SETS["sd15"], passes=("backward",)),
+    # Compilers last, in the order of their patience: each shape is compiled anew.
+    Sweep(("products", "eager", "loop", "mtu-eager", "mtu-triton", "compile-routed", "compile-folded")),
+    Sweep(
+        ("products", "eager", "mtu-eager", "mtu-triton", "compile-routed", "compile-folded"),
+        shapes=((320, 4096), (1280, 1024)),
+        passes=("forward+backward",),
+    ),
+    Sweep(("products", "eager", "mtu-triton", "compile-folded-max"), shapes=(*SHAPE_SETS["sd15"][:3], (1280, 1024))),
+    Sweep(("products", "mtu-triton", "compile-routed-max"), shapes=((320, 4096),)),
+)
+_CPU_FORWARD = ("products", "eager", "loop", "mtu-eager", "mtu-cpp", "compile-routed", "compile-folded")
+_CPU = (
+    Sweep(_CPU_FORWARD, shapes=SHAPE_SETS["cpu"], batches=(1,)),
+    Sweep(("products", "mtu-eager", "mtu-cpp"), SHAPE_SETS["cpu"], (1,), experts=(8,), top_k=(DENSE, 2)),
+    Sweep(("products", "eager", "mtu-eager", "mtu-cpp"), SHAPE_SETS["cpu"], (1,), passes=("forward+backward",)),
+)
+# What `python -m benchmarks.moe_ffn` measures when nothing is asked for, by device.
+DEFAULT_SWEEPS: dict[str, tuple[Sweep, ...]] = {"cuda": _CUDA, "cpu": _CPU}
+# A smoke test: every path of the harness, nothing to learn from.
+QUICK = Sweep(
+    ("products", "eager", "loop", "mtu-eager", "mtu-triton", "mtu-cpp"),
+    shapes=((32, 16),),
+    batches=(2,),
+    top_k=(DENSE, 2),
+    passes=PASSES,
+)

@@ -1,0 +1,174 @@
+"""Times of calls that are measured interleaved: CUDA graphs and events on a GPU, the clock on a CPU."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+
+Call = Callable[[], Any]
+
+MIN_ROUNDS = 20
+MAX_ROUNDS = 1000
+# Rounds that are run and not counted: clocks, caches and page tables settle.
+_WARM_ROUNDS = 2
+_BURST = 20
+_BURSTS = 5
+
+
+class Timing(NamedTuple):
+    """Times of one call in µs, over the rounds.
+
+    Attributes:
+        graph: whether CUDA graphs were replayed; without them the time holds what the host adds.
+    """
+
+    median_us: float
+    p20_us: float
+    p80_us: float
+    rounds: int
+    graph: bool
+
+
+def summary(times_us: Sequence[float], graph: bool) -> Timing:
+    """Median and the 20th and 80th percentile, interpolated between the two nearest times."""
+    deciles = statistics.quantiles(times_us, n=10, method="inclusive")
+    return Timing(deciles[4], deciles[1], deciles[7], len(times_us), graph)
+
+
+def time_interleaved(
+    contenders: Sequence[Sequence[Call]], capturable: Sequence[bool], device: torch.device, seconds: float
+) -> list[Timing]:
+    """Times contenders round robin, so that all of them see the same clocks and the same neighbours.
+
+    On a GPU each contender runs through all its calls in a round, captured in one CUDA graph: the gap before a graph is
+    then shared among them, and none finds its inputs in the cache. The current stream must not be the default one. On
+    a CPU each runs one call in a round, the next one of its calls in the next round.
+
+    Args:
+        contenders: for each one its calls, on one set of inputs each; warmed up already.
+        capturable: for each one whether a CUDA graph can hold it.
+        device: where the calls run.
+        seconds: time for each contender; at least 20 rounds are run whatever they take, and 1000 at most.
+    """
+    if device.type != "cuda":
+        turns = [itertools.cycle(calls) for calls in contenders]
+        graphs = [False] * len(contenders)
+        times = _rounds(lambda: [_clocked(next(turn)) for turn in turns], seconds * len(contenders))
+    else:
+        graphs, runs = _captured_runs(contenders, capturable)
+        counts = [len(calls) for calls in contenders]
+        times = _rounds(lambda: _events_round(runs, counts), seconds * len(contenders))
+    return [summary(column, graph) for column, graph in zip(zip(*times, strict=True), graphs, strict=True)]
+
+
+def _rounds(measure: Callable[[], list[float]], seconds: float) -> list[list[float]]:
+    for _ in range(_WARM_ROUNDS):
+        measure()
+    rounds = []
+    end = time.perf_counter() + seconds
+    while len(rounds) < MIN_ROUNDS or (time.perf_counter() < end and len(rounds) < MAX_ROUNDS):
+        rounds.append(measure())
+    return rounds
+
+
+def _clocked(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e6
+
+
+def _in_turn(calls: Sequence[Call]) -> Call:
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
+
+
+def _captured_runs(contenders: Sequence[Sequence[Call]], capturable: Sequence[bool]) -> tuple[list[bool], list[Call]]:
+    """For each contender whether it was captured, and what runs all its calls."""
+    # Graphs share their memory: they run one after the other, and nothing reads their results.
+    pool = torch.cuda.graph_pool_handle()
+    graphs, runs = [], []
+    # Collecting a CUDA object breaks the capture that it happens in. `torch.cuda.graph` would collect before each of
+    # hundreds of captures, and empty the allocator's cache.
+    gc.collect()
+    gc.disable()
+    try:
+        for calls, can in zip(contenders, capturable, strict=True):
+            graph = _captured(calls, pool) if can else None
+            graphs.append(graph is not None)
+            runs.append(_in_turn(calls) if graph is None else graph.replay)
+    finally:
+        gc.enable()
+    return graphs, runs
+
+
+def _captured(calls: Sequence[Call], pool: Any) -> torch.cuda.CUDAGraph | None:
+    """One graph of all calls; None where they cannot be captured.
+
+    A failed capture leaves torch's own random generator unusable, so what is known to fail should not be tried.
+    """
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    try:
+        # The backward pass runs in a thread of its own, which may do what a capture forbids.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            _in_turn(calls)()
+        finally:
+            graph.capture_end()
+    except RuntimeError:
+        # A capture that failed still claims the pool, and the next one would find it taken.
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        return None
+    return graph
+
+
+def _events_round(runs: Sequence[Call], counts: Sequence[int]) -> list[float]:
+    # Not counted: it is what precedes the first contender in the turn, and it lets the host get ahead of the device.
+    runs[-1]()
+    events = []
+    for run in runs:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) * 1e3 / count for (start, end), count in zip(events, counts, strict=True)]
+
+
+def warm_up(calls: Sequence[Call], device: torch.device) -> None:
+    """Compiles, tunes and loads what the first calls need; on a GPU for every set of inputs, as captures need it."""
+    for call in [calls[0], *(calls if device.type == "cuda" else ())]:
+        call()
+    synchronize(device)
+
+
+def host_us(call: Call, device: torch.device) -> float | None:
+    """Time that the host takes to issue a call, in µs: the mean over a burst, and of several bursts the median.
+
+    A burst fits into the queue of the device, whatever the shape. None on a CPU, where a call has no other time.
+    """
+    if device.type != "cuda":
+        return None
+    bursts = []
+    for _ in range(_BURSTS):
+        synchronize(device)
+        bursts.append(_clocked(_in_turn([call] * _BURST)) / _BURST)
+    synchronize(device)
+    return statistics.median(bursts)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

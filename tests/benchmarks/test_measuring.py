@@ -1,0 +1,111 @@
+"""Times, memory, and what is to be measured."""
+
+import pytest
+import torch
+
+from benchmarks.inputs import draw_shared, number_of_sets
+from benchmarks.memory import peak_bytes, saved_bytes
+from benchmarks.peers import CONTENDERS
+from benchmarks.sweeps import DEFAULT_SWEEPS, DENSE, QUICK, Entry, Setting, Sweep, Workload, heeded
+from benchmarks.timing import MIN_ROUNDS, host_us, summary, time_interleaved, warm_up
+
+CPU = torch.device("cpu")
+
+
+def test_summary_of_times():
+    # Of 0, 10, …, 100 the p-th percentile is p.
+    timing = summary([float(t) for t in range(100, -1, -10)], graph=True)
+    assert timing == (50.0, 20.0, 80.0, 11, True)
+
+
+def test_contenders_are_timed_in_turn_on_the_next_inputs_each_round():
+    log = []
+    calls = [[lambda name=name, s=s: log.append((name, s)) for s in range(2)] for name in "ab"]
+    timings = time_interleaved(calls, [True, True], CPU, seconds=0)
+    rounds = len(log) // 2
+    assert log == [(name, r % 2) for r in range(rounds) for name in "ab"]
+    assert [timing.rounds for timing in timings] == [MIN_ROUNDS, MIN_ROUNDS]
+    assert all(0 < t.p20_us <= t.median_us <= t.p80_us and not t.graph for t in timings)
+    assert rounds > MIN_ROUNDS, "The first rounds must not count."
+
+
+def test_a_cpu_has_no_host_time():
+    assert host_us(lambda: None, CPU) is None
+
+
+def test_saved_bytes_count_each_storage_once_and_no_input():
+    x = torch.randn(10, 4, requires_grad=True)
+    weight = torch.randn(4, 6, requires_grad=True)
+
+    def forward():
+        z = x @ weight  # saves inputs only
+        a, b = z.chunk(2, dim=1)  # views of z, (10, 6) float32
+        h = (a * b).exp()  # saves a and b, and the result, (10, 3) float32
+        return h @ weight[:3]  # saves the result again, and a view of an input
+
+    assert saved_bytes(forward, [x, weight]) == 10 * 6 * 4 + 10 * 3 * 4
+    assert saved_bytes(forward, [weight]) == 10 * 6 * 4 + 10 * 3 * 4 + 10 * 4 * 4
+    with torch.no_grad():
+        assert saved_bytes(forward, []) == 0
+
+
+def test_peak_bytes_of_a_call():
+    x = torch.zeros(1024)
+
+    def call():
+        y = x + 1
+        z = y + 1  # y and z are held at once, and then z and the result
+        del y
+        return z + 1
+
+    # The number 1 is a tensor of a few bytes on its way.
+    assert 2 * x.nbytes <= peak_bytes(call, CPU) < 2 * x.nbytes + 64
+
+
+def test_sets_of_inputs_exceed_the_cache_together():
+    workload = Workload(16, 1024, 8, "fp32", "forward")
+    shared = draw_shared(workload, CPU, 0)
+    assert number_of_sets(shared, workload) == 32
+    large = shared._replace(x=torch.ones(1).expand(2**25))
+    assert number_of_sets(large, workload) == 1
+    assert number_of_sets(shared, workload._replace(direction="backward")) == 2
+
+
+def test_warm_up_calls_the_first():
+    log = []
+    warm_up([lambda: log.append(0), lambda: log.append(1)], CPU)
+    assert log == [0]
+
+
+def test_entries_of_a_group_differ():
+    sweep = Sweep(("products", "eager", "mtu-eager"), ((8, 4),), (1, 2), experts=(1, 4), top_k=(DENSE, 2), tasks=(1, 4))
+    one, two = sweep.groups("bf16")
+    routed = [Setting(1), Setting(4), Setting(4, 2)]
+    assert [entry.setting for entry in one.entries if entry.contender == "mtu-eager"] == routed
+    assert Entry("mtu-eager", Setting(4, 2, 4)) in two.entries
+    assert not any(entry.setting.K == 2 and entry.setting.E == 1 for entry in two.entries)
+    for group in (one, two):
+        assert len(set(group.entries)) == len(group.entries)
+        assert [entry.setting for entry in group.entries if entry.contender == "eager"] == [Setting()]
+        assert [entry.setting for entry in group.entries if entry.contender == "products"] == [Setting(), Setting(4, 2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("eager", Setting()),
+        ("compile-folded-max", Setting()),
+        ("products", Setting(8, 2)),
+        ("loop", Setting(8, 2, 4)),
+        ("mtu-eager", Setting(8, 2, 4)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "setting",
+)
+def test_what_contenders_heed(name, expected):
+    assert heeded(name, Setting(8, 2, 4)) == expected
+
+
+def test_sweeps_name_contenders_that_exist():
+    for sweep in (*DEFAULT_SWEEPS["cuda"], *DEFAULT_SWEEPS["cpu"], QUICK):
+        assert set(sweep.contenders) <= set(CONTENDERS)
+        assert list(sweep.groups("bf16"))

@@ -1,0 +1,104 @@
+"""Ratios and targets, from rows that nobody measured."""
+
+import pytest
+
+from benchmarks.moe_ffn import main
+from benchmarks.report import TARGETS, TESTED, Target, geometric_mean, pairs_of, report
+from benchmarks.rows import COLUMNS, append_row, read_rows
+from benchmarks.sweeps import Setting
+
+from .rows_cases import make_row
+
+TRITON = "mtu-triton"
+TO_PRODUCTS = Target("to products", 1.1, to="products")
+
+
+def ratios(target, rows):
+    return [pair.ratio for pair in pairs_of(target, rows, TRITON)]
+
+
+def test_geometric_mean():
+    assert geometric_mean([0.5, 2.0, 8.0]) == pytest.approx(2.0)
+
+
+def test_rows_are_compared_within_their_group_only():
+    rows = [make_row("products", 100, group="a"), make_row(TRITON, 150, group="b")]
+    assert ratios(TO_PRODUCTS, rows) == []
+    assert ratios(TO_PRODUCTS, [*rows, make_row("products", 120, group="b")]) == [1.25]
+
+
+def test_the_last_of_several_measurements_counts():
+    times = [("a", "products", 100), ("a", TRITON, 300), ("b", TRITON, 150), ("b", "products", 100)]
+    rows = [make_row(name, time, group=group) for group, name, time in times]
+    assert ratios(TO_PRODUCTS, rows) == [1.5]
+
+
+def test_contenders_without_routing_are_compared_with_any_setting():
+    rows = [make_row("eager", 100), *(make_row(TRITON, time, setting=Setting(E)) for E, time in ((1, 50), (4, 60)))]
+    assert ratios(Target("to eager", 1.0, to="eager"), rows) == [0.5, 0.6]
+
+
+def test_settings_are_compared_with_each_other():
+    settings = {Setting(8): 100, Setting(8, 2): 30, Setting(8, 2, 4): 33, Setting(4): 90}
+    rows = [make_row(TRITON, time, setting=setting) for setting, time in settings.items()]
+    top_2 = Target("top-2", 0.3, setting={"E": 8, "K": 2}, to_setting={"K": None})
+    assert ratios(top_2, rows) == [0.3]
+    assert ratios(Target("tasks", 1, setting={"tasks": 4}, to_setting={"tasks": 1}), rows) == [1.1]
+
+
+def test_bytes_are_compared_where_both_are_known():
+    rows = [
+        make_row(name, 1, direction="forward+backward", saved_bytes=saved)
+        for name, saved in (("eager", 200), (TRITON, 50), ("products", None))
+    ]
+    target = Target("saved", 0.6, to="eager", direction="forward+backward", quantity="saved_bytes")
+    assert ratios(target, rows) == [0.25]
+    assert ratios(target._replace(to="products"), rows) == []
+
+
+def test_the_table_says_what_was_measured_and_what_was_not():
+    rows = [make_row("products", 100), make_row("eager", 200), make_row(TRITON, 120)]
+    rows += [make_row("products", 50, B=1), make_row(TRITON, 50, B=1)]
+    lines = report(rows)
+    assert lines[0] == "mtu-triton, bf16, Some GPU at commit abc1234"
+    assert len(lines) == 1 + len(TARGETS["cuda"])
+    assert "  forward / two bare products, B >= 2: 1.200 (at most 1.10, missed; geometric mean of 1)" in lines
+    worst = "largest of 2, at 320x4096 B=8 bf16 forward E=4 dense tasks=1"
+    assert f"  forward / two bare products, any shape: 1.200 (at most 1.15, missed; {worst})" in lines
+    assert "  forward / eager: 0.600 (at most 0.82; geometric mean of 1)" in lines
+    assert "  four mixed tasks / one task: not measured (at most 1.03)" in lines
+
+
+def test_another_contender_may_be_tested():
+    rows = [make_row("eager", 100), make_row("loop", 300), make_row(TRITON, 50)]
+    assert any("forward / eager: 3.000 (at most 0.82, missed" in line for line in report(rows, "loop"))
+
+
+@pytest.mark.parametrize("device", TARGETS)
+def test_targets_are_of_columns_and_fields_that_exist(device):
+    assert device in TESTED
+    for target in TARGETS[device]:
+        assert target.quantity in COLUMNS
+        assert {*target.setting, *target.to_setting} <= {*Setting._fields}
+
+
+def test_rows_survive_a_file(tmp_path, capsys):
+    rows = [make_row("products", 100.25), make_row(TRITON, 120.5, setting=Setting(8, 2, 4), direction="backward")]
+    rows.append(make_row("eager", 7.0, host_us=None, graph=False))
+    path = tmp_path / "deep" / "rows.csv"
+    for row in rows:
+        append_row(path, row)
+    assert read_rows(path) == [row._replace(p20_us=round(row.p20_us, 2), p80_us=round(row.p80_us, 2)) for row in rows]
+    assert main(["--report", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines() == report(rows)
+
+
+def test_files_of_other_columns_are_refused(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("group,contender\na,b\n")
+    with pytest.raises(ValueError, match=r"must have the columns group, contender, device.* got group,"):
+        append_row(path, make_row("eager", 1))
+    with pytest.raises(ValueError, match=r"must have the columns .*, got none named device, D,"):
+        read_rows(path)
+    with pytest.raises(ValueError, match=r"There is no .*nothing\.csv"):
+        read_rows(tmp_path / "nothing.csv")
