@@ -4,7 +4,7 @@ Knows tensors only: no tasks, no modules, no diffusers.
 """
 
 from mtu_kernels.arguments import ExpertWeights, NormAffine
-from mtu_kernels.moe_ffn import available_backends, check_backend, moe_ffn
+from mtu_kernels.moe_ffn import available_backends, check_backend, moe_ffn, warmup
 from mtu_kernels.routing import Routing, dense_weights, top_k_routing
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "dense_weights",
     "moe_ffn",
     "top_k_routing",
+    "warmup",
 ]

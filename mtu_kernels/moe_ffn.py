@@ -84,6 +84,46 @@ def moe_ffn(
         return _run(backend, x, experts)(x, norm, experts, routing, eps=eps, recompute=recompute)
 
 
+def warmup(
+    x: Tensor,
+    norm: NormAffine,
+    experts: ExpertWeights,
+    routing: Routing,
+    *,
+    eps: float = 1e-5,
+    backend: str = "auto",
+    recompute: bool = False,
+    backward: bool = False,
+) -> None:
+    """Compiles and loads all that a call of these shapes and dtypes needs, so that a CUDA graph can capture it.
+
+    Args:
+        x, norm, experts, routing, eps, backend, recompute: as for ``moe_ffn``; their values do not matter.
+        backward: prepare the backward pass as well. What is trained is taken from the tensors' ``requires_grad``; if
+            none is set, everything.
+
+    Raises:
+        ValueError, RuntimeError: as ``moe_ffn``.
+    """
+    options = {"eps": eps, "backend": backend, "recompute": recompute}
+    if not backward:
+        with torch.no_grad():
+            moe_ffn(x, norm, experts, routing, **options)
+    else:
+        given = (x, *norm, *experts[:4], routing.weights)
+        train_all = not any(t.requires_grad for t in given)
+        x, gamma, beta, w_in, b_in, w_out, b_out, weights = (
+            t.detach().requires_grad_(train_all or t.requires_grad) for t in given
+        )
+        experts = ExpertWeights(w_in, b_in, w_out, b_out, experts.num_experts)
+        with torch.enable_grad():
+            y = moe_ffn(x, NormAffine(gamma, beta), experts, Routing(weights, routing.indices), **options)
+        trained = [t for t in (x, gamma, beta, *experts[:4], weights) if t.requires_grad]
+        torch.autograd.grad(y, trained, torch.zeros_like(y))
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+
+
 def available_backends() -> tuple[str, ...]:
     """The backends that this installation can run, whatever the device."""
     return tuple(name for name, backend in _BACKENDS.items() if backend.why_not_installed() is None)

@@ -113,14 +113,27 @@ def backward(
     del z
     grad_y_sum = grad_y.sum(dim=1, dtype=torch.float32)
     d_weights = _routing_gradient(call, outputs.d_weights, grad_y_sum)
-    d_experts = [call.empty(0) for _ in range(4)]
-    if expert_grads:
-        d_w_out = _w_out_gradient(call, grad_y, outputs.h)
+    if not expert_grads:
+        d_experts = [call.empty(0) for _ in range(4)]
+        d_x_hat = _input_gradient(call, outputs.dz)
+        del outputs
+    else:
         d_b_in, d_b_out = _bias_gradients(call, outputs.d_bias, grad_y_sum)
-        outputs = outputs._replace(h=None, d_bias=None)
-        d_experts = [_w_in_gradient(call, outputs.dz, eps), d_b_in, d_w_out, d_b_out]
-    d_x_hat = _input_gradient(call, outputs.dz)
-    del outputs
+        h, dz = outputs.h, outputs.dz
+        del outputs
+        # For the least memory at once: where tokens are many, h goes before the gradient of W_in comes; where they are
+        # few, gradients of weights are the larger tensors, and ∂z goes before that of W_out comes.
+        out_first = h.numel() >= call.experts.w_out.numel()
+        d_w_out = _w_out_gradient(call, grad_y, h) if out_first else None
+        if out_first:
+            del h
+        d_w_in = _w_in_gradient(call, dz, eps)
+        d_x_hat = _input_gradient(call, dz)
+        del dz
+        if d_w_out is None:
+            d_w_out = _w_out_gradient(call, grad_y, h)
+            del h
+        d_experts = [d_w_in, d_b_in, d_w_out, d_b_out]
     d_x, d_gamma, d_beta = _norm_gradients(call, d_x_hat, statistics)
     dtypes = (*(t.dtype for t in call.norm), *(t.dtype for t in call.experts[:4]), call.routing.weights.dtype)
     others = (d_gamma, d_beta, *d_experts, d_weights)

@@ -54,7 +54,7 @@ class Problem(NamedTuple):
 
 class Sizes(NamedTuple):
     B: int = 3
-    L: int = 21
+    L: int = 13
     D: int = 16
     E: int = 4
     F: int = 6

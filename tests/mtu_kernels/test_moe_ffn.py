@@ -1,6 +1,7 @@
 """Every backend against the specification: values, gradients, edges, tracing."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -26,27 +27,37 @@ def op(place):
     return place.op
 
 
-def dtype_of(place, precision):
-    if precision == "float16" and place.low == torch.float16:
-        pytest.skip("float16 is this place's low precision")
-    return place.low if precision == "low" else getattr(torch, precision)
+def cases(*precisions, halved=False):
+    """Parameters place, dtype and expert_norm: all combinations, but for what takes the interpreter too long.
+
+    Args:
+        precisions: names of dtypes, or "low" for that of the place.
+        halved: in the interpreter test one form of the norm in the first precision, the other in the others.
+    """
+    params = []
+    for param in PLACES:
+        place = param.values[0]
+        dtypes = dict.fromkeys(place.low if name == "low" else getattr(torch, name) for name in precisions)
+        for (i, dtype), expert_norm in itertools.product(enumerate(dtypes), (False, True)):
+            if halved and place.is_interpreter and expert_norm != (i > 0):
+                continue
+            name = f"{param.id}-{str(dtype).removeprefix('torch.')}-{'expert_norm' if expert_norm else 'norm'}"
+            params.append(pytest.param(place, dtype, expert_norm, id=name, marks=param.marks))
+    return pytest.mark.parametrize(("place", "dtype", "expert_norm"), params)
 
 
-@pytest.mark.parametrize("precision", ["float32", "low", "float16"])
 @pytest.mark.parametrize("expert_bias", [False, True], ids=("bias", "expert_bias"))
-@pytest.mark.parametrize("expert_norm", [False, True], ids=("norm", "expert_norm"))
 @pytest.mark.parametrize("sizes", [DENSE, TOP_2], ids=("dense", "top2"))
-def test_values_and_gradients(place, sizes, expert_norm, expert_bias, precision):
-    options = dict(expert_norm=expert_norm, expert_bias=expert_bias, dtype=dtype_of(place, precision))
+@cases("float32", "low", "float16")
+def test_values_and_gradients(place, dtype, expert_norm, sizes, expert_bias):
+    options = dict(dtype=dtype, expert_norm=expert_norm, expert_bias=expert_bias)
     assert_as_exact_as_eager(place.op, place.problems(sizes, **options))
 
 
-@pytest.mark.parametrize("expert_norm", [False, True], ids=("norm", "expert_norm"))
 @pytest.mark.parametrize("sizes", [DENSE, TOP_2], ids=("dense", "top2"))
-@pytest.mark.parametrize("precision", ["low", "float16"])
 @pytest.mark.parametrize("x_is_float32", [False, True], ids=("low_x", "float32_x"))
-def test_float32_affines_and_routing_under_low_precision(place, x_is_float32, precision, sizes, expert_norm):
-    dtype = dtype_of(place, precision)
+@cases("low", "float16")
+def test_float32_affines_and_routing_under_low_precision(place, dtype, expert_norm, x_is_float32, sizes):
     options = dict(dtype=dtype, x_dtype=torch.float32 if x_is_float32 else dtype, affine_dtype=torch.float32)
     problems = place.problems(sizes, expert_norm=expert_norm, expert_bias=True, **options)
     assert_as_exact_as_eager(place.op, problems)
@@ -78,11 +89,10 @@ EDGE_SIZES = {
 }
 
 
-@pytest.mark.parametrize("precision", ["float32", "low"])
-@pytest.mark.parametrize("expert_norm", [False, True], ids=("norm", "expert_norm"))
 @pytest.mark.parametrize("sizes", EDGE_SIZES.values(), ids=EDGE_SIZES.keys())
-def test_edge_sizes(place, sizes, expert_norm, precision):
-    options = dict(expert_norm=expert_norm, expert_bias=expert_norm, dtype=dtype_of(place, precision))
+@cases("float32", "low", halved=True)
+def test_edge_sizes(place, dtype, expert_norm, sizes):
+    options = dict(dtype=dtype, expert_norm=expert_norm, expert_bias=expert_norm)
     assert_as_exact_as_eager(place.op, place.problems(sizes, **options))
 
 
@@ -154,13 +164,12 @@ EDGES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", ["float32", "low"])
-@pytest.mark.parametrize("expert_norm", [False, True], ids=("norm", "expert_norm"))
 @pytest.mark.parametrize("sizes", [DENSE, TOP_2], ids=("dense", "top2"))
 @pytest.mark.parametrize("edge", EDGES, ids=lambda edge: edge.__name__)
-def test_edge_values(place, edge, sizes, expert_norm, precision):
+@cases("float32", "low", halved=True)
+def test_edge_values(place, dtype, expert_norm, edge, sizes):
     options = dict(affine_dtype=torch.float32, expert_norm=expert_norm, expert_bias=expert_norm)
-    problems = place.problems(sizes, dtype=dtype_of(place, precision), **options)
+    problems = place.problems(sizes, dtype=dtype, **options)
     assert_as_exact_as_eager(place.op, [edge(p) for p in problems])
 
 

@@ -29,7 +29,7 @@ def routing(weights=TOP_2.routing.weights, indices=TOP_2.routing.indices):
 
 
 REFUSED = {
-    "x of two dimensions": (DENSE._replace(x=DENSE.x[0]), "x must be (B, L, D), got (21, 16)."),
+    "x of two dimensions": (DENSE._replace(x=DENSE.x[0]), "x must be (B, L, D), got (13, 16)."),
     "w_out of another width": (
         experts(w_out=ZEROS(15, 24)),
         "experts.w_out must be (D, H) with D = 16 as in x, got (15, 24).",

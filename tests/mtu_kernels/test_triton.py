@@ -1,0 +1,267 @@
+"""What is particular to the backend "triton": tiles of all architectures, memory, repeatability, refusals."""
+
+import logging
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton.language as tl
+from torch import Tensor
+
+from benchmarks.memory import peak_bytes, saved_bytes
+from mtu_kernels import ExpertWeights, moe_ffn, reference, warmup
+from mtu_kernels.moe_ffn import _fastest
+from mtu_kernels.triton import operators
+from mtu_kernels.triton.activation import normal_cdf
+from mtu_kernels.triton.launch import Machine, execute
+
+from .moe_ffn_cases import NAMES, Sizes, forward_and_gradients, make_problem, user_moe_ffn
+from .places import PLACES
+
+TRITON_PLACES = [param for param in PLACES if param.values[0].backend == "triton"]
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here")
+
+FORMS = {
+    "dense": (None, {}),
+    "top2": (2, {}),
+    "dense_per_expert": (None, {"expert_norm": True, "expert_bias": True}),
+    "top2_per_expert": (2, {"expert_norm": True, "expert_bias": True}),
+}
+
+
+def test_only_the_first_call_imports_the_kernels():
+    code = "import sys, mtu_kernels; assert 'mtu_kernels.triton.launch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def run_operators(arch, problem):
+    """y and gradients, y and gradients recomputed, with the tiles of an architecture."""
+    call = operators.make_call(Machine(arch, execute), problem.op_arguments[:9], problem.experts.num_experts)
+    y, *saved = operators.train(call, problem.eps)
+    recomputed = operators.backward(call, problem.grad_y, None, problem.eps, True)
+    return [y, *operators.backward(call, problem.grad_y, saved, problem.eps, True)], [
+        operators.inference(call, problem.eps),
+        *recomputed,
+    ]
+
+
+@interpreted
+@pytest.mark.parametrize(("K", "options"), FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [("sm_80", torch.float16), ("sm_86", torch.float16), ("sm_90", torch.float16), ("sm_90", torch.float32)],
+    ids=str,
+)
+def test_the_tiles_of_architectures(arch, dtype, K, options):
+    """Large tiles over few tokens: masks, tensor descriptors and library products, where these tiles choose them."""
+    rows = []
+    for seed in range(2):
+        problem = make_problem(seed, Sizes(2, 40, 32, 4, 32, K), dtype=dtype, **options)
+        saved, recomputed = run_operators(arch, problem)
+        assert all(torch.equal(a, b) for a, b in zip(saved, recomputed, strict=True))
+        user = forward_and_gradients(user_moe_ffn, problem)
+        exact = forward_and_gradients(reference.moe_ffn, problem.map(Tensor.double))
+        triples = zip(saved, user, exact, strict=True)
+        rows.append([((a - e).abs().max(), (u - e).abs().max(), e.abs().max()) for a, u, e in triples])
+    maxima = torch.tensor(rows).amax(dim=0)
+    for name, (error, user_error, scale) in zip(("y", *NAMES), maxima.tolist(), strict=True):
+        assert error <= 2 * user_error + torch.finfo(dtype).eps * scale, name
+
+
+@interpreted
+def test_descriptors_are_used_where_strides_allow_them():
+    def kernels(D):
+        launches = []
+        problem = make_problem(0, Sizes(2, 40, D, 4, 32, 2), dtype=torch.float16)
+        call = operators.make_call(Machine("sm_90", launches.append), problem.op_arguments[:9], 4)
+        operators.inference(call, 1e-5)
+        return [launch.kernel.__name__ for launch in launches]
+
+    assert kernels(32) == ["layer_norm_kernel", "expert_in_descriptor_kernel", "expert_sum_descriptor_kernel"]
+    # Rows of 36 numbers of 16 bits are no multiple of 16 bytes.
+    assert kernels(36) == ["layer_norm_kernel", "expert_in_kernel", "expert_sum_kernel"]
+
+
+@pytest.mark.parametrize("place", TRITON_PLACES)
+def test_the_same_bits_every_time(place):
+    problem = place.move(make_problem(0, Sizes(K=2), dtype=place.low, expert_norm=True, expert_bias=True))
+    first, second = (
+        forward_and_gradients(lambda *args, **o: moe_ffn(*args, backend="triton", **o), problem) for _ in "ab"
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("place", TRITON_PLACES)
+def test_several_tiles_in_every_direction(place):
+    """Samples of several row tiles, experts of several column tiles, and a last tile of each that is not full."""
+    problem = make_problem(3, Sizes(2, 77, 40, 3, 37, 2), dtype=torch.float32, expert_bias=True)
+    actual = forward_and_gradients(place.op, problem)
+    exact = forward_and_gradients(reference.moe_ffn, problem.map(Tensor.double))
+    for a, e in zip(actual, exact, strict=True):
+        # Sums of up to 2·77 terms of order 1, rounded one after the other.
+        assert (a - e).abs().max() <= 2 * 77 * 2**-24 * max(1.0, e.abs().max().item())
+
+
+def test_wrong_indices_are_clamped_in_the_kernels():
+    """On a GPU the assertion about indices comes later than the kernels: these must not read out of bounds."""
+    problem = make_problem(0, Sizes(K=2))
+    wrong = problem.routing.indices.clone()
+    wrong[0, 0], wrong[1, 1] = -5, 1000
+    clamped = (*problem.op_arguments[:8], wrong.clamp(0, 3), 4, 1e-5)
+    op = torch.ops.mtu_kernels.moe_ffn_triton
+    assert torch.equal(op(*problem.op_arguments[:8], wrong, 4, 1e-5), op(*clamped))
+
+
+@triton_package.jit
+def cdf_kernel(g_ptr, out_ptr, EXACT: tl.constexpr, N: tl.constexpr):
+    n_N = tl.program_id(0) * N + tl.arange(0, N)
+    tl.store(out_ptr + n_N, normal_cdf(tl.load(g_ptr + n_N), EXACT))
+
+
+def cdf_errors(dtype: torch.dtype) -> tuple[float, float]:
+    """Errors of Φ and gelu in the kernels, over gates far into both tails."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    g = torch.linspace(-30, 30, 2**16, device=device)
+    out = torch.empty_like(g)
+    cdf_kernel[(16,)](g, out, dtype == torch.float32, 4096)
+    error = (out.double() - 0.5 * (1 + torch.erf(g.double() / math.sqrt(2)))).abs()
+    return error.max().item(), (error * g.abs()).max().item()
+
+
+def test_the_activation_is_exact_to_storage():
+    """Below float16's half ulp at 1, 2^-12 = 2.4e-4, and float32's at 1, 6e-8 (times 30 for gelu at |g| = 30)."""
+    cdf, gelu = cdf_errors(torch.float16)
+    assert cdf <= 1.1e-5
+    assert gelu <= 4.6e-5
+    cdf, gelu = cdf_errors(torch.float32)
+    assert cdf <= 2**-23
+    assert gelu <= 30 * 2**-23
+
+
+def stock(x, norm, experts):
+    normed = F.layer_norm(x, x.shape[-1:], norm.weight[0], norm.bias[0])
+    u, g = F.linear(normed, experts.w_in, experts.b_in).chunk(2, dim=-1)
+    return F.linear(u * F.gelu(g), experts.w_out, experts.b_out)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_memory_of_training(arch):
+    """Bytes asked of the allocator depend neither on the device nor on numbers: here the kernels do not even run.
+
+    Where a batch has fewer tokens than an FFN has hidden units, gradients of weights, the same for both, outweigh all.
+    """
+    problem = make_problem(0, Sizes(2, 1024, 320, 4, 320), dtype=torch.bfloat16).requires_grad()
+    call = operators.make_call(Machine(arch, lambda launch: None), problem.op_arguments[:9], 4)
+    grad_y = problem.grad_y.detach()
+    tensors = problem.tensors[:7]
+
+    def train_stock():
+        return torch.autograd.grad(stock(*problem.arguments[:3]), tensors, grad_y)
+
+    @torch.no_grad()
+    def train(recompute):
+        if recompute:
+            return operators.inference(call, 1e-5), operators.backward(call, grad_y, None, 1e-5, True)
+        y, *saved = operators.train(call, 1e-5)
+        return y, operators.backward(call, grad_y, saved, 1e-5, True)
+
+    stock_saved = saved_bytes(lambda: stock(*problem.arguments[:3]), tensors)
+    with torch.no_grad():
+        saved = sum(t.nbytes for t in operators.train(call, 1e-5)[1:])
+    cpu = torch.device("cpu")
+    stock_peak, peak, recomputed_peak = (
+        peak_bytes(f, cpu) for f in (train_stock, lambda: train(False), lambda: train(True))
+    )
+    print(f"saved {saved / stock_saved:.3f}, peak {peak / stock_peak:.3f}, {recomputed_peak / stock_peak:.3f}")
+    assert saved <= 0.6 * stock_saved
+    assert peak <= 0.95 * stock_peak
+    assert recomputed_peak <= 0.6 * stock_peak
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("place", TRITON_PLACES)
+def test_warmup_changes_nothing(place, backward):
+    problem = place.move(make_problem(0, Sizes(K=2)))
+    before = [t.clone() for t in problem.tensors]
+    warmup(*problem.arguments, backend="triton", backward=backward)
+    assert all(torch.equal(a, b) and a.grad is None for a, b in zip(problem.tensors, before, strict=True))
+    with pytest.raises(ValueError, match="There is no backend"):
+        warmup(*problem.arguments, backend="fast")
+
+
+# -------------------------------------------------------------------------------------------------------- refusals
+
+
+def message_of(problem):
+    with pytest.raises(RuntimeError) as caught:
+        moe_ffn(*problem.arguments, backend="triton")
+    return str(caught.value)
+
+
+@interpreted
+def test_what_it_does_not_serve():
+    start = "The backend 'triton' cannot serve this call: "
+    words = "it computes in float32, bfloat16 and float16, not in float64."
+    assert message_of(make_problem(0, dtype=torch.float64)) == start + words
+    words = "Triton's interpreter computes products of bfloat16 wrongly."
+    assert message_of(make_problem(0, dtype=torch.bfloat16)) == start + words
+
+
+def output_of(code, **environment):
+    before = "import sys, types, torch, mtu_kernels as mk; from tests.mtu_kernels.moe_ffn_cases import make_problem\n"
+    result = subprocess.run([sys.executable, "-c", before + code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+CALL = """
+try: mk.moe_ffn(*make_problem(0).arguments, backend='triton')
+except RuntimeError as error: print(error)
+print('triton' in mk.available_backends())
+print(mk.moe_ffn(*make_problem(0).arguments).shape)
+"""
+
+
+@interpreted
+def test_a_cpu_without_the_interpreter():
+    assert output_of(CALL, TRITON_INTERPRET="0").splitlines() == [
+        "The backend 'triton' cannot serve this call: it runs on CUDA devices, and on CPU tensors under "
+        "TRITON_INTERPRET=1 only.",
+        "True",
+        "torch.Size([3, 13, 16])",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("None", "it needs the package triton 3.6 or newer, which is not installed"),
+        (
+            "types.SimpleNamespace(__version__='3.2.0')",
+            "it needs the package triton 3.6 or newer, and 3.2.0 is installed",
+        ),
+    ],
+    ids=["missing", "old"],
+)
+def test_no_triton(module, words):
+    assert output_of(f"sys.modules['triton'] = {module}\n" + CALL).splitlines() == [
+        f"The backend 'triton' cannot run here: {words}; available are eager, reference.",
+        "False",
+        "torch.Size([3, 13, 16])",
+    ]
+
+
+def test_auto_falls_back_and_says_so_once(caplog):
+    """Asked of a tensor that only says where it is: there need not be a GPU."""
+    x = SimpleNamespace(device=torch.device("cuda", 7))
+    experts = ExpertWeights(*[torch.zeros(1, dtype=torch.float64)] * 4, num_experts=1)
+    with caplog.at_level(logging.WARNING, logger="mtu_kernels"):
+        assert _fastest(x, experts) is _fastest(x, experts)
+    assert [record.message for record in caplog.records] == [
+        "backend='auto' takes 'eager' on cuda:7, as 'triton' cannot serve the call: it computes in float32, bfloat16 "
+        "and float16, not in float64."
+    ]
