@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mtu_kernels.triton.launch import Launch
+from mtu_kernels.triton.launch import Launch, ceil_div
 from mtu_kernels.triton.tiles import ElementwiseTile
 
 
@@ -80,34 +80,39 @@ def expert_of_slot(indices_ptr, sample, slot, K, E):
 
 
 @triton.jit
+def load_pre_activations(z_ptr, mask_MN, rows_M, columns_N, KF):
+    """u, g of a tile, as they are stored."""
+    z_ptrs = z_ptr + rows_M[:, None] * (2 * KF) + columns_N[None, :]
+    return tl.load(z_ptrs, mask=mask_MN, other=0.0), tl.load(z_ptrs + KF, mask=mask_MN, other=0.0)
+
+
+@triton.jit
 def store_geglu_backward(
-    da_MN, mask_MN, sample, tile, rows_M, columns_N, slots_N, weights_ptr, z_ptr, h_ptr, dz_ptr, d_weights_ptr,
+    da_MN, u_MN, g_MN, mask_MN, sample, tile, rows_M, columns_N, slots_N, weights_ptr, h_ptr, dz_ptr, d_weights_ptr,
     d_bias_ptr, K, KF, EXACT: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
-    """From ∂(w · a) of a tile, writes ∂z, the weighted activation, and its rows' sums for ∂w and ∂b_in.
+    """From ∂(w · a), u and g of a tile, writes ∂z, the weighted activation, and its rows' sums for ∂w and ∂b_in.
 
     rows_M are rows of all samples, int64; tile numbers the row tiles of all samples.
     """
-    z_MN = rows_M[:, None] * (2 * KF) + columns_N[None, :]
-    u_MN = tl.load(z_ptr + z_MN, mask=mask_MN, other=0.0).to(tl.float32)
-    g_MN = tl.load(z_ptr + z_MN + KF, mask=mask_MN, other=0.0).to(tl.float32)
     if IN_PLACE:
         # dz overwrites z: all of the tile is read before any of it is written.
         tl.debug_barrier()
+    # Elements past the end hold anything: nothing of theirs is stored or summed. Taking ∂(w · a) for u and g there ties
+    # both to the registers that the product left it in, so that they change hands as 16-bit numbers, and only once.
+    u_MN = tl.where(mask_MN, u_MN.to(tl.float32), da_MN)
+    g_MN = tl.where(mask_MN, g_MN.to(tl.float32), da_MN)
     w_N = tl.load(weights_ptr + sample.to(tl.int64) * K + slots_N).to(tl.float32)
-    # Elements past the end hold anything: of them nothing is stored or summed. Taking ∂(w · a) for u and g there ties
-    # both to the registers that the product left it in: 16-bit numbers move between threads, and not float32 ones.
-    u_MN = tl.where(mask_MN, u_MN, da_MN)
-    g_MN = tl.where(mask_MN, g_MN, da_MN)
     a_MN, du_MN, dg_MN = geglu_backward(da_MN * w_N[None, :], u_MN, g_MN, EXACT)
-    tl.store(dz_ptr + z_MN, du_MN.to(dz_ptr.dtype.element_ty), mask=mask_MN)
-    tl.store(dz_ptr + z_MN + KF, dg_MN.to(dz_ptr.dtype.element_ty), mask=mask_MN)
+    dz_ptrs = dz_ptr + rows_M[:, None] * (2 * KF) + columns_N[None, :]
+    tl.store(dz_ptrs, du_MN.to(dz_ptr.dtype.element_ty), mask=mask_MN)
+    tl.store(dz_ptrs + KF, dg_MN.to(dz_ptr.dtype.element_ty), mask=mask_MN)
     mask_N = columns_N < KF
     sums_N = tile.to(tl.int64) * KF + columns_N
     tl.store(d_weights_ptr + sums_N, tl.sum(tl.where(mask_MN, da_MN * a_MN, 0.0), axis=0), mask=mask_N)
     if h_ptr is not None:
-        h_MN = rows_M[:, None] * KF + columns_N[None, :]
-        tl.store(h_ptr + h_MN, (a_MN * w_N[None, :]).to(h_ptr.dtype.element_ty), mask=mask_MN)
+        h_ptrs = h_ptr + rows_M[:, None] * KF + columns_N[None, :]
+        tl.store(h_ptrs, (a_MN * w_N[None, :]).to(h_ptr.dtype.element_ty), mask=mask_MN)
         biases_N = sums_N + tile.to(tl.int64) * KF
         tl.store(d_bias_ptr + biases_N, tl.sum(tl.where(mask_MN, du_MN, 0.0), axis=0), mask=mask_N)
         tl.store(d_bias_ptr + biases_N + KF, tl.sum(tl.where(mask_MN, dg_MN, 0.0), axis=0), mask=mask_N)
@@ -121,11 +126,9 @@ def geglu_kernel(
     """h (B, L, KF) = w · u · gelu(g) from z (B, L, 2KF)."""
     KF = K * F
     sample, _, rows_M, columns_N, slots_N, mask_MN = _elementwise_tile(L, F, K, BLOCK_M, BLOCK_N)
-    z_MN = rows_M[:, None] * (2 * KF) + columns_N[None, :]
-    u_MN = tl.load(z_ptr + z_MN, mask=mask_MN, other=0.0).to(tl.float32)
-    g_MN = tl.load(z_ptr + z_MN + KF, mask=mask_MN, other=0.0).to(tl.float32)
+    u_MN, g_MN = load_pre_activations(z_ptr, mask_MN, rows_M, columns_N, KF)
     w_N = tl.load(weights_ptr + sample.to(tl.int64) * K + slots_N).to(tl.float32)
-    h_MN = geglu(u_MN, g_MN, EXACT) * w_N[None, :]
+    h_MN = geglu(u_MN.to(tl.float32), g_MN.to(tl.float32), EXACT) * w_N[None, :]
     offsets_MN = rows_M[:, None] * KF + columns_N[None, :]
     tl.store(h_ptr + offsets_MN, h_MN.to(h_ptr.dtype.element_ty), mask=mask_MN)
 
@@ -139,9 +142,10 @@ def geglu_backward_kernel(
     KF = K * F
     sample, tile, rows_M, columns_N, slots_N, mask_MN = _elementwise_tile(L, F, K, BLOCK_M, BLOCK_N)
     da_MN = tl.load(da_ptr + rows_M[:, None] * KF + columns_N[None, :], mask=mask_MN, other=0.0).to(tl.float32)
+    u_MN, g_MN = load_pre_activations(z_ptr, mask_MN, rows_M, columns_N, KF)
     store_geglu_backward(
-        da_MN, mask_MN, sample, tile, rows_M, columns_N, slots_N, weights_ptr, z_ptr, h_ptr, dz_ptr, d_weights_ptr,
-        d_bias_ptr, K, KF, EXACT, IN_PLACE,
+        da_MN, u_MN, g_MN, mask_MN, sample, tile, rows_M, columns_N, slots_N, weights_ptr, h_ptr, dz_ptr,
+        d_weights_ptr, d_bias_ptr, K, KF, EXACT, IN_PLACE,
     )  # fmt: skip
 
 
@@ -183,4 +187,4 @@ def launch_geglu_backward(
 
 def _programs(h: torch.Tensor, tile: ElementwiseTile) -> int:
     B, L, width = h.shape
-    return B * triton.cdiv(L, tile.block_m) * triton.cdiv(width, tile.block_n)
+    return B * ceil_div(L, tile.block_m) * ceil_div(width, tile.block_n)

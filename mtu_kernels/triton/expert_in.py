@@ -17,7 +17,7 @@ from mtu_kernels.arguments import ExpertWeights
 from mtu_kernels.routing import Routing
 from mtu_kernels.triton.activation import expert_of_slot, geglu
 from mtu_kernels.triton.descriptors import describable, describe
-from mtu_kernels.triton.launch import Launch
+from mtu_kernels.triton.launch import Launch, ceil_div, next_power_of_2
 from mtu_kernels.triton.tiles import TileConfig
 
 
@@ -160,14 +160,14 @@ def launch_expert_in(
     E = experts.num_experts
     F = experts.w_out.shape[1] // E
     slot_inputs = x_hat.dim() == 4
-    tile = tile._replace(block_m=min(tile.block_m, max(16, triton.next_power_of_2(L))))
+    tile = tile._replace(block_m=min(tile.block_m, max(16, next_power_of_2(L))))
     constants = {
         "SLOT_INPUTS": slot_inputs,
         "BLOCK_M": tile.block_m,
         "BLOCK_K": tile.block_k,
         "GROUP_M": tile.group_m,
     }
-    tiles_m = B * triton.cdiv(L, tile.block_m)
+    tiles_m = B * ceil_div(L, tile.block_m)
     sizes = (B, L, D, F, K, E)
     by_expert = slot_inputs or routing.indices is not None
     block_n = _divisor(F if by_expert else K * F, tile.block_n)
@@ -185,7 +185,7 @@ def launch_expert_in(
         "EXACT": x_hat.element_size() == 4,
         "BLOCK_N": tile.block_n,
     }
-    tiles_n = K * triton.cdiv(F, tile.block_n) if slot_inputs else triton.cdiv(K * F, tile.block_n)
+    tiles_n = K * ceil_div(F, tile.block_n) if slot_inputs else ceil_div(K * F, tile.block_n)
     arguments = (x_hat, experts.w_in, experts.b_in, *routing, *outputs, *sizes)
     return Launch(expert_in_kernel, tiles_m * tiles_n, arguments, constants, tile.num_warps, tile.num_stages)
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mtu_kernels.arguments import ExpertWeights
 from mtu_kernels.routing import Routing
-from mtu_kernels.triton.activation import GegluGradients, expert_of_slot, store_geglu_backward
+from mtu_kernels.triton.activation import GegluGradients, expert_of_slot, load_pre_activations, store_geglu_backward
 from mtu_kernels.triton.expert_in import program_tile
-from mtu_kernels.triton.launch import Launch
+from mtu_kernels.triton.launch import Launch, ceil_div, next_power_of_2
 from mtu_kernels.triton.tiles import TileConfig
 
 
@@ -36,6 +36,12 @@ def expert_out_backward_kernel(
     slot_N = tl.minimum(column_N // F, K - 1)
     unit_N = expert_of_slot(indices_ptr, sample, slot_N, K, E) * F + column_N % F
 
+    # Read before the product, which hides how long that takes; and the compiler then keeps all that follows the product
+    # in the registers that the product left its result in.
+    mask_MN = (local_M < L)[:, None] & (column_N < KF)[None, :]
+    rows_M = sample.to(tl.int64) * L + local_M
+    u_MN, g_MN = load_pre_activations(z_ptr, mask_MN, rows_M, column_N, KF)
+
     # Rows past the end read the last one again, and columns those of the last slot: nothing of theirs is stored.
     k_K = tl.arange(0, BLOCK_K)
     safe_M = sample.to(tl.int64) * L + tl.minimum(local_M, L - 1)
@@ -52,11 +58,9 @@ def expert_out_backward_kernel(
         da_MN = tl.dot(grad_y_MK, w_out_KN, da_MN, input_precision=PRECISION)
         grad_y_ptrs += BLOCK_K
         w_out_ptrs += BLOCK_K * E * F
-    mask_MN = (local_M < L)[:, None] & (column_N < KF)[None, :]
-    rows_M = sample.to(tl.int64) * L + local_M
     store_geglu_backward(
-        da_MN, mask_MN, sample, tile_m, rows_M, column_N, slot_N, weights_ptr, z_ptr, h_ptr, dz_ptr, d_weights_ptr,
-        d_bias_ptr, K, KF, EXACT, IN_PLACE,
+        da_MN, u_MN, g_MN, mask_MN, sample, tile_m, rows_M, column_N, slot_N, weights_ptr, h_ptr, dz_ptr,
+        d_weights_ptr, d_bias_ptr, K, KF, EXACT, IN_PLACE,
     )  # fmt: skip
 
 
@@ -80,11 +84,11 @@ def launch_expert_out_backward(
         "BLOCK_K": tile.block_k,
         "GROUP_M": tile.group_m,
     }
-    programs = B * triton.cdiv(L, block_m) * triton.cdiv(K * F, tile.block_n)
+    programs = B * ceil_div(L, block_m) * ceil_div(K * F, tile.block_n)
     arguments = (grad_y, experts.w_out, *routing, z, *outputs, B, L, D, F, K, E)
     return Launch(expert_out_backward_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages)
 
 
 def row_block(tile: TileConfig, L: int) -> int:
     """Rows of a tile: fewer than the table says where a sample has fewer tokens."""
-    return min(tile.block_m, max(16, triton.next_power_of_2(L)))
+    return min(tile.block_m, max(16, next_power_of_2(L)))

@@ -19,7 +19,7 @@ from mtu_kernels.routing import Routing
 from mtu_kernels.triton.activation import expert_of_slot
 from mtu_kernels.triton.descriptors import describable, describe
 from mtu_kernels.triton.expert_in import program_tile
-from mtu_kernels.triton.launch import Launch
+from mtu_kernels.triton.launch import Launch, ceil_div, next_power_of_2
 from mtu_kernels.triton.tiles import TileConfig
 
 
@@ -169,7 +169,7 @@ def launch_expert_sum(summands: Summands, routing: Routing, y: Tensor, tile: Til
     halves = 2 if units_first else 1
     F = hidden // (halves * E)
     slot_outputs = y.dim() == 4
-    block_m = min(tile.block_m, max(16, triton.next_power_of_2(L)))
+    block_m = min(tile.block_m, max(16, next_power_of_2(L)))
     # The depth of a step should divide F: masked steps load what they do not use.
     divisor = min(F & -F, tile.block_k)
     block_k = divisor if divisor >= 16 else tile.block_k
@@ -177,13 +177,13 @@ def launch_expert_sum(summands: Summands, routing: Routing, y: Tensor, tile: Til
         "HALVES": halves,
         "SLOT_OUTPUTS": slot_outputs,
         "BIAS_PER_EXPERT": bias is not None and bias.dim() == 2,
-        "SLOTS": triton.next_power_of_2(K),
+        "SLOTS": next_power_of_2(K),
         "BLOCK_M": block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": block_k,
         "GROUP_M": tile.group_m,
     }
-    programs = B * (K if slot_outputs else 1) * triton.cdiv(L, block_m) * triton.cdiv(N, tile.block_n)
+    programs = B * (K if slot_outputs else 1) * ceil_div(L, block_m) * ceil_div(N, tile.block_n)
     sizes = (B, L, N, F, K, E)
     if tile.descriptors and F % block_k == 0 and all(describable(t) for t in (a, weight, y)):
         weight_block = (block_k, tile.block_n) if units_first else (tile.block_n, block_k)

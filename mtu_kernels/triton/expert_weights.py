@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mtu_kernels.routing import Routing
-from mtu_kernels.triton.launch import Launch
+from mtu_kernels.triton.launch import Launch, ceil_div, next_power_of_2
 from mtu_kernels.triton.tiles import TileConfig
 
 
@@ -76,12 +76,12 @@ def launch_expert_weights(
     constants = {
         "HALVES": halves,
         "SLOT_INPUTS": x.dim() == 4,
-        "SLOTS": triton.next_power_of_2(K),
+        "SLOTS": next_power_of_2(K),
         "PRECISION": precision,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
     }
-    programs = halves * num_experts * triton.cdiv(size, tile.block_m) * triton.cdiv(N, tile.block_n)
+    programs = halves * num_experts * ceil_div(size, tile.block_m) * ceil_div(N, tile.block_n)
     arguments = (a, x, routing.indices, gradient, B, L, N, size, K, num_experts, *gradient.stride())
     return Launch(expert_weights_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtu_kernels.arguments import NormAffine
 from mtu_kernels.triton.activation import expert_of_slot
-from mtu_kernels.triton.launch import Launch
+from mtu_kernels.triton.launch import Launch, ceil_div, next_power_of_2
 
 # Rows that one program of the backward pass walks through, where it can sum them in registers.
 _ROWS_PER_SUM = 128
@@ -131,7 +131,7 @@ def launch_layer_norm(
     experts = norm.weight.shape[1] if per_expert else 1
     kept = statistics or (None, None)
     arguments = (x, *norm, indices, x_hat, *kept, L, D, slots, experts, eps)
-    return Launch(layer_norm_kernel, B * triton.cdiv(L, rows), arguments, constants, num_warps, 1)
+    return Launch(layer_norm_kernel, B * ceil_div(L, rows), arguments, constants, num_warps, 1)
 
 
 def launch_layer_norm_backward(
@@ -158,15 +158,15 @@ def launch_layer_norm_backward(
 def norm_tiles(L: int, D: int, slots: int) -> int:
     """Programs that share a sample's rows in the backward pass."""
     _, rows, _ = _block(D)
-    return triton.cdiv(L, rows * _steps(L, rows, slots))
+    return ceil_div(L, rows * _steps(L, rows, slots))
 
 
 def _steps(L: int, rows: int, slots: int) -> int:
-    return 1 if slots > 1 else max(1, min(_ROWS_PER_SUM, triton.next_power_of_2(L)) // rows)
+    return 1 if slots > 1 else max(1, min(_ROWS_PER_SUM, next_power_of_2(L)) // rows)
 
 
 def _block(D: int) -> tuple[int, int, int]:
     """Width of a row's block, rows of a program and its warps: some 4096 elements, 32 a thread."""
-    block_d = triton.next_power_of_2(D)
+    block_d = next_power_of_2(D)
     rows = max(1, min(16, 4096 // block_d))
     return block_d, rows, max(1, min(16, block_d * rows // 1024))

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from mtu_kernels.arguments import ExpertWeights, NormAffine
@@ -20,7 +19,7 @@ from mtu_kernels.triton.expert_in import Hidden, launch_expert_in
 from mtu_kernels.triton.expert_out_backward import launch_expert_out_backward, row_block
 from mtu_kernels.triton.expert_sum import Summands, launch_expert_sum
 from mtu_kernels.triton.expert_weights import launch_expert_weights
-from mtu_kernels.triton.launch import Machine
+from mtu_kernels.triton.launch import Machine, ceil_div
 from mtu_kernels.triton.layer_norm import (
     NormGradients,
     Statistics,
@@ -188,7 +187,7 @@ def _activation_gradients(
     width = call.active_hidden
     tile = call.tile("expert_out_backward", grouped=call.routing.indices is not None)
     rows = row_block(tile, L) if isinstance(tile, TileConfig) else ELEMENTWISE_TILE.block_m
-    tiles = triton.cdiv(L, rows)
+    tiles = ceil_div(L, rows)
     outputs = GegluGradients(
         h=call.empty(B, L, width) if expert_grads else None,
         dz=z if in_place else torch.empty_like(z),

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
+import triton as triton_package
 import triton.language as tl
 from torch import Tensor
 
-from benchmarks.memory import peak_bytes, saved_bytes
+from benchmarks.sweeps import Setting, Workload
+from benchmarks.training_memory import count
 from mtu_kernels import ExpertWeights, moe_ffn, reference, warmup
 from mtu_kernels.moe_ffn import _fastest
 from mtu_kernels.triton import operators
@@ -142,44 +143,13 @@ def test_the_activation_is_exact_to_storage():
     assert gelu <= 30 * 2**-23
 
 
-def stock(x, norm, experts):
-    normed = F.layer_norm(x, x.shape[-1:], norm.weight[0], norm.bias[0])
-    u, g = F.linear(normed, experts.w_in, experts.b_in).chunk(2, dim=-1)
-    return F.linear(u * F.gelu(g), experts.w_out, experts.b_out)
-
-
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_memory_of_training(arch):
-    """Bytes asked of the allocator depend neither on the device nor on numbers: here the kernels do not even run.
-
-    Where a batch has fewer tokens than an FFN has hidden units, gradients of weights, the same for both, outweigh all.
-    """
-    problem = make_problem(0, Sizes(2, 1024, 320, 4, 320), dtype=torch.bfloat16).requires_grad()
-    call = operators.make_call(Machine(arch, lambda launch: None), problem.op_arguments[:9], 4)
-    grad_y = problem.grad_y.detach()
-    tensors = problem.tensors[:7]
-
-    def train_stock():
-        return torch.autograd.grad(stock(*problem.arguments[:3]), tensors, grad_y)
-
-    @torch.no_grad()
-    def train(recompute):
-        if recompute:
-            return operators.inference(call, 1e-5), operators.backward(call, grad_y, None, 1e-5, True)
-        y, *saved = operators.train(call, 1e-5)
-        return y, operators.backward(call, grad_y, saved, 1e-5, True)
-
-    stock_saved = saved_bytes(lambda: stock(*problem.arguments[:3]), tensors)
-    with torch.no_grad():
-        saved = sum(t.nbytes for t in operators.train(call, 1e-5)[1:])
-    cpu = torch.device("cpu")
-    stock_peak, peak, recomputed_peak = (
-        peak_bytes(f, cpu) for f in (train_stock, lambda: train(False), lambda: train(True))
-    )
-    print(f"saved {saved / stock_saved:.3f}, peak {peak / stock_peak:.3f}, {recomputed_peak / stock_peak:.3f}")
-    assert saved <= 0.6 * stock_saved
-    assert peak <= 0.95 * stock_peak
-    assert recomputed_peak <= 0.6 * stock_peak
+    """Where a batch has fewer tokens than this, gradients of weights, the same for both, outweigh all else."""
+    ratios = count(Workload(320, 1024, 2, "bf16", "forward+backward"), Setting(E=4), arch).ratios
+    assert ratios["saved"] <= 0.6
+    assert ratios["peak"] <= 0.95
+    assert ratios["recomputed_peak"] <= 0.6
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
