@@ -81,10 +81,10 @@ def make_call(machine: Machine, tensors: tuple[Tensor | None, ...], num_experts:
 def inference(call: Call, eps: float) -> Tensor:
     """y (B, L, D)."""
     x_hat = normalize(call, None, eps)
-    hidden = Hidden(call.empty(*call.x.shape[:2], call.active_hidden), None)
-    activate(call, x_hat, hidden)
+    h = call.empty(*call.x.shape[:2], call.active_hidden)
+    activate(call, x_hat, Hidden(h, None))
     del x_hat
-    return project_out(call, hidden.h)
+    return project_out(call, h)
 
 
 def train(call: Call, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -92,10 +92,10 @@ def train(call: Call, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, L, _ = call.x.shape
     statistics = _empty_statistics(call)
     x_hat = normalize(call, statistics, eps)
-    hidden = Hidden(call.empty(B, L, call.active_hidden), call.empty(B, L, 2 * call.active_hidden))
-    activate(call, x_hat, hidden)
+    h, z = call.empty(B, L, call.active_hidden), call.empty(B, L, 2 * call.active_hidden)
+    activate(call, x_hat, Hidden(h, z))
     del x_hat
-    return project_out(call, hidden.h), hidden.z, *statistics
+    return project_out(call, h), z, statistics.mean, statistics.rstd
 
 
 def backward(
@@ -294,4 +294,4 @@ def _tf32_allowed(device: torch.device) -> bool:
     settings = torch.backends.cuda.matmul
     # Where torch has the newer setting, reading the older one raises once a user has set the newer.
     precision = getattr(settings, "fp32_precision", None)
-    return settings.allow_tf32 if precision is None else precision == "tf32"
+    return bool(settings.allow_tf32) if precision is None else precision == "tf32"
