@@ -32,8 +32,9 @@ def default_tile(key: TileKey) -> TileConfig | Library:
     if key.arch == "interpreter":
         # Small, so that small problems take several programs and several steps of the main loop.
         return TileConfig(32, 16, 16, 1, 1, group_m=2)
-    if not key.grouped and (key.bits == 32 or key.product in PLAIN_PRODUCTS):
+    if not key.grouped and (key.bits == 32 or key.product in (*PLAIN_PRODUCTS, "expert_out_backward")):
         # Nothing to fuse; or products in IEEE float32, which Triton runs on the plain units: a library is better tuned.
+        # The gradient of the activation leaves its product so few registers that small tiles cost more than they save.
         return LIBRARY
     if key.bits == 32:
         return TileConfig(32, 32, 32, 4, 2)
