@@ -51,7 +51,7 @@ def count(workload: Workload, setting: Setting, arch: str) -> Memory:
     stock = as_stock(inputs)
     return Memory(
         saved_bytes(lambda: stock_ffn(*stock.arguments), stock.named.values()),
-        peak_bytes(lambda: torch.autograd.grad(stock_ffn(*stock.arguments), stock.leaves[:-1], stock.grad_y), _CPU),
+        peak_bytes(lambda: torch.autograd.grad(stock_ffn(*stock.arguments), stock.leaves, stock.grad_y), _CPU),
         sum(tensor.nbytes for tensor in _train(inputs, arch)[1:]),
         peak_bytes(lambda: _step(inputs, arch, recompute=False), _CPU),
         peak_bytes(lambda: _step(inputs, arch, recompute=True), _CPU),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -45,20 +46,39 @@ class ExpertWeights(NamedTuple):
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_arguments(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing) -> None:
+def check_arguments(
+    x: Tensor,
+    norm: NormAffine,
+    experts: ExpertWeights,
+    routing: Routing,
+    are_valid: Callable[[Tensor, int], Tensor] | None = None,
+) -> None:
     """Raises on the first argument that breaks a tensor rule of `moe_ffn`.
 
     Shapes, dtypes and devices are plain host-side comparisons, so they also run (as guards) while compiling. Index
     values are looked at only where that needs neither a sync nor a graph break.
 
+    Args:
+        x, norm, experts, routing: as for `moe_ffn`.
+        are_valid: what says on a GPU whether indices are valid; `indices_are_valid` by default.
+
     Raises:
         ValueError: one sentence with the argument, what it should be and what it is.
     """
+    _check_are_tensors(x, norm, experts, routing)
     _check_shapes(x, norm, experts, routing)
     _check_dtypes(x, norm, experts, routing)
     _check_devices(x, norm, experts, routing)
     if routing.indices is not None and _has_values(routing.indices):
-        _check_index_values(routing.indices, experts.num_experts)
+        _check_index_values(routing.indices, experts.num_experts, are_valid or indices_are_valid)
+
+
+def _check_are_tensors(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing) -> None:
+    named = [("x", x), *(("norm." + name, t) for name, t in norm._asdict().items())]
+    named += [("experts." + name, t) for name, t in experts._asdict().items() if name != "num_experts"]
+    for name, tensor in (*named, ("routing.weights", routing.weights)):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}.")
 
 
 def _check_shapes(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing) -> None:
@@ -131,14 +151,21 @@ def _has_values(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
-def _check_index_values(indices: Tensor, num_experts: int) -> None:
+def indices_are_valid(indices: Tensor, num_experts: int) -> Tensor:
+    """Whether indices (B, K) lie in [0, E), distinct for each sample, as a flag () bool on their device.
+
+    So it is if and only if there are B·K experts that a sample names exactly once.
+    """
+    all_experts = torch.arange(num_experts, device=indices.device, dtype=indices.dtype)
+    used_once = (indices[:, :, None] == all_experts).sum(dim=1) == 1
+    return used_once.sum() == indices.numel()
+
+
+def _check_index_values(indices: Tensor, num_experts: int, are_valid: Callable[[Tensor, int], Tensor]) -> None:
     if indices.is_cuda:
-        # Reading a flag would wait for the GPU; the assert runs there instead, in order with the kernels. As few small
-        # kernels as possible: all is well if and only if there are B·K experts that a sample names exactly once.
-        all_experts = torch.arange(num_experts, device=indices.device, dtype=indices.dtype)
-        used_once = (indices[:, :, None] == all_experts).sum(dim=1) == 1
+        # Reading a flag would wait for the GPU; the assert runs there instead, in order with the kernels.
         torch._assert_async(
-            used_once.sum() == indices.numel(),
+            are_valid(indices, num_experts),
             f"routing.indices must lie in [0, E = {num_experts}) and name an expert at most once for each sample.",
         )
         return

@@ -11,22 +11,24 @@ import torch
 from torch import Tensor
 
 from mtu_kernels import eager, reference_ops, triton
-from mtu_kernels.arguments import ExpertWeights, NormAffine, check_arguments
+from mtu_kernels.arguments import ExpertWeights, NormAffine, check_arguments, indices_are_valid
 from mtu_kernels.routing import Routing
 
 
 class _Backend(NamedTuple):
-    """A backend's function, for arguments already checked; what keeps it from running here; from serving a call."""
+    """A backend's function, for arguments already checked; what keeps it from running here; from serving a call; and
+    its way to check indices on a GPU."""
 
     moe_ffn: Callable[..., Tensor]
     why_not_installed: Callable[[], str | None] = lambda: None
     why_not: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
+    indices_are_valid: Callable[[Tensor, int], Tensor] = indices_are_valid
 
 
 _BACKENDS = {
     "eager": _Backend(eager.moe_ffn),
     "reference": _Backend(reference_ops.moe_ffn),
-    "triton": _Backend(triton.moe_ffn, triton.why_not_installed, triton.why_not),
+    "triton": _Backend(triton.moe_ffn, triton.why_not_installed, triton.why_not, triton.indices_are_valid),
 }
 _KNOWN_BACKENDS = ("eager", "reference", "triton", "cpp")
 
@@ -75,13 +77,15 @@ def moe_ffn(
     check_backend(backend)
     device_type = x.device.type
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
-        check_arguments(x, norm, experts, routing)
-        return _run(backend, x, experts)(x, norm, experts, routing, eps=eps, recompute=recompute)
+        chosen = _choose(backend, x, experts)
+        check_arguments(x, norm, experts, routing, chosen.indices_are_valid)
+        return chosen.moe_ffn(x, norm, experts, routing, eps=eps, recompute=recompute)
     experts = _autocast(experts, torch.get_autocast_dtype(device_type))
-    check_arguments(x, norm, experts, routing)
+    chosen = _choose(backend, x, experts)
+    check_arguments(x, norm, experts, routing, chosen.indices_are_valid)
     # Autocast would go on inside and cast the routing weights and norm affines as well.
     with torch.autocast(device_type, enabled=False):
-        return _run(backend, x, experts)(x, norm, experts, routing, eps=eps, recompute=recompute)
+        return chosen.moe_ffn(x, norm, experts, routing, eps=eps, recompute=recompute)
 
 
 def warmup(
@@ -95,21 +99,22 @@ def warmup(
     recompute: bool = False,
     backward: bool = False,
 ) -> None:
-    """Compiles and loads all that a call of these shapes and dtypes needs, so that a CUDA graph can capture it.
+    """Compiles and loads what a call with these arguments runs, so that a CUDA graph can capture it.
+
+    Kernels are compiled for shapes, dtypes and 16-byte alignment; values do not matter.
 
     Args:
-        x, norm, experts, routing, eps, backend, recompute: as for ``moe_ffn``; their values do not matter.
-        backward: prepare the backward pass as well. What is trained is taken from the tensors' ``requires_grad``; if
-            none is set, everything.
+        x, norm, experts, routing, eps, backend, recompute: as for ``moe_ffn``.
+        backward: prepare training, forward and backward, too. What is trained is taken from the tensors'
+            ``requires_grad``; if none is set, everything.
 
     Raises:
         ValueError, RuntimeError: as ``moe_ffn``.
     """
     options = {"eps": eps, "backend": backend, "recompute": recompute}
-    if not backward:
-        with torch.no_grad():
-            moe_ffn(x, norm, experts, routing, **options)
-    else:
+    with torch.no_grad():
+        moe_ffn(x, norm, experts, routing, **options)
+    if backward:
         given = (x, *norm, *experts[:4], routing.weights)
         train_all = not any(t.requires_grad for t in given)
         x, gamma, beta, w_in, b_in, w_out, b_out, weights = (
@@ -149,24 +154,24 @@ def check_backend(name: str) -> None:
     )
 
 
-def _run(backend: str, x: Tensor, experts: ExpertWeights) -> Callable[..., Tensor]:
+def _choose(backend: str, x: Tensor, experts: ExpertWeights) -> _Backend:
     if backend == "auto":
         return _fastest(x, experts)
     reason = _BACKENDS[backend].why_not(x.device, experts.w_in.dtype)
     if reason is not None:
         raise RuntimeError(f"The backend {backend!r} cannot serve this call: {reason}.")
-    return _BACKENDS[backend].moe_ffn
+    return _BACKENDS[backend]
 
 
-def _fastest(x: Tensor, experts: ExpertWeights) -> Callable[..., Tensor]:
+def _fastest(x: Tensor, experts: ExpertWeights) -> _Backend:
     if x.device.type != "cuda":
-        return eager.moe_ffn
+        return _BACKENDS["eager"]
     reason = triton.why_not(x.device, experts.w_in.dtype)
     if reason is None:
-        return triton.moe_ffn
+        return _BACKENDS["triton"]
     if not torch.compiler.is_compiling():
         _log_once(f"backend='auto' takes 'eager' on {x.device}, as 'triton' cannot serve the call: {reason}.")
-    return eager.moe_ffn
+    return _BACKENDS["eager"]
 
 
 @functools.cache

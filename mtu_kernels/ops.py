@@ -95,12 +95,23 @@ def call_ops(
     """`mtu_kernels.moe_ffn` by a backend's operators, for arguments that are already checked.
 
     The training operator runs only where a gradient will be asked for and its saved tensors are wanted.
+
+    Raises:
+        NotImplementedError: called under ``torch.func.jvp``.
     """
+    if not torch.compiler.is_compiling() and _in_forward_mode():
+        raise NotImplementedError(f"{ops.train} has no forward-mode derivative: use backend='eager', which has.")
     tensors = (x, *norm, *experts[:4], *routing)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if needs_grad and not recompute:
         return ops.train(*tensors, experts.num_experts, eps)[0]
     return ops.inference(*tensors, experts.num_experts, eps)
+
+
+def _in_forward_mode() -> bool:
+    """Whether the innermost functional transform is `torch.func.jvp`, which would take the derivative for zero."""
+    transform = torch._C._functorch.peek_interpreter_stack()
+    return transform is not None and transform.key() == torch._C._functorch.TransformType.Jvp
 
 
 def _register_autograd(

@@ -6,3 +6,5 @@ import torch
 # before any test module is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Tests poison memory through torch's deterministic mode, which older versions of torch grant cuBLAS on this condition.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -38,7 +38,7 @@ def why_not(device: torch.device, compute: torch.dtype) -> str | None:
 def _why_not_installed() -> str | None:
     try:
         version = importlib.import_module("triton").__version__
-    except ImportError:
+    except (ImportError, AttributeError):  # or a folder of this name
         return f"it needs the package triton {MINIMUM_VERSION} or newer, which is not installed"
     if _major_minor(version) < _major_minor(MINIMUM_VERSION):
         return f"it needs the package triton {MINIMUM_VERSION} or newer, and {version} is installed"
@@ -62,13 +62,20 @@ def _why_not(device: torch.device, compute: torch.dtype) -> str | None:
     launch = importlib.import_module("mtu_kernels.triton.launch")
     if device.type == "cpu" and not launch.interpreted():
         return "it runs on CUDA devices, and on CPU tensors under TRITON_INTERPRET=1 only"
-    if device.type == "cpu" and compute == torch.bfloat16:
+    if launch.interpreted() and compute == torch.bfloat16:
         return "Triton's interpreter computes products of bfloat16 wrongly"
     if not torch.cuda.is_available():
         return None  # a tensor without memory that is meant for a GPU elsewhere
     if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
         return f"it needs an NVIDIA GPU of compute capability 8.0 or newer, not {launch.arch_of(device)}"
     return None
+
+
+def indices_are_valid(indices: Tensor, num_experts: int) -> Tensor:
+    """`mtu_kernels.arguments.indices_are_valid` by one kernel."""
+    index_check = importlib.import_module("mtu_kernels.triton.index_check")
+    with _operators()[1].on_device(indices.device) as machine:
+        return index_check.indices_are_valid(indices, num_experts, machine)
 
 
 @functools.cache
@@ -96,8 +103,10 @@ def _train(*args) -> tuple[Tensor, ...]:
 def _backward(grad_y, *args) -> tuple[Tensor, ...]:
     *tensors, hidden, mean, rstd, num_experts, eps, expert_grads = args
     operators, launch = _operators()
-    saved = None if hidden is None else (hidden, mean, rstd)
-    with launch.on_device(grad_y.device) as machine:
+    # Hooks on saved tensors may hand back other strides.
+    saved = None if hidden is None else tuple(t.contiguous() for t in (hidden, mean, rstd))
+    # The backward pass may run where autocast is on, which would cast the operands of library products.
+    with launch.on_device(grad_y.device) as machine, torch.autocast(grad_y.device.type, enabled=False):
         call = operators.make_call(machine, tensors, num_experts)
         return operators.backward(call, grad_y, saved, eps, expert_grads)
 

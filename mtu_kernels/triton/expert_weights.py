@@ -20,7 +20,7 @@ from mtu_kernels.triton.tiles import TileConfig
 def expert_weights_kernel(
     a_ptr, x_ptr, indices_ptr, gradient_ptr, B, L, N, F, K, E, stride_unit, stride_n,
     HALVES: tl.constexpr, SLOT_INPUTS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    IN_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Hidden unit i of half j has its gradient at (j·H + i)·stride_unit, column n at n·stride_n."""
     tiles_m = tl.cdiv(F, BLOCK_M)
@@ -38,6 +38,9 @@ def expert_weights_kernel(
     safe_n_N = n_N % N
     k_K = tl.arange(0, BLOCK_K)
     slot_S = tl.arange(0, SLOTS)
+    # Where storage is float32, parts of 16 steps are summed by themselves: one after the other, thousands of rows would
+    # lose digits.
+    part_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     gradient_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for b in range(0, B):
         slot = expert
@@ -52,12 +55,17 @@ def expert_weights_kernel(
         a_ptrs = a_ptr + (first + k_K)[None, :] * (HALVES * K * F) + column_M[:, None]
         x_ptrs = x_ptr + (first_x + k_K)[:, None] * N + safe_n_N[None, :]
         for row in range(0, rows, BLOCK_K):
-            # Rows are masked on one side: on the other any finite number would do, but memory may hold NaN.
+            # Masked on both sides: memory past the end may hold NaN.
             a_MK = tl.load(a_ptrs, mask=k_K[None, :] < rows - row, other=0.0)
             x_KN = tl.load(x_ptrs, mask=k_K[:, None] < rows - row, other=0.0)
-            gradient_MN = tl.dot(a_MK, x_KN, gradient_MN, input_precision=PRECISION)
+            part_MN = tl.dot(a_MK, x_KN, part_MN, input_precision=PRECISION)
             a_ptrs += BLOCK_K * HALVES * K * F
             x_ptrs += BLOCK_K * N
+            if IN_PARTS:
+                full = (row // BLOCK_K) % 16 == 15
+                gradient_MN += tl.where(full, part_MN, 0.0)
+                part_MN = tl.where(full, 0.0, part_MN)
+    gradient_MN += part_MN
     row_M = (half * E + expert) * F + unit_M
     gradient_ptrs = gradient_ptr + row_M.to(tl.int64)[:, None] * stride_unit + n_N.to(tl.int64)[None, :] * stride_n
     mask_MN = (unit_M < F)[:, None] & (n_N < N)[None, :]
@@ -78,6 +86,7 @@ def launch_expert_weights(
         "SLOT_INPUTS": x.dim() == 4,
         "SLOTS": next_power_of_2(K),
         "PRECISION": precision,
+        "IN_PARTS": a.element_size() == 4,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,

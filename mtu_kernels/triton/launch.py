@@ -73,7 +73,7 @@ def on_device(device: torch.device) -> Iterator[Machine]:
         yield Machine("interpreter", execute)
         return
     with torch.cuda.device(device):
-        yield Machine(arch_of(device), execute)
+        yield Machine("interpreter" if interpreted() else arch_of(device), execute)
 
 
 @functools.cache

@@ -58,7 +58,9 @@ class Call(NamedTuple):
     @property
     def precision(self) -> str:
         """How products of float32 are computed; 16-bit storage knows one way only."""
-        return "tf32" if self.experts.w_in.dtype == torch.float32 and _tf32_allowed(self.x.device) else "ieee"
+        if self.experts.w_in.dtype != torch.float32 or not _tf32_allowed(self.x.device, self.machine.arch):
+            return "ieee"
+        return "tf32"
 
     def tile(self, product: str, *, grouped: bool) -> TileConfig | Library:
         B, L, D = self.x.shape
@@ -106,6 +108,10 @@ def backward(
     saved ``None``: pre-activations and statistics are computed again, and ∂z overwrites z.
     """
     grad_y = grad_y.contiguous()
+    if call.routing.indices is not None:
+        # As the kernels do: wrong indices are reported elsewhere, and must not be followed.
+        indices = call.routing.indices.clamp(0, call.experts.num_experts - 1)
+        call = call._replace(routing=Routing(call.routing.weights, indices))
     recomputed = saved is None
     z, statistics = _recompute(call, eps) if saved is None else (saved[0], Statistics(*saved[1:]))
     outputs = _activation_gradients(call, grad_y, z, in_place=recomputed, expert_grads=expert_grads)
@@ -232,8 +238,11 @@ def _spread(parts: Tensor, indices: Tensor | None, num_experts: int) -> Tensor:
     """(B, K, …) → (B, E, …), exact zeros for inactive experts."""
     if indices is None:
         return parts
-    places = indices.long().view(*indices.shape, *[1] * (parts.dim() - 2)).expand(parts.shape)
-    return parts.new_zeros(parts.shape[0], num_experts, *parts.shape[2:]).scatter(1, places, parts)
+    # Selecting and not scattering, which with deterministic algorithms sorts, or waits for the device. Of each sum all
+    # terms but one are zeros, so it is exact.
+    owns_BKE = indices[:, :, None] == torch.arange(num_experts, device=indices.device)
+    owns = owns_BKE.view(*owns_BKE.shape, *[1] * (parts.dim() - 2))
+    return torch.where(owns, parts[:, :, None], 0).sum(dim=1)
 
 
 def _w_out_gradient(call: Call, grad_y: Tensor, h: Tensor) -> Tensor:
@@ -288,8 +297,9 @@ def _empty_statistics(call: Call) -> Statistics:
     return Statistics(call.empty(*shape, dtype=torch.float32), call.empty(*shape, dtype=torch.float32))
 
 
-def _tf32_allowed(device: torch.device) -> bool:
-    if device.type != "cuda":
+def _tf32_allowed(device: torch.device, arch: str) -> bool:
+    # Of AMD's chips Triton knows such products on one only.
+    if device.type != "cuda" or (arch.startswith("gfx") and arch != "gfx942"):
         return False
     settings = torch.backends.cuda.matmul
     # Where torch has the newer setting, reading the older one raises once a user has set the newer.

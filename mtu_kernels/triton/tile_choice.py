@@ -46,6 +46,8 @@ def _index(rows: Iterable[TableRow]) -> dict[TileKey, TileConfig | Library]:
     for row in rows:
         if row.key in table:
             raise ValueError(f"tile_table.py has two rows for {row.key}.")
+        if row.key.grouped and isinstance(row.tile, Library):
+            raise ValueError(f"tile_table.py must have a tile for {row.key}: a library knows no experts.")
         table[row.key] = row.tile
     return table
 

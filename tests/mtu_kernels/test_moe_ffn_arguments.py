@@ -29,6 +29,7 @@ def routing(weights=TOP_2.routing.weights, indices=TOP_2.routing.indices):
 
 
 REFUSED = {
+    "no bias": (experts(b_in=None), "experts.b_in must be a tensor, got NoneType."),
     "x of two dimensions": (DENSE._replace(x=DENSE.x[0]), "x must be (B, L, D), got (13, 16)."),
     "w_out of another width": (
         experts(w_out=ZEROS(15, 24)),

@@ -99,6 +99,18 @@ def test_a_second_derivative_is_refused_not_zero(place, recompute):
         grad.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own import
+@pytest.mark.parametrize("place", OP_PLACES)
+def test_forward_mode_is_refused_not_zero(place):
+    problem = place.move(make_problem(0))
+
+    def function(x):
+        return moe_ffn(x, *problem.arguments[1:], backend=place.backend)
+
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative: use backend='eager'"):
+        torch.func.jvp(function, (problem.x,), (problem.grad_y,))
+
+
 def flops(function):
     with FlopCounterMode(display=False) as counter:
         result = function()

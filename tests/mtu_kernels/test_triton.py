@@ -14,7 +14,8 @@ from torch import Tensor
 
 from benchmarks.sweeps import Setting, Workload
 from benchmarks.training_memory import count
-from mtu_kernels import ExpertWeights, moe_ffn, reference, warmup
+from mtu_kernels import ExpertWeights, moe_ffn, reference, triton, warmup
+from mtu_kernels.arguments import indices_are_valid
 from mtu_kernels.moe_ffn import _fastest
 from mtu_kernels.triton import operators
 from mtu_kernels.triton.activation import normal_cdf
@@ -96,10 +97,12 @@ def test_the_same_bits_every_time(place):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("expert_norm", [False, True], ids=["norm", "expert_norm"])
 @pytest.mark.parametrize("place", TRITON_PLACES)
-def test_several_tiles_in_every_direction(place):
+def test_several_tiles_in_every_direction(place, expert_norm):
     """Samples of several row tiles, experts of several column tiles, and a last tile of each that is not full."""
-    problem = make_problem(3, Sizes(2, 77, 40, 3, 37, 2), dtype=torch.float32, expert_bias=True)
+    sizes = Sizes(2, 77, 40, 3, 37, 2)
+    problem = make_problem(3, sizes, dtype=torch.float32, expert_norm=expert_norm, expert_bias=True)
     actual = forward_and_gradients(place.op, problem)
     exact = forward_and_gradients(reference.moe_ffn, problem.map(Tensor.double))
     for a, e in zip(actual, exact, strict=True):
@@ -107,14 +110,50 @@ def test_several_tiles_in_every_direction(place):
         assert (a - e).abs().max() <= 2 * 77 * 2**-24 * max(1.0, e.abs().max().item())
 
 
-def test_wrong_indices_are_clamped_in_the_kernels():
+@pytest.mark.parametrize("place", TRITON_PLACES)
+def test_wrong_indices_are_clamped(place):
     """On a GPU the assertion about indices comes later than the kernels: these must not read out of bounds."""
-    problem = make_problem(0, Sizes(K=2))
+    problem = place.move(make_problem(0, Sizes(K=2), expert_norm=True, expert_bias=True)).requires_grad()
     wrong = problem.routing.indices.clone()
     wrong[0, 0], wrong[1, 1] = -5, 1000
-    clamped = (*problem.op_arguments[:8], wrong.clamp(0, 3), 4, 1e-5)
-    op = torch.ops.mtu_kernels.moe_ffn_triton
-    assert torch.equal(op(*problem.op_arguments[:8], wrong, 4, 1e-5), op(*clamped))
+    outputs = []
+    for indices in (wrong, wrong.clamp(0, 3)):
+        arguments = (*problem.op_arguments[:8], indices, 4, 1e-5)
+        y = torch.ops.mtu_kernels.moe_ffn_triton_train(*arguments)[0]
+        outputs.append([y, *torch.autograd.grad(y, problem.tensors, problem.grad_y.detach())])
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+@pytest.mark.parametrize("check", [indices_are_valid, triton.indices_are_valid], ids=["torch", "kernel"])
+@pytest.mark.parametrize("place", TRITON_PLACES)
+def test_indices_are_checked_on_the_device(place, check):
+    def is_valid(rows, num_experts=4):
+        return bool(check(torch.tensor(rows, device=place.device), num_experts))
+
+    assert is_valid([[0, 3], [2, 1]])
+    assert is_valid([[2]])
+    assert is_valid([[i % 5, (i + 1) % 5, (i + 2) % 5] for i in range(100)], 5)
+    assert not is_valid([[0, 4], [2, 1]])
+    assert not is_valid([[0, 3], [-1, 1]])
+    assert not is_valid([[0, 3], [1, 1]])
+    # Not even if one mistake makes up for another in a count.
+    assert not is_valid([[1, 4], [2, 2]])
+    assert not is_valid([[0, 1, 2]] * 99 + [[3, 0, 3]])
+
+
+@pytest.mark.parametrize("place", TRITON_PLACES)
+def test_saved_tensors_may_come_back_with_other_strides(place):
+    problem = place.move(make_problem(0)).requires_grad()
+
+    def transposed(tensor):
+        return tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor
+
+    outputs = []
+    for pack in (lambda t: t, transposed):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = moe_ffn(*problem.arguments, backend="triton")
+        outputs.append(torch.autograd.grad(y, problem.tensors, problem.grad_y.detach()))
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
 
 
 @triton_package.jit

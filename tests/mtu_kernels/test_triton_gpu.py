@@ -42,7 +42,7 @@ def test_the_same_bits_every_time(K):
 
     def gradients(recompute):
         y = triton(*problem.arguments, recompute=recompute)
-        return [y, *torch.autograd.grad(y, problem.tensors, problem.grad_y.detach())]
+        return torch.autograd.grad(y, problem.tensors, problem.grad_y.detach())
 
     first = gradients(False)
     for recompute in (False, True, False):
@@ -173,4 +173,6 @@ def test_routings_of_a_batch_are_independent():
         rows = slice(b, b + 1)
         norm = NormAffine(*(t[rows] for t in problem.norm))
         routing = Routing(*(t[rows] for t in problem.routing))
-        assert torch.equal(triton(problem.x[rows], norm, problem.experts, routing), mixed[rows])
+        alone = triton(problem.x[rows], norm, problem.experts, routing)
+        # One sample may be given other tiles than two, which add in another order.
+        assert (alone - mixed[rows]).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * mixed.abs().max()
