@@ -2,7 +2,7 @@
 
 Bytes asked of the allocator depend neither on the device nor on numbers, so the backend "triton" is counted as it runs
 on an architecture, with its tiles, but without its kernels. (torch's CPU sum widens ∂y to float32 first, which its CUDA
-sum does not: on a GPU the peaks are lower by 2·B·L·D·4 bytes at the most.)
+sum does not: on a GPU the peaks are lower by B·L·D·4 bytes at the most.)
 """
 
 from __future__ import annotations
