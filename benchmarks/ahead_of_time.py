@@ -1,0 +1,129 @@
+"""Compiles launches for GPUs that are not here, and says how many of their programs share one of their processors."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from benchmarks.sass import MachineCode, disassemble
+from mtu_kernels.triton.launch import Launch, interpreted
+
+_KB = 1024
+_REGISTERS = 65536
+_TENSOR_MEMORY = 512
+
+
+class Chip(NamedTuple):
+    """Limits of one streaming multiprocessor.
+
+    Source: CUDA C++ programming guide, technical specifications by compute capability.
+
+    Attributes:
+        shared: bytes of shared memory, of which each program takes 1 KB more than it asks for.
+        threads: that are resident at most.
+        programs: that are resident at most.
+        static: bytes of shared memory that a program has besides what Triton asks for.
+    """
+
+    shared: int
+    threads: int
+    programs: int
+    static: int = 0
+
+    @property
+    def shared_per_program(self) -> int:
+        return self.shared - _KB
+
+
+CHIPS = {
+    "sm_80": Chip(164 * _KB, 2048, 32),
+    "sm_86": Chip(100 * _KB, 1536, 16),
+    "sm_89": Chip(100 * _KB, 1536, 24),
+    "sm_90": Chip(228 * _KB, 2048, 32, static=_KB),
+    "sm_100": Chip(228 * _KB, 2048, 32, static=_KB),
+    "sm_120": Chip(100 * _KB, 1536, 24, static=_KB),
+}
+# All that are compiled for. AMD's are compiled only: nothing here reads their machine code.
+ARCHITECTURES = (*CHIPS, "gfx942")
+
+
+class Compiled(NamedTuple):
+    """A launch, compiled.
+
+    Attributes:
+        shared: bytes of shared memory of a program, the static part included.
+        tensor_memory: columns of tensor memory of a program (sm_100).
+        code: ``None`` for AMD.
+    """
+
+    launch: Launch
+    shared: int
+    tensor_memory: int
+    code: MachineCode | None
+
+
+class Source(NamedTuple):
+    """What the compiler gets for a launch. Launches of equal keys are one kernel."""
+
+    key: tuple[str, ...]
+    source: ASTSource
+    options: dict[str, Any]
+
+
+def gpu_target(arch: str) -> GPUTarget:
+    """Triton's name for an architecture."""
+    if arch.startswith("gfx"):
+        return GPUTarget("hip", arch, 64)
+    return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+
+
+def specialize(launch: Launch, arch: str) -> Source:
+    """What Triton's JIT would compile at this launch: the same code that it runs decides on types, divisors and ones.
+
+    Raises:
+        ValueError: kernels were defined for Triton's interpreter.
+    """
+    if interpreted():
+        raise ValueError("Kernels must be compiled, not interpreted: unset TRITON_INTERPRET, got it set.")
+    kernel = launch.kernel
+    backend = make_backend(gpu_target(arch))
+    named = launch.constants | {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*launch.arguments, **named)
+    options, signature, constants, attributes = kernel._pack_args(backend, named, bound, specialization, options)
+    key = (kernel.__name__, arch, str(signature), str(constants), str(attributes), str(options))
+    return Source(key, ASTSource(kernel, signature, constants, attributes), options.__dict__)
+
+
+def compile_launch(launch: Launch, arch: str, *, listed: bool = True) -> Compiled:
+    """Compiles the kernel of a launch for an architecture, whether or not its GPU is here.
+
+    listed ``False``: the code is not disassembled, so that only its registers and its stack are known.
+    """
+    _, source, options = specialize(launch, arch)
+    compiled = triton.compile(source, target=gpu_target(arch), options=options)
+    code = disassemble(compiled.asm["cubin"], listed=listed) if "cubin" in compiled.asm else None
+    static = CHIPS[arch].static if arch in CHIPS else 0
+    return Compiled(launch, compiled.metadata.shared + static, getattr(compiled.metadata, "tmem_size", 0) or 0, code)
+
+
+def programs_per_processor(compiled: Compiled, chip: Chip) -> int:
+    """How many programs fit on one multiprocessor at once; 0 where not even one does.
+
+    Registers go to warps in units of 256, and warps to the four quarters of the processor.
+    """
+    warps = compiled.launch.num_warps
+    per_warp = -(-compiled.code.registers * 32 // 256) * 256
+    limits = [
+        _REGISTERS // 4 // per_warp * 4 // warps,
+        chip.shared // (-(-(compiled.shared - chip.static + _KB) // 128) * 128),
+        chip.threads // (32 * warps),
+        chip.programs,
+    ]
+    if compiled.tensor_memory:
+        limits.append(_TENSOR_MEMORY // compiled.tensor_memory)
+    return min(limits)

@@ -1,0 +1,261 @@
+"""`python -m benchmarks.compiled_kernels`: compiles every kernel for every architecture and looks at the machine code.
+
+No GPU is needed. Writes `results/compiled_kernels.csv`, and what the code lets one expect on an H100 into
+`results/predicted_kernels.csv`. Fails where registers spill, where a program does not fit the chip, and where a
+product lacks tensor cores or loads that run ahead of it. `--check` compiles less: the tiles that are shipped, each in
+all of its dtypes, and one call of each kind; it writes only what it is told to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from benchmarks.ahead_of_time import ARCHITECTURES, CHIPS, Compiled, compile_launch, programs_per_processor, specialize
+from benchmarks.kernel_calls import (
+    ODD,
+    SD_SHAPES,
+    Call,
+    NamedLaunch,
+    all_calls,
+    dense,
+    few_calls,
+    record,
+    record_others,
+    record_rows,
+    top_2,
+)
+from benchmarks.prediction import ARCH as PREDICTED_ARCH
+from benchmarks.prediction import predict
+from benchmarks.provenance import RESULTS, provenance
+from benchmarks.sass import count, count_tensor_core
+from mtu_kernels.triton.launch import Launch, interpreted
+from mtu_kernels.triton.tile_table import ROWS
+from mtu_kernels.triton.tiles import TableRow, TileConfig
+
+TENSOR_CORE = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+
+
+class Result(NamedTuple):
+    """A kernel of one architecture, with all rows of the table that it is the code of.
+
+    Attributes:
+        named: the first launch that needs it.
+        rows: keys of the table's rows.
+        compiled: ``None`` where the compiler refuses; then error says why.
+    """
+
+    arch: str
+    named: NamedLaunch
+    rows: tuple[TableRow, ...]
+    compiled: Compiled | None
+    error: str = ""
+
+
+def is_product(launch: Launch) -> bool:
+    return launch.kernel.__name__.startswith("expert_")
+
+
+def tile_of(launch: Launch) -> str:
+    """Block sizes, warps and stages of a launch, as text."""
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "ROWS", "BLOCK_D")
+    sizes = "x".join(str(launch.constants[name]) for name in names if name in launch.constants)
+    return f"{sizes} warps={launch.num_warps} stages={launch.num_stages}".strip()
+
+
+def table_tile(tile: TileConfig) -> str:
+    """A tile of the table, in the words of `tile_of`."""
+    sizes = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
+    return f"{sizes} warps={tile.num_warps} stages={tile.num_stages}"
+
+
+def row_name(row: TableRow) -> str:
+    """A row of the table in a cell of the CSV file: product, kind of routing, width and tokens (0: any)."""
+    return f"{row.key.product} {'grouped' if row.key.grouped else 'dense'} {row.key.width}x{row.key.tokens}"
+
+
+def violations(result: Result) -> Iterator[str]:
+    """What is wrong with a kernel, a sentence each."""
+    if result.compiled is None:
+        yield f"it must compile, got {result.error}"
+        return
+    code, launch = result.compiled.code, result.compiled.launch
+    if code is None:
+        return
+    chip = CHIPS[result.arch]
+    spills = count(code.instructions, "STL", "LDL")
+    if (code.stack or spills) and not _is_odd(result):
+        uses = f" and {spills} loads and stores of it" if code.instructions else ""
+        yield f"registers must not spill, got {code.stack} bytes of stack{uses}"
+    if result.compiled.shared > chip.shared_per_program:
+        yield f"shared memory must be at most {chip.shared_per_program} bytes, got {result.compiled.shared}"
+    elif programs_per_processor(result.compiled, chip) == 0:
+        yield f"a program must fit on a multiprocessor, got {code.registers} registers in {launch.num_warps} warps"
+    if is_product(launch) and code.instructions and result.named.dtype != "fp32":
+        yield from _product_violations(result, code.main_loop)
+
+
+def _product_violations(result: Result, loop: Sequence) -> Iterator[str]:
+    launch = result.compiled.launch
+    bases = {instruction.base for instruction in loop}
+    wanted = "HMMA"
+    if launch.constants["BLOCK_M"] >= 64 and launch.num_warps >= 4:
+        wanted = TENSOR_CORE.get(result.arch, wanted)
+    if wanted not in bases:
+        yield f"the main loop must hold {wanted}, got {', '.join(sorted(bases)) or 'no loop'}"
+    if _is_odd(result):
+        return
+    by_descriptor = "descriptor" in launch.kernel.__name__
+    loads = "UTMALDG" if by_descriptor else "LDGSTS"
+    slow = count(loop, "LDG")
+    if loads not in bases or slow:
+        yield f"the main loop must load by {loads} alone, got {count(loop, loads)} of it and {slow} LDG"
+
+
+def _is_odd(result: Result) -> bool:
+    """Whether rows of a shape are no multiples of 16 bytes: elements are then loaded one by one, and may spill."""
+    return str(ODD) in result.named.name
+
+
+def launches_of(arch: str, *, quick: bool, rows: Sequence[TableRow] = ROWS) -> list[NamedLaunch]:
+    """What is compiled for an architecture; a few for AMD, whose code nothing here reads."""
+    found = list(record_rows(row for row in rows if row.key.arch == arch))
+    quick = quick or arch not in CHIPS
+    for call in few_calls() if quick else all_calls():
+        found += record(call, arch, recompute=not quick)
+    for dtype in ("bf16",) if quick else ("bf16", "fp16", "fp32"):
+        found += record_others(dtype)
+    return [named for named in found if named.launch.programs]
+
+
+def compile_all(arch: str, launches: Iterable[NamedLaunch], *, quick: bool = False) -> Iterator[Result]:
+    """Compiles each kernel once, however many launches need it.
+
+    quick: only the code of products in bfloat16 is disassembled; that in float16 differs by the type.
+    """
+    kernels: dict[tuple[str, ...], list[NamedLaunch]] = {}
+    for named in launches:
+        kernels.setdefault(specialize(named.launch, arch).key, []).append(named)
+    for alike in tqdm(kernels.values(), desc=arch, unit="kernel", file=sys.stderr):
+        rows = tuple(dict.fromkeys(named.row for named in alike if named.row is not None))
+        first = alike[0]
+        listed = not quick or (is_product(first.launch) and first.dtype == "bf16")
+        try:
+            yield Result(arch, first, rows, compile_launch(first.launch, arch, listed=listed))
+        except Exception as error:  # Compilers fail in many ways; all of them are findings.
+            reason = " ".join(str(error).split())[-200:]
+            yield Result(arch, first, rows, None, f"{type(error).__name__}: {reason}")
+
+
+def uncovered(arch: str, results: Iterable[Result], rows: Sequence[TableRow] = ROWS) -> Iterator[str]:
+    """Rows of the table that no kernel shows exactly as they are."""
+    shown = {(row.key, result.named.dtype) for result in results for row in result.rows if _shows(result, row)}
+    for row in rows:
+        if row.key.arch != arch or not isinstance(row.tile, TileConfig):
+            continue
+        for dtype in ("bf16", "fp16") if row.key.bits == 16 else ("fp32",):
+            if (row.key, dtype) not in shown:
+                yield f"tile_table.py, {row.key}: no kernel of {table_tile(row.tile)} was compiled in {dtype}"
+
+
+def _shows(result: Result, row: TableRow) -> bool:
+    launch = result.named.launch
+    by_descriptor = "descriptor" in launch.kernel.__name__
+    return tile_of(launch) == table_tile(row.tile) and by_descriptor == row.tile.descriptors
+
+
+def cells(result: Result) -> dict[str, str]:
+    """A row of the CSV file."""
+    named, launch, compiled = result.named, result.named.launch, result.compiled
+    row = {
+        "arch": result.arch,
+        "kernel": launch.kernel.__name__,
+        "call": named.name,
+        "dtype": named.dtype,
+        "tile": tile_of(launch),
+        "table_rows": "; ".join(map(row_name, result.rows)),
+    }
+    columns = dict.fromkeys(("registers", "stack_bytes", "shared_bytes", "programs_per_sm", "occupancy"), "")
+    columns |= dict.fromkeys(("loop_instructions", "loop_tensor_core", "tensor_core_share", "loop_loads"), "")
+    columns |= {"epilogue_instructions": "", "instructions": ""}
+    if compiled is not None:
+        columns["shared_bytes"] = str(compiled.shared)
+    if compiled is not None and compiled.code is not None:
+        code, chip = compiled.code, CHIPS[result.arch]
+        programs = programs_per_processor(compiled, chip)
+        columns |= {"registers": code.registers, "stack_bytes": code.stack, "programs_per_sm": programs}
+        columns["occupancy"] = f"{programs * launch.num_warps * 32 / chip.threads:.3f}"
+        columns["instructions"] = len(code.instructions) or ""
+        if is_product(launch) and code.instructions:
+            busy = count_tensor_core(code.main_loop)
+            columns |= {"loop_instructions": len(code.main_loop), "loop_tensor_core": busy}
+            columns["tensor_core_share"] = f"{busy / max(len(code.main_loop), 1):.3f}"
+            columns["loop_loads"] = count(code.main_loop, "LDGSTS", "UTMALDG", "LDG")
+            columns["epilogue_instructions"] = len(code.epilogue)
+    return row | {name: str(value) for name, value in columns.items()}
+
+
+def predictions() -> Iterator[dict[str, str]]:
+    """Products of the forward pass at the shapes of SD 1.5 and SDXL, two samples, where the package has the kernel."""
+    done: dict[tuple[str, ...], Compiled] = {}
+    for D, L in SD_SHAPES:
+        for shape in (dense(D, L), top_2(D, L)):
+            call = Call(shape)
+            for named in record(call, PREDICTED_ARCH, recompute=False):
+                if not named.name.startswith("inference") or not is_product(named.launch):
+                    continue
+                key = specialize(named.launch, PREDICTED_ARCH).key
+                if key not in done:
+                    done[key] = compile_launch(named.launch, PREDICTED_ARCH)
+                compiled = done[key]._replace(launch=named.launch)
+                head = {"call": str(call), "kernel": named.launch.kernel.__name__, "tile": tile_of(named.launch)}
+                yield head | {"status": "predicted for an H100 SXM, not measured"} | predict(call, compiled).cells()
+
+
+def write(path: Path, rows: Sequence[dict[str, str]], source: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*rows[0], *source])
+        writer.writerows([*row.values(), *source.values()] for row in rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns 1 if any kernel is not as it should be."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled_kernels", description=__doc__.split("\n\n")[1])
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="(default: all)")
+    parser.add_argument("--check", action="store_true", help="compile less, and write no file but that of --output")
+    parser.add_argument("--output", type=Path, help="CSV file (default: results/compiled_kernels.csv)")
+    options = parser.parse_args(argv)
+    if interpreted():
+        parser.error("TRITON_INTERPRET must be unset, since interpreted kernels cannot be compiled; it is set.")
+    results: list[Result] = []
+    wrong: list[str] = []
+    for arch in options.arch:
+        found = list(compile_all(arch, launches_of(arch, quick=options.check), quick=options.check))
+        for result in found:
+            where = f"{arch} {result.named.launch.kernel.__name__} {tile_of(result.named.launch)} {result.named.dtype}"
+            wrong += [f"{where} ({result.named.name}): {violation}." for violation in violations(result)]
+        wrong += [f"{sentence}." for sentence in uncovered(arch, found)]
+        results += found
+    source = provenance(shlex.join(["python", "-m", "benchmarks.compiled_kernels", *argv]))
+    if options.output is not None or not options.check:
+        write(options.output or RESULTS / "compiled_kernels.csv", [cells(result) for result in results], source)
+    if not options.check and options.output is None:
+        write(RESULTS / "predicted_kernels.csv", list(predictions()), source)
+    for sentence in wrong:
+        print(sentence)
+    print(f"{len(results)} kernels compiled for {', '.join(options.arch)}: {len(wrong)} violations.")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

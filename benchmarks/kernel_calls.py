@@ -1,0 +1,137 @@
+"""The launches of representative calls, for any architecture and without any device: tensors have shapes only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.products import DTYPES, Shape, draw_operands, prepare
+from mtu_kernels.triton import operators
+from mtu_kernels.triton.index_check import launch_index_check
+from mtu_kernels.triton.launch import Launch, Machine
+from mtu_kernels.triton.tiles import LIBRARY, PLAIN_PRODUCTS, PRODUCTS, TableRow, TileConfig
+
+# Width and tokens of the blocks of SD 1.5 and SDXL.
+SD_SHAPES = ((320, 4096), (640, 1024), (1280, 256), (1280, 64), (640, 4096), (1280, 1024))
+WIDTH_SHAPES = SD_SHAPES[:3]
+BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
+
+
+class Call(NamedTuple):
+    """A call of the feed-forward.
+
+    Attributes:
+        shape: as `benchmarks.products` has it.
+        dtype: of everything but routing weights and norm affines, which are float32.
+        per_expert: whether norm affines are (B, E, D) and b_out is (E, D).
+    """
+
+    shape: Shape
+    dtype: str = "bf16"
+    per_expert: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.shape}{', affine and bias per expert' if self.per_expert else ''}"
+
+
+class NamedLaunch(NamedTuple):
+    """A launch, what it belongs to, and the row of the table that it shows, if any."""
+
+    name: str
+    dtype: str
+    row: TableRow | None
+    launch: Launch
+
+
+def dense(D: int, L: int, E: int = 4) -> Shape:
+    """Two samples, all experts active, the hidden units of the stock feed-forward."""
+    return Shape(D, L, 2, E, None, 4 * D // E)
+
+
+def top_2(D: int, L: int, E: int = 8) -> Shape:
+    """Two samples, two experts active."""
+    return Shape(D, L, 2, E, 2, 4 * D // E)
+
+
+ODD = Shape(24, 13, 3, 3, 2, 10)
+
+
+def few_calls() -> tuple[Call, ...]:
+    """One call of each kind of routing: what a quick check compiles beside the rows of the table."""
+    return Call(dense(640, 1024)), Call(top_2(640, 1024), per_expert=True)
+
+
+def all_calls() -> tuple[Call, ...]:
+    """Every width, dtype and kind of routing, and a shape where nothing is a multiple of anything."""
+    shapes = [shape for D, L in WIDTH_SHAPES for shape in (dense(D, L), top_2(D, L))]
+    calls = [Call(shape) for shape in shapes]
+    calls += [Call(shape, per_expert=True) for shape in (dense(640, 1024), top_2(640, 1024))]
+    calls += [Call(shape, dtype) for dtype in ("fp16", "fp32") for shape in (dense(640, 1024), top_2(640, 1024))]
+    calls += [Call(ODD, dtype, per_expert) for dtype in ("bf16", "fp32") for per_expert in (False, True)]
+    return tuple(calls)
+
+
+def record(call: Call, arch: str, *, recompute: bool = True) -> Iterator[NamedLaunch]:
+    """What a call launches: for inference, for training, and in the backward pass (with and without recomputation)."""
+    launches: list[Launch] = []
+    machine = Machine(arch, launches.append)
+    tensors, grad_y = _tensors(call)
+    made = operators.make_call(machine, tensors, call.shape.E)
+    saved = None
+    passes = {"inference": lambda: operators.inference(made, 1e-5), "training": lambda: operators.train(made, 1e-5)}
+    passes["backward"] = lambda: operators.backward(made, grad_y, saved, 1e-5, True)
+    if recompute:
+        passes["backward, recomputing"] = lambda: operators.backward(made, grad_y, None, 1e-5, True)
+    for name, run in passes.items():
+        launches.clear()
+        results = run()
+        if name == "training":
+            saved = results[1:]
+        for launch in launches:
+            yield NamedLaunch(f"{name} {call}", call.dtype, None, launch)
+
+
+def record_rows(rows: Iterable[TableRow]) -> Iterator[NamedLaunch]:
+    """A launch for each row of the table, in each dtype that it is for; of hidden widths that any tile divides."""
+    for row in rows:
+        if not isinstance(row.tile, TileConfig):
+            continue
+        key = row.key
+        shape = (
+            Shape(key.width or 640, 1024, 2, 8, 2, 640)
+            if key.grouped
+            else Shape(key.width or 640, 1024, 2, 4, None, 640)
+        )
+        for dtype in (name for name, bits in BITS.items() if bits == key.bits):
+            for step in prepare(key.product, draw_operands(shape, dtype, "meta"), row.tile).steps:
+                yield NamedLaunch(f"{key.product} {shape}", dtype, row, step)
+
+
+def record_others(dtype: str) -> Iterator[NamedLaunch]:
+    """Kernels around the library's products, which run wherever the table or its default says LIBRARY; index checks."""
+    shape = dense(640, 1024)
+    for product in (product for product in PRODUCTS if product not in PLAIN_PRODUCTS):
+        for step in prepare(product, draw_operands(shape, dtype, "meta"), LIBRARY).steps:
+            if isinstance(step, Launch):
+                yield NamedLaunch(f"{product} by the library, {shape}", dtype, None, step)
+    routed = top_2(640, 1024)
+    indices = draw_operands(routed, dtype, "meta").routing.indices
+    valid = torch.empty(1, dtype=torch.int8, device="meta")
+    yield NamedLaunch(f"index check, {routed}", dtype, None, launch_index_check(indices, valid, routed.E))
+
+
+def _tensors(call: Call) -> tuple[tuple[torch.Tensor | None, ...], torch.Tensor]:
+    D, L, B, E, K, F = call.shape
+    dtype = DTYPES[call.dtype]
+
+    def empty(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    affine = (B, E, D) if call.per_expert else (B, D)
+    norm = [empty(*affine, dtype=torch.float32) for _ in range(2)]
+    experts = empty(2 * E * F, D), empty(2 * E * F), empty(D, E * F), empty(*(E, D) if call.per_expert else (D,))
+    indices = None if K is None else empty(B, K, dtype=torch.int32)
+    weights = empty(B, K or E, dtype=torch.float32)
+    return (empty(B, L, D), *norm, *experts, weights, indices), empty(B, L, D)

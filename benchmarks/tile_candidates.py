@@ -1,0 +1,55 @@
+"""Which tiles are worth a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks.ahead_of_time import CHIPS
+from mtu_kernels.triton.tile_choice import default_tile, find_tile
+from mtu_kernels.triton.tiles import LIBRARY, PAIR_PRODUCTS, Library, TileConfig, TileKey
+
+# Rows, columns, warps. Columns of products with value-gate pairs are pairs.
+_SHAPES = {
+    "expert_in": ((64, 64, 4), (128, 32, 4), (128, 64, 4), (128, 64, 8), (64, 128, 8), (128, 128, 8)),
+    "expert_sum": ((64, 64, 4), (128, 64, 4), (64, 128, 4), (128, 128, 4), (128, 128, 8), (256, 64, 8), (128, 256, 8)),
+    "expert_out_backward": ((32, 64, 4), (64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 32, 4), (128, 64, 8)),
+    "expert_weights": ((64, 64, 4), (128, 64, 4), (64, 128, 4), (128, 128, 4), (128, 128, 8)),
+}
+_SHAPES["expert_in_train"] = _SHAPES["expert_in"]
+_SHAPES["expert_in_backward"] = _SHAPES["expert_sum"]
+_WITH_DESCRIPTORS = ("expert_in", "expert_in_train", "expert_sum", "expert_in_backward")
+# Depth of a step, and stages.
+_PIPELINES = ((32, 3), (32, 4), (64, 2), (64, 3), (64, 4))
+_MOST_ACCUMULATORS = 128
+
+
+def candidates(key: TileKey) -> tuple[TileConfig | Library, ...]:
+    """What the table says, what the default says, the library where it has the product, and a grid of tiles."""
+    found: dict[TileConfig | Library, None] = dict.fromkeys((find_tile(key), default_tile(key)))
+    if not key.grouped:
+        found[LIBRARY] = None
+    found |= dict.fromkeys(_grid(key))
+    return tuple(found)
+
+
+def _grid(key: TileKey) -> Iterator[TileConfig]:
+    pairs = 2 if key.product in PAIR_PRODUCTS else 1
+    size = key.bits // 8
+    limit = CHIPS[key.arch].shared_per_program if key.arch in CHIPS else None
+    for block_m, block_n, num_warps in _SHAPES[key.product]:
+        if block_m * block_n * pairs / (32 * num_warps) > _MOST_ACCUMULATORS:
+            continue
+        for block_k, num_stages in _PIPELINES:
+            # One stage may be on its way to registers: the compiler knows, and says so if the tile does not fit.
+            bytes_in_flight = (num_stages - 1) * (block_m + block_n * pairs) * block_k * size
+            if limit is not None and bytes_in_flight > limit:
+                continue
+            for descriptors in _loads(key):
+                yield TileConfig(block_m, block_n, block_k, num_warps, num_stages, descriptors)
+
+
+def _loads(key: TileKey) -> tuple[bool, ...]:
+    """Whether tensor descriptors are tried: with them alone where the hardware is made for them."""
+    number = key.arch.removeprefix("sm_")
+    has_them = number.isdecimal() and int(number) >= 90 and key.bits == 16
+    return (True,) if has_them and key.product in _WITH_DESCRIPTORS else (False,)

@@ -1,0 +1,235 @@
+"""Measures tiles of one product on the device that is here: compiled ahead on all cores, checked, then timed."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import functools
+import math
+import multiprocessing
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.ahead_of_time import CHIPS, compile_launch, specialize
+from benchmarks.products import Operands, Shape, draw_operands, prepare
+from benchmarks.timing import time_interleaved, warm_up
+from mtu_kernels.triton.launch import execute
+from mtu_kernels.triton.tiles import Library, TileConfig
+
+Tile = TileConfig | Library
+
+# Screening is short; those that come out first are timed again, together.
+_SCREENING_SECONDS = 0.005
+_FINAL_SECONDS = 0.04
+_FINALISTS = 5
+_MAX_SETS = 6
+
+
+class Task(NamedTuple):
+    """A product at a shape."""
+
+    product: str
+    shape: Shape
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.product} {self.shape} {self.dtype}"
+
+
+class Timer:
+    """Times tiles on a device (a GPU, or the interpreter's CPU), inside a `with` block.
+
+    Attributes:
+        refused: why tiles have no time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.refused: dict[tuple[Task, Tile], str] = {}
+        # Captures need a stream of their own.
+        on_gpu = device.type == "cuda"
+        self._stream = torch.cuda.stream(torch.cuda.Stream(device)) if on_gpu else contextlib.nullcontext()
+
+    def __enter__(self) -> Timer:
+        self._stream.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stream.__exit__(*error)
+
+    def measure(self, task: Task, tiles: Sequence[Tile], keep: Sequence[Tile] = ()) -> dict[Tile, float]:
+        """Median time in µs of each tile that computes the product rightly. Those in keep are among the last ones.
+
+        Tiles that do not fit, or compute something else, are missing; `refused` then says why.
+        """
+        sets = [draw_operands(task.shape, task.dtype, self.device, seed) for seed in range(self._number_of_sets(task))]
+        exact = reference(task.product, sets[0])
+        calls = {}
+        for tile in tiles:
+            try:
+                check(_run(task.product, sets[0], tile), exact, sets[0].x_hat.dtype)
+                calls[tile] = [functools.partial(_run, task.product, operands, tile) for operands in sets]
+                warm_up(calls[tile], self.device)
+            except (AssertionError, RuntimeError, triton.TritonError, triton.OutOfResources) as error:
+                calls.pop(tile, None)
+                self.refused[task, tile] = " ".join(str(error).split())[:200]
+        del exact
+        times = self._time(calls, _SCREENING_SECONDS)
+        best = sorted(times, key=times.__getitem__)[:_FINALISTS]
+        finalists = dict.fromkeys([*best, *(tile for tile in keep if tile in times)])
+        return times | self._time({tile: calls[tile] for tile in finalists}, _FINAL_SECONDS)
+
+    def _time(self, calls: dict[Tile, list], seconds: float) -> dict[Tile, float]:
+        if not calls:
+            return {}
+        timings = time_interleaved(list(calls.values()), [True] * len(calls), self.device, seconds)
+        return {tile: timing.median_us for tile, timing in zip(calls, timings, strict=True)}
+
+    def _number_of_sets(self, task: Task) -> int:
+        """As many sets of operands as exceed the last-level cache twice, so that weights come from memory."""
+        B, L, D = task.shape.B, task.shape.L, task.shape.D
+        hidden = task.shape.E * task.shape.F
+        set_bytes = 2 * (B * L * (D + 3 * task.shape.active_hidden) + 3 * hidden * D)
+        if self.device.type != "cuda":
+            return 1
+        cache = torch.cuda.get_device_properties(self.device).L2_cache_size
+        return min(_MAX_SETS, max(1, math.ceil(2 * cache / set_bytes)))
+
+
+def compile_ahead(candidates: Mapping[Task, Sequence[Tile]], arch: str) -> dict[tuple[Task, Tile], str]:
+    """Compiles on all cores, into Triton's cache, what will be measured; says what need not be, and why.
+
+    Kernels that spill, or ask for more shared memory than there is, are not worth a measurement. Those of many shapes
+    are the same.
+    """
+    alike: dict[tuple, list[tuple[Task, Tile]]] = {}
+    for task, tiles in candidates.items():
+        operands = draw_operands(task.shape, task.dtype, "meta")
+        for tile in tiles:
+            if isinstance(tile, TileConfig):
+                steps = prepare(task.product, operands, tile).steps
+                alike.setdefault(tuple(specialize(step, arch).key for step in steps), []).append((task, tile))
+    firsts = [(*same[0], arch) for same in alike.values()]
+    if not firsts:
+        return {}
+    # CUDA does not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(os.cpu_count() or 1, len(firsts)), mp_context=context) as pool:
+        reasons = list(tqdm(pool.map(_why_not, firsts), total=len(firsts), unit="kernel", file=sys.stderr))
+    pairs = zip(alike.values(), reasons, strict=True)
+    return {candidate: reason for same, reason in pairs if reason for candidate in same}
+
+
+def _why_not(job: tuple[Task, TileConfig, str]) -> str | None:
+    task, tile, arch = job
+    try:
+        for step in prepare(task.product, draw_operands(task.shape, task.dtype, "meta"), tile).steps:
+            compiled = compile_launch(step, arch, listed=False)
+            if compiled.code is not None and compiled.code.stack:
+                return f"it spills {compiled.code.stack} bytes"
+            if arch in CHIPS and compiled.shared > CHIPS[arch].shared_per_program:
+                return f"it needs {compiled.shared} bytes of shared memory"
+    except Exception as error:  # Compilers fail in many ways, and a candidate that does not compile is none.
+        return f"it does not compile: {' '.join(str(error).split())[:200]}"
+    return None
+
+
+def _run(product: str, operands: Operands, tile: Tile) -> dict[str, Tensor]:
+    """One call, which brings the memory of its results along: captured calls then share it."""
+    work = prepare(product, operands, tile)
+    work.run(execute)
+    return work.outputs
+
+
+def check(outputs: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Asserts that results are those of the reference but for rounding.
+
+    The library's way rounds three times, each by half an ulp at most: u, g and h, or ∂(w a) and the result. A fourth
+    half is left for sums of float32 in other orders and for the polynomial of the activation.
+    """
+    allowed = 2 * torch.finfo(dtype).eps
+    for name, expected in exact.items():
+        actual = outputs[name].float()
+        if actual.dim() == expected.dim() + 1:
+            actual = actual.sum(dim=1)
+        error, scale = (actual - expected).abs().max().item(), expected.abs().max().item()
+        # Not "error > …", which NaN would pass.
+        if not error <= allowed * scale:
+            raise AssertionError(f"{name} must be within {allowed * scale:.3g} of the reference, got {error:.3g} off")
+
+
+def reference(product: str, operands: Operands) -> dict[str, Tensor]:
+    """What a product writes, in float32 products of PyTorch; sums over row tiles are summed."""
+    samples = [_Sample(operands, b) for b in range(operands.x_hat.shape[0])]
+    if product == "expert_weights":
+        return _weights_reference(operands, samples)
+    per_sample = [_REFERENCES[product](sample) for sample in samples]
+    return {name: torch.stack([outputs[name] for outputs in per_sample]) for name in per_sample[0]}
+
+
+class _Sample:
+    """One sample with the weights of its active experts, float32."""
+
+    def __init__(self, operands: Operands, b: int) -> None:
+        experts, (weights, indices), F = operands.experts, operands.routing, operands.size
+        E = experts.num_experts
+        self.active = torch.arange(E, device=weights.device) if indices is None else indices[b].long()
+        self.w_in = experts.w_in.float().unflatten(0, (2, E, F))[:, self.active].flatten(0, 2)
+        self.b_in = experts.b_in.float().unflatten(0, (2, E, F))[:, self.active].flatten()
+        self.w_out = experts.w_out.float().unflatten(1, (E, F))[:, self.active].flatten(1)
+        self.b_out = experts.b_out.float()
+        self.weights = weights[b].float().repeat_interleave(F)
+        self.x_hat, self.h, self.z = (t[b].float() for t in operands[:3])
+
+
+def _expert_in(sample: _Sample) -> dict[str, Tensor]:
+    u, g = (sample.x_hat @ sample.w_in.T + sample.b_in).chunk(2, dim=-1)
+    return {"h": u * torch.nn.functional.gelu(g) * sample.weights}
+
+
+def _expert_in_train(sample: _Sample) -> dict[str, Tensor]:
+    return _expert_in(sample) | {"z": sample.x_hat @ sample.w_in.T + sample.b_in}
+
+
+def _expert_sum(sample: _Sample) -> dict[str, Tensor]:
+    return {"y": sample.h @ sample.w_out.T + sample.b_out}
+
+
+def _expert_in_backward(sample: _Sample) -> dict[str, Tensor]:
+    return {"d_x_hat": sample.z @ sample.w_in}
+
+
+def _expert_out_backward(sample: _Sample) -> dict[str, Tensor]:
+    u, g = sample.z.chunk(2, dim=-1)
+    cdf = 0.5 + 0.5 * torch.erf(g * 0.5**0.5)
+    slope = cdf + g * torch.exp(-0.5 * g * g) / (2 * torch.pi) ** 0.5
+    da, a = sample.x_hat @ sample.w_out, u * g * cdf
+    dz = torch.cat([da * sample.weights * g * cdf, da * sample.weights * u * slope], dim=-1)
+    return {"h": a * sample.weights, "dz": dz, "d_weights": (da * a).sum(dim=0), "d_bias": dz.sum(dim=0)}
+
+
+def _weights_reference(operands: Operands, samples: list[_Sample]) -> dict[str, Tensor]:
+    experts, F = operands.experts, operands.size
+    E = experts.num_experts
+    d_w_in, d_w_out = (torch.zeros_like(t, dtype=torch.float32) for t in (experts.w_in, experts.w_out))
+    for sample in samples:
+        by_expert = (sample.z.T @ sample.x_hat).unflatten(0, (2, -1, F))
+        d_w_in.unflatten(0, (2, E, F)).index_add_(1, sample.active, by_expert)
+        d_w_out.unflatten(1, (E, F)).index_add_(1, sample.active, (sample.x_hat.T @ sample.h).unflatten(1, (-1, F)))
+    return {"d_w_in": d_w_in, "d_w_out": d_w_out}
+
+
+_REFERENCES = {
+    "expert_in": _expert_in,
+    "expert_in_train": _expert_in_train,
+    "expert_sum": _expert_sum,
+    "expert_in_backward": _expert_in_backward,
+    "expert_out_backward": _expert_out_backward,
+}

@@ -1,0 +1,81 @@
+"""The table of tiles as a file: rows to text, and new rows among old ones."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+
+from mtu_kernels.triton.tiles import PRODUCTS, Library, TableRow, TileConfig, TileKey
+
+_HEAD = '"""The tiles that are shipped, a row each. `python -m benchmarks.tune` measures and rewrites them."""\n'
+
+
+def render(rows: Iterable[TableRow]) -> str:
+    """The text of `tile_table.py`: a row a line, by architecture, product and shape."""
+    ordered = sorted(rows, key=_order)
+    names = ["TableRow"]
+    names += ["LIBRARY"] if any(isinstance(row.tile, Library) for row in ordered) else []
+    names += ["TileConfig"] if any(isinstance(row.tile, TileConfig) for row in ordered) else []
+    names += ["TileKey"] if ordered else []
+    lines = [_HEAD, f"from mtu_kernels.triton.tiles import {', '.join(sorted(names, key=_isort))}", ""]
+    if not ordered:
+        return "\n".join([*lines, "ROWS: tuple[TableRow, ...] = ()", ""])
+    lines += ["# fmt: off", "# ruff: noqa: E501", "ROWS: tuple[TableRow, ...] = ("]
+    arch = None
+    for row in ordered:
+        if row.key.arch != arch:
+            arch = row.key.arch
+            lines.append(f"    # {arch}")
+        lines.append(f"    TableRow({_call(row.key)}, {_tile(row.tile)}, {_quoted(row.source)}),")
+    return "\n".join([*lines, ")", ""])
+
+
+def merge(old: Iterable[TableRow], new: Iterable[TableRow], measured: Iterable[TileKey] = ()) -> tuple[TableRow, ...]:
+    """Old rows without those that were measured again, and the new rows."""
+    gone = set(measured)
+    by_key = {row.key: row for row in old if row.key not in gone}
+    by_key |= {row.key: row for row in new}
+    return tuple(sorted(by_key.values(), key=_order))
+
+
+def read(path: Path) -> tuple[TableRow, ...]:
+    """The rows of a file that `render` made; none if there is no such file."""
+    if not path.exists():
+        return ()
+    spec = importlib.util.spec_from_file_location("read_tile_table", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.ROWS
+
+
+def write(path: Path, rows: Iterable[TableRow]) -> None:
+    """Replaces the file as a whole: a run that is cut off leaves the old one or the new one."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(render(rows))
+    partial.replace(path)
+
+
+def _order(row: TableRow) -> tuple:
+    product, arch, bits, grouped, width, tokens = row.key
+    family, _, number = arch.partition("_")
+    return family, int(number or 0), arch, PRODUCTS.index(product), bits, grouped, width, tokens
+
+
+def _call(key: TileKey) -> str:
+    arguments = (_quoted(value) if isinstance(value, str) else repr(value) for value in key)
+    return f"TileKey({', '.join(arguments)})"
+
+
+def _tile(tile: TileConfig | Library) -> str:
+    return "LIBRARY" if isinstance(tile, Library) else f"TileConfig({', '.join(map(repr, tile))})"
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def _isort(name: str) -> tuple[bool, str]:
+    # Constants before classes, as ruff sorts them.
+    return not name.isupper(), name

@@ -1,0 +1,194 @@
+"""The tuner without a GPU: what it would measure, what it makes of times, and the file it writes."""
+
+import math
+import time
+
+import pytest
+import torch
+
+from benchmarks import tile_rows, tune
+from benchmarks.kernel_calls import SD_SHAPES
+from benchmarks.products import Shape, draw_operands, prepare
+from benchmarks.tile_candidates import candidates
+from benchmarks.tile_measure import Task, Timer, check, reference
+from mtu_kernels.triton.launch import arch_of, execute, interpreted
+from mtu_kernels.triton.tile_choice import default_tile, find_tile
+from mtu_kernels.triton.tile_table import ROWS
+from mtu_kernels.triton.tiles import LIBRARY, PRODUCTS, TableRow, TileConfig, TileKey
+
+SMALL, LARGE, WIDE = TileConfig(64, 64, 32, 4, 3), TileConfig(128, 64, 64, 4, 3), TileConfig(128, 128, 64, 8, 3, True)
+KEY = TileKey("expert_in", "sm_90", 16, True, 640, 2048)
+
+
+def test_the_shipped_table_is_what_the_tuner_writes():
+    assert tile_rows.render(ROWS) == tune.SHIPPED.read_text()
+    assert tile_rows.merge(ROWS, ()) == ROWS
+
+
+@pytest.mark.parametrize(
+    "rows", [(), (TableRow(KEY, LIBRARY, 'a "quoted" source \\'),), (*ROWS, TableRow(KEY, WIDE, "µs"))]
+)
+def test_a_table_is_read_as_it_was_written(rows, tmp_path):
+    path = tmp_path / "table.py"
+    tile_rows.write(path, rows)
+    assert tile_rows.read(path) == tile_rows.merge(rows, ())
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_merging_drops_what_was_measured_again_and_keeps_the_rest():
+    other = KEY._replace(arch="sm_80")
+    old = [
+        TableRow(other, SMALL, "other GPU"),
+        TableRow(KEY, SMALL, "old"),
+        TableRow(KEY._replace(tokens=0), SMALL, "old"),
+    ]
+    new = [TableRow(KEY._replace(tokens=0), LARGE, "new")]
+    merged = tile_rows.merge(old, new, measured=(KEY, KEY._replace(tokens=0)))
+    assert [(row.key, row.source) for row in merged] == [(other, "other GPU"), (KEY._replace(tokens=0), "new")]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_75", "gfx942"])
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_candidates_hold_the_table_and_the_default_and_fit_the_registers(arch, product, grouped):
+    key = TileKey(product, arch, 16, grouped, 640, 2048)
+    found = candidates(key)
+    assert len(set(found)) == len(found)
+    assert {find_tile(key), default_tile(key)} <= set(found)
+    assert (LIBRARY in found) == (not grouped)
+    grid = [tile for tile in found if isinstance(tile, TileConfig) and tile != find_tile(key)]
+    assert len(grid) > 10
+    has_descriptors = arch in ("sm_90", "sm_100") and product not in ("expert_out_backward", "expert_weights")
+    assert any(tile.descriptors for tile in grid) == has_descriptors
+    pairs = 2 if product in ("expert_in", "expert_in_train") else 1
+    assert all(tile.block_m * tile.block_n * pairs <= 128 * 32 * tile.num_warps for tile in grid)
+
+
+def test_shapes_of_one_key_are_measured_once():
+    tasks = tune.tasks_of(PRODUCTS, SD_SHAPES, "sm_90")
+    # 320 with 8192 and 32768 tokens; 640 with 2048, 8192 and 32768; 1280 with 128, 512, 2048 and 8192.
+    assert len(tasks) == len(PRODUCTS) * 2 * 9
+    assert all(task.shape.key(task.product, "sm_90", 16) == key for key, task in tasks.items())
+
+
+def measured(tokens, **times):
+    tiles = {"small": SMALL, "large": LARGE, "wide": WIDE, "library": LIBRARY}
+    return tune.Measurement(KEY._replace(tokens=tokens), {tiles[name]: time for name, time in times.items()}, SMALL)
+
+
+def test_a_width_gets_the_tile_that_is_best_on_the_whole_and_exceptions_where_they_pay():
+    few, some, many = (
+        measured(128, small=10, large=20),
+        measured(2048, small=41, large=40),
+        measured(8192, small=200, large=100),
+    )
+    rows = tune.choose([few, some, many], "here")
+    assert [(row.key.tokens, row.tile) for row in rows] == [(0, LARGE), (128, SMALL)]
+    assert rows[1].source == "here: 10.0 µs at 128 tokens, before 10.0"
+    assert rows[0].source.startswith(
+        "here: 20.0 µs at 128 tokens, before 10.0; 40.0 µs at 2048 tokens, before 41.0; 100.0"
+    )
+
+
+def test_a_tile_that_fails_somewhere_is_not_chosen_for_a_width():
+    rows = tune.choose([measured(128, small=10, wide=1), measured(2048, small=40, library=39.9)], "here")
+    assert [(row.key.tokens, row.tile) for row in rows] == [(0, SMALL), (128, WIDE)]
+    assert tune.choose([measured(128, wide=1)], "here")[0].source == "here: 1.0 µs at 128 tokens, before none"
+    rows = tune.choose([measured(128, wide=1), measured(2048, small=1)], "here")
+    assert [(row.key.tokens, row.tile) for row in rows] == [(128, WIDE), (2048, SMALL)]
+
+
+def test_tuning_writes_the_table_after_each_shape_and_stops_in_time(tmp_path, capsys):
+    path = tmp_path / "table.py"
+    tasks = tune.tasks_of(("expert_in",), ((640, 1024),), "sm_90")
+    refused = [(task, WIDE) for task in tasks.values()]
+    written = []
+
+    def measure(task, tiles, keep):
+        written.append(path.exists())
+        assert WIDE not in tiles
+        assert keep == (find_tile(task.shape.key("expert_in", "sm_90", 16)),)
+        if task.shape.B == 8 and task.shape.K is None:
+            return {}
+        return {tile: 100.0 - place for place, tile in enumerate(tiles)}
+
+    later = time.monotonic() + 1000
+    done = tune.tune(tasks, measure, path, "measured here", refused=refused, until=later)
+    # (640, 1024) with 2 and 8 samples, dense and top-2; one of them comes out with nothing.
+    assert written == [False, True, True, True]
+    assert [(one.key.grouped, one.key.tokens) for one in done] == [(False, 2048), (True, 2048), (True, 8192)]
+    assert "no candidate computed it rightly" in capsys.readouterr().err
+    table = {row.key: row for row in tile_rows.read(path)}
+    assert table[KEY._replace(tokens=0)].source.startswith("measured here: ")
+    assert {row.key: row for row in ROWS if row.key.arch == "sm_80"}.items() <= table.items()
+    before = path.read_text()
+    assert tune.tune(tasks, measure, path, "measured later", until=-math.inf) == []
+    assert "out of time: 4 of 4 shapes" in capsys.readouterr().err
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize("K", [None, 2])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_products_are_checked_against_their_reference(product, K):
+    device = "cpu" if interpreted() else "cuda"
+    operands = draw_operands(Shape(32, 20, 2, 4, K, 16), "fp16", device)
+    exact = reference(product, operands)
+    for tile in (TileConfig(16, 16, 16, 1, 2), *((LIBRARY,) if K is None else ())):
+        work = prepare(product, operands, tile)
+        work.run(execute)
+        check(work.outputs, exact, torch.float16)
+        next(iter(work.outputs.values()))[0, 0] += 1
+        with pytest.raises(AssertionError, match="must be within"):
+            check(work.outputs, exact, torch.float16)
+
+
+def test_the_library_has_no_product_by_expert():
+    operands = draw_operands(Shape(32, 20, 2, 4, 2, 16), "fp16", "meta")
+    with pytest.raises(ValueError, match="expert_sum must have a tile where routing is top-k"):
+        prepare("expert_sum", operands, LIBRARY)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--products", "norm"], "unknown product 'norm': expected some of expert_in, "),
+        (["--shapes", "320"], "unknown shape '320': expected DxL as in 320x4096"),
+        (["--table", "table.csv"], "--table must be a Python file, got table.csv."),
+    ],
+)
+def test_arguments_are_refused_in_one_sentence(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        tune.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_measured(capsys):
+    with pytest.raises(SystemExit):
+        tune.main([])
+    assert "Tiles are measured on a CUDA device, and torch finds none." in capsys.readouterr().err
+
+
+def assert_timed(product, shape, fits, too_large, device):
+    task = Task(product, shape, "bf16" if device.type == "cuda" else "fp16")
+    with Timer(device) as timer:
+        times = timer.measure(task, (too_large, fits), (fits,))
+    assert times.keys() == {fits}
+    assert 0 < times[fits] < math.inf
+    assert timer.refused.keys() == {(task, too_large)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_tiles_are_timed_on_a_gpu_unless_they_do_not_fit(product):
+    device = torch.device("cuda", torch.cuda.current_device())
+    shape = Shape(320, 256, 2, 8, 2, 160)
+    fits = default_tile(shape.key(product, arch_of(device), 16))
+    assert_timed(product, shape, fits, TileConfig(128, 128, 128, 8, 8), device)
+
+
+@pytest.mark.skipif(not interpreted(), reason="kernels are not interpreted here")
+def test_tiles_are_timed_unless_they_do_not_run():
+    # Blocks are powers of two.
+    fits, refused = TileConfig(32, 16, 16, 1, 1), TileConfig(32, 24, 16, 1, 1)
+    assert_timed("expert_sum", Shape(32, 20, 2, 4, 2, 16), fits, refused, torch.device("cpu"))

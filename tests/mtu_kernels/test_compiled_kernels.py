@@ -1,0 +1,164 @@
+"""Kernels compiled for GPUs that are not here. Each test runs in a process of its own: here kernels are interpreted."""
+
+import csv
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import compiled_kernels
+from benchmarks.ahead_of_time import ARCHITECTURES
+from benchmarks.kernel_calls import BITS
+from benchmarks.provenance import ROOT
+from benchmarks.sass import count, count_tensor_core, find_main_loop, parse
+from mtu_kernels.triton.launch import interpreted
+from mtu_kernels.triton.tile_table import ROWS
+from mtu_kernels.triton.tiles import TileConfig
+
+
+def python(*arguments, **environment):
+    """What a fresh interpreter prints, and how it ends."""
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_shipped_tiles_compile_without_spills_within_the_chip_and_with_loads_that_run_ahead(arch, tmp_path):
+    output = tmp_path / "kernels.csv"
+    result = python("-m", "benchmarks.compiled_kernels", "--check", "--arch", arch, "--output", output)
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    assert result.stdout.endswith(f"kernels compiled for {arch}: 0 violations.\n")
+    with output.open(newline="") as file:
+        kernels = list(csv.DictReader(file))
+    compiled = {(name, kernel["dtype"]) for kernel in kernels for name in kernel["table_rows"].split("; ")}
+    rows = [row for row in ROWS if row.key.arch == arch and isinstance(row.tile, TileConfig)]
+    dtypes = {16: ("bf16", "fp16"), 32: ("fp32",)}
+    assert {(compiled_kernels.row_name(row), dtype) for row in rows for dtype in dtypes[row.key.bits]} <= compiled
+    names = {kernel["kernel"] for kernel in kernels}
+    assert {"layer_norm_kernel", "layer_norm_backward_kernel", "geglu_kernel", "geglu_backward_kernel"} <= names
+    assert BITS.keys() >= {kernel["dtype"] for kernel in kernels}
+
+
+CHECKER = """
+from benchmarks.compiled_kernels import compile_all, uncovered, violations
+from benchmarks.kernel_calls import record_rows
+from mtu_kernels.triton.tiles import TableRow, TileConfig, TileKey
+
+def show(arch, product, *tile):
+    rows = (TableRow(TileKey(product, arch, 16, True), TileConfig(*tile), ""),)
+    for result in list(compile_all(arch, record_rows(rows)))[:1]:
+        print(*tile, *violations(result), sep=" | ")
+
+show("sm_80", "expert_in", 128, 128, 32, 4, 3)
+show("sm_80", "expert_in", 128, 128, 64, 8, 5)
+show("sm_86", "expert_sum", 128, 64, 64, 4, 1)
+show("sm_90", "expert_sum", 128, 64, 64, 4, 3, True)
+print(*uncovered("sm_80", [], (TableRow(TileKey("expert_in", "sm_80", 16, True), TileConfig(64, 64, 64, 4, 3), ""),)))
+"""
+
+
+def test_the_check_rejects_spills_and_what_does_not_fit_and_loads_that_wait():
+    result = python("-c", CHECKER)
+    assert result.returncode == 0, result.stderr
+    spills, too_large, waits, right, uncovered = result.stdout.splitlines()
+    assert spills.startswith("128 | 128 | 32 | 4 | 3 | registers must not spill, got ")
+    assert too_large.endswith("shared memory must be at most 166912 bytes, got 196608")
+    assert "the main loop must load by LDGSTS alone, got 0 of it and " in waits
+    assert right == "128 | 64 | 64 | 4 | 3 | True"
+    assert uncovered.count("no kernel of 64x64x64 warps=4 stages=3 was compiled in") == 2
+
+
+JUST_IN_TIME = """
+import os
+
+import triton
+from benchmarks.ahead_of_time import compile_launch, gpu_target
+from benchmarks.kernel_calls import Call, record, top_2
+
+class Driver:
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_current_target(self): return gpu_target("sm_90")
+
+triton.runtime.driver.set_active(Driver())
+cache = os.environ["TRITON_CACHE_DIR"]
+for named in list(record(Call(top_2(640, 1024)), "sm_90"))[:3]:
+    launch = named.launch
+    compile_launch(launch, "sm_90", listed=False)
+    before = set(os.listdir(cache))
+    options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages, grid=(1,))
+    launch.kernel.warmup(*launch.arguments, **launch.constants, **options)
+    print(launch.kernel.__name__, len(before), len(set(os.listdir(cache)) - before))
+"""
+
+
+def test_what_is_compiled_ahead_is_what_a_call_would_compile(tmp_path):
+    # A call finds all that it needs in the cache: the same types, divisors and options.
+    result = python("-c", JUST_IN_TIME, TRITON_CACHE_DIR=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    kernels = [line.split() for line in result.stdout.splitlines()]
+    assert [name for name, _, _ in kernels] == [
+        "layer_norm_kernel",
+        "expert_in_descriptor_kernel",
+        "expert_sum_descriptor_kernel",
+    ]
+    assert all(int(before) > 0 and new == "0" for _, before, new in kernels)
+
+
+AHEAD = """
+from benchmarks.products import Shape
+from benchmarks.tile_measure import Task, compile_ahead
+from mtu_kernels.triton.tiles import LIBRARY, TileConfig
+
+if __name__ == "__main__":
+    task = Task("expert_sum", Shape(320, 256, 2, 8, 2, 320), "bf16")
+    tiles = LIBRARY, TileConfig(64, 64, 32, 4, 3), TileConfig(128, 128, 64, 8, 9)
+    for (_, tile), reason in compile_ahead({task: tiles}, "sm_90").items():
+        print(tiles.index(tile), reason)
+"""
+
+
+def test_the_tuner_finds_out_what_does_not_fit_before_it_measures(tmp_path):
+    script = tmp_path / "ahead.py"
+    script.write_text(AHEAD)
+    result = python(script, PYTHONPATH=str(ROOT))
+    assert result.returncode == 0, result.stderr
+    # Nine stages of 32 KB, and the static part.
+    assert result.stdout == f"2 it needs {(9 * 32 + 1) * 1024} bytes of shared memory\n"
+
+
+LISTING = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R5], [R2.64] ;
+        /*0020*/              @!P0 BRA `(.L_x_2) ;
+.L_x_0:
+        /*0030*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0040*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0050*/               @P1 BRA `(.L_x_0) ;
+.L_x_2:
+        /*0060*/                   STG.E.128 [R2.64], R4 ;
+        /*0070*/                   EXIT ;
+.L_x_3:
+        /*0080*/              @!P0 BRA `(.L_x_1) ;
+"""
+
+
+def test_the_main_loop_is_the_shortest_around_the_product():
+    instructions = parse(LISTING)
+    assert len(instructions) == 9
+    loop = find_main_loop(instructions)
+    assert [instruction.address for instruction in loop] == [0x30, 0x40, 0x50]
+    assert count_tensor_core(loop) == 2
+    assert count(instructions, "LDGSTS", "STG") == 2
+    by_address = LISTING.replace("`(.L_x_0)", "0x30").replace("`(.L_x_1)", "0x10").replace("`(.L_x_2)", "0x60")
+    assert parse(by_address) == instructions
+
+
+@pytest.mark.skipif(not interpreted(), reason="kernels are not interpreted here")
+def test_interpreted_kernels_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        compiled_kernels.main([])
+    assert "TRITON_INTERPRET must be unset" in capsys.readouterr().err
