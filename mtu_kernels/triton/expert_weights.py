@@ -65,7 +65,10 @@ def expert_weights_kernel(
                 full = (row // BLOCK_K) % 16 == 15
                 gradient_MN += tl.where(full, part_MN, 0.0)
                 part_MN = tl.where(full, 0.0, part_MN)
-    gradient_MN += part_MN
+    if IN_PARTS:
+        gradient_MN += part_MN
+    else:
+        gradient_MN = part_MN
     row_M = (half * E + expert) * F + unit_M
     gradient_ptrs = gradient_ptr + row_M.to(tl.int64)[:, None] * stride_unit + n_N.to(tl.int64)[None, :] * stride_n
     mask_MN = (unit_M < F)[:, None] & (n_N < N)[None, :]
