@@ -138,11 +138,13 @@ def geglu_backward_kernel(
     da_ptr, weights_ptr, z_ptr, h_ptr, dz_ptr, d_weights_ptr, d_bias_ptr, L, F, K,
     EXACT: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """`store_geglu_backward` for ∂(w · a) = da (B, L, KF) that a library product left in memory."""
+    """`store_geglu_backward` for ∂(w · a) = da (B, L, KF) that a library product left; h may be written over it."""
     KF = K * F
     sample, tile, rows_M, columns_N, slots_N, mask_MN = _elementwise_tile(L, F, K, BLOCK_M, BLOCK_N)
     da_MN = tl.load(da_ptr + rows_M[:, None] * KF + columns_N[None, :], mask=mask_MN, other=0.0).to(tl.float32)
     u_MN, g_MN = load_pre_activations(z_ptr, mask_MN, rows_M, columns_N, KF)
+    # h may overwrite da: all of the tile is read before any of it is written.
+    tl.debug_barrier()
     store_geglu_backward(
         da_MN, u_MN, g_MN, mask_MN, sample, tile, rows_M, columns_N, slots_N, weights_ptr, h_ptr, dz_ptr,
         d_weights_ptr, d_bias_ptr, K, KF, EXACT, IN_PLACE,

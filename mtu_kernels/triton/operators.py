@@ -192,20 +192,24 @@ def _activation_gradients(
     B, L, _ = grad_y.shape
     width = call.active_hidden
     tile = call.tile("expert_out_backward", grouped=call.routing.indices is not None)
-    rows = row_block(tile, L) if isinstance(tile, TileConfig) else ELEMENTWISE_TILE.block_m
+    if isinstance(tile, Library):
+        # What the library's product leaves has the size of h, which then takes its place.
+        da, rows = (grad_y.flatten(0, 1) @ call.experts.w_out).view(B, L, width), ELEMENTWISE_TILE.block_m
+    else:
+        da, rows = None, row_block(tile, L)
+    h = call.empty(B, L, width) if da is None and expert_grads else da
     tiles = ceil_div(L, rows)
     outputs = GegluGradients(
-        h=call.empty(B, L, width) if expert_grads else None,
+        h=h if expert_grads else None,
         dz=z if in_place else torch.empty_like(z),
         d_weights=call.empty(B, tiles, width, dtype=torch.float32),
         d_bias=call.empty(B, tiles, 2 * width, dtype=torch.float32) if expert_grads else None,
     )
-    if isinstance(tile, TileConfig):
+    if isinstance(tile, Library):
+        launch = launch_geglu_backward(da, call.routing.weights, z, outputs, call.size, ELEMENTWISE_TILE)
+    else:
         precision = call.precision
         launch = launch_expert_out_backward(grad_y, call.experts, call.routing, z, outputs, tile, precision)
-    else:
-        da = (grad_y.flatten(0, 1) @ call.experts.w_out).view(B, L, width)
-        launch = launch_geglu_backward(da, call.routing.weights, z, outputs, call.size, ELEMENTWISE_TILE)
     call.machine.run(launch)
     return outputs
 

@@ -100,6 +100,7 @@ def test_adapted_layers_are_called_themselves(device):
 
 
 def test_one_compilation_serves_all_task_mixes(device):
+    torch.compiler.reset()
     unet = upcycled_unet().to(device)
     unet.set_backend("triton")
     given = on(device, inputs(unet.cpu(), batch=2))
