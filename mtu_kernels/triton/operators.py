@@ -116,7 +116,9 @@ def backward(
     z, statistics = _recompute(call, eps) if saved is None else (saved[0], Statistics(*saved[1:]))
     outputs = _activation_gradients(call, grad_y, z, in_place=recomputed, expert_grads=expert_grads)
     del z
-    grad_y_sum = grad_y.sum(dim=1, dtype=torch.float32)
+    # A pass over ∂y, for gradients of b_out and of what it is weighed by.
+    is_summed = expert_grads or call.experts.b_out.dim() == 2
+    grad_y_sum = grad_y.sum(dim=1, dtype=torch.float32) if is_summed else None
     d_weights = _routing_gradient(call, outputs.d_weights, grad_y_sum)
     if not expert_grads:
         d_experts = [call.empty(0) for _ in range(4)]
@@ -214,10 +216,10 @@ def _activation_gradients(
     return outputs
 
 
-def _routing_gradient(call: Call, sums: Tensor, grad_y_sum: Tensor) -> Tensor:
+def _routing_gradient(call: Call, sums: Tensor, grad_y_sum: Tensor | None) -> Tensor:
     weights, indices = call.routing
     d_weights_BK = sums.sum(dim=1).unflatten(-1, (weights.shape[1], -1)).sum(dim=-1)
-    if call.experts.b_out.dim() == 2:
+    if grad_y_sum is not None and call.experts.b_out.dim() == 2:
         products_BE = (grad_y_sum[:, None] * call.experts.b_out.float()).sum(dim=-1)
         d_weights_BK += products_BE if indices is None else products_BE.gather(1, indices.long())
     return d_weights_BK
