@@ -7,14 +7,16 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.products import DTYPES, Shape, draw_operands, prepare
+from benchmarks.inputs import DTYPES
+from benchmarks.products import Shape, draw_operands, prepare
+from benchmarks.sweeps import SHAPE_SETS
 from mtu_kernels.triton import operators
 from mtu_kernels.triton.index_check import launch_index_check
 from mtu_kernels.triton.launch import Launch, Machine
 from mtu_kernels.triton.tiles import LIBRARY, PLAIN_PRODUCTS, PRODUCTS, TableRow, TileConfig
 
 # Width and tokens of the blocks of SD 1.5 and SDXL.
-SD_SHAPES = ((320, 4096), (640, 1024), (1280, 256), (1280, 64), (640, 4096), (1280, 1024))
+SD_SHAPES = SHAPE_SETS["sd15"] + SHAPE_SETS["sdxl"]
 WIDTH_SHAPES = SD_SHAPES[:3]
 BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
 

@@ -27,7 +27,7 @@ from benchmarks.peers import CONTENDERS, FFN, bind
 from benchmarks.provenance import RESULTS, provenance
 from benchmarks.report import report
 from benchmarks.rows import COLUMNS, Row, append_row, check_header, read_rows
-from benchmarks.sweeps import DEFAULT_SWEEPS, DENSE, PASSES, QUICK, SHAPE_SETS, Entry, Group, Sweep
+from benchmarks.sweeps import DEFAULT_SWEEPS, DENSE, PASSES, QUICK, SHAPE_SETS, Entry, Group, Sweep, parse_shapes
 from benchmarks.timing import Call, host_us, time_interleaved, warm_up
 from mtu_kernels import check_backend
 
@@ -166,20 +166,6 @@ def _passes(text: str) -> tuple[str, ...]:
     return _choices(text, PASSES, "pass")
 
 
-def _shapes(text: str) -> tuple[tuple[int, int], ...]:
-    shapes: list[tuple[int, int]] = []
-    for name in text.split(","):
-        width, _, tokens = name.partition("x")
-        if name in SHAPE_SETS:
-            shapes += SHAPE_SETS[name]
-        elif width.isdecimal() and tokens.isdecimal() and int(width) and int(tokens):
-            shapes.append((int(width), int(tokens)))
-        else:
-            sets = ", ".join(SHAPE_SETS)
-            raise argparse.ArgumentTypeError(f"unknown shape {name!r}: expected DxL as in 320x4096, or one of {sets}.")
-    return tuple(shapes)
-
-
 def _counts(text: str) -> tuple[int, ...]:
     counts = text.split(",")
     if not all(count.isdecimal() and int(count) for count in counts):
@@ -202,7 +188,9 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group(
         "what to measure", "Without any of these: a default sweep. With some: all combinations of what they list."
     )
-    what.add_argument("--shapes", type=_shapes, help="DxL, or sets: sd15, sdxl, cpu (default: sd15,sdxl; cpu on a CPU)")
+    what.add_argument(
+        "--shapes", type=parse_shapes, help="DxL, or sets: sd15, sdxl, cpu (default: sd15,sdxl; cpu on a CPU)"
+    )
     what.add_argument("--batch", type=_counts, dest="batches", help="samples (default: 8; 1 on a CPU)")
     what.add_argument("--experts", type=_counts, help="(default: 4)")
     what.add_argument("--top-k", type=_top_k, help="active experts, or dense (default: dense)")

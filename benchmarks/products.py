@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.inputs import DTYPES
 from mtu_kernels import ExpertWeights, Routing
 from mtu_kernels.triton.activation import GegluGradients, launch_geglu, launch_geglu_backward
 from mtu_kernels.triton.expert_in import Hidden, launch_expert_in
@@ -17,8 +18,6 @@ from mtu_kernels.triton.expert_weights import launch_expert_weights
 from mtu_kernels.triton.launch import Launch
 from mtu_kernels.triton.tile_choice import token_class
 from mtu_kernels.triton.tiles import ELEMENTWISE_TILE, Library, TileConfig, TileKey
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 Step = Launch | Callable[[], Any]
 

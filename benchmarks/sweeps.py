@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -15,6 +16,21 @@ SHAPE_SETS: dict[str, tuple[tuple[int, int], ...]] = {
 }
 PASSES = ("forward", "backward", "forward+backward")
 DENSE = None
+
+
+def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
+    """Shapes of the command line: DxL and names of sets, separated by commas."""
+    shapes: list[tuple[int, int]] = []
+    for name in text.split(","):
+        width, _, tokens = name.partition("x")
+        if name in SHAPE_SETS:
+            shapes += SHAPE_SETS[name]
+        elif width.isdecimal() and tokens.isdecimal() and int(width) and int(tokens):
+            shapes.append((int(width), int(tokens)))
+        else:
+            sets = ", ".join(SHAPE_SETS)
+            raise argparse.ArgumentTypeError(f"unknown shape {name!r}: expected DxL as in 320x4096, or one of {sets}.")
+    return tuple(shapes)
 
 
 class Workload(NamedTuple):

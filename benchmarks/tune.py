@@ -23,7 +23,7 @@ from tqdm import tqdm
 from benchmarks.kernel_calls import SD_SHAPES
 from benchmarks.products import Shape
 from benchmarks.provenance import provenance
-from benchmarks.sweeps import SHAPE_SETS
+from benchmarks.sweeps import parse_shapes
 from benchmarks.tile_candidates import candidates
 from benchmarks.tile_measure import Task, Tile, Timer, compile_ahead
 from benchmarks.tile_rows import merge, read, write
@@ -147,23 +147,12 @@ def _products(text: str) -> tuple[str, ...]:
     return names
 
 
-def _shapes(text: str) -> tuple[tuple[int, int], ...]:
-    shapes: list[tuple[int, int]] = []
-    for name in text.split(","):
-        width, _, tokens = name.partition("x")
-        if name in SHAPE_SETS:
-            shapes += SHAPE_SETS[name]
-        elif width.isdecimal() and tokens.isdecimal() and int(width) and int(tokens):
-            shapes.append((int(width), int(tokens)))
-        else:
-            raise argparse.ArgumentTypeError(f"unknown shape {name!r}: expected DxL as in 320x4096, or sd15 or sdxl.")
-    return tuple(shapes)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.split("\n\n")[1])
     parser.add_argument("--products", type=_products, default=PRODUCTS, help=f"(default: {','.join(PRODUCTS)})")
-    parser.add_argument("--shapes", type=_shapes, default=SD_SHAPES, help="DxL, or sets: sd15, sdxl (default: both)")
+    parser.add_argument(
+        "--shapes", type=parse_shapes, default=SD_SHAPES, help="DxL, or sets: sd15, sdxl (default: both)"
+    )
     parser.add_argument("--minutes", type=float, default=6.0, help="no shape is begun after these (default: 6)")
     parser.add_argument("--table", type=Path, default=SHIPPED, help="file to write (default: the package's own)")
     parser.add_argument("--commit", help="for the rows, in a copy of the tree without its git directory")
