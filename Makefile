@@ -9,10 +9,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 .DELETE_ON_ERROR:
 
 # torch goes first: a package that asks for it later is then satisfied with the pinned build.
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.torch: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "mtu needs Python 3.11 to 3.13, but $(PYTHON) is %d.%d: pass PYTHON=python3.12, for example." % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel torch
+	touch $@
+
+# Whatever csrc is compiled from has it compiled again.
+$(VENV)/.ready: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h)
 	$(PIP) --no-build-isolation -e '.[dev]'
 	touch $@
 
@@ -37,4 +41,4 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo-output build *.egg-info
+	rm -rf $(VENV) demo-output build *.egg-info mtu_kernels/_C.*

@@ -15,7 +15,7 @@ from mtu_kernels.arguments import ExpertWeights, NormAffine
 from mtu_kernels.routing import Routing
 
 # torch 2.6 has no such function.
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 def moe_ffn(
@@ -28,7 +28,7 @@ def moe_ffn(
     (A loop over experts that picks their samples would hold none, but needs the routing on the host.)
     """
     # Exporters get the plain graph: there is no backward pass to save memory for.
-    if recompute and torch.is_grad_enabled() and not _is_exporting():
+    if recompute and torch.is_grad_enabled() and not is_exporting():
         tensors = (*norm, *experts[:4], *routing)
         return checkpoint(
             _moe_ffn_flat, x, *tensors, experts.num_experts, eps, use_reentrant=False, preserve_rng_state=False

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mtu_kernels import eager, reference_ops, triton
+from mtu_kernels import cpp, eager, reference_ops, triton
 from mtu_kernels.arguments import ExpertWeights, NormAffine, check_arguments, indices_are_valid
+from mtu_kernels.ops import TransformType, functorch_transform
 from mtu_kernels.routing import Routing
 
 
@@ -29,8 +30,10 @@ _BACKENDS = {
     "eager": _Backend(eager.moe_ffn),
     "reference": _Backend(reference_ops.moe_ffn),
     "triton": _Backend(triton.moe_ffn, triton.why_not_installed, triton.why_not, triton.indices_are_valid),
+    "cpp": _Backend(cpp.moe_ffn, cpp.why_not_installed, cpp.why_not),
 }
-_KNOWN_BACKENDS = ("eager", "reference", "triton", "cpp")
+# The fused backend of each kind of device.
+_FASTEST = {"cuda": "triton", "cpu": "cpp"}
 
 
 def moe_ffn(
@@ -143,15 +146,14 @@ def check_backend(name: str) -> None:
         ValueError: no backend has this name.
         RuntimeError: the backend is not part of this installation.
     """
-    if name == "auto" or (name in _BACKENDS and _BACKENDS[name].why_not_installed() is None):
+    if name == "auto":
         return
-    if name not in _KNOWN_BACKENDS:
-        known = ", ".join(("auto", *_KNOWN_BACKENDS))
-        raise ValueError(f"There is no backend {name!r}: it must be one of {known}.")
-    reason = _BACKENDS[name].why_not_installed() if name in _BACKENDS else "it is not part of this version"
-    raise RuntimeError(
-        f"The backend {name!r} cannot run here: {reason}; available are {', '.join(available_backends())}."
-    )
+    if name not in _BACKENDS:
+        raise ValueError(f"There is no backend {name!r}: it must be one of {', '.join(('auto', *_BACKENDS))}.")
+    reason = _BACKENDS[name].why_not_installed()
+    if reason is not None:
+        available = ", ".join(available_backends())
+        raise RuntimeError(f"The backend {name!r} cannot run here: {reason}; available are {available}.")
 
 
 def _choose(backend: str, x: Tensor, experts: ExpertWeights) -> _Backend:
@@ -164,14 +166,23 @@ def _choose(backend: str, x: Tensor, experts: ExpertWeights) -> _Backend:
 
 
 def _fastest(x: Tensor, experts: ExpertWeights) -> _Backend:
-    if x.device.type != "cuda":
+    name = _FASTEST.get(x.device.type)
+    if name is None or _wants_plain_operators():
         return _BACKENDS["eager"]
-    reason = triton.why_not(x.device, experts.w_in.dtype)
+    reason = _BACKENDS[name].why_not(x.device, experts.w_in.dtype)
     if reason is None:
-        return _BACKENDS["triton"]
+        return _BACKENDS[name]
     if not torch.compiler.is_compiling():
-        _log_once(f"backend='auto' takes 'eager' on {x.device}, as 'triton' cannot serve the call: {reason}.")
+        _log_once(f"backend='auto' takes 'eager' on {x.device}, as {name!r} cannot serve the call: {reason}.")
     return _BACKENDS["eager"]
+
+
+def _wants_plain_operators() -> bool:
+    """Whether the call becomes part of an exported program, or of a transform that the fused operators have no rule
+    for (`torch.vmap`, `torch.func.jvp`)."""
+    if torch.compiler.is_compiling():
+        return eager.is_exporting()
+    return torch.jit.is_tracing() or functorch_transform() in (TransformType.Vmap, TransformType.Jvp)
 
 
 @functools.cache

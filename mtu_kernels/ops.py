@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch.utils.flop_counter import register_flop_formula
 
 from mtu_kernels.arguments import ExpertWeights, NormAffine
@@ -99,7 +100,8 @@ def call_ops(
     Raises:
         NotImplementedError: called under ``torch.func.jvp``.
     """
-    if not torch.compiler.is_compiling() and _in_forward_mode():
+    # Autograd would take the derivative for zero.
+    if not torch.compiler.is_compiling() and functorch_transform() == TransformType.Jvp:
         raise NotImplementedError(f"{ops.train} has no forward-mode derivative: use backend='eager', which has.")
     tensors = (x, *norm, *experts[:4], *routing)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -108,10 +110,10 @@ def call_ops(
     return ops.inference(*tensors, experts.num_experts, eps)
 
 
-def _in_forward_mode() -> bool:
-    """Whether the innermost functional transform is `torch.func.jvp`, which would take the derivative for zero."""
+def functorch_transform() -> TransformType | None:
+    """The innermost functional transform around this call."""
     transform = torch._C._functorch.peek_interpreter_stack()
-    return transform is not None and transform.key() == torch._C._functorch.TransformType.Jvp
+    return None if transform is None else transform.key()
 
 
 def _register_autograd(

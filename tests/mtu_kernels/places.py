@@ -33,7 +33,7 @@ class Place(NamedTuple):
     @property
     def exact(self) -> torch.dtype:
         """The highest precision that the backend computes in."""
-        return torch.float32 if self.backend == "triton" else torch.float64
+        return torch.float32 if self.backend in ("triton", "cpp") else torch.float64
 
     @property
     def seeds(self) -> range:

@@ -1,0 +1,103 @@
+#include "forward.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "parallel.h"
+
+namespace mtu {
+namespace {
+
+// Panels of a block whose weights are shared among the threads: enough for weights to be worth their way from memory.
+constexpr int64_t kSharedPanels = 64;
+
+// The experts that samples [first, last] use.
+std::vector<int32_t> experts_of(const Problem& p, int64_t first, int64_t last) {
+  std::vector<bool> is_used(p.E, !p.indices);
+  if (p.indices)
+    for (int64_t i = first * p.K; i < (last + 1) * p.K; ++i) is_used[p.indices[i]] = true;
+  std::vector<int32_t> experts;
+  for (int64_t e = 0; e < p.E; ++e)
+    if (is_used[e]) experts.push_back(static_cast<int32_t>(e));
+  return experts;
+}
+
+// Memory for the blocks of a call: rows of threads, cache lines apart.
+struct Memory {
+  torch::stable::Tensor bytes;
+  Layout layout;
+  int64_t x_hat, hidden, scratch;  // bytes
+
+  Memory(const Layout& layout, int64_t panels, int64_t blocks, int64_t threads)
+      : layout(layout),
+        x_hat(rounded(layout.x_hat_panel * panels)),
+        hidden(rounded(layout.hidden_panel * panels)),
+        scratch(rounded(layout.scratch + layout.scratch_panel * panels)) {
+    bytes = torch::stable::empty({blocks * (x_hat + hidden) + threads * scratch},
+                                 torch::headeronly::ScalarType::Byte);
+    this->blocks = blocks;
+  }
+
+  Buffers buffers(int64_t block, int64_t thread) const {
+    char* p = static_cast<char*>(bytes.mutable_data_ptr());
+    char* of_block = p + block * (x_hat + hidden);
+    return {of_block, of_block + x_hat, p + blocks * (x_hat + hidden) + thread * scratch};
+  }
+
+ private:
+  int64_t blocks;
+  static int64_t rounded(int64_t n) { return (n + 63) / 64 * 64; }
+};
+
+// Many tokens: each thread takes blocks of its own through all three steps, so that what lies between stays in its cache.
+void forward_by_tokens(const Problem& p, const Kernels& k, const Layout& layout, int64_t num_panels, int64_t threads) {
+  const int64_t panels_per_sample = num_panels / p.B;
+  const int64_t most = (num_panels + threads - 1) / threads;
+  const int64_t panels = std::min(layout.block_panels, most);
+  const Memory memory(layout, panels, threads, threads);
+  run_on_threads(threads, [&](int64_t t) {
+    const Buffers buffers = memory.buffers(t, t);
+    const int64_t end = (t + 1) * num_panels / threads;
+    for (int64_t begin = t * num_panels / threads; begin < end; begin += panels) {
+      const int64_t stop = std::min(begin + panels, end);
+      const std::vector<int32_t> experts = experts_of(p, begin / panels_per_sample, (stop - 1) / panels_per_sample);
+      const Block block = {begin, stop, experts.data(), static_cast<int64_t>(experts.size())};
+      k.normalize(p, block, buffers, 0, stop - begin);
+      k.expert_in(p, block, buffers, 0, layout.unit_tiles * block.num_experts);
+      if (p.y) k.expert_out(p, block, buffers, 0, layout.column_tiles);
+    }
+  });
+}
+
+// Few tokens: the threads share the weights of each step, so that each weight is read once.
+void forward_by_weights(const Problem& p, const Kernels& k, const Layout& layout, int64_t num_panels, int64_t threads) {
+  const int64_t panels_per_sample = num_panels / p.B;
+  const int64_t blocks = (num_panels + kSharedPanels - 1) / kSharedPanels;
+  const Memory memory(layout, (num_panels + blocks - 1) / blocks, 1, threads);
+  auto shared = [&](auto step, const Block& block, int64_t n) {
+    run_on_threads(threads, [&](int64_t t) {
+      step(p, block, memory.buffers(0, t), t * n / threads, (t + 1) * n / threads);
+    });
+  };
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t begin = i * num_panels / blocks, end = (i + 1) * num_panels / blocks;
+    const std::vector<int32_t> experts = experts_of(p, begin / panels_per_sample, (end - 1) / panels_per_sample);
+    const Block block = {begin, end, experts.data(), static_cast<int64_t>(experts.size())};
+    shared(k.normalize, block, end - begin);
+    shared(k.expert_in, block, layout.unit_tiles * block.num_experts);
+    if (p.y) shared(k.expert_out, block, layout.column_tiles);
+  }
+}
+
+}  // namespace
+
+void forward(const Problem& p, const Kernels& k) {
+  const int64_t num_panels = p.B * ((p.L + kPanel - 1) / kPanel);
+  if (num_panels == 0 || p.D == 0) return;
+  const Layout layout = k.layout(p);
+  const int64_t threads = threads_for(1 << 20);
+  if (num_panels >= 2 * threads * layout.block_panels) forward_by_tokens(p, k, layout, num_panels, threads);
+  else forward_by_weights(p, k, layout, num_panels, threads);
+}
+
+}  // namespace mtu

@@ -1,0 +1,154 @@
+// The experts' second product. Included inside a level's own namespace, after experts.h.
+
+static constexpr int64_t kMaxSegments = 32;
+
+// Whether samples b and c use the same experts in the same order.
+static inline bool share_experts(const Problem& p, int64_t b, int64_t c) {
+  return b == c || !p.indices || !__builtin_memcmp(p.indices + b * p.K, p.indices + c * p.K, sizeof(int32_t) * p.K);
+}
+
+// Walks the active experts' columns of w_out in parts of at most kDepth steps.
+template <class T>
+struct Parts {
+  const Problem& p;
+  int64_t b, slots, width, padded;  // dense experts without padding are one wide expert
+  int64_t slot = 0, f = 0;
+  Segment segments[kMaxSegments];
+  int64_t count = 0, depth = 0;
+  bool is_ragged = false;
+
+  Parts(const Problem& p, int64_t b) : p(p), b(b) {
+    const bool is_one = !p.indices && p.F % ProductOf<T>::kStep == 0;
+    slots = is_one ? 1 : p.K;
+    width = is_one ? p.E * p.F : p.F;
+    padded = round_up(width, ProductOf<T>::kStep);
+  }
+
+  bool is_last() const { return slot == slots; }
+
+  // Moves to the next part, if there is one.
+  bool next() {
+    if (is_last()) return false;
+    depth = 0;
+    count = 0;
+    is_ragged = false;
+    while (slot < slots && depth < ProductOf<T>::kDepth && count < kMaxSegments) {
+      const int64_t length = min_of(padded - f, ProductOf<T>::kDepth - depth);
+      const int64_t e = p.indices ? p.indices[b * p.K + slot] : slot;
+      segments[count++] = {e * width + f, slot * padded + f, length};
+      is_ragged = is_ragged || f + length > width;
+      depth += length;
+      f += length;
+      if (f == padded) {
+        f = 0;
+        ++slot;
+      }
+    }
+    return true;
+  }
+};
+
+// Rows [column, column + n) of w_out, n at most kRows, over the columns of a part. Where they are copied, `segments` says
+// where to.
+template <class T>
+static Rows<T> rows_of_columns(const Problem& p, int64_t column, int64_t n, const Parts<T>& part, Segment* segments,
+                               typename ProductOf<T>::Weight* copies) {
+  using Weight = typename ProductOf<T>::Weight;
+  constexpr int64_t kHalf = ProductOf<T>::kRows / 2, kStride = ProductOf<T>::kDepth;
+  const int64_t H = p.E * p.F;
+  const T* w_out = static_cast<const T*>(p.w_out) + column * H;
+  __builtin_memcpy(segments, part.segments, sizeof(Segment) * part.count);
+  if (ProductOf<T>::kReadsStorage && n == ProductOf<T>::kRows && !part.is_ragged)
+    return {reinterpret_cast<const Weight*>(w_out), reinterpret_cast<const Weight*>(w_out + kHalf * H), H};
+  int64_t at = 0;
+  for (int64_t s = 0; s < part.count; ++s) {
+    const auto [from, _, length] = part.segments[s];
+    const int64_t valid = min_of(length, part.width - from % part.width);
+    copy_rows<T>(w_out + from, H, min_of(kHalf, n), valid, length, copies + at, kStride);
+    copy_rows<T>(w_out + kHalf * H + from, H, maximum_of<int64_t>(n - kHalf, 0), valid, length,
+                 copies + kHalf * kStride + at, kStride);
+    segments[s].weight = at;
+    at += length;
+  }
+  return {copies, copies + kHalf * kStride, kStride};
+}
+
+// Work on the side: bias of some panels' sums (kRows, 16), and their way into y.
+template <class T>
+struct FinishColumns {
+  using Product = ProductOf<T>;
+  static constexpr int kRows = Product::kRows;
+
+  const Problem* p;
+  const typename Scratch<T>::A* panel;
+  const float* sums;
+  int64_t column, columns;
+  int64_t count = 0, done = 0;
+
+  FinishColumns() = default;
+  FinishColumns(const Problem& p, const typename Scratch<T>::A* panels, int64_t num_panels, const float* sums,
+                int64_t column, int64_t columns)
+      : p(&p), panel(panels), sums(sums), column(column), columns(columns),
+        count(num_panels) {}
+
+  void step() {
+    float bias[round_up(kRows, kLanes)];
+    for (int r = 0; r < kRows; r += kLanes)
+      store(bias + r, load(p->y_bias + panel->b * p->y_bias_stride + column + r, columns - r));
+    T* y = static_cast<T*>(p->y) + (panel->b * p->L + panel->l) * p->D + column;
+    const int64_t tokens = min_of(kPanel, p->L - panel->l);
+    if constexpr (kRows == 32) Product::store_tokens(sums, bias, y, p->D, tokens, columns);
+    else store_tokens<kRows>(sums, bias, y, p->D, tokens, columns);
+    ++done;
+    ++panel;
+    sums += Scratch<T>::kTile;
+  }
+};
+
+// Tiles [begin, end) of the columns of y, for panels [from, to) of the block, whose samples share their experts:
+// y = Σ h W_outᵀ + bias.
+template <class T>
+static void expert_out_of(const Problem& p, const Scratch<T>& scratch, int64_t from, int64_t to, int64_t begin,
+                          int64_t end) {
+  using Product = ProductOf<T>;
+  Side<FinishColumns<T>> side;
+  for (int64_t first = begin, last; first < end; first = last) {
+    last = min_of(first + Product::kGroup, end);
+    bool accumulate = false;
+    for (Parts<T> part(p, scratch.active[from].b); part.next(); accumulate = true) {
+      for (int64_t tile = first; tile < last; ++tile) {
+        const int64_t column = tile * Product::kRows, columns = min_of(Product::kRows, p.D - column);
+        Segment segments[kMaxSegments];
+        const Rows<T> rows = rows_of_columns<T>(p, column, columns, part, segments, scratch.weights);
+        for (int64_t i = from; i < to; i += Product::kPanels) {
+          const int64_t count = min_of(Product::kPanels, to - i);
+          float* sums = scratch.sums + ((tile - first) * (to - from) + i - from) * Scratch<T>::kTile;
+          multiply_panels<T>(segments, part.count, rows, scratch.active + i, count, sums, accumulate, side);
+          if (part.is_last())
+            side.take({p, scratch.active + i, count, sums, column, columns}, part.depth, Product::kStep);
+        }
+      }
+    }
+    side.rest();
+  }
+}
+
+// Tiles [begin, end) of the columns of y, for all panels of the block.
+template <class T>
+static void expert_out(const Problem& p, const Block& block, const Buffers& buffers, int64_t begin, int64_t end) {
+  using Product = ProductOf<T>;
+  using Activation = typename Product::Activation;
+  const int64_t num_panels = block.end - block.begin;
+  Scratch<T> scratch(buffers.scratch, num_panels);
+  const int64_t hidden_panel = p.K * round_up(p.F, Product::kStep) * kPanel;
+  const int64_t panels_per_sample = ceil_div(p.L, kPanel);
+  for (int64_t i = 0; i < num_panels; ++i)
+    scratch.active[i] = {static_cast<const Activation*>(buffers.hidden) + i * hidden_panel, nullptr, 0.0f,
+                         (block.begin + i) / panels_per_sample, (block.begin + i) % panels_per_sample * kPanel, 0};
+  Product::begin();
+  for (int64_t first = 0, last; first < num_panels; first = last) {
+    for (last = first + 1; last < num_panels && share_experts(p, scratch.active[first].b, scratch.active[last].b);) ++last;
+    expert_out_of<T>(p, scratch, first, last, begin, end);
+  }
+  Product::end();
+}

@@ -1,0 +1,60 @@
+// Products of bfloat16 by AVX-512's instruction for pairs. Included inside a level's own namespace, after pairs.h.
+//
+// As FloatProduct, with two steps in k at a time. Weights are read where they are.
+
+struct PairProduct {
+  using Weight = bfloat16;
+  using Activation = bfloat16;
+  static constexpr int kRows = 8;
+  static constexpr int kPanels = 3;
+  static constexpr int64_t kStep = 2;
+  static constexpr int kPack = 2;            // numbers of a panel that stand side by side for each token
+  static constexpr int64_t kDepth = 1024;
+  static constexpr int64_t kGroup = 8;
+  static constexpr int64_t kBlockPanels = 12;
+  static constexpr bool kReadsStorage = true;
+
+  static void begin() {}
+  static void end() {}
+
+  static inline void store_activations(bfloat16* panel, int64_t k, const Vec* rows, int64_t n) {
+    store_pairs(panel, k, rows, n);
+  }
+  static inline void store_normalized(bfloat16* panel, int64_t k, const Vec (&tokens)[kPack][kLanes], int64_t n) {
+    store_token_pairs(panel, k, tokens, n);
+  }
+
+  template <int P, class Side>
+  static inline void multiply(const Segment* segments, int64_t count, const bfloat16* upper, const bfloat16* lower,
+                              int64_t stride, const bfloat16* const* panels, float* c, bool accumulate, Side&) {
+    __m512 sums[kRows][P];
+#pragma GCC unroll 64
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 64
+      for (int p = 0; p < P; ++p)
+        sums[r][p] = accumulate ? _mm512_loadu_ps(c + (p * kRows + r) * kPanel) : _mm512_setzero_ps();
+    for (int64_t s = 0; s < count; ++s) {
+      const bfloat16* u = upper + segments[s].weight;
+      const bfloat16* l = lower + segments[s].weight;
+      const bfloat16* b[P];
+      for (int p = 0; p < P; ++p) b[p] = panels[p] + segments[s].activation * kPanel;
+      for (int64_t k = 0; k < segments[s].length; k += 2) {
+        __m512bh x[P];
+#pragma GCC unroll 64
+        for (int p = 0; p < P; ++p) x[p] = bit_cast<__m512bh>(_mm512_loadu_si512(b[p] + k * kPanel));
+#pragma GCC unroll 64
+        for (int r = 0; r < kRows; ++r) {
+          int32_t pair;
+          __builtin_memcpy(&pair, r < kRows / 2 ? u + r * stride + k : l + (r - kRows / 2) * stride + k, sizeof(pair));
+          const __m512bh w = bit_cast<__m512bh>(_mm512_set1_epi32(pair));
+#pragma GCC unroll 64
+          for (int p = 0; p < P; ++p) sums[r][p] = _mm512_dpbf16_ps(sums[r][p], x[p], w);
+        }
+      }
+    }
+#pragma GCC unroll 64
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 64
+      for (int p = 0; p < P; ++p) _mm512_storeu_ps(c + (p * kRows + r) * kPanel, sums[r][p]);
+  }
+};
