@@ -52,13 +52,31 @@ def check(function: FFN, inputs: Inputs) -> None:
     labels = ("y", *(f"the gradient of {name}" for name in inputs.leaf_names))
     dtypes = (inputs.x.dtype, *(leaf.dtype for leaf in inputs.leaves))
     ulp = torch.finfo(inputs.x.dtype).eps
-    for label, dtype, a, u, e in zip(labels, dtypes, actual, user, exact, strict=True):
-        error, allowed = _max_abs(a - e), 2 * _max_abs(u - e) + ulp * _max_abs(e)
-        # Not "error > allowed", which NaN would pass.
-        if a.dtype != dtype or not error <= allowed:
-            raise WrongResult(
-                f"{label} must be {dtype} within {allowed:.3g} of float64, got {a.dtype} off by {error:.3g}."
-            )
+    for label, dtype, *tensors in zip(labels, dtypes, actual, user, exact, strict=True):
+        hold(label, *tensors, dtype, ulp)
+
+
+def hold(label: str, actual: Tensor, user: Tensor, exact: Tensor, dtype: torch.dtype, ulp: float) -> None:
+    """Asserts ``max|actual − exact| <= 2 · max|user − exact| + ulp · max|exact|``, and the dtype.
+
+    Args:
+        label: what it is, for the error.
+        actual: of the contender.
+        user: of the code whose error is the yardstick.
+        exact: in a wider dtype.
+        dtype: that `actual` must have.
+        ulp: of the dtype that is computed in.
+
+    Raises:
+        WrongResult: one sentence with the error and what is allowed.
+    """
+    error, allowed = _max_abs(actual - exact), 2 * _max_abs(user - exact) + ulp * _max_abs(exact)
+    # Not "error > allowed", which NaN would pass.
+    if actual.dtype != dtype or not error <= allowed:
+        wide = str(exact.dtype).removeprefix("torch.")
+        raise WrongResult(
+            f"{label} must be {dtype} within {allowed:.3g} of {wide}, got {actual.dtype} off by {error:.3g}."
+        )
 
 
 def _outputs(function: FFN, inputs: Inputs, leaves: Sequence[Tensor]) -> list[Tensor]:

@@ -7,7 +7,6 @@ torch and tqdm; neither this package nor diffusers has to be installed.
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 import shlex
 import sys
@@ -18,16 +17,28 @@ from typing import NamedTuple
 
 import torch
 import torch._functorch.config
-from tqdm import tqdm
 
 from benchmarks.correctness import check
 from benchmarks.inputs import DTYPES, Inputs, draw_shared, number_of_sets, route
 from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.peers import CONTENDERS, FFN, bind
 from benchmarks.provenance import RESULTS, provenance
+from benchmarks.recording import Log, record
 from benchmarks.report import report
-from benchmarks.rows import COLUMNS, Row, append_row, check_header, read_rows
-from benchmarks.sweeps import DEFAULT_SWEEPS, DENSE, PASSES, QUICK, SHAPE_SETS, Entry, Group, Sweep, parse_shapes
+from benchmarks.rows import COLUMNS, Row, check_header, read_rows
+from benchmarks.sweeps import (
+    DEFAULT_SWEEPS,
+    DENSE,
+    PASSES,
+    QUICK,
+    SHAPE_SETS,
+    Entry,
+    Group,
+    Sweep,
+    parse_choices,
+    parse_counts,
+    parse_shapes,
+)
 from benchmarks.timing import Call, host_us, time_interleaved, warm_up
 from mtu_kernels import check_backend
 
@@ -44,33 +55,6 @@ class Prepared(NamedTuple):
     capturable: bool
 
 
-class Log:
-    """One line for each row, refusal and failure; above the progress bar, which is on stderr."""
-
-    def __init__(self, total: int) -> None:
-        self.bar = tqdm(total=total, unit="row", file=sys.stderr)
-        self.failures = 0
-        self._refused: set[str] = set()
-
-    def row(self, row: Row) -> None:
-        times = f"{row.median_us:10.1f} µs  ({row.p20_us:.1f} to {row.p80_us:.1f})"
-        times += ", without a graph" if row.device == "cuda" and not row.graph else ""
-        self.bar.write(f"{row.workload!s:40} {row.setting!s:22} {row.contender:22} {times}", file=sys.stdout)
-
-    def refused(self, group: Group, entry: Entry, reason: Exception) -> None:
-        """A contender that cannot run somewhere says so once for each reason."""
-        # The compiler's errors name the cause in their second line.
-        line = " ".join(str(reason).strip().splitlines()[:2])
-        if f"{entry.contender} {line}" not in self._refused:
-            self._refused.add(f"{entry.contender} {line}")
-            self.bar.write(f"skipped {entry.contender} at {group.workload}: {line}", file=sys.stderr)
-
-    def failed(self, group: Group, entry: Entry, reason: Exception) -> None:
-        self.failures += 1
-        place = f"{entry.contender} at {group.workload} {entry.setting}"
-        self.bar.write(f"FAILED, not timed: {place}: {type(reason).__name__}: {reason}", file=sys.stderr)
-
-
 def measure(group: Group, device: torch.device, seconds: float, log: Log) -> Iterator[tuple[Entry, dict]]:
     """Yields the entries that could be measured, with their columns: timed interleaved, then memory one by one."""
     # Code compiled for other shapes would count against the limit of recompilations, and then run uncompiled.
@@ -85,15 +69,9 @@ def measure(group: Group, device: torch.device, seconds: float, log: Log) -> Ite
         shared = [first, *(draw_shared(group.workload, device, seed) for seed in range(1, count))]
         ready = []
         for entry in group.entries:
-            try:
+            with log.attempt(entry, group.workload):
                 sets = [route(tensors, entry.setting, seed) for seed, tensors in enumerate(shared)]
                 ready.append(_prepare(entry, sets, group.workload.direction, device))
-            except (RuntimeError, ValueError) as reason:
-                log.refused(group, entry, reason)
-            except Exception as reason:
-                # Wrong results, and whatever else goes wrong in one contender: the others are measured all the same.
-                log.failed(group, entry, reason)
-            log.bar.update()
         if not ready:
             return
         capturable = [prepared.capturable for prepared in ready]
@@ -132,49 +110,29 @@ def run(
     Returns:
         The rows, and how many of them are missing because a contender was wrong or broke.
     """
-    log = Log(sum(len(group.entries) for group in groups))
-    # Rows of another run were not interleaved with these: groups are named apart by time.
-    start = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
-    rows = []
-    with log.bar:
-        for number, group in enumerate(groups):
-            name, place = f"{start}-{number}", (device.type, group.workload)
-            for entry, columns in measure(group, device, seconds, log):
-                row = Row(name, entry.contender, *place, entry.setting, **columns, source=source)
-                append_row(output, row)
-                log.row(row)
-                rows.append(row)
-            if device.type == "cuda":
-                # A group's blocks fit the next one badly.
-                torch.cuda.empty_cache()
-    return rows, log.failures
+    log = Log(sum(len(group.entries) for group in groups), unit="row")
 
+    def rows_of(name: str, group: Group) -> Iterator[Row]:
+        place = device.type, group.workload
+        for entry, columns in measure(group, device, seconds, log):
+            yield Row(name, entry.contender, *place, entry.setting, **columns, source=source)
+        if device.type == "cuda":
+            # A group's blocks fit the next one badly.
+            torch.cuda.empty_cache()
 
-def _choices(text: str, known: Sequence[str], noun: str) -> tuple[str, ...]:
-    names = tuple(known) if text == "all" else tuple(text.split(","))
-    for name in names:
-        if name not in known:
-            raise argparse.ArgumentTypeError(f"unknown {noun} {name!r}: expected some of {', '.join(known)}.")
-    return names
+    return record(groups, rows_of, log, output), log.failures
 
 
 def _contenders(text: str) -> tuple[str, ...]:
-    return _choices(text, tuple(CONTENDERS), "contender")
+    return parse_choices(text, tuple(CONTENDERS), "contender")
 
 
 def _passes(text: str) -> tuple[str, ...]:
-    return _choices(text, PASSES, "pass")
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    counts = text.split(",")
-    if not all(count.isdecimal() and int(count) for count in counts):
-        raise argparse.ArgumentTypeError(f"expected positive whole numbers such as 1,8, got {text!r}.")
-    return tuple(int(count) for count in counts)
+    return parse_choices(text, PASSES, "pass")
 
 
 def _top_k(text: str) -> tuple[int | None, ...]:
-    return tuple(DENSE if name == "dense" else _counts(name)[0] for name in text.split(","))
+    return tuple(DENSE if name == "dense" else parse_counts(name)[0] for name in text.split(","))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -191,10 +149,10 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--shapes", type=parse_shapes, help="DxL, or sets: sd15, sdxl, cpu (default: sd15,sdxl; cpu on a CPU)"
     )
-    what.add_argument("--batch", type=_counts, dest="batches", help="samples (default: 8; 1 on a CPU)")
-    what.add_argument("--experts", type=_counts, help="(default: 4)")
+    what.add_argument("--batch", type=parse_counts, dest="batches", help="samples (default: 8; 1 on a CPU)")
+    what.add_argument("--experts", type=parse_counts, help="(default: 4)")
     what.add_argument("--top-k", type=_top_k, help="active experts, or dense (default: dense)")
-    what.add_argument("--tasks", type=_counts, help="distinct tasks in the batch (default: 1)")
+    what.add_argument("--tasks", type=parse_counts, help="distinct tasks in the batch (default: 1)")
     what.add_argument("--pass", type=_passes, dest="passes", help=f"{', '.join(PASSES)}, or all (default: forward)")
     what.add_argument("--contenders", type=_contenders, help="names, or all (default: all but those with -max)")
     what.add_argument("--quick", action="store_true", help="a smoke test: tiny defaults for all of the above")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.rows import Row
+from benchmarks.rows import AnyRow
 from benchmarks.sweeps import DENSE, Entry, Workload, heeded
 
 _TESTED = "{tested}"
@@ -15,7 +15,7 @@ _TESTED = "{tested}"
 class Pair(NamedTuple):
     """A row, and the row of its group that it is compared with."""
 
-    row: Row
+    row: AnyRow
     ratio: float
 
 
@@ -43,7 +43,7 @@ class Target(NamedTuple):
     to_setting: dict[str, Any] = {}  # noqa: RUF012
     direction: str = "forward"
     quantity: str = "median_us"
-    where: Callable[[Workload], bool] = lambda workload: True
+    where: Callable[[Any], bool] = lambda workload: True
     mean: bool = False
 
 
@@ -92,28 +92,31 @@ TARGETS: dict[str, tuple[Target, ...]] = {
 TESTED = {"cuda": "mtu-triton", "cpu": "mtu-cpp"}
 
 
-def report(rows: Sequence[Row], tested: str | None = None) -> list[str]:
+def report(
+    rows: Sequence[AnyRow], tested: str | None = None, targets: Mapping[str, Sequence[Target]] = TARGETS
+) -> list[str]:
     """Lines "what: measured (target)" for each device and dtype among the rows.
 
     Args:
         rows: as read from a CSV file. Of a pair that was measured more than once the last counts.
         tested: the contender under test; that of the device by default.
+        targets: by device; those of the feed-forward by default.
     """
     lines = []
     for device, dtype in sorted({(row.device, row.workload.dtype) for row in rows}):
         chosen = [row for row in rows if (row.device, row.workload.dtype) == (device, dtype)]
         name = tested or TESTED[device]
         lines.append(f"{name}, {dtype}, {', '.join(sorted({place(row) for row in chosen}))}")
-        lines += ["  " + _line(target, chosen, name) for target in TARGETS[device]]
+        lines += ["  " + _line(target, chosen, name) for target in targets[device]]
     return lines
 
 
-def place(row: Row) -> str:
+def place(row: AnyRow) -> str:
     """Where a row was measured: processor and commit."""
     return f"{row.source.get('processor', row.device)} at commit {row.source.get('commit', 'unknown')}"
 
 
-def _line(target: Target, rows: Sequence[Row], tested: str) -> str:
+def _line(target: Target, rows: Sequence[AnyRow], tested: str) -> str:
     pairs = pairs_of(target, rows, tested)
     if not pairs:
         return f"{target.what}: not measured (at most {target.at_most:.2f})"
@@ -126,7 +129,7 @@ def _line(target: Target, rows: Sequence[Row], tested: str) -> str:
     return f"{target.what}: {value:.3f} (at most {target.at_most:.2f}{verdict}; {note})"
 
 
-def pairs_of(target: Target, rows: Sequence[Row], tested: str) -> list[Pair]:
+def pairs_of(target: Target, rows: Sequence[AnyRow], tested: str) -> list[Pair]:
     """What a target is taken from: for each workload and setting the last pair of rows in one group."""
     of, to = (name.format(tested=tested) for name in (target.of, target.to))
     pairs = {}
@@ -140,8 +143,8 @@ def pairs_of(target: Target, rows: Sequence[Row], tested: str) -> list[Pair]:
 
 
 def comparisons(
-    rows: Sequence[Row], of: str, to: str, to_setting: dict[str, Any] | None = None
-) -> Iterator[tuple[Row, Row]]:
+    rows: Sequence[AnyRow], of: str, to: str, to_setting: dict[str, Any] | None = None
+) -> Iterator[tuple[AnyRow, AnyRow]]:
     """Rows of the contender `of`, each with the row of `to` in its group that has its setting but for `to_setting`."""
     measured = {(row.group, row.workload, Entry(row.contender, row.setting)): row for row in rows}
     for row in rows:

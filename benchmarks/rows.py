@@ -4,9 +4,28 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from benchmarks.sweeps import Setting, Workload
+
+
+class AnyRow(Protocol):
+    """What writing, printing and comparing ask of a row, whatever was measured."""
+
+    group: str
+    contender: str
+    device: str
+    workload: Any
+    setting: Setting
+    graph: bool
+    median_us: float
+    p20_us: float
+    p80_us: float
+    source: dict[str, str]
+
+    def cells(self) -> dict[str, str]:
+        """The row as text, by column."""
+        ...
 
 
 class Row(NamedTuple):
@@ -52,7 +71,7 @@ COLUMNS = ("group", "contender", "device", "D", "L", "B", "E", "K", "tasks", "dt
 COLUMNS += ("median_us", "p20_us", "p80_us", "rounds", "host_us", "peak_bytes", "saved_bytes")
 
 
-def append_row(path: Path, row: Row) -> None:
+def append_row(path: Path, row: AnyRow) -> None:
     """Adds a row to a CSV file, which gets its header with the first one. The file is closed after each row.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 # D×L: width and tokens of the transformer blocks.
@@ -31,6 +31,23 @@ def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
             sets = ", ".join(SHAPE_SETS)
             raise argparse.ArgumentTypeError(f"unknown shape {name!r}: expected DxL as in 320x4096, or one of {sets}.")
     return tuple(shapes)
+
+
+def parse_choices(text: str, known: Sequence[str], noun: str) -> tuple[str, ...]:
+    """Names of the command line, separated by commas; "all" stands for all that are known."""
+    names = tuple(known) if text == "all" else tuple(text.split(","))
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"unknown {noun} {name!r}: expected some of {', '.join(known)}.")
+    return names
+
+
+def parse_counts(text: str) -> tuple[int, ...]:
+    """Positive whole numbers of the command line, separated by commas."""
+    counts = text.split(",")
+    if not all(count.isdecimal() and int(count) for count in counts):
+        raise argparse.ArgumentTypeError(f"expected positive whole numbers such as 1,8, got {text!r}.")
+    return tuple(int(count) for count in counts)
 
 
 class Workload(NamedTuple):
@@ -106,7 +123,7 @@ def heeded(contender: str, setting: Setting) -> Setting:
 
     It keeps a contender from being measured twice, and finds the row to compare with.
     """
-    if contender == "eager" or contender.startswith("compile-folded"):
+    if contender == "eager" or contender.startswith(("compile-folded", "stock-")):
         return Setting()
     if contender == "products":
         return Setting() if setting.K is None else setting._replace(tasks=1)

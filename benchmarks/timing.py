@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ Call = Callable[[], Any]
 MIN_ROUNDS = 20
 MAX_ROUNDS = 1000
 # Rounds that are run and not counted: clocks, caches and page tables settle.
-_WARM_ROUNDS = 2
+WARM_ROUNDS = 2
 _BURST = 20
 _BURSTS = 5
 
@@ -43,7 +44,12 @@ def summary(times_us: Sequence[float], graph: bool) -> Timing:
 
 
 def time_interleaved(
-    contenders: Sequence[Sequence[Call]], capturable: Sequence[bool], device: torch.device, seconds: float
+    contenders: Sequence[Sequence[Call]],
+    capturable: Sequence[bool],
+    device: torch.device,
+    seconds: float,
+    at_least: int = MIN_ROUNDS,
+    after_round: Call = lambda: None,
 ) -> list[Timing]:
     """Times contenders round robin, so that all of them see the same clocks and the same neighbours.
 
@@ -55,27 +61,35 @@ def time_interleaved(
         contenders: for each one its calls, on one set of inputs each; warmed up already.
         capturable: for each one whether a CUDA graph can hold it.
         device: where the calls run.
-        seconds: time for each contender; at least 20 rounds are run whatever they take, and 1000 at most.
+        seconds: time for each contender; 1000 rounds are run at most.
+        at_least: rounds that are run whatever they take.
+        after_round: called between two rounds, also those that are not counted: for progress where calls take long.
     """
     if device.type != "cuda":
         turns = [itertools.cycle(calls) for calls in contenders]
         graphs = [False] * len(contenders)
-        times = _rounds(lambda: [_clocked(next(turn)) for turn in turns], seconds * len(contenders))
+        measure = functools.partial(_clock_round, turns)
     else:
         graphs, runs = _captured_runs(contenders, capturable)
-        counts = [len(calls) for calls in contenders]
-        times = _rounds(lambda: _events_round(runs, counts), seconds * len(contenders))
+        measure = functools.partial(_events_round, runs, [len(calls) for calls in contenders])
+    times = _rounds(measure, seconds * len(contenders), at_least, after_round)
     return [summary(column, graph) for column, graph in zip(zip(*times, strict=True), graphs, strict=True)]
 
 
-def _rounds(measure: Callable[[], list[float]], seconds: float) -> list[list[float]]:
-    for _ in range(_WARM_ROUNDS):
+def _rounds(measure: Callable[[], list[float]], seconds: float, at_least: int, after_round: Call) -> list[list[float]]:
+    for _ in range(WARM_ROUNDS):
         measure()
+        after_round()
     rounds = []
     end = time.perf_counter() + seconds
-    while len(rounds) < MIN_ROUNDS or (time.perf_counter() < end and len(rounds) < MAX_ROUNDS):
+    while len(rounds) < at_least or (time.perf_counter() < end and len(rounds) < MAX_ROUNDS):
         rounds.append(measure())
+        after_round()
     return rounds
+
+
+def _clock_round(turns: Sequence[Iterator[Call]]) -> list[float]:
+    return [_clocked(next(turn)) for turn in turns]
 
 
 def _clocked(call: Call) -> float:

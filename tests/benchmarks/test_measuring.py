@@ -7,7 +7,7 @@ from benchmarks.inputs import draw_shared, number_of_sets
 from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.peers import CONTENDERS
 from benchmarks.sweeps import DEFAULT_SWEEPS, DENSE, QUICK, Entry, Setting, Sweep, Workload, heeded
-from benchmarks.timing import MIN_ROUNDS, host_us, summary, time_interleaved, warm_up
+from benchmarks.timing import MIN_ROUNDS, WARM_ROUNDS, host_us, summary, time_interleaved, warm_up
 
 CPU = torch.device("cpu")
 
@@ -27,6 +27,13 @@ def test_contenders_are_timed_in_turn_on_the_next_inputs_each_round():
     assert [timing.rounds for timing in timings] == [MIN_ROUNDS, MIN_ROUNDS]
     assert all(0 < t.p20_us <= t.median_us <= t.p80_us and not t.graph for t in timings)
     assert rounds > MIN_ROUNDS, "The first rounds must not count."
+
+
+def test_calls_that_take_long_are_timed_as_often_as_asked():
+    rounds = []
+    (timing,) = time_interleaved([[lambda: None]], [False], CPU, 0, at_least=3, after_round=lambda: rounds.append(0))
+    assert timing.rounds == 3
+    assert len(rounds) == WARM_ROUNDS + 3
 
 
 def test_a_cpu_has_no_host_time():
