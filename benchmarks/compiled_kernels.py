@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from benchmarks.kernel_calls import (
 )
 from benchmarks.prediction import ARCH as PREDICTED_ARCH
 from benchmarks.prediction import predict
-from benchmarks.provenance import RESULTS, provenance
+from benchmarks.provenance import RESULTS, command_line, provenance
 from benchmarks.sass import count, count_tensor_core
 from mtu_kernels.triton.launch import Launch, interpreted
 from mtu_kernels.triton.tile_table import ROWS
@@ -248,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             wrong += [f"{where} ({result.named.name}): {violation}." for violation in violations(result)]
         wrong += [f"{sentence}." for sentence in uncovered(arch, found)]
         results += found
-    source = provenance(shlex.join(["python", "-m", "benchmarks.compiled_kernels", *argv]))
+    source = provenance(command_line("benchmarks.compiled_kernels", argv))
     if options.output is not None or not options.check:
         write(options.output or RESULTS / "compiled_kernels.csv", [cells(result) for result in results], source)
     if not options.check and options.output is None:

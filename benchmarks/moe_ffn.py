@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -22,7 +21,7 @@ from benchmarks.correctness import check
 from benchmarks.inputs import DTYPES, Inputs, draw_shared, number_of_sets, route
 from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.peers import CONTENDERS, FFN, bind
-from benchmarks.provenance import RESULTS, provenance
+from benchmarks.provenance import RESULTS, command_line, provenance
 from benchmarks.recording import Log, record
 from benchmarks.report import report
 from benchmarks.rows import COLUMNS, Row, check_header, read_rows
@@ -154,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--top-k", type=_top_k, help="active experts, or dense (default: dense)")
     what.add_argument("--tasks", type=parse_counts, help="distinct tasks in the batch (default: 1)")
     what.add_argument("--pass", type=_passes, dest="passes", help=f"{', '.join(PASSES)}, or all (default: forward)")
-    what.add_argument("--contenders", type=_contenders, help="names, or all (default: all but those with -max)")
+    what.add_argument("--contenders", type=_contenders, help="names, or all (default: all but those with -max or @)")
     what.add_argument("--quick", action="store_true", help="a smoke test: tiny defaults for all of the above")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="(default: bf16)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
@@ -174,7 +173,7 @@ def sweeps_of(options: argparse.Namespace, device: str) -> tuple[Sweep, ...]:
         return (QUICK._replace(**given),)
     if not given:
         return DEFAULT_SWEEPS[device]
-    usual = Sweep(tuple(name for name in CONTENDERS if not name.endswith("-max")))
+    usual = Sweep(tuple(name for name in CONTENDERS if not name.endswith("-max") and "@" not in name))
     if device == "cpu":
         usual = usual._replace(shapes=SHAPE_SETS["cpu"], batches=(1,))
     return (usual._replace(**given),)
@@ -200,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not groups:
             raise ValueError("There is nothing to measure: --top-k must be at most --experts, --tasks 1 for --batch 1.")
         output = options.output or RESULTS / f"moe_ffn_{kind}.csv"
-        source = provenance(shlex.join(["python", "-m", "benchmarks.moe_ffn", *argv]), device, options.commit)
+        source = provenance(command_line("benchmarks.moe_ffn", argv), device, options.commit)
         check_header(output, [*COLUMNS, *source])
     except ValueError as error:
         parser.error(str(error))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.inputs import EPS, Inputs
-from mtu_kernels import ExpertWeights, NormAffine, Routing, dense_weights, moe_ffn
+from mtu_kernels import ExpertWeights, NormAffine, Routing, cpp, dense_weights, moe_ffn
 
 FFN = Callable[[Tensor, NormAffine, ExpertWeights, Routing], Tensor]
 
@@ -124,6 +124,12 @@ def _backend(name: str, recompute: bool) -> Contender:
     return Contender(about, function, backend=name)
 
 
+def _level(name: str) -> Contender:
+    return Contender(
+        f"this library's backend 'cpp', its kernels for {name}", functools.partial(cpp.moe_ffn, eps=EPS, level=name)
+    )
+
+
 _MAX = "max-autotune-no-cudagraphs"
 CONTENDERS: dict[str, Contender] = {
     "products": Contender("the bare matrix products into preallocated outputs: the floor", None),
@@ -131,6 +137,7 @@ CONTENDERS: dict[str, Contender] = {
     "loop": Contender("a loop over the experts", loop_ffn, waits_for_top_k=True),
     **{f"mtu-{name}": _backend(name, recompute=False) for name in ("eager", "triton", "cpp")},
     **{f"mtu-{name}-recompute": _backend(name, recompute=True) for name in ("eager", "triton", "cpp")},
+    **{f"mtu-cpp@{name}": _level(name) for name in ("avx512", "avx512_bf16", "avx2", "portable")},
     "compile-routed": Contender("the routed eager code, compiled", _routed_eager, mode="default"),
     "compile-routed-max": Contender(f"the same with {_MAX}", _routed_eager, mode=_MAX),
     "compile-folded": Contender("the folded stock feed-forward, compiled", stock_ffn, as_folded, "default"),

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
+import shlex
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-__all__ = ["RESULTS", "provenance"]
+__all__ = ["RESULTS", "command_line", "provenance"]
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+# What keeps libraries from instructions that the machine has.
+_LIMITS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
 # What a benchmark writes must not make the tree of the next one look changed.
 _WRITTEN = (":!benchmarks/results", ":!docs/images")
+
+
+def command_line(module: str, arguments: Sequence[str]) -> str:
+    """The command that a benchmark was started by, with the limits set in the environment."""
+    limits = [f"{name}={os.environ[name]}" for name in _LIMITS if name in os.environ]
+    return shlex.join([*limits, "python", "-m", module, *arguments])
 
 
 def provenance(command: str, device: torch.device | None = None, commit: str | None = None) -> dict[str, str]:

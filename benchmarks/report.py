@@ -32,6 +32,7 @@ class Target(NamedTuple):
         direction: the pass.
         quantity: the column.
         where: which workloads count.
+        dtype: the compute dtype that it is stated for; ``None``: any.
         mean: whether the geometric mean is held to the target, or else the largest ratio.
     """
 
@@ -44,6 +45,7 @@ class Target(NamedTuple):
     direction: str = "forward"
     quantity: str = "median_us"
     where: Callable[[Any], bool] = lambda workload: True
+    dtype: str | None = None
     mean: bool = False
 
 
@@ -75,17 +77,19 @@ TARGETS: dict[str, tuple[Target, ...]] = {
         Target("the same with recompute", 0.60, f"{_TESTED}-recompute", **_TRAINING, quantity="peak_bytes"),
     ),
     "cpu": (
-        Target("forward / eager at 320x8192", 0.42, to="eager", where=_shape(320, 8192)),
-        Target("forward / eager at 640x2048", 0.70, to="eager", where=_shape(640, 2048)),
-        Target("forward / eager at 1280x512", 0.88, to="eager", where=_shape(1280, 512)),
-        Target("forward / eager at 1280x128", 0.92, to="eager", where=_shape(1280, 128)),
-        Target("forward / two bare products at 320x8192", 1.10, to="products", where=_shape(320, 8192)),
-        Target("forward / two bare products at 640x2048", 1.05, to="products", where=_shape(640, 2048)),
-        Target("forward / two bare products at 1280x512", 1.00, to="products", where=_shape(1280, 512)),
-        Target("forward / two bare products at 1280x128", 1.05, to="products", where=_shape(1280, 128)),
+        Target("forward / eager at 320x8192", 0.42, to="eager", where=_shape(320, 8192), dtype="bf16"),
+        Target("forward / eager at 640x2048", 0.70, to="eager", where=_shape(640, 2048), dtype="bf16"),
+        Target("forward / eager at 1280x512", 0.88, to="eager", where=_shape(1280, 512), dtype="bf16"),
+        Target("forward / eager at 1280x128", 0.92, to="eager", where=_shape(1280, 128), dtype="bf16"),
+        Target("forward / two bare products at 320x8192", 1.10, to="products", where=_shape(320, 8192), dtype="bf16"),
+        Target("forward / two bare products at 640x2048", 1.05, to="products", where=_shape(640, 2048), dtype="bf16"),
+        Target("forward / two bare products at 1280x512", 1.00, to="products", where=_shape(1280, 512), dtype="bf16"),
+        Target("forward / two bare products at 1280x128", 1.05, to="products", where=_shape(1280, 128), dtype="bf16"),
+        Target("forward / eager", 0.90, to="eager", dtype="fp32", mean=True),
         Target("forward / compile-folded", 0.90, to="compile-folded", mean=True),
         Target("top-2 of 8 / dense of 8", 0.35, **_TOP_2),
         Target("peak memory of forward / eager", 0.50, to="eager", quantity="peak_bytes"),
+        Target("forward + backward / eager", 1.00, **_TRAINING, mean=True),
     ),
 }
 # The contender under test, unless another one is named.
@@ -107,7 +111,7 @@ def report(
         chosen = [row for row in rows if (row.device, row.workload.dtype) == (device, dtype)]
         name = tested or TESTED[device]
         lines.append(f"{name}, {dtype}, {', '.join(sorted({place(row) for row in chosen}))}")
-        lines += ["  " + _line(target, chosen, name) for target in targets[device]]
+        lines += ["  " + _line(target, chosen, name) for target in targets[device] if target.dtype in (None, dtype)]
     return lines
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.kernel_calls import SD_SHAPES
 from benchmarks.products import Shape
-from benchmarks.provenance import provenance
+from benchmarks.provenance import command_line, provenance
 from benchmarks.sweeps import parse_shapes
 from benchmarks.tile_candidates import candidates
 from benchmarks.tile_measure import Task, Tile, Timer, compile_ahead
@@ -173,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     until = time.monotonic() + 60 * options.minutes
     device = torch.device("cuda", torch.cuda.current_device())
     arch = arch_of(device)
-    facts = provenance(shlex.join(["python", "-m", "benchmarks.tune", *argv]), device, options.commit)
+    facts = provenance(command_line("benchmarks.tune", argv), device, options.commit)
     source = (
         f"measured on {facts['processor']}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, torch {facts['torch']}, "
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from diffusers import UNet2DConditionModel
 
 from benchmarks.inputs import DTYPES
 from benchmarks.memory import peak_bytes
-from benchmarks.provenance import RESULTS, provenance
+from benchmarks.provenance import RESULTS, command_line, provenance
 from benchmarks.recording import Log, record
 from benchmarks.report import report
 from benchmarks.rows import check_header
@@ -179,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(options, name) is None:
             setattr(options, name, value)
     output = options.output or RESULTS / f"unet_{options.device}.csv"
-    source = provenance(shlex.join(["python", "-m", "benchmarks.unet", *argv]))
+    source = provenance(command_line("benchmarks.unet", argv))
     setting = Setting(options.experts, options.top_k, TASKS)
     try:
         check_setting(options.model, setting)

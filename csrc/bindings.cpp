@@ -150,24 +150,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train(
                   eps, true, 0);
 }
 
-// (B, L, K·F) d_weighted, (B, L, 2·K·F) z, (B, K) weights → h, ∂z, (B, L, K) summands of ∂w. All contiguous.
-std::tuple<Tensor, Tensor, Tensor> geglu_backward(const Tensor& d_weighted, const Tensor& z, const Tensor& weights,
-                                                  bool with_h, int64_t level) {
+// (B, L, K·F) d_weighted, (B, L, 2·K·F) z, (B, K) weights → h, ∂z, and sums over runs of tokens of ∂w, (B, runs, K), and of
+// ∂z, (B, runs, 2·K·F). Without experts that learn, h and the sums of ∂z have no elements. All contiguous.
+std::tuple<Tensor, Tensor, Tensor, Tensor> geglu_backward(const Tensor& d_weighted, const Tensor& z,
+                                                          const Tensor& weights, bool expert_grads, int64_t level) {
   GegluBackward p{};
-  p.L = z.size(1), p.rows = z.size(0) * p.L;
+  p.B = z.size(0), p.L = z.size(1);
   p.K = weights.size(1), p.F = d_weighted.size(2) / p.K;
   p.compute = storage_of(z);
-  const Tensor h = with_h ? torch::stable::empty_like(d_weighted) : empty(z, {0}, z.scalar_type());
+  const int64_t runs = (p.L + kRun - 1) / kRun;
+  const Tensor h = expert_grads ? torch::stable::empty_like(d_weighted) : empty(z, {0}, z.scalar_type());
   const Tensor d_z = torch::stable::empty_like(z);
-  const Tensor d_weights = empty(z, {z.size(0), p.L, p.K}, ScalarType::Float);
+  const Tensor d_weights = empty(z, {p.B, runs, p.K}, ScalarType::Float);
+  const Tensor d_bias = expert_grads ? empty(z, {p.B, runs, 2 * p.K * p.F}, ScalarType::Float)
+                                     : empty(z, {0}, ScalarType::Float);
   p.d_weighted = d_weighted.const_data_ptr(), p.z = z.const_data_ptr();
   p.weights = data<float>(weights);
-  p.h = with_h ? h.mutable_data_ptr() : nullptr;
   p.d_z = d_z.mutable_data_ptr();
   p.d_weights = mutable_data<float>(d_weights);
+  if (expert_grads) {
+    p.h = h.mutable_data_ptr();
+    p.d_bias = mutable_data<float>(d_bias);
+  }
   const Kernels& kernels = kernels_at(level);
-  share(p.rows, [&](int64_t begin, int64_t end) { kernels.geglu_backward(p, begin, end); });
-  return {h, d_z, d_weights};
+  share(p.B * runs, [&](int64_t begin, int64_t end) { kernels.geglu_backward(p, begin, end); });
+  return {h, d_z, d_weights, d_bias};
 }
 
 // x (B, L, D), mean and rstd (B, L), affines (B, slots, D) float32 → x̂ (B, slots, L, D) in the dtype of `like`.

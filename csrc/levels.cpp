@@ -33,6 +33,11 @@ Registers cpuid(unsigned leaf, unsigned subleaf) {
 
 bool has(unsigned word, int bit) { return (word >> bit) & 1; }
 
+bool is_amd() {
+  const Registers vendor = cpuid(0, 0);
+  return vendor.b == 0x68747541 && vendor.d == 0x69746e65 && vendor.c == 0x444d4163;  // "AuthenticAMD"
+}
+
 // Register states that the operating system saves.
 unsigned saved_states() {
   if (!has(cpuid(1, 0).c, 27)) return 0;  // OSXSAVE
@@ -65,9 +70,12 @@ struct Levels {
                         has(extended.b, 30) && has(extended.b, 31);
     const bool avx512_bf16 = avx512 && has(more.a, 5);
     const bool amx = avx512_bf16 && (states & 0x60000) == 0x60000 && has(extended.d, 22) && has(extended.d, 24);
+    // Intel's 512-bit multiplication of pairs is slower than widening both and multiplying those: measured with AMX off.
+    const bool pairs_are_fast = avx512_bf16 && is_amd();
     if (amx && may_use_tiles()) found[n++] = kernels_amx();
-    if (avx512_bf16) found[n++] = kernels_avx512_bf16();
+    if (pairs_are_fast) found[n++] = kernels_avx512_bf16();
     if (avx512) found[n++] = kernels_avx512();
+    if (avx512_bf16 && !pairs_are_fast) found[n++] = kernels_avx512_bf16();
     if (avx2) found[n++] = kernels_avx2();
 #endif
     found[n++] = kernels_portable();

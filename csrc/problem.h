@@ -64,19 +64,24 @@ struct Layout {
   int64_t column_tiles;    // tiles of the columns of y
 };
 
-// Gradients of the activation, by rows (b, l).
+// Where gradients are summed over tokens, each run of kRun tokens of a sample has a sum of its own: who makes it does not
+// matter then.
+constexpr int64_t kRun = 64;
+
+// Gradients of the activation.
 struct GegluBackward {
-  int64_t rows, L, K, F;
+  int64_t B, L, K, F;
   Storage compute;
-  const void* d_weighted;  // (rows, K·F), the gradient of w·a without the factor w
-  const void* z;           // (rows, 2·K·F)
+  const void* d_weighted;  // (B, L, K·F) compute, the gradient of w·a without the factor w
+  const void* z;           // (B, L, 2·K·F) compute
   const float* weights;    // (B, K)
-  void* h;                 // (rows, K·F), w·a again; or null
-  void* d_z;               // (rows, 2·K·F); it may be z
-  float* d_weights;        // (rows, K), one summand a token
+  void* h;                 // (B, L, K·F) compute, w·a again; or null, if no expert learns
+  void* d_z;               // (B, L, 2·K·F) compute
+  float* d_weights;        // (B, runs, K)
+  float* d_bias;           // (B, runs, 2·K·F), sums of ∂z; or null
 };
 
-// Gradients of LayerNorm and of its affine. Tokens are summed in runs of kRun.
+// Gradients of LayerNorm and of its affine.
 struct NormBackward {
   int64_t B, L, D, slots;
   Storage compute, x_storage;
@@ -89,8 +94,6 @@ struct NormBackward {
   float* d_norm_weight;      // (B, runs, slots, D)
   float* d_norm_bias;
 };
-
-constexpr int64_t kRun = 64;
 
 // x̂ as rows, for products that the library makes.
 struct Normalize {
@@ -111,7 +114,7 @@ struct Kernels {
   void (*normalize)(const Problem&, const Block&, const Buffers&, int64_t begin, int64_t end);    // panels of the block
   void (*expert_in)(const Problem&, const Block&, const Buffers&, int64_t begin, int64_t end);    // tiles of its experts
   void (*expert_out)(const Problem&, const Block&, const Buffers&, int64_t begin, int64_t end);   // tiles of columns
-  void (*geglu_backward)(const GegluBackward&, int64_t begin, int64_t end);                       // rows
+  void (*geglu_backward)(const GegluBackward&, int64_t begin, int64_t end);                       // runs of all samples
   void (*norm_backward)(const NormBackward&, int64_t begin, int64_t end);                         // runs of all samples
   void (*normalize_rows)(const Normalize&, int64_t begin, int64_t end);                           // tokens of all samples
 };

@@ -34,8 +34,8 @@ _OPS = define_ops("cpp")
 for _schema in (
     f"cpp_moe_ffn_at({_TENSORS}, int level) -> Tensor",
     f"cpp_train_at({_TENSORS}, bool with_y, int level) -> (Tensor y, Tensor hidden, Tensor mean, Tensor rstd)",
-    "cpp_geglu_backward(Tensor d_weighted, Tensor hidden, Tensor routing_weights, bool with_h, int level) "
-    "-> (Tensor h, Tensor d_hidden, Tensor d_weights)",
+    "cpp_geglu_backward(Tensor d_weighted, Tensor hidden, Tensor routing_weights, bool expert_grads, int level) "
+    "-> (Tensor h, Tensor d_hidden, Tensor d_weights, Tensor d_b_in)",
     "cpp_normalize(Tensor x, Tensor mean, Tensor rstd, Tensor norm_weight, Tensor norm_bias, Tensor like, int level) "
     "-> Tensor",
     "cpp_norm_backward(Tensor d_x_hat, Tensor x, Tensor mean, Tensor rstd, Tensor norm_weight, int level) "
@@ -83,10 +83,18 @@ def why_not(device: torch.device, compute: torch.dtype) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def why_slow() -> str | None:
+    """What keeps the backend from being faster than ordinary operators, as a clause; or ``None``."""
+    if levels()[:1] == ("portable",):
+        return "it has no kernels for this processor's vector instructions"
+    return None
+
+
 def levels() -> tuple[str, ...]:
     """The instruction sets that kernels are there for and this machine runs, the best first; none without extension.
 
-    They are ``amx`` (bfloat16 by tiles), ``avx512_bf16``, ``avx512``, ``avx2`` and ``portable``.
+    They are ``amx`` (bfloat16 by tiles), ``avx512``, ``avx512_bf16``, ``avx2`` and ``portable``.
     """
     return _EXTENSION.levels
 
@@ -188,7 +196,7 @@ def _backward(level: int, grad_y: Tensor, *args) -> tuple[Tensor, ...]:
         level,
     )
     d_weighted = _output_product_gradient(call, grad_y)
-    h, d_hidden, d_weights = _kernels.cpp_geglu_backward(
+    h, d_hidden, d_weights, d_b_in = _kernels.cpp_geglu_backward(
         d_weighted, hidden.contiguous(), call.weights, expert_grads, level
     )
     del d_weighted
@@ -199,7 +207,7 @@ def _backward(level: int, grad_y: Tensor, *args) -> tuple[Tensor, ...]:
         d_weights += products_BE if indices is None else products_BE.gather(1, indices.long())
     expert_gradients = [t.new_empty(0) for t in (w_in, b_in, w_out, b_out)]
     if expert_grads:
-        expert_gradients = _expert_gradients(call, grad_y, grad_y_sum, h, d_hidden)
+        expert_gradients = _expert_gradients(call, grad_y, grad_y_sum, h, d_hidden, d_b_in.sum(dim=1))
     del h
     d_x_hat = _input_product_gradient(call, d_hidden)
     d_x, d_gamma, d_beta = _kernels.cpp_norm_backward(
@@ -262,12 +270,12 @@ def _input_product_gradient(call: _Call, d_hidden: Tensor) -> Tensor:
 
 
 def _expert_gradients(
-    call: _Call, grad_y: Tensor, grad_y_sum: Tensor, h: Tensor, d_hidden: Tensor
+    call: _Call, grad_y: Tensor, grad_y_sum: Tensor, h: Tensor, d_hidden: Tensor, d_hidden_sum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """∂W_in, ∂b_in, ∂W_out and ∂b_out, exact zeros for experts of no sample."""
+    """∂W_in, ∂b_in, ∂W_out and ∂b_out, exact zeros for experts of no sample; the sums are over a sample's tokens."""
     w_in, b_in, w_out, b_out, num_experts = call.experts
     x_hat = _kernels.cpp_normalize(call.x, call.mean, call.rstd, *call.norm, w_in, call.level)
-    d_b_in_B2KF = d_hidden.sum(dim=1, dtype=torch.float32).unflatten(-1, (2, call.weights.shape[1], -1))
+    d_b_in_B2KF = d_hidden_sum.unflatten(-1, (2, call.weights.shape[1], -1))
     if call.active is None:
         d_w_out = grad_y.flatten(0, 1).T @ h.flatten(0, 1)
         d_b_in = d_b_in_B2KF.sum(dim=0).flatten()

@@ -17,20 +17,21 @@ from mtu_kernels.routing import Routing
 
 
 class _Backend(NamedTuple):
-    """A backend's function, for arguments already checked; what keeps it from running here; from serving a call; and
-    its way to check indices on a GPU."""
+    """A backend's function, for arguments already checked; what keeps it from running here; from serving a call; its
+    way to check indices on a GPU; and what keeps it from being fast."""
 
     moe_ffn: Callable[..., Tensor]
     why_not_installed: Callable[[], str | None] = lambda: None
     why_not: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
     indices_are_valid: Callable[[Tensor, int], Tensor] = indices_are_valid
+    why_slow: Callable[[], str | None] = lambda: None
 
 
 _BACKENDS = {
     "eager": _Backend(eager.moe_ffn),
     "reference": _Backend(reference_ops.moe_ffn),
     "triton": _Backend(triton.moe_ffn, triton.why_not_installed, triton.why_not, triton.indices_are_valid),
-    "cpp": _Backend(cpp.moe_ffn, cpp.why_not_installed, cpp.why_not),
+    "cpp": _Backend(cpp.moe_ffn, cpp.why_not_installed, cpp.why_not, why_slow=cpp.why_slow),
 }
 # The fused backend of each kind of device.
 _FASTEST = {"cuda": "triton", "cpu": "cpp"}
@@ -169,11 +170,14 @@ def _fastest(x: Tensor, experts: ExpertWeights) -> _Backend:
     name = _FASTEST.get(x.device.type)
     if name is None or _wants_plain_operators():
         return _BACKENDS["eager"]
-    reason = _BACKENDS[name].why_not(x.device, experts.w_in.dtype)
+    backend = _BACKENDS[name]
+    reason = backend.why_not(x.device, experts.w_in.dtype)
     if reason is None:
-        return _BACKENDS[name]
+        reason = backend.why_slow()
+    if reason is None:
+        return backend
     if not torch.compiler.is_compiling():
-        _log_once(f"backend='auto' takes 'eager' on {x.device}, as {name!r} cannot serve the call: {reason}.")
+        _log_once(f"backend='auto' takes 'eager' on {x.device} instead of {name!r}: {reason}.")
     return _BACKENDS["eager"]
 
 

@@ -64,6 +64,17 @@ def test_the_best_level_is_the_default():
     assert cpp.levels()[-1] == "portable"
 
 
+def test_auto_leaves_portable_kernels_alone(monkeypatch, caplog):
+    """They are slower than what libraries have for any processor; asked for by name they run."""
+    monkeypatch.setattr(cpp, "_EXTENSION", cpp.Extension(("portable",), None))
+    problem = make_problem()
+    with caplog.at_level(logging.WARNING, logger="mtu_kernels"):
+        assert torch.equal(moe_ffn(*problem.arguments), moe_ffn(*problem.arguments, backend="eager"))
+    words = "it has no kernels for this processor's vector instructions"
+    assert [r.message for r in caplog.records] == [f"backend='auto' takes 'eager' on cpu instead of 'cpp': {words}."]
+    assert "cpp" in available_backends()
+
+
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()
@@ -283,7 +294,7 @@ def test_without_the_extension_auto_says_so_once(monkeypatch, caplog):
     problem = make_problem()
     with caplog.at_level(logging.WARNING, logger="mtu_kernels"):
         assert _fastest(problem.x, problem.experts) is _fastest(problem.x, problem.experts)
-    message = "backend='auto' takes 'eager' on cpu, as 'cpp' cannot serve the call: its extension was not built."
+    message = "backend='auto' takes 'eager' on cpu instead of 'cpp': its extension was not built."
     assert [record.message for record in caplog.records] == [message]
     assert torch.equal(moe_ffn(*problem.arguments), moe_ffn(*problem.arguments, backend="eager"))
     with pytest.raises(

@@ -272,6 +272,6 @@ def test_auto_falls_back_and_says_so_once(caplog):
     with caplog.at_level(logging.WARNING, logger="mtu_kernels"):
         assert _fastest(x, experts) is _fastest(x, experts)
     assert [record.message for record in caplog.records] == [
-        "backend='auto' takes 'eager' on cuda:7, as 'triton' cannot serve the call: it computes in float32, bfloat16 "
-        "and float16, not in float64."
+        "backend='auto' takes 'eager' on cuda:7 instead of 'triton': it computes in float32, bfloat16 and float16, "
+        "not in float64."
     ]
