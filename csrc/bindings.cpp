@@ -71,42 +71,91 @@ Tensor bias_of_y(const Tensor& b_out, const Tensor& weights, const int32_t* indi
   return bias;
 }
 
-// y (no elements unless wanted), hidden, mean, rstd (no elements unless training).
-std::tuple<Tensor, Tensor, Tensor, Tensor> run(
-    const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& w_in, const Tensor& b_in,
-    const Tensor& w_out, const Tensor& b_out, const Tensor& routing_weights,
-    const std::optional<Tensor>& expert_indices, int64_t num_experts, double eps, bool with_y, bool training,
-    const Kernels& kernels) {
-  Problem p{};
-  p.B = x.size(0), p.L = x.size(1), p.D = x.size(2);
-  p.E = num_experts, p.F = w_out.size(1) / num_experts, p.K = routing_weights.size(1);
-  p.compute = storage_of(w_in);
-  p.x_storage = storage_of(x);
-  p.eps = static_cast<float>(eps);
-  p.expert_norm = norm_weight.dim() == 3;
-  const ScalarType compute = w_in.scalar_type();
-  const Tensor x_c = torch::stable::contiguous(x), w_in_c = torch::stable::contiguous(w_in);
-  const Tensor w_out_c = torch::stable::contiguous(w_out), b_in_c = torch::stable::contiguous(b_in);
-  const Tensor gamma = as(norm_weight, ScalarType::Float), beta = as(norm_bias, ScalarType::Float);
-  const Tensor weights = as(routing_weights, ScalarType::Float);
-  std::optional<Tensor> indices;
-  if (expert_indices) {
-    indices = as(*expert_indices, ScalarType::Int);
-    p.indices = data<int32_t>(*indices);
-    // The public function has checked them; foreign callers of the operator must not make us read anywhere.
-    for (int64_t i = 0; i < p.B * p.K; ++i)
-      STD_TORCH_CHECK(p.indices[i] >= 0 && p.indices[i] < p.E, "expert_indices must lie in [0, ", p.E, "), got ",
-                      p.indices[i], ".");
+// The tensors and numbers of a call, as the operators take them.
+struct Arguments {
+  const Tensor &x, &norm_weight, &norm_bias, &w_in, &b_in, &w_out, &b_out, &routing_weights;
+  const std::optional<Tensor>& expert_indices;
+  int64_t num_experts;
+  double eps;
+};
+
+bool has_shape(const Tensor& t, const std::vector<int64_t>& shape) {
+  if (t.dim() != static_cast<int64_t>(shape.size())) return false;
+  for (int64_t i = 0; i < t.dim(); ++i)
+    if (t.size(i) != shape[i]) return false;
+  return true;
+}
+
+// The public function checks all of this and says it better; here it keeps other callers from reading beyond a tensor.
+void check(const Arguments& a) {
+  STD_TORCH_CHECK(a.x.dim() == 3 && a.w_out.dim() == 2 && a.routing_weights.dim() == 2,
+                  "x must be (B, L, D), w_out (D, H) and routing_weights (B, K).");
+  const int64_t B = a.x.size(0), D = a.x.size(2), H = a.w_out.size(1), E = a.num_experts;
+  const int64_t K = a.routing_weights.size(1);
+  STD_TORCH_CHECK(D > 0 && H > 0 && E > 0 && H % E == 0, "num_experts must divide H, and D must not be 0.");
+  STD_TORCH_CHECK(has_shape(a.w_in, {2 * H, D}) && has_shape(a.b_in, {2 * H}) && has_shape(a.w_out, {D, H}) &&
+                      (has_shape(a.b_out, {D}) || has_shape(a.b_out, {E, D})),
+                  "w_in must be (2H, D), b_in (2H,), w_out (D, H), b_out (D,) or (E, D).");
+  STD_TORCH_CHECK((has_shape(a.norm_weight, {B, D}) && has_shape(a.norm_bias, {B, D})) ||
+                      (has_shape(a.norm_weight, {B, E, D}) && has_shape(a.norm_bias, {B, E, D})),
+                  "norm_weight and norm_bias must be (B, D) or (B, E, D).");
+  STD_TORCH_CHECK(has_shape(a.routing_weights, {B, K}) &&
+                      (a.expert_indices ? has_shape(*a.expert_indices, {B, K}) && K >= 1 && K <= E : K == E),
+                  "routing_weights and expert_indices must be (B, K), K at most E, or routing_weights alone (B, E).");
+  const ScalarType compute = a.w_in.scalar_type();
+  STD_TORCH_CHECK(a.b_in.scalar_type() == compute && a.w_out.scalar_type() == compute &&
+                      a.b_out.scalar_type() == compute &&
+                      (a.x.scalar_type() == compute || a.x.scalar_type() == ScalarType::Float),
+                  "Biases and w_out must have the dtype of w_in, and x it or float32.");
+}
+
+// Indices as int32, each in range and no more than once for a sample.
+Tensor checked_indices(const Tensor& given, int64_t E) {
+  const Tensor wide = as(given, ScalarType::Long);
+  const int64_t B = wide.size(0), K = wide.size(1);
+  const int64_t* from = data<int64_t>(wide);
+  const Tensor indices = empty(wide, {B, K}, ScalarType::Int);
+  int32_t* to = mutable_data<int32_t>(indices);
+  std::vector<int64_t> user(E, -1);
+  for (int64_t i = 0; i < B * K; ++i) {
+    STD_TORCH_CHECK(from[i] >= 0 && from[i] < E, "expert_indices must lie in [0, ", E, "), got ", from[i], ".");
+    STD_TORCH_CHECK(user[from[i]] != i / K, "expert_indices must name an expert at most once for each sample, got ",
+                    from[i], " again.");
+    user[from[i]] = i / K;
+    to[i] = static_cast<int32_t>(from[i]);
   }
-  const Tensor bias = bias_of_y(b_out, weights, p.indices, p.B, p.K, p.D);
-  p.x = x_c.const_data_ptr();
+  return indices;
+}
+
+// y (no elements unless wanted), hidden, mean, rstd (no elements unless training).
+std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Arguments& a, bool with_y, bool training, const Kernels& kernels) {
+  check(a);
+  Problem p{};
+  p.B = a.x.size(0), p.L = a.x.size(1), p.D = a.x.size(2);
+  p.E = a.num_experts, p.F = a.w_out.size(1) / p.E, p.K = a.routing_weights.size(1);
+  p.compute = storage_of(a.w_in);
+  p.x_storage = storage_of(a.x);
+  p.eps = static_cast<float>(a.eps);
+  p.expert_norm = a.norm_weight.dim() == 3;
+  const Tensor x = torch::stable::contiguous(a.x);
+  const Tensor w_in = torch::stable::contiguous(a.w_in), w_out = torch::stable::contiguous(a.w_out);
+  const Tensor b_in = torch::stable::contiguous(a.b_in);
+  const Tensor gamma = as(a.norm_weight, ScalarType::Float), beta = as(a.norm_bias, ScalarType::Float);
+  const Tensor weights = as(a.routing_weights, ScalarType::Float);
+  std::optional<Tensor> indices;
+  if (a.expert_indices) {
+    indices = checked_indices(*a.expert_indices, p.E);
+    p.indices = data<int32_t>(*indices);
+  }
+  const Tensor bias = bias_of_y(a.b_out, weights, p.indices, p.B, p.K, p.D);
+  p.x = x.const_data_ptr();
   p.norm_weight = data<float>(gamma), p.norm_bias = data<float>(beta);
-  p.w_in = w_in_c.const_data_ptr(), p.b_in = b_in_c.const_data_ptr(), p.w_out = w_out_c.const_data_ptr();
+  p.w_in = w_in.const_data_ptr(), p.b_in = b_in.const_data_ptr(), p.w_out = w_out.const_data_ptr();
   p.y_bias = data<float>(bias);
-  p.y_bias_stride = b_out.dim() == 1 ? 0 : p.D;
+  p.y_bias_stride = a.b_out.dim() == 1 ? 0 : p.D;
   p.weights = data<float>(weights);
 
-  const bool has_rows = p.B * p.L * p.D > 0;
+  const ScalarType compute = a.w_in.scalar_type();
   const Tensor y = with_y ? empty(x, {p.B, p.L, p.D}, compute) : empty(x, {0}, compute);
   const Tensor hidden = training ? empty(x, {p.B, p.L, 2 * p.K * p.F}, compute) : empty(x, {0}, compute);
   const std::vector<int64_t> rows = training ? std::vector<int64_t>{p.B, p.L} : std::vector<int64_t>{0};
@@ -116,39 +165,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(
     p.hidden = hidden.mutable_data_ptr();
     p.mean = mutable_data<float>(mean), p.rstd = mutable_data<float>(rstd);
   }
-  if (has_rows) forward(p, kernels);
+  forward(p, kernels);
   return {y, hidden, mean, rstd};
 }
 
-Tensor moe_ffn_at(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& w_in,
-                  const Tensor& b_in, const Tensor& w_out, const Tensor& b_out, const Tensor& routing_weights,
-                  std::optional<Tensor> expert_indices, int64_t num_experts, double eps, int64_t level) {
-  return std::get<0>(run(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, routing_weights, expert_indices,
-                         num_experts, eps, true, false, kernels_at(level)));
+#define MTU_TENSORS                                                                                               \
+  const Tensor &x, const Tensor &norm_weight, const Tensor &norm_bias, const Tensor &w_in, const Tensor &b_in,    \
+      const Tensor &w_out, const Tensor &b_out, const Tensor &routing_weights,                                    \
+      std::optional<Tensor> expert_indices, int64_t num_experts, double eps
+#define MTU_ARGUMENTS \
+  Arguments { x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, routing_weights, expert_indices, num_experts, eps }
+
+Tensor moe_ffn_at(MTU_TENSORS, int64_t level) {
+  return std::get<0>(run(MTU_ARGUMENTS, true, false, kernels_at(level)));
 }
 
-Tensor moe_ffn(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& w_in,
-               const Tensor& b_in, const Tensor& w_out, const Tensor& b_out, const Tensor& routing_weights,
-               std::optional<Tensor> expert_indices, int64_t num_experts, double eps) {
-  return moe_ffn_at(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, routing_weights, expert_indices, num_experts,
-                    eps, 0);
+Tensor moe_ffn(MTU_TENSORS) { return std::get<0>(run(MTU_ARGUMENTS, true, false, kernels_at(0))); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> train_at(MTU_TENSORS, bool with_y, int64_t level) {
+  return run(MTU_ARGUMENTS, with_y, true, kernels_at(level));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> train_at(
-    const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& w_in, const Tensor& b_in,
-    const Tensor& w_out, const Tensor& b_out, const Tensor& routing_weights, std::optional<Tensor> expert_indices,
-    int64_t num_experts, double eps, bool with_y, int64_t level) {
-  return run(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, routing_weights, expert_indices, num_experts, eps,
-             with_y, true, kernels_at(level));
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> train(
-    const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& w_in, const Tensor& b_in,
-    const Tensor& w_out, const Tensor& b_out, const Tensor& routing_weights, std::optional<Tensor> expert_indices,
-    int64_t num_experts, double eps) {
-  return train_at(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, routing_weights, expert_indices, num_experts,
-                  eps, true, 0);
-}
+std::tuple<Tensor, Tensor, Tensor, Tensor> train(MTU_TENSORS) { return run(MTU_ARGUMENTS, true, true, kernels_at(0)); }
 
 // (B, L, K·F) d_weighted, (B, L, 2·K·F) z, (B, K) weights → h, ∂z, and sums over runs of tokens of ∂w, (B, runs, K), and of
 // ∂z, (B, runs, 2·K·F). Without experts that learn, h and the sums of ∂z have no elements. All contiguous.

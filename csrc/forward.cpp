@@ -22,21 +22,19 @@ std::vector<int32_t> experts_of(const Problem& p, int64_t first, int64_t last) {
   return experts;
 }
 
-// Memory for the blocks of a call: rows of threads, cache lines apart.
+// Memory for the blocks of a call and for the threads, cache lines apart.
 struct Memory {
+  int64_t x_hat, hidden, scratch;  // bytes of one
+  int64_t blocks;
   torch::stable::Tensor bytes;
-  Layout layout;
-  int64_t x_hat, hidden, scratch;  // bytes
 
   Memory(const Layout& layout, int64_t panels, int64_t blocks, int64_t threads)
-      : layout(layout),
-        x_hat(rounded(layout.x_hat_panel * panels)),
+      : x_hat(rounded(layout.x_hat_panel * panels)),
         hidden(rounded(layout.hidden_panel * panels)),
-        scratch(rounded(layout.scratch + layout.scratch_panel * panels)) {
-    bytes = torch::stable::empty({blocks * (x_hat + hidden) + threads * scratch},
-                                 torch::headeronly::ScalarType::Byte);
-    this->blocks = blocks;
-  }
+        scratch(rounded(layout.scratch + layout.scratch_panel * panels)),
+        blocks(blocks),
+        bytes(torch::stable::empty({blocks * (x_hat + hidden) + threads * scratch},
+                                   torch::headeronly::ScalarType::Byte)) {}
 
   Buffers buffers(int64_t block, int64_t thread) const {
     char* p = static_cast<char*>(bytes.mutable_data_ptr());
@@ -45,7 +43,6 @@ struct Memory {
   }
 
  private:
-  int64_t blocks;
   static int64_t rounded(int64_t n) { return (n + 63) / 64 * 64; }
 };
 
@@ -93,9 +90,9 @@ void forward_by_weights(const Problem& p, const Kernels& k, const Layout& layout
 
 void forward(const Problem& p, const Kernels& k) {
   const int64_t num_panels = p.B * ((p.L + kPanel - 1) / kPanel);
-  if (num_panels == 0 || p.D == 0) return;
+  if (num_panels == 0) return;
   const Layout layout = k.layout(p);
-  const int64_t threads = threads_for(1 << 20);
+  const int64_t threads = torch::stable::get_num_threads();
   if (num_panels >= 2 * threads * layout.block_panels) forward_by_tokens(p, k, layout, num_panels, threads);
   else forward_by_weights(p, k, layout, num_panels, threads);
 }

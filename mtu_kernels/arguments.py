@@ -82,8 +82,8 @@ def _check_are_tensors(x: Tensor, norm: NormAffine, experts: ExpertWeights, rout
 
 
 def _check_shapes(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing) -> None:
-    if x.dim() != 3:
-        raise ValueError(f"x must be (B, L, D), got {tuple(x.shape)}.")
+    if x.dim() != 3 or x.shape[2] == 0:
+        raise ValueError(f"x must be (B, L, D) with D >= 1, got {tuple(x.shape)}.")
     B, _, D = x.shape
     E = experts.num_experts
     if experts.w_out.dim() != 2 or experts.w_out.shape[0] != D:

@@ -1,8 +1,8 @@
 """The backend "cpp": C++ kernels for CPUs, from the extension that `csrc` is compiled to.
 
 The forward pass is one call into the extension. The backward pass makes its products by the library, whose time they
-take, and what lies between them by the extension. Results do not depend on the number of threads, but for products of
-the library in the backward pass.
+take, and what lies between them by the extension. y does not depend on the number of threads; the library's products
+and sums in the backward pass may, but two passes with the same number give the same gradients.
 
 The extension holds kernels of several levels (instruction sets) and takes the best that the machine has.
 """
@@ -176,10 +176,14 @@ class _Call(NamedTuple):
         return slice(e * size, (e + 1) * size)
 
 
-# Where autograd runs under autocast, it would cast products of float32 in here.
-@torch.autocast("cpu", enabled=False)
 def _backward(level: int, grad_y: Tensor, *args) -> tuple[Tensor, ...]:
     """The kernel of ``moe_ffn_cpp_backward``; the formulas are in `mtu_kernels.reference_ops`."""
+    # Where autograd runs under autocast, it would cast products of float32 in here.
+    with torch.autocast("cpu", enabled=False):
+        return _gradients(level, grad_y, *args)
+
+
+def _gradients(level: int, grad_y: Tensor, *args) -> tuple[Tensor, ...]:
     *tensors, hidden, mean, rstd, num_experts, eps, expert_grads = args
     if hidden is None:
         _, hidden, mean, rstd = _kernels.cpp_train_at(*tensors, num_experts, eps, False, level)
@@ -261,6 +265,12 @@ def _input_product_gradient(call: _Call, d_hidden: Tensor) -> Tensor:
     d_x_hat = d_hidden.new_empty(B, num_slots, L, D)
     w_in_2HD = w_in.unflatten(0, (2, -1))
     d_hidden_BL2KF = d_hidden.unflatten(-1, (2, call.weights.shape[1], -1))
+    if call.active is None:
+        # Each expert behind an affine of its own: one product for all samples.
+        for e in range(num_slots):
+            rows = w_in_2HD[:, call.units(e)].flatten(0, 1)
+            d_x_hat[:, e] = (d_hidden_BL2KF[:, :, :, e].reshape(B * L, rows.shape[0]) @ rows).view(B, L, D)
+        return d_x_hat
     # One product for all experts behind the same affine: their sum is rounded once.
     for (b, i), group in itertools.groupby(call.slots, key=lambda slot: (slot[0], slot[1] if num_slots > 1 else 0)):
         _, slots, members = zip(*group, strict=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtu_kernels import cpp, eager, reference_ops, triton
 from mtu_kernels.arguments import ExpertWeights, NormAffine, check_arguments, indices_are_valid
-from mtu_kernels.ops import TransformType, functorch_transform
+from mtu_kernels.ops import in_transform
 from mtu_kernels.routing import Routing
 
 
@@ -63,7 +63,8 @@ def moe_ffn(
         routing: weights (B, K), x's dtype or float32, and indices (B, K) int32 or int64, distinct for each sample;
             indices ``None``: dense, K = E.
         eps: added to the variance.
-        backend: a name in ``available_backends()``, or "auto" for the fastest that serves the call.
+        backend: a name in ``available_backends()``, or "auto" for the fastest that serves the call. Fused backends have
+            first derivatives only; "eager" has all, and rules for ``torch.func``.
         recompute: save the inputs only and compute the hidden units again in the backward pass.
 
     Returns:
@@ -182,11 +183,11 @@ def _fastest(x: Tensor, experts: ExpertWeights) -> _Backend:
 
 
 def _wants_plain_operators() -> bool:
-    """Whether the call becomes part of an exported program, or of a transform that the fused operators have no rule
-    for (`torch.vmap`, `torch.func.jvp`)."""
+    """Whether the call becomes part of an exported program, or of a derivative or transform that the fused operators
+    have no rule for."""
     if torch.compiler.is_compiling():
         return eager.is_exporting()
-    return torch.jit.is_tracing() or functorch_transform() in (TransformType.Vmap, TransformType.Jvp)
+    return torch.jit.is_tracing() or in_transform()
 
 
 @functools.cache

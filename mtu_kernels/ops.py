@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from mtu_kernels.arguments import ExpertWeights, NormAffine
@@ -98,22 +98,33 @@ def call_ops(
     The training operator runs only where a gradient will be asked for and its saved tensors are wanted.
 
     Raises:
-        NotImplementedError: called under ``torch.func.jvp``.
+        NotImplementedError: called under a functional transform (``torch.func``) or in forward-mode differentiation.
     """
-    # Autograd would take the derivative for zero.
-    if not torch.compiler.is_compiling() and functorch_transform() == TransformType.Jvp:
-        raise NotImplementedError(f"{ops.train} has no forward-mode derivative: use backend='eager', which has.")
     tensors = (x, *norm, *experts[:4], *routing)
+    _refuse_transforms(ops, tensors)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if needs_grad and not recompute:
         return ops.train(*tensors, experts.num_experts, eps)[0]
     return ops.inference(*tensors, experts.num_experts, eps)
 
 
-def functorch_transform() -> TransformType | None:
-    """The innermost functional transform around this call."""
+def in_transform() -> bool:
+    """Whether a functional transform (`torch.func`, `torch.vmap`) or forward-mode differentiation is going on."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _refuse_transforms(ops: Ops, tensors: tuple[Tensor | None, ...]) -> None:
+    """Raises where a derivative would come out as zero, or fail in words that name no way out."""
+    if torch.compiler.is_compiling() or not in_transform():
+        return
     transform = torch._C._functorch.peek_interpreter_stack()
-    return None if transform is None else transform.key()
+    if transform is None:
+        if not any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            return
+        what = "forward-mode differentiation"
+    else:
+        what = f"functional transforms ({transform.key().name})"
+    raise NotImplementedError(f"{ops.train} has no rule for {what}: use backend='eager', which has.")
 
 
 def _register_autograd(

@@ -35,7 +35,8 @@ static inline Statistics statistics_of(const X* x, int64_t D, float eps) {
   }
   const float shift = deviation / static_cast<float>(D);
   const float variance = square / static_cast<float>(D) - shift * shift;
-  return {mean + shift, 1.0f / __builtin_sqrtf(maximum_of(variance, 0.0f) + eps)};
+  // Where the squares overflow, no number is better than a wrong one: the product is NaN then.
+  return {mean + shift, 1.0f / __builtin_sqrtf(maximum_of(variance, 0.0f) + eps) + 0.0f * variance};
 }
 
 // kLanes numbers of each of kLanes tokens, n of them and `tokens` of these: the rest is zero.

@@ -14,10 +14,9 @@ struct Segment {
   int64_t weight, activation, length;
 };
 
-constexpr float kCdfP[] = {3.989422348e-01f, 3.385082151e-02f, 4.677125514e-03f,
-                           1.688038662e-04f, 6.351684256e-06f, 2.274909138e-08f};
-constexpr float kCdfQ[] = {1.000000000e+00f, 2.515173472e-01f, 2.864476684e-02f,
-                           1.884323217e-03f, 7.363899811e-05f, 1.197463569e-06f};
+constexpr float kMillsP[] = {1.253314144e+00f, 1.096033152e+00f, 4.573695726e-01f, 1.012008378e-01f, 1.022131302e-02f};
+constexpr float kMillsQ[] = {1.000000000e+00f, 1.672392885e+00f, 1.199300067e+00f,
+                             4.674349682e-01f, 1.012076468e-01f, 1.022118430e-02f};
 constexpr float kCdfLow[] = {3.989338901e-01f,  -6.645352247e-02f, 9.925603590e-03f, -1.158377079e-03f,
                              1.056266608e-04f,  -7.377939383e-06f, 3.770290373e-07f, -1.309787404e-08f,
                              2.732392347e-10f,  -2.562065622e-12f};
@@ -75,32 +74,39 @@ void with_storages(const P& p, F f) {
 }
 
 constexpr Kernels kTable = {
-    MTU_LEVEL_NAME,
-    [](const Problem& p) {
-      Layout layout{};
-      with_storage(p.compute, [&](auto t) { layout = layout_of<decltype(t)>(p); });
-      return layout;
-    },
-    [](const Problem& p, const Block& block, const Buffers& buffers, int64_t begin, int64_t end) {
-      with_storages(p, [&](auto t, auto x) {
-        normalize_panels<decltype(t), decltype(x)>(p, block, buffers, begin, end);
-      });
-    },
-    [](const Problem& p, const Block& block, const Buffers& buffers, int64_t begin, int64_t end) {
-      with_storage(p.compute, [&](auto t) { expert_in<decltype(t)>(p, block, buffers, begin, end); });
-    },
-    [](const Problem& p, const Block& block, const Buffers& buffers, int64_t begin, int64_t end) {
-      with_storage(p.compute, [&](auto t) { expert_out<decltype(t)>(p, block, buffers, begin, end); });
-    },
-    [](const GegluBackward& p, int64_t begin, int64_t end) {
-      with_storage(p.compute, [&](auto t) { geglu_backward<decltype(t)>(p, begin, end); });
-    },
-    [](const NormBackward& p, int64_t begin, int64_t end) {
-      with_storages(p, [&](auto t, auto x) { norm_backward<decltype(t), decltype(x)>(p, begin, end); });
-    },
-    [](const Normalize& p, int64_t begin, int64_t end) {
-      with_storages(p, [&](auto t, auto x) { normalize_rows<decltype(t), decltype(x)>(p, begin, end); });
-    },
+    .name = MTU_LEVEL_NAME,
+    .layout =
+        [](const Problem& p) {
+          Layout layout{};
+          with_storage(p.compute, [&](auto t) { layout = layout_of<decltype(t)>(p); });
+          return layout;
+        },
+    .normalize =
+        [](const Problem& p, const Block& block, const Buffers& buffers, int64_t begin, int64_t end) {
+          with_storages(p, [&](auto t, auto x) {
+            normalize_panels<decltype(t), decltype(x)>(p, block, buffers, begin, end);
+          });
+        },
+    .expert_in =
+        [](const Problem& p, const Block& block, const Buffers& buffers, int64_t begin, int64_t end) {
+          with_storage(p.compute, [&](auto t) { expert_in<decltype(t)>(p, block, buffers, begin, end); });
+        },
+    .expert_out =
+        [](const Problem& p, const Block& block, const Buffers& buffers, int64_t begin, int64_t end) {
+          with_storage(p.compute, [&](auto t) { expert_out<decltype(t)>(p, block, buffers, begin, end); });
+        },
+    .geglu_backward =
+        [](const GegluBackward& p, int64_t begin, int64_t end) {
+          with_storage(p.compute, [&](auto t) { geglu_backward<decltype(t)>(p, begin, end); });
+        },
+    .norm_backward =
+        [](const NormBackward& p, int64_t begin, int64_t end) {
+          with_storages(p, [&](auto t, auto x) { norm_backward<decltype(t), decltype(x)>(p, begin, end); });
+        },
+    .normalize_rows =
+        [](const Normalize& p, int64_t begin, int64_t end) {
+          with_storages(p, [&](auto t, auto x) { normalize_rows<decltype(t), decltype(x)>(p, begin, end); });
+        },
 };
 
 }  // namespace

@@ -18,10 +18,10 @@ static inline void store_token_pairs(bfloat16* panel, int64_t k, const Vec (&tok
   for (int64_t i = 0; i < min_of(kLanes, n / 2); ++i) store(reinterpret_cast<float*>(panel + (k + 2 * i) * kPanel), rows[i]);
 }
 
-// n rows k, k + 1, … of a panel, k even; a last row without a partner gets zeros.
+// n rows k, k + 1, … of a panel, k and n even.
 static inline void store_pairs(bfloat16* panel, int64_t k, const Vec* rows, int64_t n) {
   for (int64_t i = 0; i < n; i += 2)
-    _mm512_storeu_si512(panel + (k + i) * kPanel, pack_pair(rows[i], i + 1 < n ? rows[i + 1] : Vec{}));
+    _mm512_storeu_si512(panel + (k + i) * kPanel, pack_pair(rows[i], rows[i + 1]));
 }
 
 // Sums (32, 16) of a panel, plus a bias for each row → rows of tokens, `columns` numbers each.

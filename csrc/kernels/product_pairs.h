@@ -9,7 +9,7 @@ struct PairProduct {
   static constexpr int kPanels = 3;
   static constexpr int64_t kStep = 2;
   static constexpr int kPack = 2;            // numbers of a panel that stand side by side for each token
-  static constexpr int64_t kDepth = 1024;
+  static constexpr int64_t kDepth = 256;
   static constexpr int64_t kGroup = 8;
   static constexpr int64_t kBlockPanels = 12;
   static constexpr bool kReadsStorage = true;

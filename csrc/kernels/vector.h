@@ -18,6 +18,11 @@ typedef uint16_t Half __attribute__((vector_size(2 * kLanes)));
 struct bfloat16 { uint16_t bits; };
 struct float16 { uint16_t bits; };
 
+template <class A, class B>
+static constexpr bool is_same = false;
+template <class A>
+static constexpr bool is_same<A, A> = true;
+
 static constexpr int64_t kPanelVecs = kPanel / kLanes;
 
 static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -3,10 +3,12 @@
 import copy
 import functools
 import logging
+import math
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from mtu_kernels import ExpertWeights, NormAffine, Routing, available_backends, check_backend, cpp, moe_ffn
 from mtu_kernels.moe_ffn import _fastest
@@ -28,6 +30,8 @@ SIZES = {
     "whole": Sizes(B=2, L=48, D=64, E=3, F=64),
     "rests": Sizes(B=3, L=37, D=77, E=3, F=41),
     "deep": Sizes(B=1, L=33, D=360, E=4, F=96),
+    "odd_experts": Sizes(B=2, L=20, D=64, E=3, F=41),
+    "many_experts": Sizes(B=2, L=17, D=32, E=40, F=1),
     "single": Sizes(B=16, L=1, D=5, E=3, F=3),
 }
 cpp_op = functools.partial(moe_ffn, backend="cpp")
@@ -39,6 +43,8 @@ cpp_op = functools.partial(moe_ffn, backend="cpp")
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_level_is_as_exact_as_eager(level, dtype, sizes, form):
     K, options = FORMS[form]
+    if sizes == "many_experts" and K:
+        K = 39
     op = functools.partial(cpp.moe_ffn, level=level)
     problems = [
         make_problem(seed, SIZES[sizes]._replace(K=K), dtype=DTYPES[dtype], affine_dtype=torch.float32, **options)
@@ -181,14 +187,15 @@ def strided(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("lay_out", [unaligned, strided])
+@pytest.mark.parametrize("sizes", ["rests", "odd_experts"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("level", LEVELS)
-def test_memory_of_any_layout(level, dtype, form, lay_out):
+def test_memory_of_any_layout(level, dtype, form, sizes, lay_out):
     """What lies around the numbers (NaN) is never read, or its product with a zero would show."""
     K, options = FORMS[form]
     op = functools.partial(cpp.moe_ffn, level=level)
-    problem = make_problem(0, SIZES["rests"]._replace(K=K), dtype=DTYPES[dtype], **options)
+    problem = make_problem(0, SIZES[sizes]._replace(K=K), dtype=DTYPES[dtype], **options)
     moved = problem.map(lay_out)
     if K:
         moved = moved._replace(routing=moved.routing._replace(indices=lay_out(problem.routing.indices)))
@@ -198,6 +205,49 @@ def test_memory_of_any_layout(level, dtype, form, lay_out):
     gradients = torch.autograd.grad(op(x, norm, experts, routing), leaves, moved.grad_y)
     expected = forward_and_gradients(op, problem)[1:]
     assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+@pytest.mark.parametrize("sizes", ["whole", "odd_experts"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_experts_of_no_sample_are_never_read(level, dtype, sizes):
+    problem = make_problem(0, SIZES[sizes]._replace(K=2), dtype=DTYPES[dtype], expert_bias=True)
+    problem.routing.indices[:] = torch.tensor([2, 0])
+    F = SIZES[sizes].F
+    w_in, b_in, w_out, b_out, E = problem.experts
+    spoilt = ExpertWeights(*(t.clone() for t in (w_in, b_in, w_out, b_out)), E)
+    for rows in (slice(F, 2 * F), slice((E + 1) * F, (E + 2) * F)):
+        spoilt.w_in[rows], spoilt.b_in[rows] = torch.nan, torch.nan
+    spoilt.w_out[:, F : 2 * F], spoilt.b_out[1] = torch.nan, torch.nan
+    op = functools.partial(cpp.moe_ffn, level=level)
+    # The gradient of a routing weight that is not there is not asked for, so b_out enters by its rows alone.
+    y = op(problem.x, problem.norm, spoilt, problem.routing)
+    assert torch.equal(y, op(*problem.arguments))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounding_is_that_of_torch(level, dtype):
+    """Every number of 16 bits, its neighbours in float32 and what lies halfway between two of them; NaN as well."""
+    low = DTYPES[dtype]
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(low)
+    bits = numbers.float().view(torch.int32)[:, None]
+    half = 1 << (15 if low == torch.bfloat16 else 12)
+    # Sign and magnitude: adding to the bits moves away from zero.
+    near = (bits + torch.tensor([0, 1, half - 1, half, half + 1])).view(torch.float32).flatten()
+    near = torch.cat([near, torch.tensor([65519.0, 65520.0, 3e38, 2.0**-25, 2.0**-24 * 1.5, 2.0**-26])])
+    bits_of_nan = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    for x in (numbers, near, bits_of_nan):
+        D = len(x)
+        one, zero = torch.ones(1, 1), torch.zeros(1, 1)
+        arguments = x[None, None], zero, one, torch.ones(1, 1, D), torch.zeros(1, 1, D), torch.empty(0, dtype=low)
+        actual = torch.ops.mtu_kernels.cpp_normalize(*arguments, cpp.levels().index(level))[0, 0, 0]
+        expected = x.to(low)
+        if low == torch.bfloat16 and level in ("amx", "avx512_bf16"):
+            # The instruction takes numbers below the normal ones for zero.
+            expected = torch.where(x.abs() < torch.finfo(low).tiny, 0.0, expected)
+        same = (actual == expected) | (actual.isnan() & expected.isnan())
+        assert same.all(), f"{x[~same][:5]} became {actual[~same][:5]}, not {expected[~same][:5]}"
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -213,29 +263,80 @@ def test_tokens_that_are_not_numbers_stay_alone(level, dtype):
     assert torch.equal(y[~spoilt], expected[~spoilt])
 
 
+GATES = [-3e38, -1e37, -1e30, -100.0, -13.5, -13.0, -8.0, -5.6, -4.3, 0.0, 4.3, 5.6, 13.0, 14.0, 100.0, 1e30]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("level", LEVELS)
-def test_gates_of_any_size(level):
-    """Where Φ is 0 or 1 to the last bit, and where its square overflows."""
-    gates = torch.tensor([-3e38, -1e30, -100.0, -5.6, -4.3, 0.0, 4.3, 5.6, 100.0, 1e30])
-    for dtype in (torch.float32, torch.bfloat16):
-        D, F = 16, len(gates)
-        w_in = torch.zeros(2 * F, D, dtype=dtype)
-        b_in = torch.cat([torch.full((F,), 0.5), gates]).to(dtype)
-        experts = ExpertWeights(w_in, b_in, torch.eye(D, F, dtype=dtype), torch.zeros(D, dtype=dtype), 1)
-        x = torch.randn(1, 3, D, generator=torch.Generator().manual_seed(0)).to(dtype)
-        norm = NormAffine(torch.ones(1, D), torch.zeros(1, D))
-        y = cpp.moe_ffn(x, norm, experts, Routing(torch.ones(1, 1)), level=level)[0, 0, :F]
-        exact = 0.5 * torch.nn.functional.gelu(b_in[F:].double())
-        # The approximation of Φ is off by 1.1e-5 at most, for 16 bits, and by 1.7e-7 otherwise.
-        bound = gates.abs().clamp(max=6).double() * (2e-7 if dtype == torch.float32 else 1.1e-5)
-        assert (y.double() - exact).abs().le(bound + torch.finfo(dtype).eps * exact.abs()).all()
+def test_gates_of_any_size(level, dtype):
+    """Where Φ is 0 or 1 to the last bit, in its tail, where squares overflow; and the gradients there."""
+    dtype = DTYPES[dtype]
+    gates = torch.tensor([g for g in GATES if abs(g) < torch.finfo(dtype).max]).to(dtype)
+    D, F = 16, len(gates)
+    b_in = torch.cat([torch.full((F,), 0.5, dtype=dtype), gates]).requires_grad_()
+    w_out = torch.eye(D, F, dtype=dtype)
+    experts = ExpertWeights(torch.zeros(2 * F, D, dtype=dtype), b_in, w_out, torch.zeros(D, dtype=dtype), 1)
+    x = torch.randn(1, 1, D, generator=torch.Generator().manual_seed(0)).to(dtype)
+    norm = NormAffine(torch.ones(1, D), torch.zeros(1, D))
+    y = cpp.moe_ffn(x, norm, experts, Routing(torch.ones(1, 1)), level=level)
+    (gradient,) = torch.autograd.grad(y.sum(), b_in)
+    exact_gates = gates.double().requires_grad_()
+    # Not by torch's gelu, which has no digits left in the tail even in float64.
+    exact = 0.5 * exact_gates * torch.special.erfc(-exact_gates / math.sqrt(2)) / 2
+    (exact_gradient,) = torch.autograd.grad(exact.sum(), exact_gates)
+    ulp = torch.finfo(dtype).eps
+    # float32: Φ has a relative error of some ulps, in its tail that of exp(-g²/2): half an ulp of g²/2 is as many ulps.
+    relative = 2 * ulp + 1e-6 + 6e-8 * gates.double().square().clamp(max=200)
+    # bfloat16: the polynomial is off by 1.1e-5 at most, times |g| where it is not 0 or 1.
+    absolute = 1.1e-5 * gates.abs().clamp(max=6).double() if dtype == torch.bfloat16 else torch.finfo(dtype).tiny
+    for actual, expected in ((y[0, 0, :F], exact), (gradient[F:], exact_gradient)):
+        error = (actual.double() - expected).abs()
+        assert (error <= absolute + relative * expected.abs()).all(), (actual, expected)
 
 
-def test_indices_out_of_range_are_refused_by_the_operator_itself():
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [(4, r"lie in \[0, 4\), got 4"), (-1, r"lie in \[0, 4\), got -1"), (2**32, r"lie in \[0, 4\), got 4294967296")],
+)
+def test_indices_out_of_range_are_refused_by_the_operator_itself(index, words):
     problem = make_problem(0, DENSE._replace(K=2))
-    problem.routing.indices[1, 1] = 4
-    with pytest.raises(RuntimeError, match=r"expert_indices must lie in \[0, 4\), got 4"):
+    arguments = list(problem.op_arguments)
+    arguments[8] = arguments[8].long()
+    arguments[8][1, 1] = index
+    with pytest.raises(RuntimeError, match=f"expert_indices must {words}"):
+        torch.ops.mtu_kernels.moe_ffn_cpp(*arguments)
+
+
+def test_repeated_indices_are_refused_by_the_operator_itself():
+    problem = make_problem(0, DENSE._replace(K=2))
+    problem.routing.indices[1] = 3
+    with pytest.raises(RuntimeError, match="must name an expert at most once for each sample, got 3 again"):
         torch.ops.mtu_kernels.moe_ffn_cpp(*problem.op_arguments)
+
+
+@pytest.mark.parametrize("position", range(8))
+def test_tensors_of_other_shapes_are_refused_by_the_operator_itself(position):
+    arguments = list(make_problem(0, DENSE).op_arguments)
+    arguments[position] = arguments[position][:1]
+    if position == 0:
+        arguments[0] = arguments[0][0]
+    with pytest.raises(RuntimeError, match="must be"):
+        torch.ops.mtu_kernels.moe_ffn_cpp(*arguments)
+
+
+@pytest.mark.parametrize("position", [0, 4, 5, 6])
+def test_tensors_of_other_dtypes_are_refused_by_the_operator_itself(position):
+    arguments = list(make_problem(0, DENSE).op_arguments)
+    arguments[position] = arguments[position].bfloat16()
+    with pytest.raises(RuntimeError, match="must have the dtype of w_in"):
+        torch.ops.mtu_kernels.moe_ffn_cpp(*arguments)
+
+
+@pytest.mark.parametrize("num_experts", [0, -1, 5])
+def test_experts_that_do_not_divide_are_refused_by_the_operator_itself(num_experts):
+    *arguments, _, eps = make_problem(0, DENSE).op_arguments
+    with pytest.raises(RuntimeError, match="num_experts must divide H"):
+        torch.ops.mtu_kernels.moe_ffn_cpp(*arguments, num_experts, eps)
 
 
 # torch's own forward derivatives use it.
@@ -251,6 +352,17 @@ def test_auto_takes_plain_operators_where_the_fused_ones_have_no_rule():
     expected = torch.func.jvp(lambda x: eager(x, *rest), (x,), (x,))
     for a, b in zip(torch.func.jvp(auto, (x,), (x,)), expected, strict=True):
         assert torch.equal(a, b)
+    grad, expected_grad = (torch.func.grad(lambda x, f=f: f(x).sum())(x) for f in (auto, lambda x: eager(x, *rest)))
+    assert torch.equal(grad, expected_grad)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        tangents = [forward_ad.unpack_dual(f(dual)).tangent for f in (auto, lambda x: eager(x, *rest))]
+        assert torch.equal(*tangents)
+        with pytest.raises(NotImplementedError, match=r"forward-mode differentiation: use backend='eager'"):
+            cpp_op(dual, *rest)
+        cpp_op(x, *rest)  # no tangent comes in here
+    with pytest.raises(NotImplementedError, match=r"functional transforms \(Grad\): use backend='eager'"):
+        torch.func.grad(lambda x: cpp_op(x, *rest).sum())(x)
     several = torch.stack([x, 2 * x])
     torch.testing.assert_close(torch.func.vmap(auto)(several), torch.stack([eager(x, *rest), eager(2 * x, *rest)]))
 

@@ -30,7 +30,8 @@ def routing(weights=TOP_2.routing.weights, indices=TOP_2.routing.indices):
 
 REFUSED = {
     "no bias": (experts(b_in=None), "experts.b_in must be a tensor, got NoneType."),
-    "x of two dimensions": (DENSE._replace(x=DENSE.x[0]), "x must be (B, L, D), got (13, 16)."),
+    "x of two dimensions": (DENSE._replace(x=DENSE.x[0]), "x must be (B, L, D) with D >= 1, got (13, 16)."),
+    "x without width": (DENSE._replace(x=DENSE.x[..., :0]), "x must be (B, L, D) with D >= 1, got (3, 13, 0)."),
     "w_out of another width": (
         experts(w_out=ZEROS(15, 24)),
         "experts.w_out must be (D, H) with D = 16 as in x, got (15, 24).",
