@@ -48,21 +48,15 @@ struct Memory {
 
 // Many tokens: each thread takes blocks of its own through all three steps, so that what lies between stays in its cache.
 void forward_by_tokens(const Problem& p, const Kernels& k, const Layout& layout, int64_t num_panels, int64_t threads) {
-  const int64_t panels_per_sample = num_panels / p.B;
-  const int64_t most = (num_panels + threads - 1) / threads;
-  const int64_t panels = std::min(layout.block_panels, most);
+  const int64_t panels_per_sample = num_panels / p.B, panels = layout.block_panels;
   const Memory memory(layout, panels, threads, threads);
-  run_on_threads(threads, [&](int64_t t) {
+  share(num_panels, panels, threads, [&](int64_t t, int64_t begin, int64_t end) {
     const Buffers buffers = memory.buffers(t, t);
-    const int64_t end = (t + 1) * num_panels / threads;
-    for (int64_t begin = t * num_panels / threads; begin < end; begin += panels) {
-      const int64_t stop = std::min(begin + panels, end);
-      const std::vector<int32_t> experts = experts_of(p, begin / panels_per_sample, (stop - 1) / panels_per_sample);
-      const Block block = {begin, stop, experts.data(), static_cast<int64_t>(experts.size())};
-      k.normalize(p, block, buffers, 0, stop - begin);
-      k.expert_in(p, block, buffers, 0, layout.unit_tiles * block.num_experts);
-      if (p.y) k.expert_out(p, block, buffers, 0, layout.column_tiles);
-    }
+    const std::vector<int32_t> experts = experts_of(p, begin / panels_per_sample, (end - 1) / panels_per_sample);
+    const Block block = {begin, end, experts.data(), static_cast<int64_t>(experts.size())};
+    k.normalize(p, block, buffers, 0, end - begin);
+    k.expert_in(p, block, buffers, 0, layout.unit_tiles * block.num_experts);
+    if (p.y) k.expert_out(p, block, buffers, 0, layout.column_tiles);
   });
 }
 
@@ -71,18 +65,20 @@ void forward_by_weights(const Problem& p, const Kernels& k, const Layout& layout
   const int64_t panels_per_sample = num_panels / p.B;
   const int64_t blocks = (num_panels + kSharedPanels - 1) / kSharedPanels;
   const Memory memory(layout, (num_panels + blocks - 1) / blocks, 1, threads);
-  auto shared = [&](auto step, const Block& block, int64_t n) {
-    run_on_threads(threads, [&](int64_t t) {
-      step(p, block, memory.buffers(0, t), t * n / threads, (t + 1) * n / threads);
+  auto shared = [&](auto step, const Block& block, int64_t n, int64_t part) {
+    share(n, part, threads, [&](int64_t t, int64_t begin, int64_t end) {
+      step(p, block, memory.buffers(0, t), begin, end);
     });
   };
+  // Whole groups of tiles, unless threads would be left without.
+  const int64_t column_part = std::clamp<int64_t>(layout.column_tiles / (2 * threads), 1, layout.group);
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t begin = i * num_panels / blocks, end = (i + 1) * num_panels / blocks;
     const std::vector<int32_t> experts = experts_of(p, begin / panels_per_sample, (end - 1) / panels_per_sample);
     const Block block = {begin, end, experts.data(), static_cast<int64_t>(experts.size())};
-    shared(k.normalize, block, end - begin);
-    shared(k.expert_in, block, layout.unit_tiles * block.num_experts);
-    if (p.y) shared(k.expert_out, block, layout.column_tiles);
+    shared(k.normalize, block, end - begin, 1);
+    shared(k.expert_in, block, layout.unit_tiles * block.num_experts, layout.group);
+    if (p.y) shared(k.expert_out, block, layout.column_tiles, column_part);
   }
 }
 

@@ -60,6 +60,7 @@ struct Layout {
   int64_t scratch;         // a constant part
   int64_t scratch_panel;   // and one for each panel of a block
   int64_t block_panels;    // panels of a block that stays in the L2 cache of a core
+  int64_t group;           // tiles that share the panels in that cache
   int64_t unit_tiles;      // tiles of the hidden units of one expert
   int64_t column_tiles;    // tiles of the columns of y
 };

@@ -24,6 +24,8 @@ from mtu_kernels.routing import Routing
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BEST = 0
+# Tokens that kernels compute at a time. With fewer in a sample, ordinary operators are faster.
+PANEL = 16
 
 _TENSORS = (
     "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, "

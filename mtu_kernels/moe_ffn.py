@@ -169,7 +169,7 @@ def _choose(backend: str, x: Tensor, experts: ExpertWeights) -> _Backend:
 
 def _fastest(x: Tensor, experts: ExpertWeights) -> _Backend:
     name = _FASTEST.get(x.device.type)
-    if name is None or _wants_plain_operators():
+    if name is None or _wants_plain_operators() or (name == "cpp" and x.shape[1] < cpp.PANEL):
         return _BACKENDS["eager"]
     backend = _BACKENDS[name]
     reason = backend.why_not(x.device, experts.w_in.dtype)

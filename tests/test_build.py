@@ -187,7 +187,7 @@ def test_instructions_beyond_a_processor_are_only_in_functions_of_its_level():
     assert all(re.search(EVEX, held[level]) for level in ("avx512", "avx512_bf16", "amx"))
     assert re.search(BFLOAT16, held["avx512_bf16"])
     assert re.search(TILES, held["amx"])
-    # Tiles are set up by a constant. Of a local variable GCC 12 leaves out what the intrinsic does not say that it reads.
+    # Tiles are set up by a constant: GCC 12 may leave a local variable unwritten, all but its first 8 bytes.
     operands = re.findall(r"ldtilecfg\s+(.+)", held["amx"])
     assert operands
     assert all("(%rip)" in operand for operand in operands)

@@ -49,6 +49,7 @@ static Layout layout_of(const Problem& p) {
   layout.scratch = Scratch<T>::kConstant;
   layout.scratch_panel = Scratch<T>::kOfPanel;
   layout.block_panels = Product::kBlockPanels;
+  layout.group = Product::kGroup;
   layout.unit_tiles = ceil_div(p.F, Product::kRows / 2);
   layout.column_tiles = ceil_div(p.D, Product::kRows);
   return layout;

@@ -4,39 +4,75 @@ struct Statistics {
   float mean, rstd;
 };
 
-// In two passes: about the first pass's mean, so that nothing cancels where |mean| is large beside the deviation, and the
-// second pass also finds what rounding took from that mean.
-template <class X>
-static inline Statistics statistics_of(const X* x, int64_t D, float eps) {
-  constexpr int kChains = 4;  // additions in flight
-  Vec sums[kChains] = {};
-  int64_t d = 0;
-  for (; d + kChains * kLanes <= D; d += kChains * kLanes)
+// Of each row its sum, in that row's lane.
+static inline Vec sums_of(Vec* rows) {
+  transpose(rows);
 #pragma GCC unroll 4
-    for (int i = 0; i < kChains; ++i) sums[i] += load(x + d + i * kLanes);
-  for (; d < D; d += kLanes) sums[0] += load(x + d, D - d);
-  const float mean = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(D);
+  for (int step = kLanes / 2; step > 0; step /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < step; ++i) rows[i] += rows[i + step];
+  return rows[0];
+}
 
-  Vec deviations[kChains] = {}, squares[kChains] = {};
-  for (d = 0; d + kChains * kLanes <= D; d += kChains * kLanes)
-#pragma GCC unroll 4
-    for (int i = 0; i < kChains; ++i) {
-      const Vec centred = load(x + d + i * kLanes) - mean;
-      deviations[i] += centred;
-      squares[i] += centred * centred;
+// Of each of n rows, in its lane: the sums of what remains after a centre is taken from its numbers, and of their squares.
+template <class X>
+static inline void centred_sums(const X* x, int64_t n, int64_t D, Vec centres, Vec& sum, Vec& square) {
+  const int64_t whole = D / kLanes * kLanes;
+  Bits lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const Bits is_rest = lane < static_cast<int32_t>(D - whole);
+  Vec sums[kLanes] = {}, squares[kLanes] = {};
+  for (int64_t t = 0; t < n; ++t) {
+    const X* row = x + t * D;
+    const Vec centre = broadcast(centres[t]);
+    Vec total[2]{}, squared[2]{};
+    auto add = [&](Vec centred, int chain) {
+      total[chain] += centred;
+      squared[chain] += centred * centred;
+    };
+    int64_t d = 0;
+    for (; d + 2 * kLanes <= whole; d += 2 * kLanes) {
+      add(load(row + d) - centre, 0);
+      add(load(row + d + kLanes) - centre, 1);
     }
-  float deviation = sum_of((deviations[0] + deviations[1]) + (deviations[2] + deviations[3]));
-  float square = sum_of((squares[0] + squares[1]) + (squares[2] + squares[3]));
-  for (; d < D; ++d) {
-    X lanes[kLanes] = {x[d]};
-    const float centred = load(lanes)[0] - mean;
-    deviation += centred;
-    square += centred * centred;
+    if (d < whole) add(load(row + d) - centre, 0);
+    if (whole < D) add(bit_cast<Vec>(bit_cast<Bits>(load(row + whole, D - whole) - centre) & is_rest), 1);
+    sums[t] = total[0] + total[1];
+    squares[t] = squared[0] + squared[1];
   }
-  const float shift = deviation / static_cast<float>(D);
-  const float variance = square / static_cast<float>(D) - shift * shift;
-  // Where the squares overflow, no number is better than a wrong one: the product is NaN then.
-  return {mean + shift, 1.0f / __builtin_sqrtf(maximum_of(variance, 0.0f) + eps) + 0.0f * variance};
+  sum = sums_of(sums);
+  square = sums_of(squares);
+}
+
+// Mean and 1 / sqrt(variance + eps) of a panel's tokens, kLanes of them at a time.
+//
+// In one pass about a guess of the mean, from a row's first numbers, so that nothing cancels where |mean| is large beside
+// the deviation. Where those are unlike the others there is a second pass, about the mean that the first one found.
+template <class X>
+static inline void statistics_of(const X* x, int64_t tokens, int64_t D, float eps, Statistics* statistics) {
+  const float width = static_cast<float>(D);
+  for (int64_t t0 = 0; t0 < tokens; t0 += kLanes) {
+    const int64_t n = min_of(kLanes, tokens - t0);
+    const X* rows = x + t0 * D;
+    Vec firsts[kLanes] = {};
+    for (int64_t t = 0; t < n; ++t) firsts[t] = load(rows + t * D, D);
+    Vec centre = sums_of(firsts) / static_cast<float>(min_of(kLanes, D));
+    Vec sum, square;
+    centred_sums(rows, n, D, centre, sum, square);
+    Vec shift = sum / width, variance = square / width - shift * shift;
+    bool is_far = false;
+    for (int64_t t = 0; t < n; ++t) is_far = is_far || shift[t] * shift[t] > variance[t];
+    if (is_far) {
+      centre += shift;
+      centred_sums(rows, n, D, centre, sum, square);
+      shift = sum / width;
+      variance = square / width - shift * shift;
+    }
+    for (int64_t t = 0; t < n; ++t)
+      // Where the squares overflow, no number is better than a wrong one: the last product is NaN then.
+      statistics[t0 + t] = {centre[t] + shift[t], 1.0f / __builtin_sqrtf(maximum_of(variance[t], 0.0f) + eps) +
+                                                      0.0f * variance[t]};
+  }
 }
 
 // kLanes numbers of each of kLanes tokens, n of them and `tokens` of these: the rest is zero.
@@ -67,12 +103,10 @@ static void normalize_panels(const Problem& p, const Block& block, const Buffers
     const int64_t tokens = min_of(kPanel, p.L - l);
     const X* x = static_cast<const X*>(p.x) + (b * p.L + l) * p.D;
     Statistics statistics[kPanel] = {};
-    for (int64_t t = 0; t < tokens; ++t) {
-      statistics[t] = statistics_of(x + t * p.D, p.D, p.eps);
-      if (p.mean) {
-        p.mean[b * p.L + l + t] = statistics[t].mean;
-        p.rstd[b * p.L + l + t] = statistics[t].rstd;
-      }
+    statistics_of(x, tokens, p.D, p.eps, statistics);
+    for (int64_t t = 0; p.mean && t < tokens; ++t) {
+      p.mean[b * p.L + l + t] = statistics[t].mean;
+      p.rstd[b * p.L + l + t] = statistics[t].rstd;
     }
     for (int64_t slot = 0; slot < slots; ++slot) {
       const int64_t e = p.indices ? p.indices[b * p.K + slot] : slot;

@@ -79,7 +79,16 @@ static inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof(v)); 
 
 // bfloat16: the upper half of a float32; rounded to the nearest, ties to even
 
-static inline Vec widen(Half h) { return bit_cast<Vec>(__builtin_convertvector(h, Unsigned) << 16); }
+// GCC would do it in halves.
+#if defined(__x86_64__) && MTU_LANES == 16
+static inline Unsigned to_32_bits(Half h) { return bit_cast<Unsigned>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(h))); }
+#elif defined(__x86_64__) && MTU_LANES == 8
+static inline Unsigned to_32_bits(Half h) { return bit_cast<Unsigned>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(h))); }
+#else
+static inline Unsigned to_32_bits(Half h) { return __builtin_convertvector(h, Unsigned); }
+#endif
+
+static inline Vec widen(Half h) { return bit_cast<Vec>(to_32_bits(h) << 16); }
 
 [[maybe_unused]] static inline Unsigned rounded_bits(Vec v) {
   const Unsigned u = bit_cast<Unsigned>(v);
@@ -128,7 +137,7 @@ static inline Unsigned choose(Unsigned mask, Unsigned yes, Unsigned no) { return
 static inline Vec load(const float16* p) {
   Half h;
   __builtin_memcpy(&h, p, sizeof(h));
-  const Unsigned bits = __builtin_convertvector(h, Unsigned);
+  const Unsigned bits = to_32_bits(h);
   const Unsigned magnitude = bits & 0x7fff;
   // The exponents' biases differ by 112; as a product, numbers below the normal ones come out right.
   const Vec value = bit_cast<Vec>(magnitude << 13) * 0x1p112f;

@@ -73,7 +73,7 @@ def test_the_best_level_is_the_default():
 def test_auto_leaves_portable_kernels_alone(monkeypatch, caplog):
     """They are slower than what libraries have for any processor; asked for by name they run."""
     monkeypatch.setattr(cpp, "_EXTENSION", cpp.Extension(("portable",), None))
-    problem = make_problem()
+    problem = make_problem(0, SIZES["whole"])
     with caplog.at_level(logging.WARNING, logger="mtu_kernels"):
         assert torch.equal(moe_ffn(*problem.arguments), moe_ffn(*problem.arguments, backend="eager"))
     words = "it has no kernels for this processor's vector instructions"
@@ -342,7 +342,8 @@ def test_experts_that_do_not_divide_are_refused_by_the_operator_itself(num_exper
 # torch's own forward derivatives use it.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_auto_takes_plain_operators_where_the_fused_ones_have_no_rule():
-    problem = make_problem(0, DENSE)
+    problem = make_problem(0, SIZES["whole"])
+    assert _fastest(problem.x, problem.experts) is not _fastest(problem.x[:, :1], problem.experts)
     x, rest = problem.x, problem.arguments[1:]
 
     def auto(x):
@@ -403,7 +404,7 @@ def test_an_extension_that_does_not_load(tmp_path):
 
 def test_without_the_extension_auto_says_so_once(monkeypatch, caplog):
     monkeypatch.setattr(cpp, "_EXTENSION", cpp.Extension((), "its extension was not built"))
-    problem = make_problem()
+    problem = make_problem(0, SIZES["whole"])
     with caplog.at_level(logging.WARNING, logger="mtu_kernels"):
         assert _fastest(problem.x, problem.experts) is _fastest(problem.x, problem.experts)
     message = "backend='auto' takes 'eager' on cpu instead of 'cpp': its extension was not built."

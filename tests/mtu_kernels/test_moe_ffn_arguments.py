@@ -167,9 +167,11 @@ def test_backends_that_are_not_there(name):
         moe_ffn(*DENSE.arguments, backend=name)
 
 
-def test_auto_is_the_fastest_that_is_there():
-    fastest = "cpp" if "cpp" in available_backends() else "eager"
-    assert torch.equal(moe_ffn(*DENSE.arguments), moe_ffn(*DENSE.arguments, backend=fastest))
+@pytest.mark.parametrize(("tokens", "fastest"), [(15, "eager"), (16, "cpp"), (40, "cpp")])
+def test_auto_is_the_fastest_that_is_there(tokens, fastest):
+    problem = make_problem(0, Sizes(L=tokens))
+    fastest = fastest if fastest in available_backends() else "eager"
+    assert torch.equal(moe_ffn(*problem.arguments), moe_ffn(*problem.arguments, backend=fastest))
 
 
 @pytest.mark.parametrize("backend", available_backends())
