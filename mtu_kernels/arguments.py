@@ -169,13 +169,12 @@ def _check_index_values(indices: Tensor, num_experts: int, are_valid: Callable[[
             f"routing.indices must lie in [0, E = {num_experts}) and name an expert at most once for each sample.",
         )
         return
-    sorted_BK = indices.sort(dim=1).values
-    in_range = ((sorted_BK >= 0) & (sorted_BK < num_experts)).all()
-    distinct = (sorted_BK[:, 1:] != sorted_BK[:, :-1]).all()
-    if not in_range:
+    # A few numbers: quicker here than by operators.
+    rows = indices.tolist()
+    values = [value for row in rows for value in row]
+    if any(not 0 <= value < num_experts for value in values):
         raise ValueError(
-            f"routing.indices must lie in [0, E = {num_experts}), "
-            f"got values from {int(indices.min())} to {int(indices.max())}."
+            f"routing.indices must lie in [0, E = {num_experts}), got values from {min(values)} to {max(values)}."
         )
-    if not distinct:
+    if any(len(set(row)) < len(row) for row in rows):
         raise ValueError("routing.indices must name an expert at most once for each sample, got repeated indices.")
