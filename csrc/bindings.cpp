@@ -188,31 +188,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_at(MTU_TENSORS, bool with_y, in
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> train(MTU_TENSORS) { return run(MTU_ARGUMENTS, true, true, kernels_at(0)); }
 
-// (B, L, K·F) d_weighted, (B, L, 2·K·F) z, (B, K) weights → h, ∂z, and sums over runs of tokens of ∂w, (B, runs, K), and of
-// ∂z, (B, runs, 2·K·F). Without experts that learn, h and the sums of ∂z have no elements. All contiguous.
-std::tuple<Tensor, Tensor, Tensor, Tensor> geglu_backward(const Tensor& d_weighted, const Tensor& z,
-                                                          const Tensor& weights, bool expert_grads, int64_t level) {
+// (B, L, K·F) d_weighted, (B, L, 2·K·F) z, (B, K) weights → ∂z, and sums over runs of tokens of ∂w, (B, runs, K), and of ∂z,
+// (B, runs, 2·K·F). If experts learn, d_weighted becomes h; otherwise the sums of ∂z have no elements. All contiguous.
+std::tuple<Tensor, Tensor, Tensor> geglu_backward(const Tensor& d_weighted, const Tensor& z, const Tensor& weights,
+                                                  bool expert_grads, int64_t level) {
   GegluBackward p{};
   p.B = z.size(0), p.L = z.size(1);
   p.K = weights.size(1), p.F = d_weighted.size(2) / p.K;
   p.compute = storage_of(z);
   const int64_t runs = (p.L + kRun - 1) / kRun;
-  const Tensor h = expert_grads ? torch::stable::empty_like(d_weighted) : empty(z, {0}, z.scalar_type());
   const Tensor d_z = torch::stable::empty_like(z);
-  const Tensor d_weights = empty(z, {p.B, runs, p.K}, ScalarType::Float);
+  const Tensor d_weights = empty(z, {p.B, runs, p.K}, ScalarType::Double);
   const Tensor d_bias = expert_grads ? empty(z, {p.B, runs, 2 * p.K * p.F}, ScalarType::Float)
                                      : empty(z, {0}, ScalarType::Float);
-  p.d_weighted = d_weighted.const_data_ptr(), p.z = z.const_data_ptr();
+  p.d_weighted = d_weighted.mutable_data_ptr(), p.z = z.const_data_ptr();
   p.weights = data<float>(weights);
   p.d_z = d_z.mutable_data_ptr();
-  p.d_weights = mutable_data<float>(d_weights);
-  if (expert_grads) {
-    p.h = h.mutable_data_ptr();
-    p.d_bias = mutable_data<float>(d_bias);
-  }
+  p.d_weights = mutable_data<double>(d_weights);
+  p.d_bias = expert_grads ? mutable_data<float>(d_bias) : nullptr;
   const Kernels& kernels = kernels_at(level);
   share(p.B * runs, [&](int64_t begin, int64_t end) { kernels.geglu_backward(p, begin, end); });
-  return {h, d_z, d_weights, d_bias};
+  return {d_z, d_weights, d_bias};
 }
 
 // x (B, L, D), mean and rstd (B, L), affines (B, slots, D) float32 → x̂ (B, slots, L, D) in the dtype of `like`.

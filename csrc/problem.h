@@ -73,13 +73,12 @@ constexpr int64_t kRun = 64;
 struct GegluBackward {
   int64_t B, L, K, F;
   Storage compute;
-  const void* d_weighted;  // (B, L, K·F) compute, the gradient of w·a without the factor w
+  void* d_weighted;        // (B, L, K·F) compute, the gradient of w·a without the factor w; then w·a, if experts learn
   const void* z;           // (B, L, 2·K·F) compute
   const float* weights;    // (B, K)
-  void* h;                 // (B, L, K·F) compute, w·a again; or null, if no expert learns
   void* d_z;               // (B, L, 2·K·F) compute
-  float* d_weights;        // (B, runs, K)
-  float* d_bias;           // (B, runs, 2·K·F), sums of ∂z; or null
+  double* d_weights;       // (B, runs, K): sums over all units of all tokens
+  float* d_bias;           // (B, runs, 2·K·F), sums of ∂z; or null, if no expert learns
 };
 
 // Gradients of LayerNorm and of its affine.

@@ -36,8 +36,8 @@ _OPS = define_ops("cpp")
 for _schema in (
     f"cpp_moe_ffn_at({_TENSORS}, int level) -> Tensor",
     f"cpp_train_at({_TENSORS}, bool with_y, int level) -> (Tensor y, Tensor hidden, Tensor mean, Tensor rstd)",
-    "cpp_geglu_backward(Tensor d_weighted, Tensor hidden, Tensor routing_weights, bool expert_grads, int level) "
-    "-> (Tensor h, Tensor d_hidden, Tensor d_weights, Tensor d_b_in)",
+    "cpp_geglu_backward(Tensor(a!) d_weighted, Tensor hidden, Tensor routing_weights, bool expert_grads, int level) "
+    "-> (Tensor d_hidden, Tensor d_weights, Tensor d_b_in)",
     "cpp_normalize(Tensor x, Tensor mean, Tensor rstd, Tensor norm_weight, Tensor norm_bias, Tensor like, int level) "
     "-> Tensor",
     "cpp_norm_backward(Tensor d_x_hat, Tensor x, Tensor mean, Tensor rstd, Tensor norm_weight, int level) "
@@ -202,11 +202,11 @@ def _gradients(level: int, grad_y: Tensor, *args) -> tuple[Tensor, ...]:
         level,
     )
     d_weighted = _output_product_gradient(call, grad_y)
-    h, d_hidden, d_weights, d_b_in = _kernels.cpp_geglu_backward(
+    d_hidden, d_weights, d_b_in = _kernels.cpp_geglu_backward(
         d_weighted, hidden.contiguous(), call.weights, expert_grads, level
     )
-    del d_weighted
-    d_weights = d_weights.sum(dim=1)
+    h = d_weighted  # it has been overwritten
+    d_weights = d_weights.sum(dim=1).float()
     grad_y_sum = grad_y.sum(dim=1, dtype=torch.float32)
     if b_out.dim() == 2:
         products_BE = grad_y_sum @ call.experts.b_out.float().T
@@ -214,7 +214,7 @@ def _gradients(level: int, grad_y: Tensor, *args) -> tuple[Tensor, ...]:
     expert_gradients = [t.new_empty(0) for t in (w_in, b_in, w_out, b_out)]
     if expert_grads:
         expert_gradients = _expert_gradients(call, grad_y, grad_y_sum, h, d_hidden, d_b_in.sum(dim=1))
-    del h
+    del h, d_weighted
     d_x_hat = _input_product_gradient(call, d_hidden)
     d_x, d_gamma, d_beta = _kernels.cpp_norm_backward(
         d_x_hat, call.x, call.mean, call.rstd, call.norm.weight, call.level

@@ -1,25 +1,27 @@
 // Gradients of the weighed activation. Included inside a level's own namespace, after activation.h.
 
-// One expert's units of one token: from G = ∂(w·a) and z = [u; g], ∂u = w G gelu(g), ∂g = w G u (Φ + g φ), h = w·a. Adds ∂u
-// and ∂g to their sums, and returns the token's summand ⟨G, a⟩ of ∂w.
+// One expert's units of one token: from G = ∂(w·a) and z = [u; g], ∂u = w G gelu(g), ∂g = w G u (Φ + g φ), h = w·a in the
+// place of G. Adds ∂u and ∂g to their sums, and returns the token's summand ⟨G, a⟩ of ∂w. Without sums no expert learns:
+// then there is no h.
 template <class T>
-static inline float geglu_backward_of(const T* u_row, const T* g_row, const T* d_row, float weight, int64_t F, T* d_u_row,
-                                      T* d_g_row, T* h_row, float* u_sums, float* g_sums) {
+static inline float geglu_backward_of(const T* u_row, const T* g_row, T* d_row, float weight, int64_t F, T* d_u_row,
+                                      T* d_g_row, float* u_sums, float* g_sums) {
   const Vec w = broadcast(weight);
   Vec sum{};
   for (int64_t f = 0; f < F; f += kLanes) {
     const int64_t n = F - f;
     const Vec u = load(u_row + f, n), g = load(g_row + f, n), d_weighted = load(d_row + f, n);
-    const Vec cdf = normal_cdf<T>(g);
+    Vec pdf;
+    const Vec cdf = normal_cdf<T>(g, &pdf);
     const Vec gelu = g * cdf;
     const Vec a = u * gelu;
     const Vec d_a = d_weighted * w;
-    const Vec d_u = d_a * gelu, d_g = d_a * u * (cdf + g * normal_pdf(g));
+    const Vec d_u = d_a * gelu, d_g = d_a * u * (cdf + g * pdf);
     sum += d_weighted * a;
     store(d_u_row + f, d_u, n);
     store(d_g_row + f, d_g, n);
-    if (h_row) {
-      store(h_row + f, a * w, n);
+    if (u_sums) {
+      store(d_row + f, a * w, n);
       store(u_sums + f, load(u_sums + f, n) + d_u, n);
       store(g_sums + f, load(g_sums + f, n) + d_g, n);
     }
@@ -33,23 +35,22 @@ static void geglu_backward(const GegluBackward& p, int64_t begin, int64_t end) {
   const int64_t KF = p.K * p.F, runs = ceil_div(p.L, kRun);
   for (int64_t run = begin; run < end; ++run) {
     const int64_t b = run / runs, first = run % runs * kRun, last = min_of(p.L, first + kRun);
-    float* d_weights = p.d_weights + run * p.K;
+    double* d_weights = p.d_weights + run * p.K;
     float* d_bias = p.d_bias ? p.d_bias + run * 2 * KF : nullptr;
     if (d_bias) __builtin_memset(d_bias, 0, sizeof(float) * 2 * KF);
     for (int64_t slot = 0; slot < p.K; ++slot) {
       const int64_t unit = slot * p.F;
       float* sums = d_bias ? d_bias + unit : nullptr;
-      double d_weight = 0;  // a sum over all units of all tokens
+      double d_weight = 0;
       for (int64_t l = first; l < last; ++l) {
         const int64_t row = b * p.L + l;
         const T* z = static_cast<const T*>(p.z) + row * 2 * KF + unit;
-        const T* d_weighted = static_cast<const T*>(p.d_weighted) + row * KF + unit;
+        T* d_weighted = static_cast<T*>(p.d_weighted) + row * KF + unit;
         T* d_z = static_cast<T*>(p.d_z) + row * 2 * KF + unit;
-        T* h = p.h ? static_cast<T*>(p.h) + row * KF + unit : nullptr;
-        d_weight += geglu_backward_of(z, z + KF, d_weighted, p.weights[b * p.K + slot], p.F, d_z, d_z + KF, h, sums,
+        d_weight += geglu_backward_of(z, z + KF, d_weighted, p.weights[b * p.K + slot], p.F, d_z, d_z + KF, sums,
                                       sums ? sums + KF : nullptr);
       }
-      d_weights[slot] = static_cast<float>(d_weight);
+      d_weights[slot] = d_weight;
     }
   }
 }
