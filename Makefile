@@ -29,6 +29,7 @@ test: lint
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.model_sizes
 	$(BIN)/python -m benchmarks.moe_ffn
+	$(BIN)/python -m benchmarks.unet
 	$(BIN)/python -m benchmarks.plot
 
 lint: $(VENV)/.ready
