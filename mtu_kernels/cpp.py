@@ -19,23 +19,19 @@ import torch
 from torch import Tensor
 
 from mtu_kernels.arguments import ExpertWeights, NormAffine
-from mtu_kernels.ops import LIBRARY, Ops, call_ops, define_ops
+from mtu_kernels.ops import LIBRARY, TENSORS, Ops, call_ops, define_ops, why_not_dtype
 from mtu_kernels.routing import Routing
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BEST = 0
 # Tokens that kernels compute at a time. With fewer in a sample, ordinary operators are faster.
 PANEL = 16
 
-_TENSORS = (
-    "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, "
-    "Tensor routing_weights, Tensor? expert_indices, int num_experts, float eps"
-)
 _OPS = define_ops("cpp")
 # What the extension offers besides: each at a level, counted from the best. They are parts of kernels: no autograd.
 for _schema in (
-    f"cpp_moe_ffn_at({_TENSORS}, int level) -> Tensor",
-    f"cpp_train_at({_TENSORS}, bool with_y, int level) -> (Tensor y, Tensor hidden, Tensor mean, Tensor rstd)",
+    f"cpp_moe_ffn_at({TENSORS}, int num_experts, float eps, int level) -> Tensor",
+    f"cpp_train_at({TENSORS}, int num_experts, float eps, bool with_y, int level) "
+    "-> (Tensor y, Tensor hidden, Tensor mean, Tensor rstd)",
     "cpp_geglu_backward(Tensor(a!) d_weighted, Tensor hidden, Tensor routing_weights, bool expert_grads, int level) "
     "-> (Tensor d_hidden, Tensor d_weights, Tensor d_b_in)",
     "cpp_normalize(Tensor x, Tensor mean, Tensor rstd, Tensor norm_weight, Tensor norm_bias, Tensor like, int level) "
@@ -78,8 +74,8 @@ def why_not(device: torch.device, compute: torch.dtype) -> str | None:
     """What keeps the backend from serving a call on this device in this compute dtype, as a clause; or ``None``."""
     if _EXTENSION.why_not is not None:
         return _EXTENSION.why_not
-    if compute not in _DTYPES:
-        return f"it computes in float32, bfloat16 and float16, not in {str(compute).removeprefix('torch.')}"
+    if (reason := why_not_dtype(compute)) is not None:
+        return reason
     if device.type not in ("cpu", "meta"):
         return f"it runs on CPUs, not on {device.type}"
     return None
@@ -201,11 +197,9 @@ def _gradients(level: int, grad_y: Tensor, *args) -> tuple[Tensor, ...]:
         rstd.contiguous(),
         level,
     )
-    d_weighted = _output_product_gradient(call, grad_y)
-    d_hidden, d_weights, d_b_in = _kernels.cpp_geglu_backward(
-        d_weighted, hidden.contiguous(), call.weights, expert_grads, level
-    )
-    h = d_weighted  # it has been overwritten
+    # ∂(w·a) at first: the kernel puts w·a, if experts learn, in its place.
+    h = _output_product_gradient(call, grad_y)
+    d_hidden, d_weights, d_b_in = _kernels.cpp_geglu_backward(h, hidden.contiguous(), call.weights, expert_grads, level)
     d_weights = d_weights.sum(dim=1).float()
     grad_y_sum = grad_y.sum(dim=1, dtype=torch.float32)
     if b_out.dim() == 2:
@@ -214,7 +208,7 @@ def _gradients(level: int, grad_y: Tensor, *args) -> tuple[Tensor, ...]:
     expert_gradients = [t.new_empty(0) for t in (w_in, b_in, w_out, b_out)]
     if expert_grads:
         expert_gradients = _expert_gradients(call, grad_y, grad_y_sum, h, d_hidden, d_b_in.sum(dim=1))
-    del h, d_weighted
+    del h
     d_x_hat = _input_product_gradient(call, d_hidden)
     d_x, d_gamma, d_beta = _kernels.cpp_norm_backward(
         d_x_hat, call.x, call.mean, call.rstd, call.norm.weight, call.level

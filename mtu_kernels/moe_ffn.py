@@ -18,20 +18,21 @@ from mtu_kernels.routing import Routing
 
 class _Backend(NamedTuple):
     """A backend's function, for arguments already checked; what keeps it from running here; from serving a call; its
-    way to check indices on a GPU; and what keeps it from being fast."""
+    way to check indices on a GPU; what keeps it from being fast; and the tokens of a sample from which on it is."""
 
     moe_ffn: Callable[..., Tensor]
     why_not_installed: Callable[[], str | None] = lambda: None
     why_not: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
     indices_are_valid: Callable[[Tensor, int], Tensor] = indices_are_valid
     why_slow: Callable[[], str | None] = lambda: None
+    min_tokens: int = 0
 
 
 _BACKENDS = {
     "eager": _Backend(eager.moe_ffn),
     "reference": _Backend(reference_ops.moe_ffn),
     "triton": _Backend(triton.moe_ffn, triton.why_not_installed, triton.why_not, triton.indices_are_valid),
-    "cpp": _Backend(cpp.moe_ffn, cpp.why_not_installed, cpp.why_not, why_slow=cpp.why_slow),
+    "cpp": _Backend(cpp.moe_ffn, cpp.why_not_installed, cpp.why_not, why_slow=cpp.why_slow, min_tokens=cpp.PANEL),
 }
 # The fused backend of each kind of device.
 _FASTEST = {"cuda": "triton", "cpu": "cpp"}
@@ -169,9 +170,11 @@ def _choose(backend: str, x: Tensor, experts: ExpertWeights) -> _Backend:
 
 def _fastest(x: Tensor, experts: ExpertWeights) -> _Backend:
     name = _FASTEST.get(x.device.type)
-    if name is None or _wants_plain_operators() or (name == "cpp" and x.shape[1] < cpp.PANEL):
+    if name is None or _wants_plain_operators():
         return _BACKENDS["eager"]
     backend = _BACKENDS[name]
+    if backend.min_tokens and x.shape[1] < backend.min_tokens:
+        return _BACKENDS["eager"]
     reason = backend.why_not(x.device, experts.w_in.dtype)
     if reason is None:
         reason = backend.why_slow()

@@ -25,11 +25,12 @@ from mtu_kernels.routing import Routing
 
 LIBRARY = torch.library.Library("mtu_kernels", "DEF")
 
-_TENSORS = (
+TENSORS = (
     "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, "
     "Tensor routing_weights, Tensor? expert_indices"
 )
 _NUM_TENSORS = 9
+_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Ops(NamedTuple):
@@ -63,13 +64,13 @@ def define_ops(backend: str) -> Ops:
     """
     name = f"moe_ffn_{backend}"
     tags = (torch.Tag.pt2_compliant_tag,)
-    LIBRARY.define(f"{name}({_TENSORS}, int num_experts, float eps) -> Tensor", tags=tags)
+    LIBRARY.define(f"{name}({TENSORS}, int num_experts, float eps) -> Tensor", tags=tags)
     LIBRARY.define(
-        f"{name}_train({_TENSORS}, int num_experts, float eps) -> (Tensor y, Tensor hidden, Tensor mean, Tensor rstd)",
+        f"{name}_train({TENSORS}, int num_experts, float eps) -> (Tensor y, Tensor hidden, Tensor mean, Tensor rstd)",
         tags=tags,
     )
     LIBRARY.define(
-        f"{name}_backward(Tensor grad_y, {_TENSORS}, Tensor? hidden, Tensor? mean, Tensor? rstd, int num_experts, "
+        f"{name}_backward(Tensor grad_y, {TENSORS}, Tensor? hidden, Tensor? mean, Tensor? rstd, int num_experts, "
         f"float eps, bool expert_grads) -> ({', '.join(['Tensor'] * 8)})",
         tags=tags,
     )
@@ -81,6 +82,13 @@ def define_ops(backend: str) -> Ops:
         register_flop_formula(packet)(formula)
     _register_autograd(*(packet.default for packet in packets))
     return Ops(packets[0].default, packets[1].default)
+
+
+def why_not_dtype(compute: torch.dtype) -> str | None:
+    """What keeps fused kernels from computing in this dtype, as a clause; or ``None``."""
+    if compute in _FUSED_DTYPES:
+        return None
+    return f"it computes in float32, bfloat16 and float16, not in {str(compute).removeprefix('torch.')}"
 
 
 def call_ops(

@@ -97,7 +97,7 @@ struct FinishColumns {
       store(bias + r, load(p->y_bias + panel->b * p->y_bias_stride + column + r, columns - r));
     T* y = static_cast<T*>(p->y) + (panel->b * p->L + panel->l) * p->D + column;
     const int64_t tokens = min_of(kPanel, p->L - panel->l);
-    if constexpr (kRows == 32) Product::store_tokens(sums, bias, y, p->D, tokens, columns);
+    if constexpr (kRows == 32) store_tokens_by_pairs(sums, bias, y, p->D, tokens, columns);
     else store_tokens<kRows>(sums, bias, y, p->D, tokens, columns);
     ++done;
     ++panel;

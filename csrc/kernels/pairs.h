@@ -41,3 +41,18 @@ static inline void store_tokens_by_pairs(const float* sums, const float* bias, b
     for (int64_t t = 0; t < tokens; ++t) __builtin_memcpy(out + t * stride, &pairs[t], bytes);
   }
 }
+
+// What products of such panels have in common. They read weights where they are.
+struct PairPanels {
+  using Weight = bfloat16;
+  using Activation = bfloat16;
+  static constexpr int kPack = 2;  // numbers of a panel that stand side by side for each token
+  static constexpr bool kReadsStorage = true;
+
+  static inline void store_activations(bfloat16* panel, int64_t k, const Vec* rows, int64_t n) {
+    store_pairs(panel, k, rows, n);
+  }
+  static inline void store_normalized(bfloat16* panel, int64_t k, const Vec (&tokens)[kPack][kLanes], int64_t n) {
+    store_token_pairs(panel, k, tokens, n);
+  }
+};

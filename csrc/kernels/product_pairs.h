@@ -2,27 +2,16 @@
 //
 // As FloatProduct, with two steps in k at a time. Weights are read where they are.
 
-struct PairProduct {
-  using Weight = bfloat16;
-  using Activation = bfloat16;
+struct PairProduct : PairPanels {
   static constexpr int kRows = 8;
   static constexpr int kPanels = 3;
   static constexpr int64_t kStep = 2;
-  static constexpr int kPack = 2;            // numbers of a panel that stand side by side for each token
   static constexpr int64_t kDepth = 256;
   static constexpr int64_t kGroup = 8;
   static constexpr int64_t kBlockPanels = 12;
-  static constexpr bool kReadsStorage = true;
 
   static void begin() {}
   static void end() {}
-
-  static inline void store_activations(bfloat16* panel, int64_t k, const Vec* rows, int64_t n) {
-    store_pairs(panel, k, rows, n);
-  }
-  static inline void store_normalized(bfloat16* panel, int64_t k, const Vec (&tokens)[kPack][kLanes], int64_t n) {
-    store_token_pairs(panel, k, tokens, n);
-  }
 
   template <int P, class Side>
   static inline void multiply(const Segment* segments, int64_t count, const bfloat16* upper, const bfloat16* lower,

@@ -3,17 +3,13 @@
 // Two tiles of weights (16 rows of 32 numbers, read where they are) by two panels' tiles of activations: four tiles of
 // sums, so that each tile that is loaded serves two products.
 
-struct TileProduct {
-  using Weight = bfloat16;
-  using Activation = bfloat16;
+struct TileProduct : PairPanels {
   static constexpr int kRows = 32;
   static constexpr int kPanels = 2;
   static constexpr int64_t kStep = 32;
-  static constexpr int kPack = 2;            // numbers of a panel that stand side by side for each token
   static constexpr int64_t kDepth = 320;
   static constexpr int64_t kGroup = 4;
   static constexpr int64_t kBlockPanels = 16;
-  static constexpr bool kReadsStorage = true;
 
   // Tiles 0 to 7: 16 rows of 64 bytes. The compiler's intrinsic says of the first 8 bytes only that it reads them, so that
   // GCC leaves the others of a local variable unwritten; this reads all of a constant.
@@ -28,18 +24,6 @@ struct TileProduct {
     __asm__ volatile("ldtilecfg %0" : : "m"(config));
   }
   static void end() { _tile_release(); }
-
-  static inline void store_activations(bfloat16* panel, int64_t k, const Vec* rows, int64_t n) {
-    store_pairs(panel, k, rows, n);
-  }
-  static inline void store_normalized(bfloat16* panel, int64_t k, const Vec (&tokens)[kPack][kLanes], int64_t n) {
-    store_token_pairs(panel, k, tokens, n);
-  }
-
-  static inline void store_tokens(const float* sums, const float* bias, bfloat16* out, int64_t stride, int64_t tokens,
-                                  int64_t columns) {
-    store_tokens_by_pairs(sums, bias, out, stride, tokens, columns);
-  }
 
   template <int P, class Side>
   static inline void multiply(const Segment* segments, int64_t count, const bfloat16* upper, const bfloat16* lower,

@@ -12,10 +12,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mtu_kernels.ops import LIBRARY, call_ops, define_ops
+from mtu_kernels.ops import LIBRARY, call_ops, define_ops, why_not_dtype
 
 MINIMUM_VERSION = "3.6"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _OPS = define_ops("triton")
 moe_ffn = functools.partial(call_ops, _OPS)
@@ -53,8 +52,8 @@ def _major_minor(version: str) -> tuple[int, ...]:
 def _why_not(device: torch.device, compute: torch.dtype) -> str | None:
     if (reason := _why_not_installed()) is not None:
         return reason
-    if compute not in _DTYPES:
-        return f"it computes in float32, bfloat16 and float16, not in {str(compute).removeprefix('torch.')}"
+    if (reason := why_not_dtype(compute)) is not None:
+        return reason
     if device.type == "meta":
         return None
     if device.type not in ("cpu", "cuda"):
