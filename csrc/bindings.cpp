@@ -77,6 +77,7 @@ struct Arguments {
   const std::optional<Tensor>& expert_indices;
   int64_t num_experts;
   double eps;
+  bool residual;
 };
 
 bool has_shape(const Tensor& t, const std::vector<int64_t>& shape) {
@@ -107,6 +108,7 @@ void check(const Arguments& a) {
                       a.b_out.scalar_type() == compute &&
                       (a.x.scalar_type() == compute || a.x.scalar_type() == ScalarType::Float),
                   "Biases and w_out must have the dtype of w_in, and x it or float32.");
+  STD_TORCH_CHECK(!a.residual || a.x.scalar_type() == compute, "As the residual, x must have the dtype of w_in.");
 }
 
 // Indices as int32, each in range and no more than once for a sample.
@@ -137,6 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Arguments& a, bool with_y, 
   p.x_storage = storage_of(a.x);
   p.eps = static_cast<float>(a.eps);
   p.expert_norm = a.norm_weight.dim() == 3;
+  p.residual = a.residual;
   const Tensor x = torch::stable::contiguous(a.x);
   const Tensor w_in = torch::stable::contiguous(a.w_in), w_out = torch::stable::contiguous(a.w_out);
   const Tensor b_in = torch::stable::contiguous(a.b_in);
@@ -169,24 +172,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Arguments& a, bool with_y, 
   return {y, hidden, mean, rstd};
 }
 
-#define MTU_TENSORS                                                                                               \
+#define MTU_PARAMETERS                                                                                            \
   const Tensor &x, const Tensor &norm_weight, const Tensor &norm_bias, const Tensor &w_in, const Tensor &b_in,    \
       const Tensor &w_out, const Tensor &b_out, const Tensor &routing_weights,                                    \
-      std::optional<Tensor> expert_indices, int64_t num_experts, double eps
-#define MTU_ARGUMENTS \
-  Arguments { x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, routing_weights, expert_indices, num_experts, eps }
+      std::optional<Tensor> expert_indices, int64_t num_experts, double eps, bool residual
+#define MTU_ARGUMENTS                                                                                             \
+  Arguments {                                                                                                     \
+    x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, routing_weights, expert_indices, num_experts, eps,       \
+        residual                                                                                                  \
+  }
 
-Tensor moe_ffn_at(MTU_TENSORS, int64_t level) {
+Tensor moe_ffn_at(int64_t level, MTU_PARAMETERS) {
   return std::get<0>(run(MTU_ARGUMENTS, true, false, kernels_at(level)));
 }
 
-Tensor moe_ffn(MTU_TENSORS) { return std::get<0>(run(MTU_ARGUMENTS, true, false, kernels_at(0))); }
+Tensor moe_ffn(MTU_PARAMETERS) { return std::get<0>(run(MTU_ARGUMENTS, true, false, kernels_at(0))); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> train_at(MTU_TENSORS, bool with_y, int64_t level) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> train_at(int64_t level, bool with_y, MTU_PARAMETERS) {
   return run(MTU_ARGUMENTS, with_y, true, kernels_at(level));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> train(MTU_TENSORS) { return run(MTU_ARGUMENTS, true, true, kernels_at(0)); }
+std::tuple<Tensor, Tensor, Tensor, Tensor> train(MTU_PARAMETERS) {
+  return run(MTU_ARGUMENTS, true, true, kernels_at(0));
+}
 
 // (B, L, K·F) d_weighted, (B, L, 2·K·F) z, (B, K) weights → ∂z, and sums over runs of tokens of ∂w, (B, runs, K), and of ∂z,
 // (B, runs, 2·K·F). If experts learn, d_weighted becomes h; otherwise the sums of ∂z have no elements. All contiguous.

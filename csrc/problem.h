@@ -23,6 +23,7 @@ struct Problem {
   Storage x_storage;
   float eps;
   bool expert_norm;        // norm affines are (B, E, D), not (B, D)
+  bool residual;           // x, then in the compute dtype, is added to y
   const void* x;           // (B, L, D) x_storage
   const float* norm_weight;
   const float* norm_bias;

@@ -62,23 +62,27 @@ class RoutedFeedForward(FeedForward):
         self.eps = eps
         self.backend = "auto"
 
-    def forward(self, hidden_states: Tensor, affine: NormAffine, context: TaskContext) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, affine: NormAffine, context: TaskContext, residual: bool = False
+    ) -> Tensor:
         """Normalise and transform the tokens of each sample with the experts of its task.
 
         Args:
             hidden_states: (B, L, D), before the normalisation.
             affine: float32 γ and β of each sample, (B, D) or (B, E, D).
             context: tasks of the samples.
+            residual: add `hidden_states` to what is returned; fused kernels do so before they round.
 
         Returns:
-            (B, L, D), without the residual.
+            (B, L, D).
         """
         table = self.router(context.embedding)
         indices = None if table.indices is None else table.indices[context.task_ids]
         routing = Routing(select_rows(table.weights, context.task_ids), indices)
         if self._is_plain(hidden_states):
-            return self._fused(hidden_states, affine, routing)
-        return self._by_modules(hidden_states, affine, routing)
+            return self._fused(hidden_states, affine, routing, residual)
+        output = self._by_modules(hidden_states, affine, routing)
+        return hidden_states + output if residual else output
 
     def _is_plain(self, hidden_states: Tensor) -> bool:
         if self.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.net):
@@ -92,10 +96,10 @@ class RoutedFeedForward(FeedForward):
                 return False
         return True
 
-    def _fused(self, hidden_states: Tensor, affine: NormAffine, routing: Routing) -> Tensor:
+    def _fused(self, hidden_states: Tensor, affine: NormAffine, routing: Routing, residual: bool) -> Tensor:
         w_in, w_out = self.net[0].proj, self.net[2]
         experts = ExpertWeights(w_in.weight, w_in.bias, w_out.weight, w_out.bias, self.num_experts)
-        return moe_ffn(hidden_states, affine, experts, routing, eps=self.eps, backend=self.backend)
+        return moe_ffn(hidden_states, affine, experts, routing, eps=self.eps, backend=self.backend, residual=residual)
 
     def _by_modules(self, hidden_states: Tensor, affine: NormAffine, routing: Routing) -> Tensor:
         activation, dropout, project_out = self.net[0], self.net[1], self.net[2]
@@ -206,7 +210,10 @@ class RoutedTransformerBlock(BasicTransformerBlock):
                 **attention_kwargs,
             )
         feed_forward = functools.partial(self.ff, affine=self.norm3(context.task_ids), context=context)
-        if self._chunk_size is None:
+        if self._chunk_size is not None:
+            chunks = [feed_forward(part) for part in hidden_states.split(self._chunk_size, dim=1)]
+            return hidden_states + torch.cat(chunks, dim=1)
+        if self.ff._forward_hooks or self.ff._backward_hooks:
+            # Who looks on means the network's own output, as in a stock block.
             return hidden_states + feed_forward(hidden_states)
-        chunks = [feed_forward(part) for part in hidden_states.split(self._chunk_size, dim=1)]
-        return hidden_states + torch.cat(chunks, dim=1)
+        return feed_forward(hidden_states, residual=True)

@@ -26,11 +26,11 @@ _BEST = 0
 # Tokens that kernels compute at a time. With fewer in a sample, ordinary operators are faster.
 PANEL = 16
 
-_OPS = define_ops("cpp")
+_OPS = define_ops("cpp", adds_residual=True)
 # What the extension offers besides: each at a level, counted from the best. They are parts of kernels: no autograd.
 for _schema in (
-    f"cpp_moe_ffn_at({TENSORS}, int num_experts, float eps, int level) -> Tensor",
-    f"cpp_train_at({TENSORS}, int num_experts, float eps, bool with_y, int level) "
+    f"cpp_moe_ffn_at(int level, {TENSORS}, int num_experts, float eps, bool residual=False) -> Tensor",
+    f"cpp_train_at(int level, bool with_y, {TENSORS}, int num_experts, float eps, bool residual=False) "
     "-> (Tensor y, Tensor hidden, Tensor mean, Tensor rstd)",
     "cpp_geglu_backward(Tensor(a!) d_weighted, Tensor hidden, Tensor routing_weights, bool expert_grads, int level) "
     "-> (Tensor d_hidden, Tensor d_weights, Tensor d_b_in)",
@@ -51,25 +51,24 @@ def moe_ffn(
     *,
     eps: float = 1e-5,
     recompute: bool = False,
+    residual: bool = False,
     level: str | None = None,
 ) -> Tensor:
     """`mtu_kernels.moe_ffn` for arguments that are already checked.
 
     Args:
-        x, norm, experts, routing, eps, recompute: as for `mtu_kernels.moe_ffn`.
+        x, norm, experts, routing, eps, recompute, residual: as for `mtu_kernels.moe_ffn`.
         level: one of ``levels()``; the first by default.
     """
     ops = _OPS if level is None else _ops_at(level)
-    return call_ops(ops, x, norm, experts, routing, eps=eps, recompute=recompute)
+    return call_ops(ops, x, norm, experts, routing, eps=eps, recompute=recompute, residual=residual)
 
 
-@torch.compiler.assume_constant_result
 def why_not_installed() -> str | None:
     """What keeps this installation from running the backend, as a clause; or ``None``."""
     return _EXTENSION.why_not
 
 
-@torch.compiler.assume_constant_result
 def why_not(device: torch.device, compute: torch.dtype) -> str | None:
     """What keeps the backend from serving a call on this device in this compute dtype, as a clause; or ``None``."""
     if _EXTENSION.why_not is not None:
@@ -81,7 +80,6 @@ def why_not(device: torch.device, compute: torch.dtype) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def why_slow() -> str | None:
     """What keeps the backend from being faster than ordinary operators, as a clause; or ``None``."""
     if levels()[:1] == ("portable",):
@@ -130,9 +128,9 @@ def _ops_at(level: str) -> Ops:
         raise ValueError(f"level must be one that this machine runs, {', '.join(levels()) or 'none'}, got {level!r}.")
     number = levels().index(level)
     name = f"cpp_{level}"
-    ops = define_ops(name)
-    LIBRARY.impl(f"moe_ffn_{name}", lambda *args: _kernels.cpp_moe_ffn_at(*args, number), "CPU")
-    LIBRARY.impl(f"moe_ffn_{name}_train", lambda *args: _kernels.cpp_train_at(*args, True, number), "CPU")
+    ops = define_ops(name, adds_residual=True)
+    LIBRARY.impl(f"moe_ffn_{name}", functools.partial(_kernels.cpp_moe_ffn_at, number), "CPU")
+    LIBRARY.impl(f"moe_ffn_{name}_train", functools.partial(_kernels.cpp_train_at, number, True), "CPU")
     LIBRARY.impl(f"moe_ffn_{name}_backward", functools.partial(_backward, number), "CPU")
     return ops
 
@@ -184,7 +182,7 @@ def _backward(level: int, grad_y: Tensor, *args) -> tuple[Tensor, ...]:
 def _gradients(level: int, grad_y: Tensor, *args) -> tuple[Tensor, ...]:
     *tensors, hidden, mean, rstd, num_experts, eps, expert_grads = args
     if hidden is None:
-        _, hidden, mean, rstd = _kernels.cpp_train_at(*tensors, num_experts, eps, False, level)
+        _, hidden, mean, rstd = _kernels.cpp_train_at(level, False, *tensors, num_experts, eps)
     x, gamma, beta, w_in, b_in, w_out, b_out, weights, indices = tensors
     grad_y = grad_y.contiguous()
     call = _Call(

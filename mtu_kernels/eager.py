@@ -19,7 +19,14 @@ is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 def moe_ffn(
-    x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing, *, eps: float = 1e-5, recompute: bool = False
+    x: Tensor,
+    norm: NormAffine,
+    experts: ExpertWeights,
+    routing: Routing,
+    *,
+    eps: float = 1e-5,
+    recompute: bool = False,
+    residual: bool = False,
 ) -> Tensor:
     """`mtu_kernels.moe_ffn` for arguments that are already checked.
 
@@ -30,10 +37,12 @@ def moe_ffn(
     # Exporters get the plain graph: there is no backward pass to save memory for.
     if recompute and torch.is_grad_enabled() and not is_exporting():
         tensors = (*norm, *experts[:4], *routing)
-        return checkpoint(
+        y = checkpoint(
             _moe_ffn_flat, x, *tensors, experts.num_experts, eps, use_reentrant=False, preserve_rng_state=False
         )
-    return _moe_ffn(x, norm, experts, routing, eps)
+    else:
+        y = _moe_ffn(x, norm, experts, routing, eps)
+    return x + y if residual else y
 
 
 def _moe_ffn_flat(x: Tensor, *args) -> Tensor:

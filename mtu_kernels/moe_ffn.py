@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,11 +47,13 @@ def moe_ffn(
     eps: float = 1e-5,
     backend: str = "auto",
     recompute: bool = False,
+    residual: bool = False,
 ) -> Tensor:
     """LayerNorm, the active experts' GEGLU feed-forwards, and their weighted sum, with routing per sample.
 
     ``x̂_e = LayerNorm(x[b]) · γ[b,e] + β[b,e]``, ``u_e, g_e = x̂_e W_in,eᵀ + b_in,e``, ``a_e = u_e · gelu(g_e)``,
     ``y[b] = Σ_e w[b,e] · (W_out,e a_e) + bias``, where bias is b_out (D,) once or ``Σ_e w[b,e] · b_out[e]``.
+    With the residual, ``x + y``.
 
     The compute dtype is that of experts.w_in. Statistics and accumulators are float32 (float64 for float64). Every
     gradient has its input's dtype. Under autocast the experts alone are cast, to the autocast dtype.
@@ -67,9 +69,11 @@ def moe_ffn(
         backend: a name in ``available_backends()``, or "auto" for the fastest that serves the call. Fused backends have
             first derivatives only; "eager" has all, and rules for ``torch.func``.
         recompute: save the inputs only and compute the hidden units again in the backward pass.
+        residual: return x + y. "cpp" and "reference" round this sum once where x has the compute dtype; otherwise, and
+            in other backends, it is PyTorch's sum of x and y.
 
     Returns:
-        y (B, L, D) compute dtype, without the residual.
+        y (B, L, D) compute dtype; or x + y, in the dtype that PyTorch gives the sum.
 
     Raises:
         ValueError: an argument's shape, dtype, device or index values break the rules above, or the backend's name is
@@ -85,39 +89,31 @@ def moe_ffn(
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         chosen = _choose(backend, x, experts)
         check_arguments(x, norm, experts, routing, chosen.indices_are_valid)
-        return chosen.moe_ffn(x, norm, experts, routing, eps=eps, recompute=recompute)
+        return chosen.moe_ffn(x, norm, experts, routing, eps=eps, recompute=recompute, residual=residual)
     experts = _autocast(experts, torch.get_autocast_dtype(device_type))
     chosen = _choose(backend, x, experts)
     check_arguments(x, norm, experts, routing, chosen.indices_are_valid)
     # Autocast would go on inside and cast the routing weights and norm affines as well.
     with torch.autocast(device_type, enabled=False):
-        return chosen.moe_ffn(x, norm, experts, routing, eps=eps, recompute=recompute)
+        return chosen.moe_ffn(x, norm, experts, routing, eps=eps, recompute=recompute, residual=residual)
 
 
 def warmup(
-    x: Tensor,
-    norm: NormAffine,
-    experts: ExpertWeights,
-    routing: Routing,
-    *,
-    eps: float = 1e-5,
-    backend: str = "auto",
-    recompute: bool = False,
-    backward: bool = False,
+    x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing, *, backward: bool = False, **options: Any
 ) -> None:
     """Compiles and loads what a call with these arguments runs, so that a CUDA graph can capture it.
 
     Kernels are compiled for shapes, dtypes and 16-byte alignment; values do not matter.
 
     Args:
-        x, norm, experts, routing, eps, backend, recompute: as for ``moe_ffn``.
+        x, norm, experts, routing: as for ``moe_ffn``.
         backward: prepare training, forward and backward, too. What is trained is taken from the tensors'
             ``requires_grad``; if none is set, everything.
+        options: eps, backend, recompute and residual, as for ``moe_ffn``.
 
     Raises:
         ValueError, RuntimeError: as ``moe_ffn``.
     """
-    options = {"eps": eps, "backend": backend, "recompute": recompute}
     with torch.no_grad():
         moe_ffn(x, norm, experts, routing, **options)
     if backward:

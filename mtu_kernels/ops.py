@@ -29,18 +29,22 @@ TENSORS = (
     "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, "
     "Tensor routing_weights, Tensor? expert_indices"
 )
-_NUM_TENSORS = 9
+NUM_TENSORS = 9
 _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Ops(NamedTuple):
-    """The operators of one backend that a call may choose from. Their arguments are those of `moe_ffn`, flattened."""
+    """The operators of one backend that a call may choose from. Their arguments are those of `moe_ffn`, flattened.
+
+    adds_residual: whether they take ``residual`` as well.
+    """
 
     inference: torch._ops.OpOverload
     train: torch._ops.OpOverload
+    adds_residual: bool
 
 
-def define_ops(backend: str) -> Ops:
+def define_ops(backend: str, *, adds_residual: bool = False) -> Ops:
     """Defines the operators of a backend: all of them but their kernels.
 
     The contract of the kernels, with K = E where ``expert_indices`` is ``None``:
@@ -56,19 +60,21 @@ def define_ops(backend: str) -> Ops:
 
     Outputs share no memory with each other or with inputs.
 
+    With ``adds_residual`` the first two take ``bool residual=False`` as their last argument: y is then x + y, rounded
+    once, and x has the compute dtype. (Python kernels are not handed an argument that has its default value.)
+
     Args:
         backend: the name, a suffix of the operators' names.
+        adds_residual: the kernels of this backend add the residual.
 
     Returns:
         The operators to call.
     """
     name = f"moe_ffn_{backend}"
     tags = (torch.Tag.pt2_compliant_tag,)
-    LIBRARY.define(f"{name}({TENSORS}, int num_experts, float eps) -> Tensor", tags=tags)
-    LIBRARY.define(
-        f"{name}_train({TENSORS}, int num_experts, float eps) -> (Tensor y, Tensor hidden, Tensor mean, Tensor rstd)",
-        tags=tags,
-    )
+    forward = f"({TENSORS}, int num_experts, float eps{', bool residual=False' if adds_residual else ''})"
+    LIBRARY.define(f"{name}{forward} -> Tensor", tags=tags)
+    LIBRARY.define(f"{name}_train{forward} -> (Tensor y, Tensor hidden, Tensor mean, Tensor rstd)", tags=tags)
     LIBRARY.define(
         f"{name}_backward(Tensor grad_y, {TENSORS}, Tensor? hidden, Tensor? mean, Tensor? rstd, int num_experts, "
         f"float eps, bool expert_grads) -> ({', '.join(['Tensor'] * 8)})",
@@ -81,7 +87,7 @@ def define_ops(backend: str) -> Ops:
         torch.library.register_fake(packet.default, fake, lib=LIBRARY)
         register_flop_formula(packet)(formula)
     _register_autograd(*(packet.default for packet in packets))
-    return Ops(packets[0].default, packets[1].default)
+    return Ops(packets[0].default, packets[1].default, adds_residual)
 
 
 def why_not_dtype(compute: torch.dtype) -> str | None:
@@ -100,10 +106,12 @@ def call_ops(
     *,
     eps: float = 1e-5,
     recompute: bool = False,
+    residual: bool = False,
 ) -> Tensor:
     """`mtu_kernels.moe_ffn` by a backend's operators, for arguments that are already checked.
 
-    The training operator runs only where a gradient will be asked for and its saved tensors are wanted.
+    The training operator runs only where a gradient will be asked for and its saved tensors are wanted. A residual that
+    the operators do not add is added here, where a compiler may fuse it with what comes next.
 
     Raises:
         NotImplementedError: called under a functional transform (``torch.func``) or in forward-mode differentiation.
@@ -111,9 +119,10 @@ def call_ops(
     tensors = (x, *norm, *experts[:4], *routing)
     _refuse_transforms(ops, tensors)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if needs_grad and not recompute:
-        return ops.train(*tensors, experts.num_experts, eps)[0]
-    return ops.inference(*tensors, experts.num_experts, eps)
+    is_fused = residual and ops.adds_residual and x.dtype == experts.w_in.dtype
+    arguments = (*tensors, experts.num_experts, eps, *((True,) if is_fused else ()))
+    y = ops.train(*arguments)[0] if needs_grad and not recompute else ops.inference(*arguments)
+    return x + y if residual and not is_fused else y
 
 
 def in_transform() -> bool:
@@ -139,31 +148,34 @@ def _register_autograd(
     inference: torch._ops.OpOverload, train: torch._ops.OpOverload, backward: torch._ops.OpOverload
 ) -> None:
     def save_inputs(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:_NUM_TENSORS])
-        ctx.num_experts, ctx.eps = inputs[_NUM_TENSORS:]
+        ctx.save_for_backward(*inputs[:NUM_TENSORS])
+        ctx.options = inputs[NUM_TENSORS:]
 
     def backward_of_inference(ctx, grad_y):
         return gradients(ctx, grad_y, ctx.saved_tensors, (None, None, None))
 
     def save_inputs_and_outputs(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output[1:])
-        ctx.num_experts, ctx.eps = inputs[_NUM_TENSORS:]
+        ctx.save_for_backward(*inputs[:NUM_TENSORS], *output[1:])
+        ctx.options = inputs[NUM_TENSORS:]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     def backward_of_train(ctx, grad_y, *_):
         if grad_y is None:
-            return (None,) * (_NUM_TENSORS + 2)
+            return (None,) * (NUM_TENSORS + len(ctx.options))
         # Read once: checkpointing unpacks a saved tensor a single time.
         saved = ctx.saved_tensors
-        return gradients(ctx, grad_y, saved[:_NUM_TENSORS], saved[_NUM_TENSORS:])
+        return gradients(ctx, grad_y, saved[:NUM_TENSORS], saved[NUM_TENSORS:])
 
     def gradients(ctx, grad_y, tensors, saved):
+        num_experts, eps, *residual = ctx.options
         expert_grads = any(ctx.needs_input_grad[3:7])
-        grads = list(backward(grad_y, *tensors, *saved, ctx.num_experts, ctx.eps, expert_grads))
+        grads = list(backward(grad_y, *tensors, *saved, num_experts, eps, expert_grads))
         if not expert_grads:
             grads[3:7] = [None] * 4
-        return *grads, None, None, None
+        if any(residual) and ctx.needs_input_grad[0]:
+            grads[0] = grads[0] + grad_y
+        return *grads, None, *(None for _ in ctx.options)
 
     def no_second_derivative(ctx, *grads):
         raise NotImplementedError(f"{backward} has no second derivative: use backend='eager', which has.")
@@ -179,11 +191,11 @@ def _active_hidden(w_out_shape: torch.Size, weights_shape: torch.Size, num_exper
     return w_out_shape[1] // num_experts * weights_shape[1]
 
 
-def _fake_inference(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, weights, indices, num_experts, eps):
+def _fake_inference(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, weights, indices, *options):
     return x.new_empty(x.shape, dtype=w_in.dtype)
 
 
-def _fake_train(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, weights, indices, num_experts, eps):
+def _fake_train(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, weights, indices, num_experts, *options):
     hidden_shape = (*x.shape[:2], 2 * _active_hidden(w_out.shape, weights.shape, num_experts))
     statistics = torch.promote_types(w_in.dtype, torch.float32)
     return (
@@ -196,7 +208,7 @@ def _fake_train(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, weights, in
 
 def _fake_backward(grad_y, *args):
     expert_grads = args[-1]
-    x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, weights = args[: _NUM_TENSORS - 1]
+    x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, weights = args[: NUM_TENSORS - 1]
     experts = [t.new_empty(t.shape if expert_grads else (0,)) for t in (w_in, b_in, w_out, b_out)]
     x_and_norm = [t.new_empty(t.shape) for t in (x, norm_weight, norm_bias)]
     return (*x_and_norm, *experts, weights.new_empty(weights.shape))
@@ -210,7 +222,7 @@ def _product_flops(x_shape, w_out_shape, weights_shape, num_experts: int) -> int
 
 
 def _inference_flops(*args, out_shape=None) -> int:
-    x, _, _, _, _, w_out, _, weights, _, num_experts, _ = args
+    x, _, _, _, _, w_out, _, weights, _, num_experts, *_ = args
     return _product_flops(x, w_out, weights, num_experts)
 
 

@@ -15,11 +15,13 @@ from mtu_kernels.arguments import ExpertWeights, NormAffine
 from mtu_kernels.routing import Routing
 
 
-def moe_ffn(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing, *, eps: float = 1e-5) -> Tensor:
+def moe_ffn(
+    x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing, *, eps: float = 1e-5, residual: bool = False
+) -> Tensor:
     """LayerNorm, the active experts' GEGLU feed-forwards, and their weighted sum.
 
     ``x̂_e = LayerNorm(x[b]) · γ_e + β_e``, ``u_e, g_e = x̂_e W_in,eᵀ + b_in,e``, ``a_e = u_e · gelu(g_e)``,
-    ``y[b] = Σ_e w[b,e] · (W_out,e a_e) + bias``
+    ``y[b] = Σ_e w[b,e] · (W_out,e a_e) + bias``, and ``x[b] + y[b]`` with the residual
 
     Every floating-point tensor must have one dtype; it works in any, and is checked against finite differences in
     float64. No speed is intended.
@@ -30,9 +32,10 @@ def moe_ffn(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routin
         experts: w_in (2H, D), b_in (2H,), w_out (D, H), b_out (D,) or (E, D) float.
         routing: weights (B, K) float, indices (B, K) int, or ``None`` for K = E.
         eps: added to the variance.
+        residual: return x + y.
 
     Returns:
-        y (B, L, D), without the residual.
+        y (B, L, D), or x + y.
     """
     y = []
     for b in range(x.shape[0]):
@@ -47,7 +50,7 @@ def moe_ffn(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routin
             if experts.b_out.dim() == 2:
                 out_LD = out_LD + expert.b_out
             y_LD = y_LD + routing.weights[b, k] * out_LD
-        y.append(y_LD)
+        y.append(x[b] + y_LD if residual else y_LD)
     return torch.stack(y) if y else x.clone()
 
 

@@ -27,21 +27,21 @@ from torch import Tensor
 
 from mtu_kernels import reference
 from mtu_kernels.arguments import ExpertWeights, NormAffine
-from mtu_kernels.ops import LIBRARY, call_ops, define_ops
+from mtu_kernels.ops import LIBRARY, NUM_TENSORS, call_ops, define_ops
 from mtu_kernels.routing import Routing
 
 
-def _inference(x, *args) -> Tensor:
-    *tensors, num_experts, eps = args
-    y = reference.moe_ffn(*_unflatten(_widen(x, *tensors), num_experts), eps=eps)
-    return y.to(tensors[2].dtype).contiguous()
+def _inference(*args) -> Tensor:
+    tensors, (num_experts, eps, *residual) = args[:NUM_TENSORS], args[NUM_TENSORS:]
+    y = reference.moe_ffn(*_unflatten(_widen(*tensors), num_experts), eps=eps, residual=any(residual))
+    return y.to(tensors[3].dtype).contiguous()
 
 
-def _train(x, *args) -> tuple[Tensor, ...]:
-    *tensors, num_experts, eps = args
-    compute = tensors[2].dtype
-    x_BLD, norm, experts, routing = _unflatten(_widen(x, *tensors), num_experts)
-    y = reference.moe_ffn(x_BLD, norm, experts, routing, eps=eps)
+def _train(*args) -> tuple[Tensor, ...]:
+    tensors, (num_experts, eps, *residual) = args[:NUM_TENSORS], args[NUM_TENSORS:]
+    compute = tensors[3].dtype
+    x_BLD, norm, experts, routing = _unflatten(_widen(*tensors), num_experts)
+    y = reference.moe_ffn(x_BLD, norm, experts, routing, eps=eps, residual=any(residual))
     B, L, _ = x_BLD.shape
     K = routing.weights.shape[1]
     size = experts.w_out.shape[1] // num_experts
@@ -124,7 +124,7 @@ def _unflatten(tensors: list, num_experts: int) -> tuple[Tensor, NormAffine, Exp
     return x, NormAffine(gamma, beta), ExpertWeights(w_in, b_in, w_out, b_out, num_experts), Routing(weights, indices)
 
 
-_OPS = define_ops("reference")
+_OPS = define_ops("reference", adds_residual=True)
 LIBRARY.impl("moe_ffn_reference", _inference, "CompositeExplicitAutograd")
 LIBRARY.impl("moe_ffn_reference_train", _train, "CompositeExplicitAutograd")
 LIBRARY.impl("moe_ffn_reference_backward", _backward, "CompositeExplicitAutograd")

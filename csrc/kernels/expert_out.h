@@ -73,7 +73,7 @@ static Rows<T> rows_of_columns(const Problem& p, int64_t column, int64_t n, cons
   return {copies, copies + kHalf * kStride, kStride};
 }
 
-// Work on the side: bias of some panels' sums (kRows, 16), and their way into y.
+// Work on the side: bias of some panels' sums (kRows, 16), the residual if asked for, and their way into y.
 template <class T>
 struct FinishColumns {
   using Product = ProductOf<T>;
@@ -95,18 +95,25 @@ struct FinishColumns {
     float bias[round_up(kRows, kLanes)];
     for (int r = 0; r < kRows; r += kLanes)
       store(bias + r, load(p->y_bias + panel->b * p->y_bias_stride + column + r, columns - r));
-    T* y = static_cast<T*>(p->y) + (panel->b * p->L + panel->l) * p->D + column;
-    const int64_t tokens = min_of(kPanel, p->L - panel->l);
-    if constexpr (kRows == 32) store_tokens_by_pairs(sums, bias, y, p->D, tokens, columns);
-    else store_tokens<kRows>(sums, bias, y, p->D, tokens, columns);
+    store_columns(bias);
     ++done;
     ++panel;
     sums += Scratch<T>::kTile;
   }
+
+  void store_columns(const float* bias) {
+    const int64_t first = (panel->b * p->L + panel->l) * p->D + column;
+    const int64_t tokens = min_of(kPanel, p->L - panel->l);
+    T* y = static_cast<T*>(p->y) + first;
+    if constexpr (kRows == 32)
+      if (!p->residual) return store_tokens_by_pairs(sums, bias, y, p->D, tokens, columns);
+    const T* residual = p->residual ? static_cast<const T*>(p->x) + first : nullptr;
+    store_tokens<kRows>(sums, bias, y, p->D, tokens, columns, residual);
+  }
 };
 
 // Tiles [begin, end) of the columns of y, for panels [from, to) of the block, whose samples share their experts:
-// y = Σ h W_outᵀ + bias.
+// y = Σ h W_outᵀ + bias, with the residual x + Σ h W_outᵀ + bias.
 template <class T>
 static void expert_out_of(const Problem& p, const Scratch<T>& scratch, int64_t from, int64_t to, int64_t begin,
                           int64_t end) {

@@ -114,10 +114,11 @@ static inline void multiply_panels(const Segment* segments, int64_t n, const Row
   side.rest();
 }
 
-// Sums (ROWS, 16) of a panel, plus a bias for each row → rows of tokens, `columns` numbers each.
+// Sums (ROWS, 16) of a panel, plus a bias for each row → rows of tokens, `columns` numbers each. A residual, if there is
+// one, has rows like those of `out`, and is added before the sums are rounded.
 template <int ROWS, class T>
 static inline void store_tokens(const float* sums, const float* bias, T* out, int64_t stride, int64_t tokens,
-                                int64_t columns) {
+                                int64_t columns, const T* residual = nullptr) {
   for (int r0 = 0; r0 < ROWS; r0 += kLanes) {
     for (int64_t t0 = 0; t0 < tokens; t0 += kLanes) {
       Vec rows[kLanes];
@@ -125,8 +126,9 @@ static inline void store_tokens(const float* sums, const float* bias, T* out, in
       for (int r = 0; r < kLanes; ++r)
         rows[r] = r0 + r < ROWS ? load(sums + (r0 + r) * kPanel + t0) + bias[r0 + r] : Vec{};
       transpose(rows);
-      const int64_t n = min_of(tokens - t0, kLanes);
-      for (int64_t t = 0; t < n; ++t) store(out + (t0 + t) * stride + r0, rows[t], min_of(ROWS, columns) - r0);
+      const int64_t n = min_of(tokens - t0, kLanes), length = min_of(ROWS, columns) - r0;
+      for (int64_t t = 0; residual && t < n; ++t) rows[t] += load(residual + (t0 + t) * stride + r0, length);
+      for (int64_t t = 0; t < n; ++t) store(out + (t0 + t) * stride + r0, rows[t], length);
     }
   }
 }

@@ -5,11 +5,12 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtu.config import ExpertConfig
 from mtu.ffn import CONTEXT_KEY, RoutedTransformerBlock, why_not_upcyclable
 from mtu.router import TaskContext
-from mtu_kernels import dense_weights
+from mtu_kernels import available_backends, dense_weights
 
 from .tiny import TOLERANCE, assert_close, assert_differ, randomise_
 
@@ -152,7 +153,64 @@ def test_dropout_works_in_training_and_is_off_in_evaluation():
         assert_differ(first, call(block, x))
 
 
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_residual_on_both_paths(settings, backend):
+    block, x = routed_block(**settings), tokens()
+    block.ff.backend = backend
+    context = TaskContext(IDS, torch.randn(TASKS, WIDTH, generator=torch.Generator().manual_seed(2)))
+    with torch.no_grad():
+        expected = x + block.ff(x, block.norm3(IDS), context)
+        assert_close(block.ff(x, block.norm3(IDS), context, residual=True), expected)
+        block.ff.net[2].register_forward_hook(lambda *_: None)
+        assert_close(block.ff(x, block.norm3(IDS), context, residual=True), expected)
+
+
 # ------------------------------------------------------------------------------------------------------------ block
+
+
+class Operators(TorchDispatchMode):
+    """Collects the calls of operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif("cpp" not in available_backends(), reason="the extension is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_residual_goes_into_the_operator(dtype):
+    block, x = routed_block().to(dtype), tokens(dtype)
+    block.ff.backend = "cpp"
+    with torch.no_grad(), Operators() as operators:
+        call(block, x)
+    asked = [args[11:] for func, args in operators.calls if func is torch.ops.mtu_kernels.moe_ffn_cpp.default]
+    assert asked == [(True,)]
+
+
+def test_hooks_on_the_network_see_its_own_output():
+    block, x = routed_block(), tokens()
+    seen = []
+    with torch.no_grad():
+        expected = call(block, x)
+        hook = block.ff.register_forward_hook(lambda module, given, output: seen.append((given[0], output)))
+        actual = call(block, x)
+        ((given, output),) = seen
+        assert torch.equal(actual, given + output)
+        assert_close(actual, expected)
+        hook.remove()
+        assert torch.equal(call(block, x), expected)
+
+
+def test_float32_tokens_of_a_bfloat16_network_stay_float32():
+    block = routed_block()
+    block.ff.net.to(torch.bfloat16)
+    with torch.no_grad():
+        assert call(block, tokens()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

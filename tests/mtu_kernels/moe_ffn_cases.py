@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -104,8 +105,12 @@ def make_problem(
     return Problem(uniform(B, L, D, to=x_dtype), norm, experts, routing, eps, uniform(B, L, D))
 
 
-def user_moe_ffn(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing, *, eps: float) -> Tensor:
+def user_moe_ffn(
+    x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing, *, eps: float, residual: bool = False
+) -> Tensor:
     """What a user would write: the stock feed-forward, its hidden units weighed; every step in the compute dtype."""
+    if residual:
+        return x + user_moe_ffn(x, norm, experts, routing, eps=eps)
     w_in, b_in, w_out, b_out, E = experts
     dtype = w_in.dtype
     n = F.layer_norm(x.to(dtype), x.shape[-1:], eps=eps)
@@ -134,14 +139,17 @@ def forward_and_gradients(function: Callable[..., Tensor], problem: Problem) -> 
     return [y.detach(), *(torch.zeros_like(t) if grad is None else grad for grad, t in pairs)]
 
 
-def assert_as_exact_as_eager(function: Callable[..., Tensor], problems: Iterable[Problem]) -> None:
+def assert_as_exact_as_eager(
+    function: Callable[..., Tensor], problems: Iterable[Problem], *, residual: bool = False
+) -> None:
     """``max|f − ref64| <= 2 · max|user − ref64| + ulp · max|ref64|`` over the problems, for y and every gradient."""
     rows = []
     ulps = []
+    asked = {"residual": True} if residual else {}
     for problem in problems:
-        actual = forward_and_gradients(function, problem)
-        user = forward_and_gradients(user_moe_ffn, problem)
-        exact = forward_and_gradients(reference.moe_ffn, problem.map(Tensor.double))
+        actual = forward_and_gradients(functools.partial(function, **asked), problem)
+        user = forward_and_gradients(functools.partial(user_moe_ffn, **asked), problem)
+        exact = forward_and_gradients(functools.partial(reference.moe_ffn, **asked), problem.map(Tensor.double))
         stored = (problem.grad_y, *problem.tensors)
         assert [(t.dtype, t.shape) for t in actual] == [(t.dtype, t.shape) for t in stored]
         rows.append(

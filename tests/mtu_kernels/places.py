@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -81,3 +82,22 @@ def _params(places: list[Place], *marks: pytest.MarkDecorator) -> list:
 PLACES = [*_params(_places("cpu")), *_params(_places("cuda"), pytest.mark.gpu)]
 # Those that are operators of their own.
 OP_PLACES = [param for param in PLACES if param.values[0].backend != "eager"]
+
+
+def cases(*precisions, halved=False):
+    """Parameters place, dtype and expert_norm: all combinations, but for what takes the interpreter too long.
+
+    Args:
+        precisions: names of dtypes, or "low" for that of the place.
+        halved: in the interpreter test one form of the norm in the first precision, the other in the others.
+    """
+    params = []
+    for param in PLACES:
+        place = param.values[0]
+        dtypes = dict.fromkeys(place.low if name == "low" else getattr(torch, name) for name in precisions)
+        for (i, dtype), expert_norm in itertools.product(enumerate(dtypes), (False, True)):
+            if halved and place.is_interpreter and expert_norm != (i > 0):
+                continue
+            name = f"{param.id}-{str(dtype).removeprefix('torch.')}-{'expert_norm' if expert_norm else 'norm'}"
+            params.append(pytest.param(place, dtype, expert_norm, id=name, marks=param.marks))
+    return pytest.mark.parametrize(("place", "dtype", "expert_norm"), params)

@@ -50,6 +50,34 @@ def test_every_level_is_as_exact_as_eager(level, dtype, sizes, form):
     assert_as_exact_as_eager(op, problems)
 
 
+@pytest.mark.parametrize("form", ["dense", "top2_per_expert"])
+@pytest.mark.parametrize("sizes", ["whole", "rests", "single"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level_adds_the_residual(level, dtype, sizes, form):
+    K, options = FORMS[form]
+    op = functools.partial(cpp.moe_ffn, level=level)
+    options = dict(dtype=DTYPES[dtype], affine_dtype=torch.float32, **options)
+    problems = [make_problem(seed, SIZES[sizes]._replace(K=K), **options) for seed in range(6)]
+    assert_as_exact_as_eager(op, problems, residual=True)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_residual_is_rounded_with_y_and_not_after_it(level, dtype):
+    """Biases and routing weights are such that y has more digits than the dtype, and float32 all of them."""
+    low = DTYPES[dtype]
+    problem = make_problem(0, SIZES["rests"]._replace(E=2), dtype=low, affine_dtype=torch.float32, expert_bias=True)
+    grid = 2.0**-7
+    x, b_out = ((t.double() / grid).round() * grid for t in (problem.x, problem.experts.b_out))
+    experts = problem.experts._replace(w_out=torch.zeros_like(problem.experts.w_out), b_out=b_out.to(low))
+    routing = Routing(torch.tensor([[1.0, 2.0**-9]]).repeat(3, 1))
+    y = (routing.weights.double() @ b_out)[:, None]
+    actual = cpp.moe_ffn(x.to(low), problem.norm, experts, routing, residual=True, level=level)
+    assert torch.equal(actual, (x + y).to(low))
+    assert not torch.equal(actual, x.to(low) + y.to(low))
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_level_recomputes_what_it_saved(level):
     problem = make_problem(0, SIZES["rests"]._replace(K=2), dtype=torch.bfloat16, expert_norm=True)
@@ -81,10 +109,11 @@ def threads():
 def test_threads(threads, form, sizes, dtype):
     K, options = FORMS[form]
     problem = make_problem(0, sizes._replace(K=K), dtype=DTYPES[dtype], **options)
+    op = functools.partial(cpp_op, residual=True)
     results = {}
     for count in (1, 2, 5):
         threads(count)
-        first, second = (forward_and_gradients(cpp_op, problem) for _ in range(2))
+        first, second = (forward_and_gradients(op, problem) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         results[count] = first[0]
     # y itself does not even depend on their number.
@@ -186,7 +215,9 @@ def test_memory_of_any_layout(level, dtype, form, sizes, lay_out):
     if K:
         moved = moved._replace(routing=moved.routing._replace(indices=lay_out(problem.routing.indices)))
     x, norm, experts, routing = moved.arguments
-    assert torch.equal(op(x, norm, experts, routing), op(*problem.arguments))
+    for residual in (False, True):
+        actual, expected = (op(*p.arguments, residual=residual) for p in (moved, problem))
+        assert torch.equal(actual, expected)
     leaves = [t.requires_grad_() for t in moved.tensors]
     gradients = torch.autograd.grad(op(x, norm, experts, routing), leaves, moved.grad_y)
     expected = forward_and_gradients(op, problem)[1:]

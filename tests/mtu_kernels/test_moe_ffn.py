@@ -1,7 +1,6 @@
 """Every backend against the specification: values, gradients, edges, tracing."""
 
 import functools
-import itertools
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from mtu_kernels import ExpertWeights, NormAffine, Routing, dense_weights, moe_ffn, reference
 
 from .moe_ffn_cases import DENSE, Problem, Sizes, assert_as_exact_as_eager, forward_and_gradients, make_problem
-from .places import PLACES, Place
+from .places import PLACES, Place, cases
 
 TOP_2 = DENSE._replace(K=2)
 EAGER = Place("eager", "cpu")
@@ -25,25 +24,6 @@ def place(request):
 @pytest.fixture
 def op(place):
     return place.op
-
-
-def cases(*precisions, halved=False):
-    """Parameters place, dtype and expert_norm: all combinations, but for what takes the interpreter too long.
-
-    Args:
-        precisions: names of dtypes, or "low" for that of the place.
-        halved: in the interpreter test one form of the norm in the first precision, the other in the others.
-    """
-    params = []
-    for param in PLACES:
-        place = param.values[0]
-        dtypes = dict.fromkeys(place.low if name == "low" else getattr(torch, name) for name in precisions)
-        for (i, dtype), expert_norm in itertools.product(enumerate(dtypes), (False, True)):
-            if halved and place.is_interpreter and expert_norm != (i > 0):
-                continue
-            name = f"{param.id}-{str(dtype).removeprefix('torch.')}-{'expert_norm' if expert_norm else 'norm'}"
-            params.append(pytest.param(place, dtype, expert_norm, id=name, marks=param.marks))
-    return pytest.mark.parametrize(("place", "dtype", "expert_norm"), params)
 
 
 @pytest.mark.parametrize("expert_bias", [False, True], ids=("bias", "expert_bias"))
@@ -293,11 +273,12 @@ def test_autocast_leaves_float64_alone():
     assert torch.equal(actual, moe_ffn(*problem.arguments))
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=("y", "residual"))
 @pytest.mark.parametrize("recompute", [False, True], ids=("save", "recompute"))
 @pytest.mark.parametrize("sizes", [DENSE, TOP_2], ids=("dense", "top2"))
 @pytest.mark.parametrize("expert_norm", [False, True], ids=("norm", "expert_norm"))
-def test_traces_in_one_graph_for_all_routings(op, expert_norm, sizes, recompute):
-    op = functools.partial(op, recompute=recompute)
+def test_traces_in_one_graph_for_all_routings(op, expert_norm, sizes, recompute, residual):
+    op = functools.partial(op, recompute=recompute, residual=residual)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for problem in EAGER.problems(sizes, expert_norm=expert_norm, expert_bias=expert_norm)[:3]:

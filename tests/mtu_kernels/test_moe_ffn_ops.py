@@ -21,6 +21,10 @@ FORMS = {
 }
 
 
+# Backends whose operators take the residual as well. Others leave it to PyTorch.
+ADDS_RESIDUAL = ("cpp", "reference")
+
+
 def ops_of(backend):
     return [getattr(torch.ops.mtu_kernels, f"moe_ffn_{backend}{s}").default for s in ("", "_train", "_backward")]
 
@@ -39,6 +43,9 @@ def test_registration(place, sizes, options):
     for op in (inference, train):
         torch.library.opcheck(op, problem.op_arguments)
         torch.library.opcheck(op, problem.requires_grad().op_arguments)
+        if place.backend in ADDS_RESIDUAL:
+            torch.library.opcheck(op, (*problem.op_arguments, True))
+            torch.library.opcheck(op, (*problem.requires_grad().op_arguments, True))
     _, *saved = train(*problem.op_arguments)
     for expert_grads in (True, False):
         torch.library.opcheck(backward, backward_arguments(problem, saved, expert_grads))
@@ -89,6 +96,20 @@ def test_inference_saves_nothing_and_training_is_chosen_by_grad_mode(place):
         assert operators(problem.requires_grad()) == {f"mtu_kernels::moe_ffn_{backend}"}
 
 
+@pytest.mark.parametrize("place", OP_PLACES)
+def test_the_residual_is_a_matter_of_the_operator_or_of_pytorch(place):
+    problem = place.move(make_problem(0))
+
+    def has_sum(problem):
+        with torch.profiler.profile() as profile:
+            moe_ffn(*problem.arguments, backend=place.backend, residual=True)
+        outermost = [event.name for event in profile.events() if event.cpu_parent is None]
+        return "aten::add" in outermost
+
+    for p in (problem, problem.requires_grad()):
+        assert has_sum(p) == (place.backend not in ADDS_RESIDUAL)
+
+
 @pytest.mark.parametrize("recompute", [False, True], ids=["save", "recompute"])
 @pytest.mark.parametrize("place", OP_PLACES)
 def test_a_second_derivative_is_refused_not_zero(place, recompute):
@@ -134,7 +155,7 @@ def test_flops_are_those_of_the_stock_feed_forward_times_k_over_e(place, K, expe
     expected, _ = flops(stock)
     assert expected == 2 * B * L * D * (2 * H) + 2 * B * L * H * D
     expected = expected * (K or 4) // 4
-    forward, y = flops(lambda: moe_ffn(*problem.arguments, eps=problem.eps, backend=backend))
+    forward, y = flops(lambda: moe_ffn(*problem.arguments, eps=problem.eps, backend=backend, residual=True))
     assert forward == expected
     assert flops(lambda: y.backward(problem.grad_y.detach()))[0] == 2 * expected
     y = moe_ffn(*problem.arguments, backend=backend, recompute=True)

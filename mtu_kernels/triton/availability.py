@@ -1,0 +1,51 @@
+"""What keeps the backend "triton" from running here, or from serving a call."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+import torch
+
+from mtu_kernels.ops import why_not_dtype
+
+MINIMUM_VERSION = "3.6"
+
+
+@functools.cache
+def why_not_installed() -> str | None:
+    """What keeps this installation from running the backend, as a clause; or ``None``."""
+    try:
+        version = importlib.import_module("triton").__version__
+    except (ImportError, AttributeError):  # or a folder of this name
+        return f"it needs the package triton {MINIMUM_VERSION} or newer, which is not installed"
+    if _major_minor(version) < _major_minor(MINIMUM_VERSION):
+        return f"it needs the package triton {MINIMUM_VERSION} or newer, and {version} is installed"
+    return None
+
+
+def _major_minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+@functools.cache
+def why_not(device: torch.device, compute: torch.dtype) -> str | None:
+    """What keeps the backend from serving a call on this device in this compute dtype, as a clause; or ``None``."""
+    if (reason := why_not_installed()) is not None:
+        return reason
+    if (reason := why_not_dtype(compute)) is not None:
+        return reason
+    if device.type == "meta":
+        return None
+    if device.type not in ("cpu", "cuda"):
+        return f"it runs on CUDA devices, not on {device.type}"
+    launch = importlib.import_module("mtu_kernels.triton.launch")
+    if device.type == "cpu" and not launch.interpreted():
+        return "it runs on CUDA devices, and on CPU tensors under TRITON_INTERPRET=1 only"
+    if launch.interpreted() and compute == torch.bfloat16:
+        return "Triton's interpreter computes products of bfloat16 wrongly"
+    if not torch.cuda.is_available():
+        return None  # a tensor without memory that is meant for a GPU elsewhere
+    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"it needs an NVIDIA GPU of compute capability 8.0 or newer, not {launch.arch_of(device)}"
+    return None
