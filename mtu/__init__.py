@@ -1,12 +1,54 @@
-"""MTU: one pre-trained diffusion model upcycled into a model of many tasks."""
+"""MTU: one pre-trained diffusion model upcycled into a model of many tasks.
 
-# Pipelines accept a UNet class from outside diffusers only if its module also exposes this name.
-from diffusers.models.modeling_utils import ModelMixin as ModelMixin
+Names that need torch and diffusers are loaded by their first use, as diffusers loads its own.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from mtu import tasks
-from mtu.pipelines import MTUPipeline
 from mtu.tasks import TaskSpec
-from mtu.unet import MTUUNet2DConditionModel
-from mtu.upcycle import load_trained, upcycle
 
-__all__ = ["MTUPipeline", "MTUUNet2DConditionModel", "TaskSpec", "load_trained", "tasks", "upcycle"]
+if TYPE_CHECKING:
+    from diffusers.models.modeling_utils import ModelMixin as ModelMixin
+
+    from mtu.compiling import compile, warmup
+    from mtu.pipelines import MTUPipeline
+    from mtu.unet import MTUUNet2DConditionModel
+    from mtu.upcycling import load_trained, upcycle
+
+__all__ = [
+    "MTUPipeline",
+    "MTUUNet2DConditionModel",
+    "TaskSpec",
+    "compile",
+    "load_trained",
+    "tasks",
+    "upcycle",
+    "warmup",
+]
+
+# Where each name is loaded from. No module may have the name of another module's function: importing it would put the
+# module in the function's place.
+_MODULES = {
+    "MTUPipeline": "mtu.pipelines",
+    "MTUUNet2DConditionModel": "mtu.unet",
+    # Pipelines accept a UNet class from outside diffusers only if its module also exposes this name.
+    "ModelMixin": "diffusers.models.modeling_utils",
+    "compile": "mtu.compiling",
+    "load_trained": "mtu.upcycling",
+    "upcycle": "mtu.upcycling",
+    "warmup": "mtu.compiling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -64,11 +64,7 @@ class TaskConvIn(nn.Module):
         if task_ids is None:
             return sample
         _, given, height, width = sample.shape
-        if not self.latent_channels <= given <= self.in_channels:
-            raise ValueError(
-                f"sample must have {self.latent_channels} to {self.in_channels} channels (latents, then the condition "
-                f"image), but got {given}."
-            )
+        self.check_channels(given)
         # `where`, not a product: what another task left in an ignored channel may be infinite.
         own = torch.arange(given, device=sample.device) < self.channels[task_ids][:, None]
         sample = torch.where(own[:, :, None, None], sample, 0.0)
@@ -76,6 +72,14 @@ class TaskConvIn(nn.Module):
         patches = F.unfold(sample, self.kernel_size, padding=self.kernel_size // 2)
         bias = select_rows(self.bias, task_ids)
         return torch.baddbmm(bias[:, :, None], kernels, patches).unflatten(2, (height, width))
+
+    def check_channels(self, given: int) -> None:
+        """Raise a ValueError unless a sample may have this many channels."""
+        if not self.latent_channels <= given <= self.in_channels:
+            raise ValueError(
+                f"sample must have {self.latent_channels} to {self.in_channels} channels (latents, then the condition "
+                f"image), but got {given}."
+            )
 
     def _apply(self, fn, recurse: bool = True):
         # `.to(memory_format=torch.channels_last)` asks every tensor of five dimensions, too, which torch refuses: show
@@ -99,7 +103,11 @@ class TaskConvIn(nn.Module):
         They are no part of the state dict, and nothing else would fill them once the parameters leave the meta device.
         """
         channels = torch.tensor(self.task_channels, device=self.weight.device)
-        self.register_buffer("channels", channels, persistent=False)
+        if (self.channels.shape, self.channels.device) == (channels.shape, channels.device):
+            # CUDA graphs read them where they are.
+            self.channels.copy_(channels)
+        else:
+            self.register_buffer("channels", channels, persistent=False)
 
     def set_rows_(self, weight: Tensor, bias: Tensor, condition_channels: Sequence[int]) -> None:
         """Replace the packed tensors, for another number of tasks or of channels."""

@@ -1,6 +1,7 @@
 """Routers: which expert counts how much for which task."""
 
 import contextlib
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from mtu.config import ExpertConfig
 from mtu.plain_linear import is_plain_linear
 from mtu_kernels import Routing, top_k_routing
 
-__all__ = ["Router", "RoutingTable", "TaskContext", "initial_router_state", "select_rows"]
+__all__ = ["Router", "RoutingTable", "TaskContext", "held", "initial_router_state", "select_rows"]
 
 # Elements looked at per tensor when a cached table is checked: few enough to cost microseconds, spread enough that
 # an optimizer's or an averaging step, which changes everything, cannot go unseen.
@@ -62,6 +63,9 @@ class Router(nn.Module):
         self.linear_1 = nn.Linear(config.router_width, config.router_width)
         self.linear_2 = nn.Linear(config.router_width, config.num_experts)
         self._cache: tuple[object, Routing] | None = None
+        # What `hold` keeps at one place in memory.
+        self._table: Routing | None = None
+        self.is_held = False
 
     def forward(self, embedding: Tensor) -> Routing:
         """The routing of every task.
@@ -72,15 +76,44 @@ class Router(nn.Module):
         Returns:
             Weights (T, K) float32 and indices (T, K) int32, or None for dense routing.
         """
-        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or self.training:
+            return self._route(embedding)
+        # Offloading may have moved the model since the table was held.
+        table = self._table
+        if self.is_held and table is not None and table.weights.device == embedding.device:
+            return table
+        if torch.compiler.is_compiling():
             return self._route(embedding)
         key = self._cache_key(embedding)
         if key is None:
             return self._route(embedding)
-        cache = self._cache
-        if cache is None or cache[0] != key:
-            cache = self._cache = (key, self._route(embedding))
-        return cache[1]
+        if self._cache is None or self._cache[0] != key:
+            self._cache = (key, self._route(embedding))
+        return self._cache[1]
+
+    def hold(self, embedding: Tensor, trust_versions: bool = False) -> None:
+        """Bring the table up to date, and return it from `forward` until `release`.
+
+        The table's tensors stay where they are while its shape does: a CUDA graph that reads them reads the new values.
+
+        Args:
+            embedding: (T, W) task embeddings.
+            trust_versions: look at version counters and addresses alone to see that nothing changed, where a look at
+                values would stall the device. Writes through `.data` then need `invalidate`.
+        """
+        key = self._cache_key(embedding, trust_versions)
+        # What is made in inference mode could not be written to outside it; outside it gradients are on.
+        with torch.inference_mode(False), torch.no_grad():
+            if key is None or self._cache is None or self._cache[0] != key:
+                self._cache = (key, self._route(embedding))
+            if self._cache[1] is not self._table:
+                self._table = Routing(*map(_written, self._table or (None, None), self._cache[1]))
+                self._cache = (key, self._table)
+        self.is_held = True
+
+    def release(self) -> None:
+        """Run the router again where `forward` is called."""
+        self.is_held = False
 
     def invalidate(self) -> None:
         """Forget the cached table."""
@@ -105,18 +138,21 @@ class Router(nn.Module):
         routing = top_k_routing(logits, self.top_k)
         return Routing(self.routing_scale * routing.weights, routing.indices)
 
-    def _cache_key(self, embedding: Tensor) -> object | None:
+    def _cache_key(self, embedding: Tensor, trust_versions: bool = False) -> object | None:
         # Writes through `.data` change neither the version nor the address, so the values are looked at too. Off the
-        # CPU that look would stall the device's queue for longer than the router takes: no cache there.
+        # CPU that look would stall the device's queue for longer than the router takes: no cache there, unless asked.
         if not (is_plain_linear(self.linear_1) and is_plain_linear(self.linear_2)):
             return None  # an adapter's scale and switches are no tensors
         tensors = [embedding, *self.parameters()]
-        if any(tensor.device.type != "cpu" or tensor.is_inference() for tensor in tensors):
+        looks = embedding.device.type == "cpu"
+        if not (looks or trust_versions) or any(tensor.is_inference() for tensor in tensors):
             return None
         # Tensor subclasses (FakeTensor, for example) stand for values that are not at hand.
         if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
             return None
-        return tuple((t.data_ptr(), t._version, t.dtype, t.shape, _fingerprint(t)) for t in tensors)
+        if any(tensor.device != embedding.device or tensor.is_meta for tensor in tensors):
+            return None
+        return tuple((t.data_ptr(), t._version, t.dtype, t.shape, _fingerprint(t) if looks else ()) for t in tensors)
 
 
 def initial_router_state(config: ExpertConfig, generator: torch.Generator) -> dict[str, Tensor]:
@@ -160,6 +196,26 @@ class RoutingTable(nn.Module):
         if self.weights.dtype != torch.float32:
             self.weights = weights.to(self.weights.device)
         return self
+
+
+@contextlib.contextmanager
+def held(routers: Iterable[Router], embedding: Tensor | None, trust_versions: bool = False) -> Iterator[None]:
+    """Run routers once, now, rather than at each call within this context; see `Router.hold`."""
+    routers = [router for router in routers if not router.is_held]
+    for router in routers:
+        router.hold(embedding, trust_versions)
+    try:
+        yield
+    finally:
+        for router in routers:
+            router.release()
+
+
+def _written(kept: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """`new`, in the memory of `kept` where that can hold it."""
+    if kept is None or new is None or (kept.shape, kept.device) != (new.shape, new.device):
+        return new.clone() if new is not None and new.is_inference() else new
+    return kept.copy_(new)
 
 
 def _fingerprint(tensor: Tensor) -> tuple[float, ...]:

@@ -1,9 +1,10 @@
 """The upcycled UNet: stock Stable Diffusion (1.5 or XL) with tasks."""
 
+import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from mtu.config import ExpertConfig, NormMode
 from mtu.conv_in import TaskConvIn
 from mtu.ffn import CONTEXT_KEY, RoutedFeedForward, RoutedTransformerBlock, why_not_upcyclable
 from mtu.norm import TaskLayerNorm
-from mtu.router import Router, RoutingTable, TaskContext
+from mtu.router import Router, RoutingTable, TaskContext, held
 from mtu.tasks import TaskSpec, as_task_specs
 
 __all__ = ["MTUUNet2DConditionModel", "check_blocks"]
@@ -189,8 +190,8 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         Raises:
             ValueError: task_ids of another shape or type, or ids out of range (looked at on CPU only).
         """
-        task_ids = self._checked_task_ids(task_ids, sample)
-        context = TaskContext(task_ids, self._embedding_table(sample.device))
+        task_ids = self.checked_task_ids(task_ids, sample)
+        context = TaskContext(task_ids, self.embedding_table(sample.device))
         return super().forward(
             self.conv_in(sample, task_ids),
             timestep,
@@ -207,7 +208,8 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             return_dict=return_dict,
         )
 
-    def _checked_task_ids(self, task_ids: Tensor | None, sample: Tensor) -> Tensor:
+    def checked_task_ids(self, task_ids: Tensor | None, sample: Tensor) -> Tensor:
+        """`task_ids` as (B,) int64 on the device of `sample`; errors as in `forward`."""
         batch = sample.shape[0]
         if task_ids is None:
             return torch.zeros(batch, dtype=torch.int64, device=sample.device)
@@ -223,7 +225,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
                 raise ValueError(f"task_ids must be in [0, {len(self.config.tasks)}), but got {wrong[0]}.")
         return task_ids.to(sample.device).expand(batch)
 
-    def _embedding_table(self, device: torch.device) -> Tensor | None:
+    def embedding_table(self, device: torch.device) -> Tensor | None:
         """The task embedding (T, W); None once the routers are dropped."""
         embedding = self.task_embedding
         if embedding is None:
@@ -242,6 +244,10 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
     def routed_layers(self) -> list[RoutedFeedForward]:
         """The routed feed-forward networks, in the order of the state dict."""
         return [block.ff for block in self.routed_blocks().values()]
+
+    def routers(self) -> list[Router]:
+        """The routers, in the order of the state dict; none once they are dropped."""
+        return [layer.router for layer in self.routed_layers() if isinstance(layer.router, Router)]
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What multi-task training updates: experts, routers, task embedding, task norms, task input convolutions."""
@@ -267,7 +273,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
     @torch.no_grad()
     def router_weights(self) -> Tensor:
         """Routing weights (layers, T, E) float32, zero for inactive experts."""
-        embedding = self._embedding_table(self.task_device)
+        embedding = self.embedding_table(self.task_device)
         tables = [layer.router(embedding) for layer in self.routed_layers()]
         return torch.stack([mtu_kernels.dense_weights(table, self.config.num_experts) for table in tables]).clone()
 
@@ -282,7 +288,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         """
         if self.task_embedding is None:
             raise ValueError("The routers of this model were dropped already; expected a model with routers.")
-        embedding = self._embedding_table(self.task_device)
+        embedding = self.embedding_table(self.task_device)
         for layer in self.routed_layers():
             routing = layer.router(embedding)
             table = RoutingTable(self.expert_config, len(self.tasks)).to(routing.weights.device)
@@ -295,9 +301,21 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
 
     def invalidate_routing_cache(self) -> None:
         """Forget cached routing tables; needed after changes that no version counter and no spot check can see."""
-        for layer in self.routed_layers():
-            if isinstance(layer.router, Router):
-                layer.router.invalidate()
+        for router in self.routers():
+            router.invalidate()
+
+    @contextlib.contextmanager
+    def hold_routing(self) -> Iterator[None]:
+        """Run the routers once, now, rather than at each call within this context.
+
+        For calls without gradients in eval mode; others run the routers themselves, and so do models that offloading
+        moves meanwhile. Changes to routers and task embedding count from the next context on.
+        """
+        if self.training or torch.is_grad_enabled():
+            yield
+            return
+        with held(self.routers(), self.embedding_table(self.task_device)):
+            yield
 
     def set_backend(self, backend: str) -> None:
         """Choose how routed feed-forward networks are computed: "auto", "eager", "triton" or "cpp".

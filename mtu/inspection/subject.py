@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 
 from mtu.export import stock_config
 from mtu.unet import MTUUNet2DConditionModel
-from mtu.upcycle import upcycle
+from mtu.upcycling import upcycle
 
 __all__ = ["BUILT_IN", "Subject", "read_subject"]
 

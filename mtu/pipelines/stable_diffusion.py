@@ -148,7 +148,7 @@ class MTUPipeline(StableDiffusionPipeline):
         on_step_end = None
         if callback_on_step_end is not None:
             on_step_end = functools.partial(_call_back, callback_on_step_end, callback_on_step_end_tensor_inputs, self)
-        with self.progress_bar(total=request.num_inference_steps) as progress_bar:
+        with self.unet.hold_routing(), self.progress_bar(total=request.num_inference_steps) as progress_bar:
             sample = self._denoise(sample, branches, step_kwargs, on_step_end, progress_bar)
         return self._finish(sample, generator, output_type, return_dict)
 

@@ -8,7 +8,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from mtu.config import ExpertConfig
-from mtu.router import Router, RoutingTable, initial_router_state, select_rows
+from mtu.router import Router, RoutingTable, held, initial_router_state, select_rows
 from mtu_kernels import dense_weights
 
 from .tiny import randomise_
@@ -293,3 +293,70 @@ def test_a_storage_dtype_is_not_that_of_the_embedding(embedding):
         expected = router(embedding).weights
         router.linear_1 = Quantized(router.linear_1)
         assert torch.equal(router(embedding).weights, expected)
+
+
+# -------------------------------------------------------------------------------------------------- holding a table
+
+
+@torch.no_grad()
+def test_a_held_table_is_computed_once_and_let_go(trained, embedding, computed):
+    before = trained(embedding).weights.clone()
+    with held([trained], embedding):
+        kept = trained(embedding)
+        trained.linear_2.bias.add_(torch.arange(4.0))
+        with held([trained], embedding):  # as a compiled UNet within a pipeline
+            pass
+        assert trained(embedding) is kept
+        assert torch.equal(kept.weights, before)
+    assert len(computed) == 1
+    assert not torch.equal(trained(embedding).weights, before)
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_a_held_table_stays_where_it_is(embedding, top_k):
+    router = new_router(top_k)
+    places = []
+    for context in (torch.no_grad(), torch.inference_mode(), torch.no_grad()):
+        randomise_([router.linear_2.weight], seed=len(places))
+        with context:
+            fresh = router._route(embedding)
+            router(embedding)  # fills the cache with tensors of its own
+            with held([router], embedding):
+                table = router(embedding)
+                assert torch.equal(table.weights, fresh.weights)
+                assert top_k is None or torch.equal(table.indices, fresh.indices)
+                assert not table.weights.is_inference()
+                assert not table.weights.requires_grad
+                places.append([None if t is None else t.data_ptr() for t in table])
+    assert places[0] == places[1] == places[2]
+
+
+@torch.no_grad()
+def test_versions_may_be_trusted_where_values_are_not_looked_at(trained, embedding, computed, monkeypatch):
+    monkeypatch.setattr("mtu.router._fingerprint", None)
+    key = trained._cache_key(embedding.to("meta"), trust_versions=True)
+    assert key is None  # no values at all
+    looks = []
+    monkeypatch.setattr("mtu.router._fingerprint", lambda tensor: looks.append(1) or ())
+    with held([trained], embedding, trust_versions=True):
+        pass
+    assert len(looks) == 5  # on a CPU a look costs nothing
+    trained.invalidate()
+    with held([trained], embedding, trust_versions=True):
+        pass
+    assert len(computed) == 2
+
+
+def test_training_and_gradients_do_not_read_a_held_table(trained, embedding, computed):
+    with torch.no_grad(), held([trained], embedding), torch.enable_grad():
+        trained(embedding).weights[:, 0].sum().backward()
+    assert embedding.grad.abs().sum() > 0
+    with torch.no_grad(), held([trained], embedding):
+        trained.train()(embedding)
+    assert len(computed) == 3
+
+
+@torch.no_grad()
+def test_a_model_that_was_moved_meanwhile_routes_itself(trained, embedding):
+    with held([trained], embedding):
+        assert trained.to("meta")(embedding.to("meta")).weights.is_meta

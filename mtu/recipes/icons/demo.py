@@ -20,7 +20,7 @@ from mtu.tasks import EDIT, REMOVE, SUPER_RESOLUTION, TEXT_TO_IMAGE, TaskSpec
 from mtu.training import FitConfig, fit
 from mtu.training.multitask import MultiTaskConfig, MultiTaskLoss, encode_examples
 from mtu.training.shards import operation_threads
-from mtu.upcycle import upcycle
+from mtu.upcycling import upcycle
 
 __all__ = ["BASE_MODEL", "ICON_TASKS", "DemoConfig", "run_demo"]
 

@@ -1,0 +1,484 @@
+"""`mtu.compile` and `mtu.warmup`: what is prepared when, whether outputs stay those of the model, what is refused."""
+
+import copy
+import logging
+
+import accelerate
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from peft import LoraConfig
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import mtu
+from mtu.compiling import CompiledCalls, Plan
+
+from .tiny import (
+    FAMILIES,
+    SD,
+    assert_close,
+    assert_differ,
+    inputs,
+    predict,
+    randomise_,
+    rows,
+    stock_unet,
+    upcycled_unet,
+)
+
+NAMES = ("remove", "text-to-image", "edit", "super-resolution", "edit")
+MIXES = (NAMES, ("edit",) * 5, ("text-to-image",) * 5, ("text-to-image", "remove", "remove", "edit", "edit"))
+# Fewer layers than `SD`, as tracing takes its time for each.
+SMALL = {
+    **SD,
+    "block_out_channels": (32,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "mid_block_type": None,
+}
+# Traced like by the shipped plans, without the minutes that generating code takes.
+TRACED, GRAPHS, BOTH = Plan({"backend": "eager"}, False), Plan(None, True), Plan({"backend": "eager"}, True)
+SETTINGS = [
+    pytest.param("sd", {}, id="sd-dense"),
+    pytest.param("sd", {"num_experts": 4, "top_k": 2, "norm": "task_expert"}, id="sd-top2-expert_norms"),
+    pytest.param("sdxl", {"num_experts": 1}, id="sdxl-dense"),
+]
+
+
+@pytest.fixture(autouse=True)
+def dynamo():
+    """Compiled code is dropped, and compiling the same code twice is an error."""
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch.compiler.reset()
+
+
+class Captures:
+    """Stands for CUDA graphs: records a step's operators with the tensors they read, and runs those again."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, step):
+        self.count += 1
+        recorded = make_fx(step)()
+        output = torch.empty_like(step())
+        return lambda: output.copy_(recorded()), output
+
+
+def compiled(unet, plan, max_sizes=8):
+    """The UNet through `CompiledCalls`, and what counts its captures."""
+    captures = Captures()
+    unet._compiled_call_impl = CompiledCalls(unet, plan, max_sizes, captures)
+    return unet, captures
+
+
+def plain(unet, given, *names, **more):
+    """The output without `mtu.compile`."""
+    calls, unet._compiled_call_impl = unet._compiled_call_impl, None
+    try:
+        return predict(unet, given, *names, **more)
+    finally:
+        unet._compiled_call_impl = calls
+
+
+# ------------------------------------------------------------------------------------------------- tasks and sizes
+
+
+@pytest.mark.parametrize("dropped", [False, True], ids=["routers", "dropped"])
+@pytest.mark.parametrize(("family", "settings"), SETTINGS)
+def test_one_size_serves_all_task_mixes(family, settings, dropped):
+    unet = upcycled_unet(FAMILIES[family], **settings)
+    if dropped:
+        unet.drop_routers_()
+    given = inputs(unet)
+    outputs = [predict(unet, given, *names) for names in MIXES]
+    # Tracing takes seconds: two settings show what it sees.
+    for plan in (GRAPHS,) if dropped or family == "sdxl" else (TRACED, GRAPHS):
+        unet, captures = compiled(unet, plan)
+        for names, expected in zip(MIXES, outputs, strict=True):
+            assert_close(predict(unet, given, *names), expected)
+        assert len(unet._compiled_call_impl._sizes) == 1
+        assert captures.count == (1 if plan.graphs else 0)
+    assert_differ(outputs[0], outputs[1])
+
+
+def test_a_compiled_step_can_be_captured():
+    unet, _ = compiled(upcycled_unet(SMALL), BOTH)
+    unet._compiled_call_impl._capture = lambda step: (lambda: None, step())
+    given = inputs(unet)
+    assert_close(predict(unet, given, *NAMES), plain(unet, given, *NAMES))
+
+
+@pytest.mark.parametrize("plan", [TRACED, GRAPHS], ids=["compiled", "graphs"])
+def test_schedulers_channels_and_layouts_make_no_new_size(plan):
+    unet, _ = compiled(upcycled_unet(SMALL), plan)
+    given = inputs(unet)
+    latents = rows(given, slice(None), 4)
+    calls = [
+        given,
+        latents,
+        {**given, "timestep": 7},
+        {**given, "timestep": 7.0},
+        {**given, "timestep": torch.tensor(7)},
+        {**given, "timestep": torch.tensor([7.0], dtype=torch.float64)},
+        {**given, "class_labels": None, "cross_attention_kwargs": None},
+        {**given, "sample": given["sample"].to(memory_format=torch.channels_last)},
+        {**given, "sample": given["sample"].clone().requires_grad_()},
+    ]
+    for call in calls:
+        assert_close(predict(unet, call, *NAMES), plain(unet, call, *NAMES))
+    assert_close(predict(unet, latents), plain(unet, latents))
+    with torch.no_grad():
+        one = unet.task_ids("edit")
+        assert_close(unet(**given, task_ids=one).sample, plain(unet, given, *["edit"] * 5))
+        assert_close(unet(*given.values(), return_dict=False, task_ids=one)[0], plain(unet, given, *["edit"] * 5))
+    assert len(unet._compiled_call_impl._sizes) == 1
+
+
+def test_sizes_are_announced_and_the_least_recently_used_goes_first(caplog):
+    unet, captures = compiled(upcycled_unet(SMALL), GRAPHS, max_sizes=2)
+    given = inputs(unet)
+
+    def call(count):
+        caplog.clear()
+        part = rows(given, slice(0, count))
+        assert_close(predict(unet, part, *NAMES[:count]), plain(unet, part, *NAMES[:count]))
+        return [record.getMessage() for record in caplog.records]
+
+    (message,) = call(1)
+    assert message == (
+        "New size, 1 rows of 8×12 latents with 5 text tokens in float32: it is prepared now; mtu.warmup does so "
+        "beforehand."
+    )
+    assert len(call(2)) == 1
+    assert call(1) == call(2) == call(1) == []
+    (message,) = call(3)
+    assert "in the place of another of at most 2" in message
+    assert call(1) == []
+    assert len(call(2)) == 1
+    assert captures.count == 4
+    assert len(unet._compiled_call_impl._sizes) == 2
+
+
+def test_any_number_of_sizes_is_compiled():
+    """Compilers stop at eight versions of the same code; here each size has code of its own."""
+    unet, _ = compiled(upcycled_unet(SMALL), TRACED, max_sizes=2)
+    given = inputs(unet, batch=1)
+    for tokens in range(1, 11):
+        call = {**given, "encoder_hidden_states": given["encoder_hidden_states"][:, :1].repeat(1, tokens, 1)}
+        assert_close(predict(unet, call, "edit"), plain(unet, call, "edit"))
+
+
+def test_a_kept_output_is_not_overwritten():
+    unet, _ = compiled(upcycled_unet(SMALL), GRAPHS)
+    given = inputs(unet)
+    first = predict(unet, given, *NAMES)
+    before = first.clone()
+    predict(unet, inputs(unet, seed=5), *MIXES[1])
+    assert torch.equal(first, before)
+
+
+def test_inference_mode_and_no_grad_are_told_apart():
+    unet, captures = compiled(upcycled_unet(SMALL), GRAPHS)
+    given = inputs(unet)
+    expected = plain(unet, given, *NAMES)
+    for _ in range(2):
+        with torch.inference_mode():
+            assert_close(unet(**given, task_ids=unet.task_ids(NAMES)).sample, expected)
+        assert_close(predict(unet, given, *NAMES), expected)
+    assert captures.count == 2
+
+
+def test_stock_unets_are_compiled_as_well():
+    unet, captures = compiled(stock_unet(FAMILIES["sdxl"]), GRAPHS)
+    given = inputs(unet, channels=4)
+    for timestep in (3, 700.0):
+        call = {**given, "timestep": timestep}
+        assert_close(predict(unet, call), plain(unet, call))
+    assert captures.count == 1
+
+
+# -------------------------------------------------------------------------------------------------- changed models
+
+
+def update_routers(unet):
+    randomise_([router.linear_2.weight for router in unet.routers()], seed=9)
+
+
+def load_in_place(unet):
+    unet.load_state_dict(upcycled_unet(SMALL, randomised=False).state_dict())
+
+
+def write_through_data(unet):
+    unet.task_embedding.weight.data.mul_(-2)
+    unet.invalidate_routing_cache()
+
+
+@pytest.mark.parametrize("change", [update_routers, load_in_place, write_through_data])
+def test_a_graph_sees_new_values_in_old_places(change):
+    unet, captures = compiled(upcycled_unet(SMALL), GRAPHS)
+    given = inputs(unet)
+    before = predict(unet, given, *NAMES)
+    change(unet)
+    after = predict(unet, given, *NAMES)
+    assert_differ(after, before)
+    assert_close(after, plain(unet, given, *NAMES))
+    assert captures.count == 1
+
+
+def add_a_task(unet):
+    unet.add_task(mtu.TaskSpec("colorize"))
+    with torch.no_grad():
+        unet.conv_in.weight[2] += 1
+
+
+def assign_weights(unet):
+    unet.load_state_dict(upcycled_unet(SMALL, randomised=False).state_dict(), assign=True)
+
+
+def drop_the_routers(unet):
+    unet.drop_routers_()
+    for layer in unet.routed_layers():
+        layer.router.weights.mul_(2)
+
+
+def replace_data(unet):
+    unet.conv_out.weight.data = unet.conv_out.weight.data * 2
+
+
+def choose_processors(unet):
+    unet.set_attn_processor(AttnProcessor())
+
+
+def choose_a_backend(unet):
+    unet.set_backend("reference")
+
+
+@pytest.mark.parametrize(
+    "change", [add_a_task, assign_weights, drop_the_routers, replace_data, choose_processors, choose_a_backend]
+)
+def test_a_model_of_other_parts_is_prepared_anew(change):
+    unet, captures = compiled(upcycled_unet(SMALL), GRAPHS)
+    given = inputs(unet)
+    predict(unet, given, *NAMES)
+    change(unet)
+    assert_close(predict(unet, given, *NAMES), plain(unet, given, *NAMES))
+    assert captures.count == 2
+
+
+def test_an_adapter_runs_without_a_graph(caplog):
+    unet, captures = compiled(upcycled_unet(SMALL), GRAPHS)
+    given = inputs(unet)
+    before = predict(unet, given, *NAMES)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    for scale in (1.0, 0.3):
+        unet.set_adapters("default", scale)
+        adapted = predict(unet, given, *NAMES)
+        assert_close(adapted, plain(unet, given, *NAMES))
+        assert_differ(adapted, before)
+    assert captures.count == 1
+    assert [record.getMessage() for record in caplog.records if "adapter" in record.getMessage()] == [
+        "Calls run without a CUDA graph, as an adapter's strength is no tensor: fuse the adapter, or unload it."
+    ]
+
+
+def test_autocast_runs_without_a_graph():
+    unet, captures = compiled(upcycled_unet(SMALL), GRAPHS)
+    given = inputs(unet)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(predict(unet, given, *NAMES), plain(unet, given, *NAMES))
+    predict(unet, given, *NAMES)
+    assert captures.count == 1
+
+
+def test_gradients_and_training_run_uncompiled(caplog):
+    unet, captures = compiled(upcycled_unet(SMALL), GRAPHS)
+    given = inputs(unet)
+    for _ in range(2):
+        unet(**given, task_ids=unet.task_ids(NAMES)).sample.sum().backward()
+    assert [record.getMessage() for record in caplog.records] == [
+        "Calls run uncompiled, as they may record gradients: call the UNet under torch.no_grad()."
+    ]
+    caplog.clear()
+    unet.train()(**given, task_ids=unet.task_ids(NAMES)).sample.sum().backward()
+    assert all(parameter.grad is not None for parameter in unet.trainable_parameters())
+    assert captures.count == 0
+    assert not caplog.records
+
+
+def test_offloading_runs_uncompiled(caplog):
+    unet, captures = compiled(upcycled_unet(SMALL), GRAPHS)
+    given = inputs(unet)
+    expected = predict(unet, given, *NAMES)
+    caplog.clear()
+    accelerate.cpu_offload(unet, execution_device="cpu")
+    assert_close(predict(unet, given, *NAMES), expected)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Calls run uncompiled, as the UNet's forward was replaced by another, as offloading does."
+    ]
+    assert captures.count == 1
+
+
+def test_copies_and_saved_models_are_plain(tmp_path):
+    unet, _ = compiled(upcycled_unet(SMALL), GRAPHS)
+    given = inputs(unet)
+    expected = predict(unet, given, *NAMES)
+    unet.save_pretrained(tmp_path)
+    for other in (copy.deepcopy(unet), mtu.MTUUNet2DConditionModel.from_pretrained(tmp_path)):
+        assert other._compiled_call_impl is None
+        assert_close(predict(other, given, *NAMES), expected)
+
+
+# ----------------------------------------------------------------------------------------------- modes and messages
+
+
+def test_on_a_cpu_the_best_mode_is_channels_last_and_nothing_else():
+    unet = upcycled_unet(SMALL)
+    given = inputs(unet)
+    expected = predict(unet, given, *NAMES)
+    assert mtu.compile(unet) is unet
+    assert unet.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
+    assert unet._compiled_call_impl is None
+    assert_close(predict(unet, given, *NAMES), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+def test_generated_code_gives_the_same_outputs_and_is_taken_back():
+    """The one test that generates code."""
+    unet = mtu.compile(upcycled_unet(SMALL), "default")
+    given = inputs(unet, batch=4)
+    seconds = mtu.warmup(unet, [4], height=8, width=12, text_tokens=5)
+    assert list(seconds) == [4]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for names in MIXES:
+            assert_close(predict(unet, given, *names[:4]), plain(unet, given, *names[:4]))
+    mtu.compile(unet, "eager")
+    assert unet._compiled_call_impl is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "fast"}, r"mode must be one of auto, default, .*, eager, but got 'fast'\."),
+        (
+            {"mode": "reduce-overhead"},
+            r"mode='reduce-overhead' needs a UNet on a CUDA device, but this one is on cpu\.",
+        ),
+        ({"mode": "cudagraphs"}, r"mode='cudagraphs' needs a UNet on a CUDA device, but this one is on cpu\."),
+        ({"max_sizes": 0}, r"max_sizes must be an integer ≥ 1, but got 0\."),
+    ],
+    ids=lambda value: str(next(iter(value.values()))) if isinstance(value, dict) else "",
+)
+def test_wrong_arguments_change_nothing(arguments, message):
+    unet = upcycled_unet(SMALL)
+    with pytest.raises(ValueError, match=message):
+        mtu.compile(unet, **arguments)
+    assert unet._compiled_call_impl is None
+    assert not unet.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_what_cannot_be_compiled_is_refused():
+    with pytest.raises(
+        ValueError, match=r"A UNet2DConditionModel or a pipeline with one is needed, but got a Linear\."
+    ):
+        mtu.compile(torch.nn.Linear(2, 2))
+    unet = upcycled_unet(SMALL)
+    accelerate.cpu_offload(unet, execution_device="cpu")
+    with pytest.raises(ValueError, match="but this UNet is offloaded"):
+        mtu.compile(unet)
+
+
+@pytest.mark.parametrize("plan", [TRACED, GRAPHS], ids=["compiled", "graphs"])
+def test_calls_are_checked_before_they_are_compiled(plan):
+    unet, captures = compiled(upcycled_unet(SMALL), plan)
+    given = inputs(unet)
+    with pytest.raises(ValueError, match="sample must have 4 to 8 channels"):
+        predict(unet, rows(given, slice(None), 3), *NAMES)
+    with pytest.raises(ValueError, match=r"task_ids must be in \[0, 4\), but got 7\."):
+        unet(**given, task_ids=torch.tensor([0, 1, 7, 0, 0]))
+    with torch.no_grad(), pytest.raises(ValueError, match=r"task_ids must be in \[0, 4\), but got 7\."):
+        unet(**given, task_ids=torch.tensor([0, 1, 7, 0, 0]))
+    with pytest.raises(ValueError, match="one id for each of 5 samples"):
+        predict(unet, given, "edit", "edit")
+    assert captures.count == 0
+    assert not unet._compiled_call_impl._sizes
+
+
+# ---------------------------------------------------------------------------------------------------------- warm-up
+
+
+def test_warm_up_prepares_sizes_quietly(caplog, capsys):
+    caplog.set_level(logging.WARNING)
+    unet, captures = compiled(upcycled_unet(SMALL), GRAPHS)
+    # Two branches of text guidance, three of dual guidance, one without guidance.
+    batches = [2, ["text-to-image", "edit", "super-resolution"], ("super-resolution",)]
+    seconds = mtu.warmup(unet, batches, height=8, width=12, text_tokens=5)
+    assert list(seconds) == [2, ("text-to-image", "edit", "super-resolution"), ("super-resolution",)]
+    assert all(value > 0 for value in seconds.values())
+    assert "warm-up: 100%" in capsys.readouterr().err
+    assert captures.count == 3
+    given = inputs(unet, batch=6)
+    for count in (1, 2, 6):
+        predict(unet, rows(given, slice(0, count)), *["edit"] * count)
+    assert captures.count == 3
+    assert not caplog.records
+    predict(unet, rows(given, slice(0, 3)), *["edit"] * 3)
+    assert captures.count == 4
+    assert len(caplog.records) == 1
+
+
+def test_warm_up_of_models_that_are_not_compiled_runs_them():
+    assert mtu.warmup(upcycled_unet(FAMILIES["sdxl"]), [1], text_tokens=3)[1] > 0
+    assert mtu.warmup(stock_unet(), [1])[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("batches", "options", "message"),
+    [
+        ([0], {}, r"A batch has at least one row, but got 0\."),
+        ([[]], {}, r"A batch has at least one row, but got \(\)\."),
+        ([["paint"]], {}, r"Unknown task 'paint'"),
+        ([1], {"height": 0}, r"height and width must be positive multiples of 1, but got 0 and 8\."),
+    ],
+    ids=["no rows", "no tasks", "unknown task", "no height"],
+)
+def test_warm_up_refuses(batches, options, message):
+    unet, captures = compiled(upcycled_unet(SMALL), GRAPHS)
+    with pytest.raises(ValueError, match=message):
+        mtu.warmup(unet, [1, *batches], **options)
+    assert captures.count == 0
+
+
+def test_stock_unets_have_no_tasks_to_warm_up():
+    with pytest.raises(ValueError, match="Names of tasks are for upcycled UNets"):
+        mtu.warmup(stock_unet(), [["edit"]])
+
+
+# -------------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["cudagraphs", "reduce-overhead"])
+@pytest.mark.parametrize(("family", "settings"), SETTINGS)
+def test_cuda_graphs(family, settings, mode):
+    unet = upcycled_unet(FAMILIES[family], **settings).to("cuda")
+    given = {
+        name: {k: t.to("cuda") for k, t in value.items()} if isinstance(value, dict) else value.to("cuda")
+        for name, value in inputs(unet).items()
+    }
+    expected = [predict(unet, given, *names) for names in MIXES]
+    mtu.compile(unet, mode, max_sizes=2)
+    outputs = [predict(unet, given, *names) for names in MIXES]
+    assert len(unet._compiled_call_impl._sizes) == 1
+    for actual, wanted in zip(outputs, expected, strict=True):
+        assert_close(actual, wanted)
+    for count in (1, 2, 3, 1):
+        part = rows(given, slice(0, count))
+        assert_close(predict(unet, part, *NAMES[:count]), plain(unet, part, *NAMES[:count]))
+    if unet.expert_config.is_dense and family == "sd":
+        update_routers(unet)
+        assert_close(predict(unet, given, *NAMES), plain(unet, given, *NAMES))
+        assert_differ(predict(unet, given, *NAMES), expected[0])
+    assert mtu.compile(unet)._compiled_call_impl.plan.graphs
