@@ -19,7 +19,7 @@ class WrongResult(AssertionError):
     """A contender computes something else than the reference."""
 
 
-def check(function: FFN, inputs: Inputs) -> None:
+def check(function: FFN, inputs: Inputs, residual: bool = False) -> None:
     """Asserts ``max|f − ref64| <= 2 · max|user − ref64| + ulp · max|ref64|`` for y, and for gradients if any are asked.
 
     The user's code is the stock feed-forward for stock inputs, and `user_ffn` for routed ones.
@@ -32,6 +32,7 @@ def check(function: FFN, inputs: Inputs) -> None:
     Args:
         function: x, norm, experts, routing → y.
         inputs: as the contender prepares them. Gradients are checked for all that require them.
+        residual: whether the function adds x to y.
 
     Raises:
         WrongResult: one sentence with the first wrong tensor, its error and what is allowed.
@@ -44,10 +45,13 @@ def check(function: FFN, inputs: Inputs) -> None:
     grad_y[samples[:, None], tokens] = inputs.grad_y[samples[:, None], tokens]
     widened = _widened(inputs)
     yardstick = stock_ffn if inputs.norm.weight.dim() == 1 else user_ffn
+    exactly = _reference
+    if residual:
+        yardstick, exactly = _plus_x(yardstick), _plus_x(exactly)
     with torch.set_grad_enabled(bool(inputs.leaves)):
         y, *gradients = _outputs(function, inputs._replace(grad_y=grad_y), inputs.leaves)
         user = _outputs(yardstick, _excerpt(inputs, samples, tokens), inputs.leaves)
-        exact = _outputs(_reference, _excerpt(widened, samples, tokens), widened.leaves)
+        exact = _outputs(exactly, _excerpt(widened, samples, tokens), widened.leaves)
     actual = [y[samples[:, None], tokens], *gradients]
     labels = ("y", *(f"the gradient of {name}" for name in inputs.leaf_names))
     dtypes = (inputs.x.dtype, *(leaf.dtype for leaf in inputs.leaves))
@@ -90,6 +94,10 @@ def _reference(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Rou
     # A stock affine (D,) is the same for each sample.
     rows = NormAffine(*(t if t.dim() == 2 else t.expand(len(x), -1) for t in norm))
     return reference.moe_ffn(x, rows, experts, routing, eps=EPS)
+
+
+def _plus_x(function: FFN) -> FFN:
+    return lambda x, *others: x + function(x, *others)
 
 
 def _excerpt(inputs: Inputs, samples: Tensor, tokens: Tensor) -> Inputs:

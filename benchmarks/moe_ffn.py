@@ -86,7 +86,7 @@ def _prepare(entry: Entry, sets: Sequence[Inputs], direction: str, device: torch
     function = contender.make()
     prepared = [contender.prepare(inputs) for inputs in sets]
     if function is not None:
-        check(function, prepared[0])
+        check(function, prepared[0], contender.residual)
     calls = bind(function, prepared, direction)
     warm_up(calls, device)
     capturable = not (contender.waits_for_top_k and entry.setting.K is not None)

@@ -102,6 +102,7 @@ class Contender(NamedTuple):
         mode: of torch.compile; None: not compiled.
         backend: of `mtu_kernels`, which an installation may lack.
         waits_for_top_k: whether top-k routing makes the host wait, so that no CUDA graph can hold it.
+        residual: whether x is added to y.
     """
 
     about: str
@@ -110,6 +111,7 @@ class Contender(NamedTuple):
     mode: str | None = None
     backend: str | None = None
     waits_for_top_k: bool = False
+    residual: bool = False
 
     def make(self) -> FFN | None:
         """The function to call; compiled for the shapes that it meets first, and refusing to become dynamic."""
@@ -130,6 +132,18 @@ def _level(name: str) -> Contender:
     )
 
 
+def _with_residual(name: str) -> dict[str, Contender]:
+    def add(*arguments: Any) -> Tensor:
+        return arguments[0] + moe_ffn(*arguments, eps=EPS, backend=name)
+
+    fused = functools.partial(moe_ffn, eps=EPS, backend=name, residual=True)
+    about = f"this library's backend {name!r}, x added"
+    return {
+        f"mtu-{name}-add": Contender(f"{about} by an operator of its own", add, backend=name, residual=True),
+        f"mtu-{name}-residual": Contender(f"{about} by residual=True", fused, backend=name, residual=True),
+    }
+
+
 _MAX = "max-autotune-no-cudagraphs"
 CONTENDERS: dict[str, Contender] = {
     "products": Contender("the bare matrix products into preallocated outputs: the floor", None),
@@ -137,6 +151,8 @@ CONTENDERS: dict[str, Contender] = {
     "loop": Contender("a loop over the experts", loop_ffn, waits_for_top_k=True),
     **{f"mtu-{name}": _backend(name, recompute=False) for name in ("eager", "triton", "cpp")},
     **{f"mtu-{name}-recompute": _backend(name, recompute=True) for name in ("eager", "triton", "cpp")},
+    **_with_residual("cpp"),
+    **_with_residual("triton"),
     **{f"mtu-cpp@{name}": _level(name) for name in ("avx512", "avx512_bf16", "avx2", "portable")},
     "compile-routed": Contender("the routed eager code, compiled", _routed_eager, mode="default"),
     "compile-routed-max": Contender(f"the same with {_MAX}", _routed_eager, mode=_MAX),

@@ -8,7 +8,7 @@ from benchmarks.correctness import WrongResult, check
 from benchmarks.inputs import DTYPES, EPS, draw_shared, route
 from benchmarks.peers import CONTENDERS, as_folded, as_stock, bind, loop_ffn, stock_ffn, user_ffn
 from benchmarks.sweeps import PASSES, Setting, Workload
-from mtu_kernels import ExpertWeights, moe_ffn, reference
+from mtu_kernels import ExpertWeights, available_backends, moe_ffn, reference
 
 CPU = torch.device("cpu")
 SETTINGS = {
@@ -98,13 +98,18 @@ def test_bound_calls_return_outputs_or_gradients(name, direction):
 
 
 CHECKED = [name for name, c in CONTENDERS.items() if c.function and not c.mode and c.backend in (None, "eager")]
+CHECKED += [f"mtu-cpp-{way}" for way in ("add", "residual") if "cpp" in available_backends()]
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", CHECKED)
 def test_right_contenders_pass_the_check(name, dtype, direction):
-    check(CONTENDERS[name].function, CONTENDERS[name].prepare(make(SETTINGS["top2"], dtype, direction)))
+    contender = CONTENDERS[name]
+    inputs = contender.prepare(make(SETTINGS["top2"], dtype, direction))
+    check(contender.function, inputs, contender.residual)
+    with pytest.raises(WrongResult):
+        check(contender.function, inputs, not contender.residual)
 
 
 def without_bias(x, norm, experts, routing):
