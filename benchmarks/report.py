@@ -1,4 +1,4 @@
-"""The ratios that the feed-forward is held to, taken from measured rows."""
+"""The ratios that measurements are held to, taken from measured rows; and those of the feed-forward."""
 
 from __future__ import annotations
 
@@ -24,26 +24,28 @@ class Target(NamedTuple):
 
     Attributes:
         what: the line's name.
-        at_most: the target.
+        at_most: the target; ``None``: the ratio is said for information.
         of: contender whose rows are looked at; "{tested}" stands for the one under test.
         to: contender that they are divided by, in the same workload and setting.
         setting: fields of `Setting` that the rows must have.
         to_setting: fields in which the divisor's setting differs.
         direction: the pass.
         quantity: the column.
+        to_quantity: that of the divisor; ``None``: the same.
         where: which workloads count.
         dtype: the compute dtype that it is stated for; ``None``: any.
         mean: whether the geometric mean is held to the target, or else the largest ratio.
     """
 
     what: str
-    at_most: float
+    at_most: float | None
     of: str = _TESTED
     to: str = _TESTED
     setting: dict[str, Any] = {"K": DENSE, "tasks": 1}  # noqa: RUF012 (read only)
     to_setting: dict[str, Any] = {}  # noqa: RUF012
     direction: str = "forward"
     quantity: str = "median_us"
+    to_quantity: str | None = None
     where: Callable[[Any], bool] = lambda workload: True
     dtype: str | None = None
     mean: bool = False
@@ -122,15 +124,16 @@ def place(row: AnyRow) -> str:
 
 def _line(target: Target, rows: Sequence[AnyRow], tested: str) -> str:
     pairs = pairs_of(target, rows, tested)
+    limit = "no target" if target.at_most is None else f"at most {target.at_most:.2f}"
     if not pairs:
-        return f"{target.what}: not measured (at most {target.at_most:.2f})"
+        return f"{target.what}: not measured ({limit})"
     if target.mean:
         value, note = geometric_mean([pair.ratio for pair in pairs]), f"geometric mean of {len(pairs)}"
     else:
         worst = max(pairs, key=lambda pair: pair.ratio)
         value, note = worst.ratio, f"largest of {len(pairs)}, at {worst.row.workload} {worst.row.setting}"
-    verdict = "" if value <= target.at_most else ", missed"
-    return f"{target.what}: {value:.3f} (at most {target.at_most:.2f}{verdict}; {note})"
+    verdict = "" if target.at_most is None or value <= target.at_most else ", missed"
+    return f"{target.what}: {value:.3f} ({limit}{verdict}; {note})"
 
 
 def pairs_of(target: Target, rows: Sequence[AnyRow], tested: str) -> list[Pair]:
@@ -140,7 +143,7 @@ def pairs_of(target: Target, rows: Sequence[AnyRow], tested: str) -> list[Pair]:
     for row, divisor in comparisons(rows, of, to, target.to_setting):
         wanted = row.workload.direction == target.direction and target.where(row.workload)
         if wanted and all(getattr(row.setting, name) == value for name, value in target.setting.items()):
-            value, unit = getattr(row, target.quantity), getattr(divisor, target.quantity)
+            value, unit = getattr(row, target.quantity), getattr(divisor, target.to_quantity or target.quantity)
             if value is not None and unit:
                 pairs[row.workload, row.setting] = Pair(row, value / unit)
     return list(pairs.values())

@@ -1,16 +1,41 @@
-"""The rows of `results/moe_ffn_*.csv`: written as they are measured, read back by the report and the plot."""
+"""Rows of result files: written as they are measured, read back by reports and plots; and `results/moe_ffn_*.csv`."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 from benchmarks.sweeps import Setting, Workload
 
 
-class AnyRow(Protocol):
-    """What writing, printing and comparing ask of a row, whatever was measured."""
+class Number(NamedTuple):
+    """How a column of numbers is written and read; an empty cell is None."""
+
+    kind: type[int] | type[float]
+    form: str
+
+    def text(self, value: float | None) -> str:
+        return "" if value is None else format(value, self.form)
+
+    def value(self, text: str) -> float | None:
+        return self.kind(text) if text else None
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyRow:
+    """One measurement, of whatever kind.
+
+    Attributes:
+        group: rows with the same group were measured interleaved, and may be compared.
+        device: kind of it, "cuda" or "cpu".
+        workload: what all rows of a group share.
+        setting: that of the experts; its default for contenders without.
+        graph: whether a CUDA graph was replayed.
+        peak_bytes: the most that is held at once beyond what is held before.
+        source: where it comes from, as `benchmarks.provenance` says it.
+    """
 
     group: str
     contender: str
@@ -21,54 +46,67 @@ class AnyRow(Protocol):
     median_us: float
     p20_us: float
     p80_us: float
-    source: dict[str, str]
-
-    def cells(self) -> dict[str, str]:
-        """The row as text, by column."""
-        ...
-
-
-class Row(NamedTuple):
-    """One measurement.
-
-    Attributes:
-        group: rows with the same group were measured interleaved, and may be compared.
-        device: kind of it, "cuda" or "cpu".
-        host_us: None on a CPU.
-        saved_bytes: None for the forward pass, and for the bare products.
-        source: where it comes from, as `benchmarks.provenance` says it.
-    """
-
-    group: str
-    contender: str
-    device: str
-    workload: Workload
-    setting: Setting
-    graph: bool
-    median_us: float
-    p20_us: float
-    p80_us: float
     rounds: int
-    host_us: float | None
     peak_bytes: int
-    saved_bytes: int | None
     source: dict[str, str]
+
+    # Of each kind of row: all columns in order, provenance excepted; the numbers among them; the workload's class.
+    columns: ClassVar[tuple[str, ...]]
+    numbers: ClassVar[dict[str, Number]]
+    workloads: ClassVar[type]
+    # Columns that are not named as the workload's fields are.
+    renamed: ClassVar[dict[str, str]] = {}
 
     def cells(self) -> dict[str, str]:
         """The row as text, by column."""
-        D, L, B, dtype, direction = self.workload
         E, K, tasks = self.setting
-        cells = {"group": self.group, "contender": self.contender, "device": self.device, "D": D, "L": L, "B": B}
-        cells |= {"E": E, "K": "dense" if K is None else K, "tasks": tasks, "dtype": dtype, "pass": direction}
-        cells |= {"graph": int(self.graph)}
-        cells |= {name: f"{getattr(self, name):.2f}" for name in ("median_us", "p20_us", "p80_us")}
-        cells |= {"rounds": self.rounds, "host_us": "" if self.host_us is None else f"{self.host_us:.2f}"}
-        cells |= {"peak_bytes": self.peak_bytes, "saved_bytes": "" if self.saved_bytes is None else self.saved_bytes}
-        return {name: str(value) for name, value in cells.items()} | self.source
+        cells = {"group": self.group, "contender": self.contender, "device": self.device, "graph": str(int(self.graph))}
+        cells |= {self.renamed.get(name, name): str(value) for name, value in self.workload._asdict().items()}
+        cells |= {"E": str(E), "K": "dense" if K is None else str(K), "tasks": str(tasks)}
+        cells |= {name: number.text(getattr(self, name)) for name, number in self.numbers.items()}
+        return {name: cells[name] for name in self.columns} | self.source
+
+    @classmethod
+    def from_cells(cls, cells: dict[str, str]) -> Self:
+        """The inverse of `cells`."""
+        fields = {name: cells[cls.renamed.get(name, name)] for name in cls.workloads._fields}
+        fields = {name: int(text) if text.isdecimal() else text for name, text in fields.items()}
+        K = None if cells["K"] == "dense" else int(cells["K"])
+        return cls(
+            **{name: cells[name] for name in ("group", "contender", "device")},
+            workload=cls.workloads(**fields),
+            setting=Setting(int(cells["E"]), K, int(cells["tasks"])),
+            graph=cells["graph"] == "1",
+            **{name: number.value(cells[name]) for name, number in cls.numbers.items()},
+            source={name: text for name, text in cells.items() if name not in cls.columns},
+        )
 
 
+AnyRowT = TypeVar("AnyRowT", bound=AnyRow)
 COLUMNS = ("group", "contender", "device", "D", "L", "B", "E", "K", "tasks", "dtype", "pass", "graph")
 COLUMNS += ("median_us", "p20_us", "p80_us", "rounds", "host_us", "peak_bytes", "saved_bytes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row(AnyRow):
+    """One measurement of the feed-forward.
+
+    Attributes:
+        host_us: None on a CPU.
+        saved_bytes: None for the forward pass, and for the bare products.
+    """
+
+    workload: Workload
+    host_us: float | None
+    saved_bytes: int | None
+
+    columns = COLUMNS
+    numbers: ClassVar = {
+        **{name: Number(float, ".2f") for name in ("median_us", "p20_us", "p80_us", "host_us")},
+        **{name: Number(int, "d") for name in ("rounds", "peak_bytes", "saved_bytes")},
+    }
+    workloads = Workload
+    renamed: ClassVar = {"direction": "pass"}
 
 
 def append_row(path: Path, row: AnyRow) -> None:
@@ -99,35 +137,31 @@ def check_header(path: Path, columns: list[str]) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
+    """All rows of a CSV file of the feed-forward.
+
+    Raises:
+        ValueError: there is no such file, or a column is missing.
+    """
+    return read_rows_as(Row, path, "benchmarks.moe_ffn")
+
+
+def read_rows_as(kind: type[AnyRowT], path: Path, module: str) -> list[AnyRowT]:
     """All rows of a CSV file.
+
+    Args:
+        kind: of the rows.
+        path: of the file.
+        module: that measures them, for the error.
 
     Raises:
         ValueError: there is no such file, or a column is missing.
     """
     if not path.exists():
-        raise ValueError(f"There is no {path}: run `python -m benchmarks.moe_ffn` to measure, got no file.")
+        raise ValueError(f"There is no {path}: run `python -m {module}` to measure, got no file.")
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+        missing = [column for column in kind.columns if column not in (reader.fieldnames or ())]
         if missing:
-            raise ValueError(f"{path} must have the columns {', '.join(COLUMNS)}, got none named {', '.join(missing)}.")
-        return [_row(cells) for cells in reader]
-
-
-def _row(cells: dict[str, str]) -> Row:
-    numbers = {name: int(cells[name]) for name in ("D", "L", "B", "E", "tasks", "rounds", "peak_bytes")}
-    times = [float(cells[name]) for name in ("median_us", "p20_us", "p80_us")]
-    return Row(
-        cells["group"],
-        cells["contender"],
-        cells["device"],
-        Workload(numbers["D"], numbers["L"], numbers["B"], cells["dtype"], cells["pass"]),
-        Setting(numbers["E"], None if cells["K"] == "dense" else int(cells["K"]), numbers["tasks"]),
-        cells["graph"] == "1",
-        *times,
-        numbers["rounds"],
-        float(cells["host_us"]) if cells["host_us"] else None,
-        numbers["peak_bytes"],
-        int(cells["saved_bytes"]) if cells["saved_bytes"] else None,
-        {name: text for name, text in cells.items() if name not in COLUMNS},
-    )
+            expected, got = ", ".join(kind.columns), ", ".join(missing)
+            raise ValueError(f"{path} must have the columns {expected}, got none named {got}.")
+        return [kind.from_cells(cells) for cells in reader]

@@ -14,6 +14,8 @@ SHAPE_SETS: dict[str, tuple[tuple[int, int], ...]] = {
     # Batches of SD 1.5 flattened to the token counts that the CPU targets are stated for.
     "cpu": ((320, 8192), (640, 2048), (1280, 512), (1280, 128)),
 }
+# Whole UNets that serve several tasks without experts.
+_PEERS = ("four-unets", "swapped-unets", "lora-")
 PASSES = ("forward", "backward", "forward+backward")
 DENSE = None
 
@@ -48,6 +50,11 @@ def parse_counts(text: str) -> tuple[int, ...]:
     if not all(count.isdecimal() and int(count) for count in counts):
         raise argparse.ArgumentTypeError(f"expected positive whole numbers such as 1,8, got {text!r}.")
     return tuple(int(count) for count in counts)
+
+
+def parse_top_k(text: str) -> tuple[int | None, ...]:
+    """Numbers of active experts of the command line, separated by commas; "dense" stands for all of them."""
+    return tuple(DENSE if name == "dense" else parse_counts(name)[0] for name in text.split(","))
 
 
 class Workload(NamedTuple):
@@ -123,8 +130,10 @@ def heeded(contender: str, setting: Setting) -> Setting:
 
     It keeps a contender from being measured twice, and finds the row to compare with.
     """
-    if contender == "eager" or contender.startswith(("compile-folded", "stock-")):
+    if contender == "eager" or contender.startswith("stock") or "-folded" in contender:
         return Setting()
+    if contender.startswith(_PEERS):
+        return Setting(tasks=setting.tasks)
     if contender == "products":
         return Setting() if setting.K is None else setting._replace(tasks=1)
     return setting

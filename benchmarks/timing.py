@@ -168,6 +168,17 @@ def warm_up(calls: Sequence[Call], device: torch.device) -> None:
     synchronize(device)
 
 
+def repeated_us(call: Call, device: torch.device, count: int) -> Timing:
+    """Times of a call by itself, each until the device is done with it."""
+
+    def complete() -> None:
+        call()
+        synchronize(device)
+
+    complete()
+    return summary([_clocked(complete) for _ in range(count)], graph=False)
+
+
 def host_us(call: Call, device: torch.device) -> float | None:
     """Time that the host takes to issue a call, in µs: the mean over a burst, and of several bursts the median.
 

@@ -1,128 +1,91 @@
-"""`python -m benchmarks.unet`: one denoising step of a whole UNet, upcycled beside the original.
+"""`python -m benchmarks.unet`: one denoising step of a whole UNet, upcycled beside the original and its peers.
 
-The upcycled UNet gets a batch of four mixed tasks, its routing tables cached as they are when sampling. Contenders run
-interleaved in one process. Writes a CSV row for each of them, and prints the ratios that they are held to.
+Contenders run interleaved in one process. A batch of several tasks has another mix of them at every call; compiled
+contenders are timed where compiling anew is an error, so a row of theirs says that switching tasks recompiles nothing.
+Peers that hold one task at a time run those of a batch in turn. The upcycled UNets hold tables in the place of their
+routers, as deployed ones do, unless a name ends in @routers. Writes a CSV row for each contender and setting, and
+prints the ratios that they are held to.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from diffusers import UNet2DConditionModel
+import torch.compiler.config
 
 from benchmarks.inputs import DTYPES
-from benchmarks.memory import peak_bytes
 from benchmarks.provenance import RESULTS, command_line, provenance
 from benchmarks.recording import Log, record
 from benchmarks.report import report
 from benchmarks.rows import check_header
-from benchmarks.sweeps import DENSE, Entry, Setting, heeded, parse_choices, parse_counts
-from benchmarks.timing import MIN_ROUNDS, WARM_ROUNDS, time_interleaved
+from benchmarks.sweeps import DENSE, Setting, parse_choices, parse_counts, parse_top_k
+from benchmarks.timing import MIN_ROUNDS, WARM_ROUNDS
+from benchmarks.unet_contenders import CONTENDERS, default_contenders
+from benchmarks.unet_measure import Measuring, Plan
 from benchmarks.unet_models import (
-    CHECKED_SIZE,
     LATENT_FACTOR,
     MODELS,
     TASKS,
-    build_original,
-    build_upcycled,
+    Family,
     check_setting,
-    draw_inputs,
+    default_experts,
+    default_size,
     make_yardstick,
 )
-from benchmarks.unet_rows import COLUMNS, TARGETS, Row, Workload
+from benchmarks.unet_rows import COLUMNS, TARGETS, Row, Workload, read_rows
 
-# The paper's layout for SD 1.5, at the size of its pictures; and a smoke test with nothing to learn from.
-_DEFAULTS = {"model": "sd15", "size": 512, "batches": (TASKS,), "runs": MIN_ROUNDS}
-_QUICK = {"model": "tiny", "size": 64, "batches": (TASKS,), "runs": 2}
-
-
-class Contender(NamedTuple):
-    """One way to run a UNet: what it is, in a line, and the backend of the upcycled one. None: the original."""
-
-    about: str
-    backend: str | None
-
-    def build(self, model: str, dtype: str, setting: Setting) -> UNet2DConditionModel:
-        """The UNet, with weights of its own."""
-        if self.backend is None:
-            return build_original(model, dtype)
-        return build_upcycled(model, dtype, setting, self.backend)
-
-
-CONTENDERS = {
-    "stock-eager": Contender("the original UNet of diffusers", None),
-    **{f"mtu-{name}": Contender(f"upcycled, on the backend {name!r}", name) for name in ("eager", "cpp")},
-}
-
-
-def prepare(
-    names: Sequence[str], model: str, dtype: str, setting: Setting, log: Log
-) -> dict[str, UNet2DConditionModel]:
-    """The UNets of the contenders that run here and compute what they should."""
-    workload, unets = Workload(model, CHECKED_SIZE, TASKS, dtype), {}
-    yardstick = functools.cache(functools.partial(make_yardstick, workload))
-    for name in names:
-        log.bar.set_description(f"check of {name}")
-        routed = heeded(name, setting)
-        with log.attempt(Entry(name, routed), workload):
-            unet = CONTENDERS[name].build(model, dtype, setting)
-            # All dense ones are held to the original, and share its outputs.
-            yardstick(Setting() if routed.K is DENSE else routed).check(unet)
-            unets[name] = unet
-    return unets
-
-
-def measure(
-    unets: dict[str, UNet2DConditionModel], workload: Workload, tasks: int, runs: int, log: Log
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the contenders with their columns: steps timed interleaved, then memory one by one."""
-    device = torch.device("cpu")
-    log.bar.set_description(f"rounds of {workload}")
-    steps = [torch.no_grad()(functools.partial(unet, **draw_inputs(unet, workload, tasks))) for unet in unets.values()]
-    timings = time_interleaved([[step] for step in steps], [False] * len(steps), device, 0, runs, log.bar.update)
-    for name, step, timing in zip(unets, steps, timings, strict=True):
-        yield name, timing._asdict() | {"peak_bytes": peak_bytes(step, device)}
+# Seconds for each contender, by device; on a CPU the rounds take long enough.
+_SECONDS = {"cuda": 1.0, "cpu": 0.0}
 
 
 def run(
-    names: Sequence[str],
-    workloads: Sequence[Workload],
-    setting: Setting,
-    runs: int,
-    output: Path,
-    source: dict[str, str],
+    workloads: Sequence[Workload], device: torch.device, plan: Plan, output: Path, source: dict[str, str]
 ) -> tuple[list[Row], int]:
-    """Builds and checks the contenders, measures them in one workload after the other, and appends rows to the file.
+    """Measures the contenders in one workload after the other, and appends rows to the file.
 
     Args:
-        names: of contenders.
         workloads: of one model in one dtype.
-        setting: experts of the upcycled UNets, and the most tasks in a batch.
-        runs: rounds that are timed for each workload.
+        device: where.
+        plan: what is measured.
         output: the CSV file.
         source: provenance of the rows.
 
     Returns:
-        The rows, and how many contenders are missing because they were wrong or broke.
+        The rows, and how many of them are missing because a contender was wrong or broke.
     """
-    model, _, _, dtype = workloads[0]
-    log = Log(len(names) + len(workloads) * (WARM_ROUNDS + runs), unit="step")
-    unets = prepare(names, model, dtype, setting, log)
+    rounds = len(workloads) * (WARM_ROUNDS + plan.runs)
+    log = Log(sum(len(plan.entries(workload)) for workload in workloads) + rounds, unit="step")
+    family = Family(workloads[0].model, workloads[0].dtype, device)
+    yardstick = functools.cache(functools.partial(make_yardstick, family))
 
     def rows_of(group: str, workload: Workload) -> Iterator[Row]:
-        tasks = min(setting.tasks, workload.B)
-        for name, columns in measure(unets, workload, tasks, runs, log):
-            routed = heeded(name, setting._replace(tasks=tasks))
-            yield Row(group, name, "cpu", workload, routed, **columns, source=source)
+        with _caches_of_the_compiler(plan.cold):
+            for entry, columns in Measuring(family, workload, plan, log, yardstick).columns():
+                yield Row(group, entry.contender, device.type, workload, entry.setting, **columns, source=source)
+        # Compiled code is of this group's sizes, and so are the blocks of memory that its contenders leave.
+        torch.compiler.reset()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
-    return record(workloads if unets else (), rows_of, log, output), log.failures
+    return record(workloads, rows_of, log, output), log.failures
+
+
+@contextmanager
+def _caches_of_the_compiler(cold: bool) -> Iterator[None]:
+    """Where cold, torch uses nothing again that it compiled before; Triton still knows kernels of the same text."""
+    with torch.compiler.config.patch(force_disable_caches=cold), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "dynamo_pgo force disabled", UserWarning)
+        yield
 
 
 def _contenders(text: str) -> tuple[str, ...]:
@@ -135,36 +98,79 @@ def _size(text: str) -> int:
     return int(text)
 
 
-def _count(text: str, least: int = 1) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}.")
+def _at_least_two(text: str) -> int:
+    # A percentile needs two times.
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 2 on, got {text!r}.")
     return int(text)
 
 
+def _up_to(most: int) -> Callable[[str], tuple[int, ...]]:
+    def counts(text: str) -> tuple[int, ...]:
+        parsed = parse_counts(text)
+        if max(parsed) > most:
+            raise argparse.ArgumentTypeError(f"expected whole numbers up to {most}, got {text!r}.")
+        return parsed
+
+    return counts
+
+
 def _parser() -> argparse.ArgumentParser:
-    lines = [f"  {name:22} {contender.about}" for name, contender in CONTENDERS.items()]
+    lines = [f"  {name:24} {contender.about}" for name, contender in CONTENDERS.items()]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.unet",
-        description="One denoising step of a whole UNet with random weights, upcycled beside the original.",
+        description="One denoising step of a whole UNet with random weights: upcycled, the original, other peers.",
         epilog="contenders:\n" + "\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", choices=tuple(MODELS), help="(default: sd15)")
-    parser.add_argument("--device", choices=tuple(TARGETS), default="cpu", help="(default: cpu)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="(default: bf16)")
-    parser.add_argument("--batches", type=parse_counts, help=f"samples of a step (default: {TASKS}, one for each task)")
-    parser.add_argument("--size", type=_size, help="edge of the pictures in pixels (default: 512)")
-    parser.add_argument("--experts", type=_count, default=4, help="(default: 4)")
-    parser.add_argument("--top-k", type=_count, default=DENSE, help="active experts (default: all, dense routing)")
-    parser.add_argument(
-        "--contenders", type=_contenders, default=tuple(CONTENDERS), help="names, separated by commas (default: all)"
+    add = parser.add_argument
+    add("--model", choices=tuple(MODELS), help="(default: sd15)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    add("--dtype", choices=tuple(DTYPES), default="bf16", help="(default: bf16)")
+    add("--batches", type=parse_counts, help=f"pictures of a step (default: 1,2,4,8; {TASKS} on a CPU)")
+    add("--branches", type=_up_to(3), default=(1,), help="rows of a picture: guidance doubles, triples (default: 1)")
+    add("--size", type=_size, help="edge of the pictures in pixels (default: 512; 1024 for sdxl)")
+    add("--experts", type=parse_counts, help="(default: 4; 1 for sdxl)")
+    add("--top-k", type=parse_top_k, default=(DENSE,), help="active experts, or dense (default: dense)")
+    add("--tasks", type=_up_to(TASKS), default=(1, TASKS), help=f"in a batch (default: 1,{TASKS})")
+    add(
+        "--contenders", type=_contenders, help="names, or all (default: stock,mtu-eager,mtu-cpp on a CPU; most on CUDA)"
     )
-    # A percentile needs two times.
-    at_least_two = functools.partial(_count, least=2)
-    parser.add_argument("--runs", type=at_least_two, help=f"timed steps of each contender (default: {MIN_ROUNDS})")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: a tiny model, two runs")
-    parser.add_argument("--output", type=Path, help="CSV to add rows to (default: results/unet_DEVICE.csv)")
+    add("--runs", type=_at_least_two, help=f"least timed steps of each contender (default: {MIN_ROUNDS})")
+    add("--seconds", type=float, help="for each contender (default: 1; 0 on a CPU)")
+    add("--warm-caches", action="store_true", help="let the compiler reuse what it compiled before: no warmup_s then")
+    add("--quick", action="store_true", help="a smoke test: a tiny model, two runs")
+    add("--output", type=Path, help="CSV to add rows to (default: results/unet_DEVICE.csv)")
+    add("--commit", help="for the provenance, in a copy of the tree without its git directory")
+    add("--report", type=Path, metavar="CSV", help="measure nothing: print the ratios of these rows")
+    add("--tested", help="contender that the ratios are of, without +graphs (default: by device)")
     return parser
+
+
+def _fill_in(options: argparse.Namespace) -> None:
+    """The defaults that depend on other options.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs a CUDA device, and torch finds none.")
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    small = options.quick or options.device == "cpu"
+    options.model = options.model or ("tiny" if options.quick else "sd15")
+    defaults = {
+        "size": default_size(options.model),
+        "batches": (TASKS,) if small else (1, 2, 4, 8),
+        "experts": (default_experts(options.model),),
+        "contenders": default_contenders(options.device),
+        "runs": 2 if options.quick else MIN_ROUNDS,
+        "seconds": 0.0 if options.quick else _SECONDS[options.device],
+        "output": RESULTS / f"unet_{options.device}.csv",
+    }
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -174,21 +180,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     parser = _parser()
     options = parser.parse_args(argv)
-    for name, value in (_QUICK if options.quick else _DEFAULTS).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    output = options.output or RESULTS / f"unet_{options.device}.csv"
-    source = provenance(command_line("benchmarks.unet", argv))
-    setting = Setting(options.experts, options.top_k, TASKS)
     try:
-        check_setting(options.model, setting)
-        check_header(output, [*COLUMNS, *source])
+        if options.report is not None:
+            print("\n".join(report(read_rows(options.report), options.tested, TARGETS)))
+            return 0
+        _fill_in(options)
+        device = torch.device(options.device)
+        layouts = [Setting(E, K) for E in options.experts for K in options.top_k]
+        for layout in layouts:
+            check_setting(options.model, layout)
+        source = provenance(command_line("benchmarks.unet", argv), device, options.commit)
+        check_header(options.output, [*COLUMNS, *source])
     except ValueError as error:
         parser.error(str(error))
-    workloads = [Workload(options.model, options.size, B, options.dtype) for B in options.batches]
-    rows, failures = run(options.contenders, workloads, setting, options.runs, output, source)
-    print(f"{len(rows)} rows added to {output}")
-    print("\n".join(report(rows, targets=TARGETS)))
+    settings = tuple(layout._replace(tasks=tasks) for layout in layouts for tasks in options.tasks)
+    plan = Plan(options.contenders, settings, options.runs, options.seconds, not options.warm_caches)
+    workloads = [
+        Workload(options.model, options.size, B, branches, options.dtype)
+        for branches in options.branches
+        for B in options.batches
+    ]
+    rows, failures = run(workloads, device, plan, options.output, source)
+    print(f"{len(rows)} rows added to {options.output}")
+    print("\n".join(report(rows, options.tested, TARGETS)))
     return 1 if failures else 0
 
 

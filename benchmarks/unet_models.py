@@ -1,9 +1,12 @@
-"""The UNets that are measured, the original and the upcycled one; their inputs; and what their outputs are held to."""
+"""The UNets that are measured, the original and those made from it; their inputs; and what outputs are held to."""
 
 from __future__ import annotations
 
+import copy
+import functools
 import warnings
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -15,22 +18,55 @@ from benchmarks.inputs import DTYPES
 from benchmarks.sweeps import Setting
 from benchmarks.unet_rows import Workload
 from mtu.inspection import BUILT_IN
-from mtu.tasks import SD_TASKS
+from mtu.tasks import SD_TASKS, SDXL_TASKS, TaskSpec
 
+# Smoke tests: two levels of the published models, on a few channels.
+_TINY = {"norm_num_groups": 8, "cross_attention_dim": 32, "layers_per_block": 1, "block_out_channels": (32, 64)}
+_TINY_SD = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+_TINY_XL = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (2, 4),
+    "transformer_layers_per_block": (1, 2),
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 40,
+}
 # Arguments of the original's class. Weights are random: what they are makes no difference to time.
 MODELS: dict[str, dict[str, Any]] = {
     "sd15": BUILT_IN["sd15"],
-    # The same layout on a few channels, for a smoke test.
-    "tiny": BUILT_IN["sd15"]
-    | {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1, "norm_num_groups": 8, "cross_attention_dim": 32},
+    "sdxl": BUILT_IN["sdxl"],
+    "tiny": BUILT_IN["sd15"] | _TINY | _TINY_SD,
+    "tiny-xl": BUILT_IN["sdxl"] | _TINY | _TINY_XL,
 }
 # Pixels per latent.
 LATENT_FACTOR = 8
 TASKS = len(SD_TASKS)
-# Small enough for a run in a wider dtype.
-CHECKED_SIZE = 64
 _TEXT_TOKENS = 77
 _TIMESTEP = 500
+# Of SDXL: original and target size, and where the picture was cropped.
+_TIME_IDS = 6
+# Seeds of a row's numbers: more branches than guidance has.
+_MOST_BRANCHES = 8
+
+Unet = TypeVar("Unet", bound=UNet2DConditionModel)
+
+
+def tasks_of(model: str) -> tuple[TaskSpec, ...]:
+    """The paper's tasks as they are sampled on this model."""
+    return SDXL_TASKS if MODELS[model].get("addition_embed_type") == "text_time" else SD_TASKS
+
+
+def default_experts(model: str) -> int:
+    """E of the paper's best layout."""
+    return 1 if tasks_of(model) is SDXL_TASKS else 4
+
+
+def default_size(model: str) -> int:
+    """Edge of the pictures that the model was made for, in pixels; of the tiny ones a small one."""
+    return 64 if model.startswith("tiny") else LATENT_FACTOR * MODELS[model]["sample_size"]
 
 
 def check_setting(model: str, setting: Setting) -> None:
@@ -40,104 +76,224 @@ def check_setting(model: str, setting: Setting) -> None:
     mtu.upcycle(original, num_experts=setting.E, top_k=setting.K, init="paper", backend="eager")
 
 
-def build_original(model: str, dtype: str) -> UNet2DConditionModel:
-    """The stock UNet with seeded random weights, the same ones at every call, in eval mode."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        unet = UNet2DConditionModel(**MODELS[model]).requires_grad_(False).eval()
-        for parameter in unet.parameters():
-            if parameter.dim() == 1:
-                # Fresh norms are 1 and 0, and would hide that a contender forgets them.
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return _cast(unet, DTYPES[dtype])
+@torch.no_grad()
+def build_original(model: str, dtype: str, device: torch.device) -> UNet2DConditionModel:
+    """The stock UNet with seeded random weights, in eval mode, drawn where and as what they stay.
 
-
-def build_upcycled(model: str, dtype: str, setting: Setting, backend: str) -> mtu.MTUUNet2DConditionModel:
-    """The original upcycled to four tasks, with its routers, in eval mode.
-
-    Raises:
-        RuntimeError: the backend is not part of this installation.
+    Norms are not 1 and 0, which would hide that a contender forgets them, and layers keep the variance of what they
+    get, so that each of them matters to the output.
     """
-    with warnings.catch_warnings():
-        # Top-k routing does not preserve the original, and may leave experts without a task: neither matters to time.
-        warnings.simplefilter("ignore", UserWarning)
-        original = build_original(model, dtype)
-        unet = mtu.upcycle(original, num_experts=setting.E, top_k=setting.K, backend=backend)
-    return unet.requires_grad_(False)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**MODELS[model])
+    # Never in float32: SDXL would need four times the memory of what is kept while it is cast.
+    _cast(unet, DTYPES[dtype]).to_empty(device=device).requires_grad_(False).eval()
+    generator = torch.Generator(device).manual_seed(0)
+    for module in unet.modules():
+        is_norm = isinstance(module, nn.GroupNorm | nn.LayerNorm)
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() == 1:
+                parameter.normal_(0, 0.3, generator=generator)
+            else:
+                bound = (3 / parameter[0].numel()) ** 0.5
+                parameter.uniform_(-bound, bound, generator=generator)
+        if is_norm:
+            module.weight.add_(1)
+    return unet
 
 
-def draw_inputs(unet: UNet2DConditionModel, workload: Workload, tasks: int) -> dict[str, Any]:
-    """Arguments of one step: the same random numbers for every UNet, of which each takes the channels that it reads.
+def share(unet: Unet) -> Unet:
+    """A copy of a UNet's modules on the same memory; what is done to its modules and parameters leaves the other be."""
+    tensors: dict[int, Tensor] = {id(t): nn.Parameter(t.detach(), requires_grad=False) for t in unet.parameters()}
+    tensors |= {id(t): t.detach() for t in unet.buffers()}
+    return copy.deepcopy(unet, tensors)
+
+
+class Family:
+    """The original and what is made from it, each once: contenders share the weights that they do not change.
 
     Args:
-        unet: the original, which gets the noisy latents, or the upcycled one, which gets the condition image, too.
-        workload: batch, size and dtype.
-        tasks: distinct tasks of the upcycled UNet's samples, in turn.
+        model: one of `MODELS`.
+        dtype: of the weights.
+        device: where they are.
     """
-    generator = torch.Generator().manual_seed(1)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(DTYPES[workload.dtype])
+    def __init__(self, model: str, dtype: str, device: torch.device) -> None:
+        self.model, self.dtype, self.device = model, dtype, device
+        self._upcycled: dict[Setting, mtu.MTUUNet2DConditionModel] = {}
+        self._fine_tuned: dict[int, UNet2DConditionModel] = {}
 
-    B, edge = workload.B, workload.size // LATENT_FACTOR
-    channels = unet.config.in_channels + max(spec.condition_channels for spec in SD_TASKS)
-    inputs = {
-        "sample": normal(B, channels, edge, edge)[:, : unet.conv_in.in_channels].contiguous(),
-        "timestep": torch.tensor(_TIMESTEP),
-        "encoder_hidden_states": normal(B, _TEXT_TOKENS, unet.config.cross_attention_dim),
+    @functools.cached_property
+    def _original(self) -> UNet2DConditionModel:
+        return build_original(self.model, self.dtype, self.device)
+
+    @functools.cached_property
+    def _folded(self) -> mtu.MTUUNet2DConditionModel:
+        task = tasks_of(self.model)[0]
+        exported = self.upcycled(Setting(default_experts(self.model)), "eager").export_task(task.name)
+        return mtu.upcycle(exported, [task], num_experts=1, backend="eager").requires_grad_(False)
+
+    def original(self) -> UNet2DConditionModel:
+        """The stock UNet."""
+        return share(self._original)
+
+    def upcycled(self, setting: Setting, backend: str, routers: bool = False) -> mtu.MTUUNet2DConditionModel:
+        """The original upcycled to the paper's four tasks, in eval mode.
+
+        Args:
+            setting: of the experts.
+            backend: of the kernels.
+            routers: keep them; by default they are dropped, as they are for deployment.
+
+        Raises:
+            RuntimeError: the backend is not part of this installation.
+        """
+        setting = setting._replace(tasks=1)
+        if setting not in self._upcycled:
+            with warnings.catch_warnings():
+                # Top-k routing does not preserve the original, and may leave experts without a task: neither matters.
+                warnings.simplefilter("ignore", UserWarning)
+                unet = mtu.upcycle(self.original(), num_experts=setting.E, top_k=setting.K, backend="eager")
+            self._upcycled[setting] = unet.requires_grad_(False)
+        return _deployed(share(self._upcycled[setting]), backend, routers)
+
+    def folded(self, backend: str) -> mtu.MTUUNet2DConditionModel:
+        """One task of the upcycled UNet, folded into plain layers and upcycled again to one expert."""
+        return _deployed(share(self._folded), backend, routers=False)
+
+    def fine_tuned(self, task: int) -> UNet2DConditionModel:
+        """A UNet of the task's own: a stock one on memory of its own, the same at every call."""
+        if task not in self._fine_tuned:
+            self._fine_tuned[task] = copy.deepcopy(self._original)
+        return self._fine_tuned[task]
+
+
+def _deployed(unet: mtu.MTUUNet2DConditionModel, backend: str, routers: bool) -> mtu.MTUUNet2DConditionModel:
+    unet.set_backend(backend)
+    if not routers:
+        unet.drop_routers_()
+    return unet
+
+
+class Batch(NamedTuple):
+    """What a step is given.
+
+    Attributes:
+        inputs: arguments of the UNet, their rows in the order of pictures; `sample` with the channels of all tasks.
+        tasks: of each row.
+        branches: rows of each picture.
+    """
+
+    inputs: dict[str, Any]
+    tasks: tuple[int, ...]
+    branches: int
+
+
+def draw_batch(workload: Workload, device: torch.device, tasks: int, first: int = 0) -> Batch:
+    """A batch of random numbers; those of a picture's branch are the same in every batch of its size and dtype.
+
+    Args:
+        workload: rows, size and dtype.
+        device: of the tensors.
+        tasks: how many the pictures have, in turn. Of one task, it is the first; of several, all of the model's tasks
+            have their turn as `first` moves on.
+        first: task of the first picture.
+    """
+    config, edge = MODELS[workload.model], workload.size // LATENT_FACTOR
+    specs = tasks_of(workload.model)
+    channels = 4 + max(spec.condition_channels for spec in specs)
+    width = config["cross_attention_dim"]
+    pooled = config.get("projection_class_embeddings_input_dim", 0)
+    pooled -= _TIME_IDS * config.get("addition_time_embed_dim", 0)
+    shapes = {"sample": (channels, edge, edge), "encoder_hidden_states": (_TEXT_TOKENS, width)}
+    shapes |= {"text_embeds": (pooled,)} if pooled else {}
+    rows = []
+    for picture in range(workload.B):
+        for branch in range(workload.branches):
+            generator = torch.Generator().manual_seed(picture * _MOST_BRANCHES + branch)
+            rows.append({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()})
+    inputs: dict[str, Any] = {
+        name: torch.stack([row[name] for row in rows]).to(device, DTYPES[workload.dtype]) for name in rows[0]
     }
-    if isinstance(unet, mtu.MTUUNet2DConditionModel):
-        inputs["task_ids"] = torch.arange(B) % tasks
-    return inputs
+    if "text_embeds" in inputs:
+        time_ids = torch.tensor([workload.size, workload.size, 0, 0, workload.size, workload.size])
+        time_ids = time_ids.to(inputs["text_embeds"]).repeat(workload.rows, 1)
+        inputs["added_cond_kwargs"] = {"text_embeds": inputs.pop("text_embeds"), "time_ids": time_ids}
+    inputs["timestep"] = torch.tensor(_TIMESTEP, device=device)
+    of_pictures = [(first + picture % tasks) % len(specs) for picture in range(workload.B)]
+    return Batch(inputs, tuple(task for task in of_pictures for _ in range(workload.branches)), workload.branches)
+
+
+def take(batch: Batch, rows: Sequence[int], channels: int) -> dict[str, Any]:
+    """Arguments of a call for some rows, whose `sample` has so many channels: tensors of their own."""
+
+    def taken(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: taken(tensor) for name, tensor in value.items()}
+        return value if value.dim() == 0 else value[list(rows)]
+
+    inputs = {name: taken(value) for name, value in batch.inputs.items()}
+    return inputs | {"sample": inputs["sample"][:, :channels].contiguous()}
 
 
 class Yardstick(NamedTuple):
-    """Outputs on a batch of all tasks, which a contender's are compared with.
+    """Outputs for the first branch of the first few pictures, which a contender's are compared with.
 
     Attributes:
-        workload: of that batch.
+        dtype: that is computed in.
         user: of the code whose error is the yardstick, in that dtype.
         exact: of the same code and weights in a wider dtype.
     """
 
-    workload: Workload
+    dtype: torch.dtype
     user: Tensor
     exact: Tensor
 
-    def check(self, unet: UNet2DConditionModel) -> None:
-        """Asserts ``max|unet − exact| <= 2 · max|user − exact| + ulp · max|exact|``.
+    def check(self, output: Tensor, branches: int) -> None:
+        """Asserts ``max|output − exact| <= 2 · max|user − exact| + ulp · max|exact|``.
+
+        Args:
+            output: of all rows.
+            branches: rows of each picture.
 
         Raises:
             WrongResult: one sentence with the error and what is allowed.
         """
-        dtype = DTYPES[self.workload.dtype]
-        output = _predict(unet, draw_inputs(unet, self.workload, TASKS))
-        hold("the UNet's output", output, self.user, self.exact, dtype, torch.finfo(dtype).eps)
-
-
-def make_yardstick(workload: Workload, setting: Setting) -> Yardstick:
-    """What UNets of this setting are held to.
-
-    With dense routing, a freshly upcycled UNet computes for each of its tasks what the original does, so it is held to
-    the original. Top-k routing leaves hidden units out: there it is held to the upcycled UNet on the specification.
-    """
-    model, _, _, dtype = workload
-    if setting.K is None:
-        unet = build_original(model, dtype)
-    else:
-        unet = build_upcycled(model, dtype, setting, "reference")
-        # Routers in a wider dtype might choose other experts.
-        unet.drop_routers_()
-    inputs = draw_inputs(unet, workload, TASKS)
-    user = _predict(unet, inputs)
-    wide = torch.float64 if dtype == "fp32" else torch.float32
-    widened = {name: t.to(wide) if t.is_floating_point() else t for name, t in inputs.items()}
-    return Yardstick(workload, user, _predict(_cast(unet, wide), widened))
+        compared = output[::branches][: len(self.exact)]
+        user, exact = self.user[: len(compared)], self.exact[: len(compared)]
+        # A row that is not a number is not compared, but would be timed.
+        compared = torch.where(output.isfinite().all(), compared, torch.nan)
+        hold("the UNet's output", compared, user, exact, self.dtype, torch.finfo(self.dtype).eps)
 
 
 @torch.no_grad()
-def _predict(unet: UNet2DConditionModel, inputs: dict[str, Any]) -> Tensor:
-    return unet(**inputs).sample
+def make_yardstick(family: Family, workload: Workload, setting: Setting) -> Yardstick:
+    """What UNets of this setting are held to, at this size.
+
+    With dense routing, a freshly upcycled UNet computes for each of its tasks what the original does, so it is held to
+    the original. Top-k routing leaves hidden units out: there it is held to the upcycled UNet on the specification.
+    Pictures go one by one, so that a wide dtype needs little memory.
+    """
+    batch = draw_batch(workload._replace(B=TASKS, branches=1), family.device, setting.tasks)
+    # Tables, not routers, which might choose other experts in a wider dtype.
+    unet = family.original() if setting.K is None else family.upcycled(setting, "reference")
+    user = _one_by_one(unet, batch)
+    # Products of float32 may be rounded to TF32 on a GPU.
+    wide = torch.float64 if workload.dtype == "fp32" or family.device.type == "cuda" else torch.float32
+    return Yardstick(DTYPES[workload.dtype], user, _one_by_one(_cast(unet, wide), batch))
+
+
+def _one_by_one(unet: UNet2DConditionModel, batch: Batch) -> Tensor:
+    outputs = []
+    for row, task in enumerate(batch.tasks):
+        inputs = take(batch, [row], unet.conv_in.in_channels)
+        added = inputs.get("added_cond_kwargs", {})
+        inputs |= {name: t.to(unet.dtype) for name, t in inputs.items() if name in ("sample", "encoder_hidden_states")}
+        if added:
+            inputs["added_cond_kwargs"] = {name: t.to(unet.dtype) for name, t in added.items()}
+        if isinstance(unet, mtu.MTUUNet2DConditionModel):
+            inputs["task_ids"] = torch.tensor([task], device=inputs["sample"].device)
+        outputs.append(unet(**inputs, return_dict=False)[0])
+    return torch.cat(outputs)
 
 
 def _cast(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:

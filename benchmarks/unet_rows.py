@@ -2,77 +2,139 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 from benchmarks.report import Target
-from benchmarks.sweeps import DENSE, Setting
+from benchmarks.rows import AnyRow, Number, read_rows_as
+from benchmarks.sweeps import DENSE
 
 
 class Workload(NamedTuple):
-    """What all rows of a group share: one denoising step of a model, for `B` pictures of `size` pixels an edge."""
+    """What all rows of a group share: one denoising step of a model, for `B` pictures of `size` pixels an edge.
+
+    Guidance has the UNet predict the noise of each picture more than once: `branches` times, so that its batch has
+    B · branches rows.
+    """
 
     model: str
     size: int
     B: int
+    branches: int
     dtype: str
 
     # No annotation, so no field: a step is what sampling asks of a UNet, and what the targets are stated for.
     direction = "forward"
 
+    @property
+    def rows(self) -> int:
+        return self.B * self.branches
+
     def __str__(self) -> str:
-        return f"{self.model} {self.size}x{self.size} B={self.B} {self.dtype}"
-
-
-class Row(NamedTuple):
-    """One measurement.
-
-    Attributes:
-        group: rows with the same group were measured interleaved, and may be compared.
-        device: kind of it.
-        setting: that of the experts; its default for the original.
-        peak_bytes: the most that a step holds at once, the weights not counted.
-        source: where it comes from, as `benchmarks.provenance` says it.
-    """
-
-    group: str
-    contender: str
-    device: str
-    workload: Workload
-    setting: Setting
-    graph: bool
-    median_us: float
-    p20_us: float
-    p80_us: float
-    rounds: int
-    peak_bytes: int
-    source: dict[str, str]
-
-    def cells(self) -> dict[str, str]:
-        """The row as text, by column."""
-        E, K, tasks = self.setting
-        cells = {"group": self.group, "contender": self.contender, "device": self.device, **self.workload._asdict()}
-        cells |= {"E": E, "K": "dense" if K is None else K, "tasks": tasks, "graph": int(self.graph)}
-        cells |= {name: f"{getattr(self, name):.0f}" for name in ("median_us", "p20_us", "p80_us")}
-        cells |= {"rounds": self.rounds, "peak_bytes": self.peak_bytes}
-        return {name: str(value) for name, value in cells.items()} | self.source
+        branches = f" branches={self.branches}" * (self.branches > 1)
+        return f"{self.model} {self.size}x{self.size} B={self.B}{branches} {self.dtype}"
 
 
 COLUMNS = ("group", "contender", "device", *Workload._fields, "E", "K", "tasks", "graph")
-COLUMNS += ("median_us", "p20_us", "p80_us", "rounds", "peak_bytes")
+COLUMNS += ("median_us", "p20_us", "p80_us", "rounds")
+COLUMNS += ("peak_bytes", "weight_bytes", "warmup_s", "switch_us", "images_per_s")
 
 
-def _published(workload: Workload) -> bool:
-    return (workload.model, workload.size, workload.dtype) == ("sd15", 512, "bf16")
+@dataclasses.dataclass(frozen=True)
+class Row(AnyRow):
+    """One measurement of a step.
+
+    Attributes:
+        peak_bytes: the most that a step holds at once, the weights not counted; of a CUDA graph the most that was held
+            while it was prepared, which its memory is kept for.
+        weight_bytes: of all parameters and buffers that the contender keeps on the device, each storage once.
+        warmup_s: of compiling and capturing; None where nothing is.
+        switch_us: median of what must happen between two steps where the tasks of the batch change; None: nothing.
+        images_per_s: at the paper's number of steps, the UNet alone.
+    """
+
+    workload: Workload
+    weight_bytes: int
+    warmup_s: float | None
+    switch_us: float | None
+    images_per_s: float
+
+    columns = COLUMNS
+    numbers: ClassVar = {
+        **{name: Number(float, ".0f") for name in ("median_us", "p20_us", "p80_us")},
+        **{name: Number(int, "d") for name in ("rounds", "peak_bytes", "weight_bytes")},
+        **{name: Number(float, ".1f") for name in ("warmup_s", "switch_us")},
+        "images_per_s": Number(float, ".4g"),
+    }
+    workloads = Workload
 
 
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a CSV file of whole UNets.
+
+    Raises:
+        ValueError: there is no such file, or a column is missing.
+    """
+    return read_rows_as(Row, path, "benchmarks.unet")
+
+
+def _sd15(workload: Workload) -> bool:
+    return (workload.model, workload.size) == ("sd15", 512)
+
+
+def _sdxl(workload: Workload) -> bool:
+    return (workload.model, workload.size) == ("sdxl", 1024)
+
+
+_MIXED = {"K": DENSE, "tasks": 4}
+_SWITCH = {"setting": _MIXED, "quantity": "switch_us", "to_quantity": "median_us"}
+_WEIGHTS = {"setting": _MIXED, "quantity": "weight_bytes", "where": lambda w: _sd15(w) or _sdxl(w)}
+_BATCHED = {"setting": _MIXED, "where": lambda w: w.B == 4}
+# Of the contenders, "graphs" stands for compiled code in a CUDA graph.
+_GRAPHS = {"of": "{tested}+graphs", "dtype": "bf16"}
+_EACH = "{tested}+graphs@each"
 TARGETS: dict[str, tuple[Target, ...]] = {
+    "cuda": (
+        Target(
+            "SD 1.5 at 512x512, four mixed tasks, graphs / the original, graphs",
+            **_GRAPHS,
+            at_most=1.00,
+            to="stock+graphs",
+            setting={"E": 4, **_MIXED},
+            where=_sd15,
+        ),
+        Target(
+            "SDXL at 1024x1024, four mixed tasks, graphs / the original, graphs",
+            **_GRAPHS,
+            at_most=1.00,
+            to="stock+graphs",
+            setting={"E": 1, **_MIXED},
+            where=_sdxl,
+        ),
+        Target(
+            "SD 1.5 at 512x512, batch of 2, graphs / the original, eager",
+            **_GRAPHS,
+            at_most=0.55,
+            to="stock",
+            setting={"E": 4, "K": DENSE, "tasks": 2},
+            where=lambda w: _sd15(w) and w.rows == 2,
+        ),
+        Target("switching tasks / a step", **_GRAPHS, at_most=0.01, to="{tested}+graphs", **_SWITCH),
+        Target("weights of four tasks / the original's", **_GRAPHS, at_most=1.02, to="stock+graphs", **_WEIGHTS),
+        Target("four tasks at once / one after another", **_GRAPHS, at_most=0.85, to=_EACH, **_BATCHED),
+    ),
     "cpu": (
         Target(
-            "whole SD 1.5 UNet at 512x512, bf16, four mixed tasks / the original, eager",
+            "SD 1.5 at 512x512, four mixed tasks / the original, eager",
             0.97,
-            to="stock-eager",
-            setting={"E": 4, "K": DENSE, "tasks": 4},
-            where=_published,
+            to="stock",
+            setting={"E": 4, **_MIXED},
+            where=_sd15,
+            dtype="bf16",
         ),
+        Target("switching tasks / a step", 0.01, **_SWITCH),
+        Target("weights of four tasks / the original's", 1.02, to="stock", **_WEIGHTS),
+        Target("four tasks at once / one after another", None, to="{tested}@each", **_BATCHED),
     ),
 }

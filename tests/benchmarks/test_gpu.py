@@ -1,9 +1,9 @@
-"""Timing by CUDA graphs, and memory of a GPU."""
+"""Timing by CUDA graphs, memory of a GPU, and whole UNets on it."""
 
 import pytest
 import torch
 
-from benchmarks import moe_ffn
+from benchmarks import moe_ffn, unet, unet_rows
 from benchmarks.memory import peak_bytes
 from benchmarks.rows import read_rows
 from benchmarks.timing import host_us, time_interleaved, warm_up
@@ -61,3 +61,38 @@ def test_a_quick_run(tmp_path):
         assert row.graph == (row.contender != "loop" or row.setting.K is None)
         assert row.host_us > 0
         assert row.source["processor"] == torch.cuda.get_device_name()
+
+
+# Dynamo says this of diffusers' code.
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+@pytest.mark.parametrize("model", ["tiny", "tiny-xl"])
+def test_whole_unets(model, tmp_path, capfd):
+    names = ["stock", "stock+graphs", "stock-recipe+compile", "stock-recipe+graphs", "mtu-eager+graphs", "mtu-triton"]
+    names += ["mtu-triton+graphs", "mtu-triton+graphs@each", "mtu-triton+graphs@routers", "mtu-triton-folded+graphs"]
+    names += ["four-unets", "swapped-unets", "swapped-unets+graphs", "lora-hotswap+graphs", "lora-per-sample"]
+    output = tmp_path / "rows.csv"
+    arguments = ["--quick", "--device", "cuda", "--model", model, "--tasks", "4", "--warm-caches"]
+    arguments += ["--contenders", ",".join(names), "--output", str(output)]
+    assert unet.main(arguments) == 0
+    rows = {row.contender: row for row in unet_rows.read_rows(output)}
+    assert list(rows) == names
+    assert "without a CUDA graph" not in capfd.readouterr().err
+    for name, row in rows.items():
+        assert row.graph == ("+graphs" in name)
+        assert row.peak_bytes > 0
+        assert row.source["processor"] == torch.cuda.get_device_name()
+    # Sources of the swap are in the host's memory.
+    assert rows["swapped-unets"].weight_bytes == rows["stock"].weight_bytes
+    assert rows["mtu-triton+graphs"].weight_bytes <= 1.02 * rows["stock"].weight_bytes
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+def test_several_sizes_and_settings_of_captured_unets(tmp_path):
+    output = tmp_path / "rows.csv"
+    arguments = ["--quick", "--device", "cuda", "--batches", "2,1", "--branches", "1,2", "--top-k", "dense,2"]
+    arguments += ["--contenders", "stock+graphs,mtu-triton+graphs", "--output", str(output)]
+    assert unet.main(arguments) == 0
+    rows = unet_rows.read_rows(output)
+    # Of two pictures with one task and two, of one picture with one; each dense and with top-2.
+    assert len(rows) == 2 * (1 + 4) + 2 * (1 + 2)
+    assert all(row.graph and row.warmup_s > 0 for row in rows)

@@ -1,5 +1,7 @@
 """Ratios and targets, from rows that nobody measured."""
 
+import dataclasses
+
 import pytest
 
 from benchmarks.moe_ffn import main
@@ -56,6 +58,21 @@ def test_bytes_are_compared_where_both_are_known():
     assert ratios(target._replace(to="products"), rows) == []
 
 
+def test_two_columns_of_one_row_may_be_compared():
+    rows = [make_row(TRITON, 200, host_us=10.0), make_row(TRITON, 100, B=1, host_us=None)]
+    assert ratios(Target("host", 0.1, quantity="host_us", to_quantity="median_us"), rows) == [0.05]
+
+
+def test_a_ratio_without_a_target_is_said():
+    rows = [make_row("eager", 100), make_row(TRITON, 300)]
+    targets = {"cuda": [Target("to eager", None, to="eager"), Target("to products", None, to="products")]}
+    at = "largest of 1, at 320x4096 B=8 bf16 forward E=4 dense tasks=1"
+    assert report(rows, targets=targets)[1:] == [
+        f"  to eager: 3.000 (no target; {at})",
+        "  to products: not measured (no target)",
+    ]
+
+
 def test_the_table_says_what_was_measured_and_what_was_not():
     rows = [make_row("products", 100), make_row("eager", 200), make_row(TRITON, 120)]
     rows += [make_row("products", 50, B=1), make_row(TRITON, 50, B=1)]
@@ -88,7 +105,8 @@ def test_rows_survive_a_file(tmp_path, capsys):
     path = tmp_path / "deep" / "rows.csv"
     for row in rows:
         append_row(path, row)
-    assert read_rows(path) == [row._replace(p20_us=round(row.p20_us, 2), p80_us=round(row.p80_us, 2)) for row in rows]
+    rounded = [{name: round(getattr(row, name), 2) for name in ("p20_us", "p80_us")} for row in rows]
+    assert read_rows(path) == [dataclasses.replace(row, **times) for row, times in zip(rows, rounded, strict=True)]
     assert main(["--report", str(path)]) == 0
     assert capsys.readouterr().out.splitlines() == report(rows)
 

@@ -1,38 +1,50 @@
-"""Whole UNets: the command on a tiny model, its check, its report."""
+"""Whole UNets: the command on tiny models, and its report."""
 
 import csv
+import functools
 
 import pytest
 import torch
 
 from benchmarks import unet
-from benchmarks.correctness import WrongResult
 from benchmarks.provenance import provenance
 from benchmarks.report import pairs_of, report
 from benchmarks.rows import append_row
 from benchmarks.sweeps import Setting, heeded
-from benchmarks.unet_models import build_original, build_upcycled, draw_inputs, make_yardstick
-from benchmarks.unet_rows import COLUMNS, TARGETS, Row, Workload
+from benchmarks.unet_contenders import CONTENDERS, Contender, default_contenders
+from benchmarks.unet_models import tasks_of
+from benchmarks.unet_rows import COLUMNS, TARGETS, Row, Workload, read_rows
+from benchmarks.unet_subjects import Part, Subject, at_once, call, stock_inputs
 
-DENSE, TOP_2 = Setting(4, None, 4), Setting(4, 2, 4)
-PUBLISHED = Workload("sd15", 512, 4, "bf16")
+DENSE = Setting(4, None, 4)
+PUBLISHED = Workload("sd15", 512, 4, 1, "bf16")
 SOURCE = {"commit": "abc1234", "processor": "Some CPU"}
-TARGET = "whole SD 1.5 UNet at 512x512, bf16, four mixed tasks / the original, eager"
+TARGET = "SD 1.5 at 512x512, four mixed tasks / the original, eager"
+# Dynamo says this of diffusers' code.
+COMPILING = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
 
 
-def make_row(contender, seconds, workload=PUBLISHED, setting=DENSE, group="g"):
+def make_row(contender, seconds, workload=PUBLISHED, setting=DENSE, group="g", **columns):
     """A row that nobody measured."""
-    times = (seconds * 1e6, seconds * 0.9e6, seconds * 1.2e6)
-    return Row(group, contender, "cpu", workload, heeded(contender, setting), False, *times, 20, 1000, SOURCE)
+    columns = {
+        "device": "cpu",
+        "graph": False,
+        "median_us": seconds * 1e6,
+        "p20_us": seconds * 0.9e6,
+        "p80_us": seconds * 1.2e6,
+        "peak_bytes": 1000,
+        "weight_bytes": 100,
+        "warmup_s": None,
+        "switch_us": None,
+        "images_per_s": 0.5,
+        **columns,
+    }
+    setting = heeded(contender, setting)
+    return Row(group, contender, workload=workload, setting=setting, rounds=20, source=SOURCE, **columns)
 
 
-def read(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def run_quickly(path, *arguments, contenders="stock-eager,mtu-eager"):
-    arguments = ["--quick", "--contenders", contenders, "--output", str(path), *arguments]
+def run_quickly(path, *arguments, contenders="stock,mtu-eager"):
+    arguments = ["--quick", "--device", "cpu", "--contenders", contenders, "--output", str(path), *arguments]
     return unet.main(arguments), provenance(f"python -m benchmarks.unet {' '.join(arguments)}")
 
 
@@ -44,61 +56,142 @@ def test_a_run_from_start_to_report(tmp_path, capsys):
     status, source = run_quickly(output, "--batches", "4,1", "--runs", "3")
     assert status == 0
     out = capsys.readouterr().out
-    assert f"4 rows added to {output}" in out
+    assert f"5 rows added to {output}" in out
     assert "tiny 64x64 B=4 bf16 " in out
     assert f"  {TARGET}: not measured (at most 0.97)" in out
-    cells = read(output)
-    assert tuple(cells[0]) == (*COLUMNS, *source)
-    assert [(row["contender"], row["B"], row["E"], row["K"], row["tasks"]) for row in cells] == [
-        ("stock-eager", "4", "1", "dense", "1"),
-        ("mtu-eager", "4", "4", "dense", "4"),
-        ("stock-eager", "1", "1", "dense", "1"),
-        ("mtu-eager", "1", "4", "dense", "1"),
+    with output.open(newline="") as file:
+        assert tuple(next(csv.reader(file))) == (*COLUMNS, *source)
+    rows = read_rows(output)
+    assert [(row.contender, row.workload.B, row.setting) for row in rows] == [
+        ("stock", 4, Setting()),
+        ("mtu-eager", 4, Setting(4)),
+        ("mtu-eager", 4, DENSE),
+        ("stock", 1, Setting()),
+        ("mtu-eager", 1, Setting(4)),
     ]
-    assert [row["group"] == cells[0]["group"] for row in cells] == [True, True, False, False]
-    for row in cells:
-        assert 0 < int(row["p20_us"]) <= int(row["median_us"]) <= int(row["p80_us"])
-        assert row["rounds"] == "3"
-        assert int(row["peak_bytes"]) > 0
-        assert {name: row[name] for name in source} == source
+    assert [row.group == rows[0].group for row in rows] == [True] * 3 + [False] * 2
+    for row in rows:
+        assert 0 < row.p20_us <= row.median_us <= row.p80_us
+        assert row.rounds == 3
+        assert not row.graph
+        assert row.peak_bytes > 0
+        assert row.warmup_s is None
+        assert (row.switch_us is None) == (row.contender == "stock")
+        assert row.images_per_s == pytest.approx(row.workload.B * 1e6 / row.median_us / 20, rel=1e-3)
+        assert row.source == source
+    stock, routed = rows[:2]
+    assert stock.weight_bytes < routed.weight_bytes <= 1.02 * stock.weight_bytes
+
+    assert unet.main(["--report", str(output)]) == 0
+    assert capsys.readouterr().out.splitlines() == report(rows, targets=TARGETS)
 
 
-def test_top_k_and_float32(tmp_path):
+def test_settings_branches_and_the_larger_model(tmp_path):
     output = tmp_path / "rows.csv"
-    assert run_quickly(output, "--top-k", "2", "--experts", "8", "--dtype", "fp32")[0] == 0
-    assert [(row["E"], row["K"], row["dtype"]) for row in read(output)] == [("1", "dense", "fp32"), ("8", "2", "fp32")]
+    arguments = ["--model", "tiny-xl", "--top-k", "dense,2", "--experts", "8", "--dtype", "fp32"]
+    arguments += ["--tasks", "2", "--batches", "2", "--branches", "3", "--commit", "abc1234"]
+    assert run_quickly(output, *arguments)[0] == 0
+    rows = read_rows(output)
+    assert {row.workload for row in rows} == {Workload("tiny-xl", 64, 2, 3, "fp32")}
+    assert {row.source["commit"] for row in rows} == {"abc1234"}
+    assert [row.setting for row in rows] == [Setting(), Setting(8, None, 2), Setting(8, 2, 2)]
+    assert tasks_of("tiny-xl")[0].num_inference_steps == 50
+    assert rows[0].images_per_s == pytest.approx(2e6 / rows[0].median_us / 50, rel=1e-3)
+
+
+def _spoiled(make, family, setting):
+    upcycled = make(family, setting)
+    layer = upcycled.unets[0].routed_layers()[0]
+    layer.net[2].bias.data = torch.zeros_like(layer.net[2].bias)
+    return upcycled
+
+
+def _absent(family, setting):
+    raise RuntimeError("The backend 'cpp' cannot run here: it is not compiled.")
 
 
 def test_contenders_that_are_missing_are_skipped_and_wrong_ones_end_in_an_error(tmp_path, capsys, monkeypatch):
-    def build(model, dtype, setting, backend):
-        if backend == "cpp":
-            raise RuntimeError("The backend 'cpp' cannot run here: it is not compiled.")
-        upcycled = build_upcycled(model, dtype, setting, backend)
-        upcycled.routed_layers()[0].net[2].bias.zero_()
-        return upcycled
-
-    monkeypatch.setattr(unet, "build_upcycled", build)
+    monkeypatch.setitem(
+        CONTENDERS, "mtu-eager", Contender("wrong", functools.partial(_spoiled, CONTENDERS["mtu-eager"].make))
+    )
+    monkeypatch.setitem(CONTENDERS, "mtu-cpp", Contender("missing", _absent))
     output = tmp_path / "rows.csv"
     assert run_quickly(output, contenders="mtu-cpp")[0] == 0
     assert not output.exists()
-    assert run_quickly(output, contenders="stock-eager,mtu-eager,mtu-cpp")[0] == 1
+    assert run_quickly(output, contenders="stock,mtu-eager,mtu-cpp")[0] == 1
     error = capsys.readouterr().err
     skipped = "skipped mtu-cpp at tiny 64x64 B=4 bf16: The backend 'cpp' cannot run here: it is not compiled."
     assert error.count(skipped) == 2
     failed = "FAILED, not timed: mtu-eager at tiny 64x64 B=4 bf16 E=4 dense tasks=4: WrongResult: the UNet's output"
     assert failed in error
-    assert [row["contender"] for row in read(output)] == ["stock-eager"]
+    assert [row.contender for row in read_rows(output)] == ["stock"]
+
+
+def test_graphs_are_refused_off_cuda(tmp_path, capsys):
+    names = [name for name, contender in CONTENDERS.items() if contender.graphs]
+    assert {"stock+graphs", "stock-recipe+max", "mtu-triton+graphs@each", "four-unets+graphs"} <= set(names)
+    assert run_quickly(tmp_path / "rows.csv", contenders=",".join(names))[0] == 0
+    error = capsys.readouterr().err
+    for name in names:
+        assert f"skipped {name} at tiny 64x64 B=4 bf16: CUDA graphs need a CUDA device, got the device 'cpu'." in error
+
+
+@COMPILING
+def test_compiled_contenders_are_warmed_up_once_for_all_tasks(tmp_path, monkeypatch):
+    # Tracing is what depends on this library; generating code takes five times as long.
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, *, mode, **options: compile(model, backend="eager", **options))
+    output = tmp_path / "rows.csv"
+    assert run_quickly(output, contenders="mtu-eager+compile")[0] == 0
+    one, four = read_rows(output)
+    assert (one.setting.tasks, four.setting.tasks) == (1, 4)
+    assert not four.graph
+    # The first calls compile; those of other tasks only run.
+    assert 0 <= four.warmup_s - one.warmup_s < one.warmup_s
+
+
+def _specialised(family, setting):
+    """The original, and code behind it that is compiled anew for each task; for the first one it changes nothing."""
+    unet = family.original()
+    add = torch.compile(lambda output, task: output + task, backend="eager", fullgraph=True, dynamic=False)
+
+    def predict(task, **inputs):
+        return add(call(unet, **inputs), task)
+
+    def parts(batch):
+        (rows,) = at_once(batch)
+        return [Part(predict, stock_inputs(unet, batch, rows) | {"task": batch.tasks[0]}, rows)]
+
+    return Subject((), parts)
+
+
+def test_what_is_compiled_again_for_other_tasks_is_not_timed(tmp_path, capsys, monkeypatch):
+    contender = CONTENDERS["stock+compile"]._replace(make=_specialised)
+    monkeypatch.setitem(CONTENDERS, "mtu-eager+compile", contender)
+    output = tmp_path / "rows.csv"
+    assert run_quickly(output, "--tasks", "4", contenders="mtu-eager+compile")[0] == 1
+    assert "Recompiled: Detected recompile" in capsys.readouterr().err
+    assert not output.exists()
+    # One task asks for no other code. With caches, what compiling took says nothing.
+    assert run_quickly(output, "--tasks", "1", contenders="mtu-eager+compile")[0] == 0
+    assert run_quickly(output, "--tasks", "1", "--warm-caches", contenders="mtu-eager+compile")[0] == 0
+    cold, warm = read_rows(output)
+    assert cold.warmup_s is not None
+    assert warm.warmup_s is None
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--contenders", "eager"], "unknown contender 'eager': expected some of stock-eager, mtu-eager, mtu-cpp."),
+        (["--contenders", "eager"], "unknown contender 'eager': expected some of stock, stock+channels-last, "),
         (["--size", "100"], "expected a positive multiple of 8 pixels, got '100'."),
         (["--runs", "1"], "expected a whole number from 2 on, got '1'."),
         (["--batches", "0"], "expected positive whole numbers such as 1,8, got '0'."),
+        (["--branches", "4"], "expected whole numbers up to 3, got '4'."),
+        (["--tasks", "1,5"], "expected whole numbers up to 4, got '1,5'."),
         (["--top-k", "5"], "top_k must be at most num_experts = 4, but got 5."),
         (["--experts", "3"], "num_experts must divide the hidden width of every FFN, but 3 does not divide 128."),
+        (["--report", "nothing.csv"], "There is no nothing.csv: run `python -m benchmarks.unet` to measure, got no"),
     ],
     ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
 )
@@ -106,6 +199,13 @@ def test_wrong_arguments(arguments, words, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         run_quickly(tmp_path / "rows.csv", *arguments)
     assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_cuda_is_asked_for_in_vain(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        unet.main(["--quick", "--device", "cuda"])
+    assert "--device cuda needs a CUDA device, and torch finds none." in capsys.readouterr().err
 
 
 def test_a_file_of_other_columns_is_refused_before_anything_is_built(tmp_path, capsys, monkeypatch):
@@ -118,72 +218,49 @@ def test_a_file_of_other_columns_is_refused_before_anything_is_built(tmp_path, c
     assert output.read_text() == "model\n"
 
 
-# -------------------------------------------------------------------------------------------------- models and check
-
-
-def test_all_unets_get_the_same_numbers():
-    workload = Workload("tiny", 64, 6, "bf16")
-    original, upcycled = build_original("tiny", "bf16"), build_upcycled("tiny", "bf16", DENSE, "eager")
-    again = build_original("tiny", "bf16").parameters()
-    assert all(torch.equal(a, b) for a, b in zip(original.parameters(), again, strict=True))
-    stock, routed = draw_inputs(original, workload, 1), draw_inputs(upcycled, workload, 4)
-    assert stock["sample"].shape == (6, 4, 8, 8)
-    assert routed["sample"].shape == (6, 8, 8, 8)
-    assert torch.equal(stock["sample"], routed["sample"][:, :4])
-    assert torch.equal(stock["encoder_hidden_states"], routed["encoder_hidden_states"])
-    assert "task_ids" not in stock
-    assert routed["task_ids"].tolist() == [0, 1, 2, 3, 0, 1]
-
-
-@pytest.fixture(scope="module", params=[DENSE, TOP_2], ids=["dense", "top2"])
-def case(request):
-    """A setting, and the yardstick of its contenders."""
-    return request.param, make_yardstick(Workload("tiny", 64, 4, "bf16"), request.param)
-
-
-def _no_bias(upcycled):
-    upcycled.routed_layers()[0].net[2].bias.zero_()
-
-
-def _no_affine_of_one_task(upcycled):
-    for block in upcycled.routed_blocks().values():
-        block.norm3.weight[3], block.norm3.bias[3] = 1, 0
-
-
-def _heavy_routing(upcycled):
-    for layer in upcycled.routed_layers():
-        layer.router.routing_scale *= 1.2
-
-
-def _nan(upcycled):
-    upcycled.conv_out.bias[0] = torch.nan
-
-
-def _other_dtype(upcycled):
-    upcycled.conv_out.register_forward_hook(lambda module, inputs, output: output.float())
-
-
-@pytest.mark.parametrize("spoil", [_no_bias, _no_affine_of_one_task, _heavy_routing, _nan, _other_dtype])
-def test_what_is_computed_wrongly_is_not_timed(case, spoil):
-    setting, yardstick = case
-    upcycled = build_upcycled("tiny", "bf16", setting, "eager")
-    yardstick.check(upcycled)
-    spoil(upcycled)
-    upcycled.invalidate_routing_cache()
-    with pytest.raises(WrongResult, match=r"the UNet's output must be torch.bfloat16 within .* of float32, got"):
-        yardstick.check(upcycled)
+def test_what_is_measured_by_default():
+    assert {*default_contenders("cuda"), *default_contenders("cpu")} <= {*CONTENDERS}
+    assert {"stock+graphs", "mtu-triton+graphs", "mtu-triton+graphs@each", "lora-hotswap"} <= {
+        *default_contenders("cuda")
+    }
+    # Compiling takes minutes there.
+    assert not any(CONTENDERS[name].compiles for name in default_contenders("cpu"))
 
 
 # -------------------------------------------------------------------------------------------------------- the report
 
 
 def test_the_report_holds_four_tasks_to_the_original():
-    rows = [make_row("stock-eager", 6.0), make_row("mtu-eager", 6.6), make_row("mtu-cpp", 5.7)]
+    rows = [make_row("stock", 6.0), make_row("mtu-eager", 6.6), make_row("mtu-cpp@each", 7.6)]
+    rows.append(make_row("mtu-cpp", 5.7, weight_bytes=103, switch_us=570.0))
     at = "largest of 1, at sd15 512x512 B=4 bf16 E=4 dense tasks=4"
-    head = "mtu-cpp, bf16, Some CPU at commit abc1234"
-    assert report(rows, targets=TARGETS) == [head, f"  {TARGET}: 0.950 (at most 0.97; {at})"]
+    assert report(rows, targets=TARGETS) == [
+        "mtu-cpp, bf16, Some CPU at commit abc1234",
+        f"  {TARGET}: 0.950 (at most 0.97; {at})",
+        f"  switching tasks / a step: 0.000 (at most 0.01; {at})",
+        f"  weights of four tasks / the original's: 1.030 (at most 1.02, missed; {at})",
+        f"  four tasks at once / one after another: 0.750 (no target; {at})",
+    ]
     line = report(rows, "mtu-eager", TARGETS)[1]
     assert line == f"  {TARGET}: 1.100 (at most 0.97, missed; {at})"
+
+
+def test_the_report_of_a_gpu_is_of_graphs():
+    make = functools.partial(make_row, device="cuda")
+    two = {"workload": PUBLISHED._replace(B=2), "setting": Setting(4, None, 2), "group": "two"}
+    rows = [make("stock+graphs", 2.0), make("mtu-triton+graphs", 1.9, switch_us=1e5), make("stock", 9.0)]
+    rows += [make("mtu-triton+graphs@each", 3.8), make("stock", 4.0, **two), make("mtu-triton+graphs", 2.0, **two)]
+    xl = {"workload": Workload("sdxl", 1024, 8, 1, "bf16"), "setting": Setting(1, None, 4), "group": "xl"}
+    rows += [make("stock+graphs", 4.0, **xl), make("mtu-triton+graphs", 4.4, **xl)]
+    values = [line.partition(": ")[2].split(";")[0] for line in report(rows, targets=TARGETS)[1:]]
+    assert values == [
+        "0.950 (at most 1.00",
+        "1.100 (at most 1.00, missed",
+        "0.500 (at most 0.55",
+        "0.053 (at most 0.01, missed",
+        "1.000 (at most 1.02",
+        "0.500 (at most 0.85",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -191,26 +268,45 @@ def test_the_report_holds_four_tasks_to_the_original():
     [
         {"workload": PUBLISHED._replace(size=64)},
         {"workload": PUBLISHED._replace(model="tiny")},
-        {"workload": PUBLISHED._replace(dtype="fp32")},
-        {"setting": TOP_2},
+        {"setting": Setting(4, 2, 4)},
         {"setting": Setting(4)},
     ],
     ids=lambda changes: str(next(iter(changes.values()))),
 )
 def test_other_rows_are_not_what_the_target_is_of(changes):
-    rows = [make_row(name, 1.0, **changes) for name in ("stock-eager", "mtu-cpp")]
-    (target,) = TARGETS["cpu"]
-    assert pairs_of(target, rows, "mtu-cpp") == []
+    rows = [make_row(name, 1.0, **changes) for name in ("stock", "mtu-cpp")]
+    assert pairs_of(TARGETS["cpu"][0], rows, "mtu-cpp") == []
+
+
+@pytest.mark.parametrize("device", TARGETS)
+def test_targets_are_of_contenders_and_columns_that_exist(device):
+    tested = {"cuda": "mtu-triton", "cpu": "mtu-cpp"}[device]
+    for target in TARGETS[device]:
+        assert {target.quantity, target.to_quantity or target.quantity} <= {*COLUMNS}
+        assert {name.format(tested=tested) for name in (target.of, target.to)} <= {*CONTENDERS}
+
+
+def test_settings_that_make_no_difference_to_a_contender_are_left_out():
+    for name in CONTENDERS:
+        routed = name.startswith("mtu-") and "folded" not in name
+        mixed = name.startswith(("four", "swapped", "lora"))
+        assert heeded(name, DENSE) == (DENSE if routed else Setting(tasks=4) if mixed else Setting()), name
 
 
 def test_rows_are_compared_within_their_group_only():
-    rows = [make_row("stock-eager", 1.0, group="a"), make_row("mtu-cpp", 1.0, group="b")]
+    rows = [make_row("stock", 1.0, group="a"), make_row("mtu-cpp", 1.0, group="b")]
     assert "not measured" in report(rows, targets=TARGETS)[1]
 
 
-def test_rows_have_the_columns_that_files_are_checked_for(tmp_path):
+def test_rows_survive_a_file(tmp_path):
     path = tmp_path / "rows.csv"
-    append_row(path, make_row("mtu-cpp", 5.5))
-    (cells,) = read(path)
+    workload = PUBLISHED._replace(branches=3)
+    rows = [make_row("mtu-cpp", 5.5), make_row("stock", 5.0, workload, warmup_s=12.5, switch_us=3.5, graph=True)]
+    for row in rows:
+        append_row(path, row)
+    assert read_rows(path) == rows
+    with path.open(newline="") as file:
+        cells = next(csv.DictReader(file))
     assert tuple(cells) == (*COLUMNS, *SOURCE)
     assert (cells["median_us"], cells["p20_us"], cells["p80_us"]) == ("5500000", "4950000", "6600000")
+    assert (cells["K"], cells["warmup_s"], cells["branches"]) == ("dense", "", "1")

@@ -1,0 +1,186 @@
+"""The measurement of one group of whole UNets: built, checked, warmed up, timed interleaved."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.memory import peak_bytes
+from benchmarks.recording import Log
+from benchmarks.sweeps import DENSE, Entry, Setting, heeded
+from benchmarks.timing import Call, Timing, repeated_us, synchronize, time_interleaved
+from benchmarks.unet_contenders import CONTENDERS
+from benchmarks.unet_models import Family, Yardstick, draw_batch, tasks_of
+from benchmarks.unet_rows import Workload
+from benchmarks.unet_subjects import Subject
+
+# Pictures on which contenders that are not compiled for a size are checked: small enough for a wider dtype on a CPU.
+_CHECKED_SIZE = 64
+# Mixes of tasks that calls go through.
+_MIXES = 3
+_SWITCHES = 20
+
+
+class Recompiled(Exception):
+    """Compiled code was compiled again when the tasks changed."""
+
+
+class Plan(NamedTuple):
+    """What is measured, and for how long.
+
+    Attributes:
+        names: of contenders.
+        settings: of the experts, and how many tasks there are in a batch.
+        runs: least rounds.
+        seconds: for each contender.
+        cold: whether the compiler forgets what it compiled for others; or else the time that it takes means nothing.
+    """
+
+    names: tuple[str, ...]
+    settings: tuple[Setting, ...]
+    runs: int
+    seconds: float
+    cold: bool
+
+    def entries(self, workload: Workload) -> tuple[Entry, ...]:
+        """Contenders in settings, each once. There are no more tasks in a batch than pictures."""
+        settings = [setting._replace(tasks=min(setting.tasks, workload.B)) for setting in self.settings]
+        pairs = [Entry(name, heeded(name, setting)) for name in self.names for setting in settings]
+        return tuple(dict.fromkeys(pairs))
+
+
+class WarmUp(NamedTuple):
+    """What compiling and capturing took, the first calls included: seconds, and the most bytes held at once."""
+
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+class Prepared(NamedTuple):
+    """An entry that passed its check and is ready to be timed.
+
+    Attributes:
+        steps: one for each mix of tasks.
+        warm_up: of its contender so far; None where nothing is compiled.
+    """
+
+    entry: Entry
+    subject: Subject
+    steps: list[Call]
+    warm_up: WarmUp | None
+
+
+class Measuring:
+    """The measurement of one group: contenders are built once, whatever the number of settings that they are run in.
+
+    Args:
+        family: the UNets' weights.
+        workload: of the group.
+        plan: what is measured.
+        log: where failures are said.
+        yardstick: one picture's workload, setting → what outputs are held to.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        workload: Workload,
+        plan: Plan,
+        log: Log,
+        yardstick: Callable[[Workload, Setting], Yardstick],
+    ) -> None:
+        self._family, self._workload, self._plan, self._log = family, workload, plan, log
+        self._device = family.device
+        self._subjects: dict[Entry, Subject] = {}
+        self._warm_ups: dict[Entry, WarmUp] = {}
+        self._yardstick = yardstick
+
+    def columns(self) -> Iterator[tuple[Entry, dict[str, Any]]]:
+        """Yields the entries that could be measured: timed interleaved, then memory and switching one by one."""
+        ready = []
+        for entry in self._plan.entries(self._workload):
+            self._log.bar.set_description(f"{entry.contender} at {self._workload}")
+            with self._log.attempt(entry, self._workload):
+                ready.append(self._prepare(entry))
+        for settle in dict.fromkeys(prepared.subject.settle for prepared in ready):
+            if settle is not None:
+                settle()
+        self._log.bar.set_description(f"rounds of {self._workload}")
+        for prepared, timing in zip(ready, self._times([prepared.steps for prepared in ready]), strict=True):
+            yield prepared.entry, self._row(prepared, timing)
+
+    def _prepare(self, entry: Entry) -> Prepared:
+        contender = CONTENDERS[entry.contender]
+        built = entry._replace(setting=entry.setting._replace(tasks=1))
+        if built not in self._subjects:
+            self._subjects[built] = contender.build(self._family, entry.setting)
+        subject, warm_up = self._subjects[built], None
+        draw = functools.partial(draw_batch, device=self._device, tasks=entry.setting.tasks)
+        mixes = range(_MIXES if entry.setting.tasks > 1 else 1)
+        steps = [subject.bind(draw(self._workload, first=first)) for first in mixes]
+        checked = self._workload
+        if not contender.compiles:
+            checked = checked._replace(size=min(_CHECKED_SIZE, checked.size))
+        else:
+            # In another setting of the same contender only sizes are new.
+            before, more = self._warm_ups.get(built, WarmUp()), self._warm_up(subject, steps)
+            warm_up = WarmUp(before.seconds + more.seconds, max(before.peak_bytes, more.peak_bytes))
+            self._warm_ups[built] = warm_up
+        output = subject.predict(draw(checked))
+        self._held_to(entry.setting, checked).check(output, checked.branches)
+        return Prepared(entry, subject, steps, warm_up)
+
+    def _held_to(self, setting: Setting, workload: Workload) -> Yardstick:
+        # All dense ones are held to the original, and share its outputs; those of top-k routing differ by task.
+        return self._yardstick(workload._replace(B=1, branches=1), Setting() if setting.K is DENSE else setting)
+
+    def _warm_up(self, subject: Subject, steps: Sequence[Call]) -> WarmUp:
+        # The other mixes come as a surprise to those that have no reason to mind.
+        known = steps if subject.sizes_differ else steps[:1]
+
+        def first_calls() -> None:
+            # Those of a user's CUDA graphs run, are captured, and are replayed.
+            for step in [*known] * 3:
+                step()
+            synchronize(self._device)
+
+        start, peak = time.perf_counter(), 0
+        if self._device.type == "cuda":
+            peak = peak_bytes(first_calls, self._device)
+        else:
+            first_calls()
+        warm_up = WarmUp(time.perf_counter() - start, peak)
+        try:
+            with torch.compiler.set_stance("fail_on_recompile"):
+                for step in steps:
+                    step()
+                synchronize(self._device)
+        except RuntimeError as error:
+            raise Recompiled(str(error).partition("\n")[0]) from error
+        return warm_up
+
+    def _times(self, contenders: Sequence[Sequence[Call]]) -> list[Timing]:
+        if not contenders:
+            return []
+        # Nothing is captured here: launches are part of an eager step's time; graphs are replayed by the contenders.
+        eager = [False] * len(contenders)
+        after_round = functools.partial(self._log.bar.update, 1)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            return time_interleaved(contenders, eager, self._device, self._plan.seconds, self._plan.runs, after_round)
+
+    def _row(self, prepared: Prepared, timing: Timing) -> dict[str, Any]:
+        graphs, subject, warm_up = CONTENDERS[prepared.entry.contender].graphs, prepared.subject, prepared.warm_up
+        steps = tasks_of(self._workload.model)[0].num_inference_steps
+        peak = warm_up.peak_bytes if graphs else peak_bytes(prepared.steps[0], self._device)
+        switch = subject.switch
+        return timing._replace(graph=graphs)._asdict() | {
+            "peak_bytes": peak,
+            "weight_bytes": subject.weight_bytes(self._device),
+            "warmup_s": warm_up.seconds if warm_up is not None and self._plan.cold else None,
+            "switch_us": None if switch is None else repeated_us(switch, self._device, _SWITCHES).median_us,
+            "images_per_s": self._workload.B * 1e6 / (timing.median_us * steps),
+        }

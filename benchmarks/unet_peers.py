@@ -1,0 +1,162 @@
+"""Other ways to serve several tasks: UNets of their own, resident or swapped in; adapters, one by one or mixed."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.utils import is_peft_available
+from torch import Tensor
+
+from benchmarks.inputs import DTYPES
+from benchmarks.sweeps import Setting
+from benchmarks.unet_models import TASKS, Batch, Family, share
+from benchmarks.unet_subjects import Part, Subject, at_once, by_task, call, stock_inputs
+
+_RANK = 16
+_ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+
+
+def four_unets(family: Family, setting: Setting) -> Subject:
+    """A UNet for each task, all of them on the device; the pictures of a task go through its own together."""
+    unets = tuple(share(family.fine_tuned(task)) for task in range(TASKS))
+
+    def parts(batch: Batch) -> list[Part]:
+        return [_part(unets[batch.tasks[rows[0]]], batch, rows) for rows in by_task(batch)]
+
+    return Subject(unets, parts, sizes_differ=True)
+
+
+class _Slot:
+    """Tensors on the device which the values of one task at a time are copied into.
+
+    Args:
+        live: the tensors.
+        sources: of each task the values, in the same order.
+    """
+
+    def __init__(self, live: Sequence[Tensor], sources: Callable[[int], Sequence[Tensor]]) -> None:
+        self._live, self._sources = live, sources
+        self._task: int | None = None
+
+    @torch.no_grad()
+    def hold(self, task: int) -> None:
+        """Have the values of a task there; nothing is copied where they are."""
+        if task != self._task:
+            torch._foreach_copy_(self._live, self._sources(task), non_blocking=True)
+            self._task = task
+
+    def switch(self) -> None:
+        """Go on to the next task."""
+        self.hold(0 if self._task is None else (self._task + 1) % TASKS)
+
+    def parts(self, unet: UNet2DConditionModel, batch: Batch) -> list[Part]:
+        """A call for each task of the batch, its values copied in before."""
+        return [
+            _part(unet, batch, rows)._replace(prepare=functools.partial(self.hold, batch.tasks[rows[0]]))
+            for rows in by_task(batch)
+        ]
+
+
+def swapped_unets(family: Family, setting: Setting) -> Subject:
+    """One UNet on the device, into which the weights of the next task are copied: from pinned host memory to a GPU."""
+    unet = copy.deepcopy(family.original())
+    live = [parameter.requires_grad_(False) for parameter in unet.parameters()]
+
+    # On first use: compiling lays the UNet's weights out anew, and copies from other strides are slow.
+    @functools.cache
+    def sources(task: int) -> list[Tensor]:
+        if family.device.type == "cpu":
+            return [parameter.detach() for parameter in family.fine_tuned(task).parameters()]
+        return [torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor) for tensor in live]
+
+    slot = _Slot(live, sources)
+    return Subject(
+        (unet,),
+        functools.partial(slot.parts, unet),
+        kept=lambda: [tensor for task in range(TASKS) for tensor in sources(task)],
+        switch=slot.switch,
+        sizes_differ=True,
+    )
+
+
+def lora_hotswap(family: Family, setting: Setting) -> Subject:
+    """One adapter on the original: that of the next task is copied in place, as diffusers' hot-swapping does."""
+    unet = family.original()
+    unet.add_adapter(_adapter())
+    live = _adapter_weights(unet, family)
+    sources = [[tensor.detach().clone() for tensor in live] for _ in range(TASKS)]
+    slot = _Slot(live, sources.__getitem__)
+
+    def settle() -> None:
+        for task, tensors in enumerate(sources):
+            _randomise_(tensors, seed=task)
+        slot.switch()
+
+    return Subject(
+        (unet,),
+        functools.partial(slot.parts, unet),
+        kept=lambda: [tensor for tensors in sources for tensor in tensors],
+        switch=slot.switch,
+        settle=settle,
+        sizes_differ=True,
+    )
+
+
+def lora_per_sample(family: Family, setting: Setting) -> Subject:
+    """Four adapters on the original; PEFT selects those of each sample."""
+    peft, unet = _peft(), family.original()
+    names = [f"task_{task}" for task in range(TASKS)]
+    model = peft.get_peft_model(unet, _adapter(), adapter_name=names[0], autocast_adapter_dtype=False)
+    for name in names[1:]:
+        model.add_adapter(name, _adapter())
+    model.eval()
+    weights = _adapter_weights(unet, family)
+
+    def parts(batch: Batch) -> list[Part]:
+        chosen = {"adapter_names": [names[task] for task in batch.tasks]}
+        return [
+            Part(functools.partial(call, model), stock_inputs(unet, batch, rows) | chosen, rows)
+            for rows in at_once(batch)
+        ]
+
+    return Subject((unet,), parts, settle=functools.partial(_randomise_, weights, seed=0))
+
+
+def _part(unet: UNet2DConditionModel, batch: Batch, rows: tuple[int, ...]) -> Part:
+    return Part(functools.partial(call, unet), stock_inputs(unet, batch, rows), rows)
+
+
+def _peft() -> ModuleType:
+    if not is_peft_available():
+        raise RuntimeError("LoRA needs the package peft, which is not installed: pip install peft.")
+    # An optional package, asked for by two contenders of many.
+    import peft
+
+    return peft
+
+
+def _adapter() -> Any:
+    return _peft().LoraConfig(r=_RANK, lora_alpha=_RANK, target_modules=_ADAPTED)
+
+
+def _adapter_weights(unet: UNet2DConditionModel, family: Family) -> list[Tensor]:
+    """The adapters' parameters, in the dtype of the original's."""
+    weights = [parameter for name, parameter in unet.named_parameters() if "lora_" in name]
+    for parameter in weights:
+        parameter.data = parameter.data.to(DTYPES[family.dtype])
+    unet.requires_grad_(False).eval()
+    return weights
+
+
+@torch.no_grad()
+def _randomise_(weights: Sequence[Tensor], seed: int) -> None:
+    """Products of zeros, which an adapter starts from, run faster than those of data."""
+    generator = torch.Generator(weights[0].device).manual_seed(seed)
+    for tensor in weights:
+        tensor.normal_(0, _RANK**-1 * tensor.shape[1] ** -0.5, generator=generator)

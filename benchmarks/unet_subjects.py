@@ -1,0 +1,109 @@
+"""What a contender is once it is built: UNets, and how a batch is put through them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from benchmarks.timing import Call
+from benchmarks.unet_models import Batch, take
+
+Rows = tuple[int, ...]
+# The calls that a batch is divided into: of each its rows.
+Division = Callable[[Batch], list[Rows]]
+
+
+class Part(NamedTuple):
+    """One call of a UNet in a step.
+
+    Attributes:
+        predict: arguments → (rows, 4, height, width).
+        inputs: the arguments.
+        rows: of the batch.
+        prepare: what has to be done before; it is timed, too.
+    """
+
+    predict: Callable[..., Tensor]
+    inputs: dict[str, Any]
+    rows: Rows
+    prepare: Call | None = None
+
+
+class Subject(NamedTuple):
+    """A contender that is built.
+
+    Attributes:
+        unets: what is compiled, and whose weights count.
+        parts: batch → the calls of a step.
+        kept: tensors besides those of the UNets.
+        switch: what must happen between two steps when the tasks of the batch change.
+        settle: what is done after the check, which asks for the original's weights, and before timing.
+        sizes_differ: whether another mix of tasks may bring calls of other sizes, or of another UNet.
+    """
+
+    unets: tuple[UNet2DConditionModel, ...]
+    parts: Callable[[Batch], list[Part]]
+    kept: Callable[[], Iterable[Tensor]] = tuple
+    switch: Call | None = None
+    settle: Call | None = None
+    sizes_differ: bool = False
+
+    def bind(self, batch: Batch) -> Callable[[], list[Tensor]]:
+        """The step of a batch. Rows are selected and laid out once, outside of it."""
+        return functools.partial(_run, self.parts(batch))
+
+    def predict(self, batch: Batch) -> Tensor:
+        """The outputs of all rows, in order."""
+        parts = self.parts(batch)
+        outputs = torch.cat(_run(parts))
+        order = torch.tensor([row for part in parts for row in part.rows], device=outputs.device)
+        return torch.empty_like(outputs).index_copy_(0, order, outputs)
+
+    def weight_bytes(self, device: torch.device) -> int:
+        """Of all that is kept on the device, each storage once."""
+        tensors = [*self.kept()]
+        for unet in self.unets:
+            tensors += [*unet.parameters(), *unet.buffers()]
+        storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == device.type]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@torch.no_grad()
+def _run(parts: Sequence[Part]) -> list[Tensor]:
+    outputs = []
+    for part in parts:
+        if part.prepare is not None:
+            part.prepare()
+        outputs.append(part.predict(**part.inputs))
+    return outputs
+
+
+def call(unet: UNet2DConditionModel, **inputs: Any) -> Tensor:
+    """The output of a UNet as a tensor."""
+    return unet(**inputs, return_dict=False)[0]
+
+
+def at_once(batch: Batch) -> list[Rows]:
+    """The whole batch in one call."""
+    return [tuple(range(len(batch.tasks)))]
+
+
+def each_picture(batch: Batch) -> list[Rows]:
+    """The branches of one picture after those of another."""
+    return [tuple(range(row, row + batch.branches)) for row in range(0, len(batch.tasks), batch.branches)]
+
+
+def by_task(batch: Batch) -> list[Rows]:
+    """The rows of one task after those of another."""
+    tasks = dict.fromkeys(batch.tasks)
+    return [tuple(row for row, task in enumerate(batch.tasks) if task == wanted) for wanted in tasks]
+
+
+def stock_inputs(unet: UNet2DConditionModel, batch: Batch, rows: Rows) -> dict[str, Any]:
+    """Arguments of the original, which reads the noisy latents alone."""
+    return take(batch, rows, unet.config.in_channels)
