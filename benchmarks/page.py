@@ -1,0 +1,136 @@
+"""`python -m benchmarks.page`: writes the tables of `docs/performance.md` from the CSV files.
+
+Each table stands between `<!-- table: NAME -->` and `<!-- end -->`; the rest of the page is left as it is. With
+`--check` nothing is written, and a page that does not say what the files do is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks import page_ffn, page_models
+from benchmarks.provenance import RESULTS, ROOT
+
+PAGE = ROOT / "docs" / "performance.md"
+_MARKED = re.compile(r"(<!-- table: (\S*) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+_MARKER = re.compile(r"<!-- (?:table: \S*|end) -->")
+
+
+class Part(NamedTuple):
+    """One of the things between two markers.
+
+    Attributes:
+        make: folder of the CSV files → lines; ValueError where there is nothing to show.
+        command: makes the rows.
+        picture: above the lines; where nothing could draw it yet, there is none.
+    """
+
+    make: Callable[[Path], list[str]]
+    command: str
+    picture: str | None = None
+
+
+def _of_devices(make: Callable[..., list[str]], module: str, picture: str = "") -> tuple[Part, ...]:
+    return tuple(
+        Part(
+            functools.partial(make, device=device),
+            f"python -m benchmarks.{module} --device {device}",
+            f"{picture}_{device}.png" if picture else None,
+        )
+        for device in ("cpu", "cuda")
+    )
+
+
+BLOCKS: dict[str, tuple[Part, ...]] = {
+    "targets": (Part(page_models.targets, "python -m benchmarks.unet"),),
+    "imports": (Part(page_models.imports, "python -m benchmarks.import_time"),),
+    "sizes": (Part(page_ffn.sizes, "python -m benchmarks.model_sizes"),),
+    "unet": _of_devices(page_models.unet, "unet", "unet"),
+    "settings": _of_devices(page_models.settings, "unet"),
+    "pipeline": _of_devices(page_models.pipeline, "pipeline"),
+    "sameness": _of_devices(page_models.sameness, "sameness"),
+    "ffn": _of_devices(page_ffn.feed_forward, "moe_ffn", "moe_ffn"),
+    "roofline": _of_devices(page_ffn.roofline, "machine", "roofline"),
+    "growth": _of_devices(page_ffn.growth, "growth", "growth"),
+}
+
+
+def written(text: str, results: Path, images: Path) -> str:
+    """A page with its tables made anew.
+
+    Args:
+        text: of the page.
+        results: folder of the CSV files.
+        images: folder of the pictures, beside the page.
+
+    Raises:
+        ValueError: a marker names no table, or has no other one.
+    """
+    matches = list(_MARKED.finditer(text))
+    if len(_MARKER.findall(text)) != 2 * len(matches) or any(_MARKER.search(match[3]) for match in matches):
+        raise ValueError("Each <!-- table: NAME --> must be followed by its <!-- end -->, but some stand alone.")
+    for match in matches:
+        if match[2] not in BLOCKS:
+            raise ValueError(f"A marker must name one of the tables {', '.join(BLOCKS)}, got {match[2]!r}.")
+    return _MARKED.sub(lambda match: match[1] + _block(BLOCKS[match[2]], results, images) + match[4], text)
+
+
+def _block(parts: Sequence[Part], results: Path, images: Path) -> str:
+    made, missing = [], []
+    for part in parts:
+        try:
+            lines = part.make(results)
+        except ValueError:
+            # Nothing was measured, or by a benchmark that has changed since.
+            missing.append(f"`{part.command}`")
+            continue
+        if part.picture and (images / part.picture).exists():
+            name = part.picture.removesuffix(".png")
+            lines = [f"![{name}]({images.name}/{part.picture})", "", *lines]
+        made += [*lines, ""]
+    if missing:
+        # In the paragraph of the last provenance line, if there is one.
+        made[-1:] = [f"*Not measured yet: {', '.join(missing)}.*"]
+    return "\n".join(made).rstrip("\n") + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns 1 if a page that is checked is not what the files say."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.page", description="Writes the tables of docs/performance.md from the CSV files."
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing, and fail if the page would change")
+    parser.add_argument("--page", type=Path, default=PAGE, help="(default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files (default: %(default)s)")
+    options = parser.parse_args(argv)
+    if not options.page.exists():
+        parser.error(f"There is no {options.page} with markers to write tables between.")
+    text = options.page.read_text(encoding="utf-8")
+    try:
+        new = written(text, options.results, options.page.parent / "images")
+    except ValueError as error:
+        parser.error(str(error))
+    if not options.check:
+        options.page.write_text(new, encoding="utf-8")
+        print(options.page)
+    elif new != text:
+        print(f"{options.page} is not what {options.results} says: {_difference(text, new)}.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _difference(text: str, new: str) -> str:
+    """The first table that differs; a page and its rewriting differ nowhere else."""
+    pairs = zip(_MARKED.finditer(text), _MARKED.finditer(new), strict=True)
+    name = next(old[2] for old, made in pairs if old[3] != made[3])
+    return f"python -m benchmarks.page would change the table {name!r}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""Tables of one feed-forward: beside its peers, under the roofs of the machine, and as its input grows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.growth_lines import Line, panels, routing_name, us_per_token
+from benchmarks.page_text import MISSING, digits, duration, provenance_line, ratio, read_cells, table
+from benchmarks.report import TESTED, comparisons
+from benchmarks.roofline import Mark, read_marks
+from benchmarks.rows import Row, read_rows
+from benchmarks.sweeps import DENSE, Setting
+
+_USUAL_BATCH = 8
+_FLOOR = "products"
+
+
+class Ratio(NamedTuple):
+    """A line of the table of one feed-forward: the contender under test over another row of its group.
+
+    Attributes:
+        what: the line's name, after the dtype.
+        to: the contender it is divided by; None: the one under test itself.
+        setting: of the row.
+        to_setting: fields in which the other one's setting differs.
+        direction: the pass.
+    """
+
+    what: str
+    to: str | None
+    setting: Setting
+    to_setting: dict[str, int | None]
+    direction: str = "forward"
+
+
+_FOUR, _TOP_2 = Setting(4), Setting(8, 2)
+_RATIOS = (
+    Ratio("four experts / stock feed-forward of diffusers, eager", "eager", _FOUR, {}),
+    Ratio("… / `torch.compile` of the stock feed-forward", "compile-folded", _FOUR, {}),
+    Ratio("… / the same, max-autotune", "compile-folded-max", _FOUR, {}),
+    Ratio("… / the two matrix products alone", "products", _FOUR, {}),
+    Ratio("top-2 of 8 / all 8", None, _TOP_2, {"K": DENSE}),
+    Ratio("four mixed tasks / one task", None, Setting(4, DENSE, 4), {"tasks": 1}),
+    Ratio("forward + backward, four experts / stock, eager", "eager", _FOUR, {}, "forward+backward"),
+)
+
+
+def feed_forward(results: Path, device: str) -> list[str]:
+    """Time of the contender under test, and its ratios to others, by shape.
+
+    Raises:
+        ValueError: nothing was measured.
+    """
+    rows = read_rows(results / f"moe_ffn_{device}.csv")
+    lines, used = [], []
+    batch = _batch(rows, TESTED[device])
+    rows = [row for row in rows if batch == row.workload.B]
+    shapes = sorted({row.workload[:2] for row in rows if row.contender == TESTED[device]}, key=lambda s: (s[0], -s[1]))
+    for dtype in sorted({row.workload.dtype for row in rows}):
+        chosen = [row for row in rows if row.workload.dtype == dtype]
+        found = {row.workload: row for row in chosen if (row.contender, row.setting) == (TESTED[device], _FOUR)}
+        cells = {
+            (workload.D, workload.L): duration(row.median_us)
+            for workload, row in found.items()
+            if workload.direction == "forward"
+        }
+        lines.append([dtype, "four experts: time", *(cells.get(shape, MISSING) for shape in shapes)])
+        used += found.values()
+        for line in _RATIOS:
+            values = _values(line, chosen, TESTED[device])
+            if values:
+                used += [row for row, _ in values.values()]
+                cells = {shape: ratio(value) for shape, (_, value) in values.items()}
+                lines.append([dtype, line.what, *(cells.get(shape, MISSING) for shape in shapes)])
+    if not used:
+        raise ValueError(f"There are no rows of {TESTED[device]} in {results / f'moe_ffn_{device}.csv'}.")
+    header = ["", f"`{TESTED[device]}`, B = {batch}, width × tokens", *("{}×{}".format(*shape) for shape in shapes)]
+    return [*table(header, lines, 2), "", provenance_line((row.source for row in used), f"moe_ffn_{device}.csv")]
+
+
+def _batch(rows: Sequence[Row], tested: str) -> int:
+    batches = [row.workload.B for row in rows if row.contender == tested]
+    return max(set(batches), key=lambda B: (B == _USUAL_BATCH, batches.count(B)), default=1)
+
+
+def _values(line: Ratio, rows: Sequence[Row], tested: str) -> dict[tuple[int, int], tuple[Row, float]]:
+    return {
+        (row.workload.D, row.workload.L): (row, row.median_us / other.median_us)
+        for row, other in comparisons(rows, tested, line.to or tested, line.to_setting)
+        if row.setting == line.setting and row.workload.direction == line.direction
+    }
+
+
+def roofline(results: Path, device: str) -> list[str]:
+    """What each shape must compute and move, which roof binds it, and the share of that roof that is reached.
+
+    Shapes are those of the dtype that most rows have; the picture shows all.
+
+    Raises:
+        ValueError: the roofs, or all rows, are missing.
+    """
+    drawn = read_marks(results, device)
+    batch = drawn[0].row.workload.B
+    lines, dtypes = [], [mark.roofs.dtype for mark in drawn]
+    dtype = max(sorted(set(dtypes)), key=dtypes.count)
+    for place in dict.fromkeys(mark.row.workload for mark in drawn if mark.roofs.dtype == dtype):
+        here = {mark.row.contender: mark for mark in drawn if mark.row.workload == place}
+        must, roofs = next((mark.cost, mark.roofs) for mark in here.values())
+        work = [f"{must.flops / 1e9:.1f}", f"{must.bytes / 1e6:.1f}", f"{must.intensity:.0f}"]
+        share = [_share(here.get(name)) for name in (TESTED[device], "eager")]
+        lines.append([f"{place.dtype} {place.D}×{place.L}", must.bound(roofs), *work, *share])
+    names = (f"moe_ffn_{device}.csv", f"growth_{device}.csv")
+    header = [f"B = {batch}", "bound by", "GFLOP", "MB", "FLOP/byte", f"`{TESTED[device]}`", "stock, eager"]
+    sources = [*{mark.roofs.dtype: mark.roofs.source for mark in drawn}.values(), *(mark.row.source for mark in drawn)]
+    files = ["machine.csv", *(name for name in names if (results / name).exists())]
+    return [_roofs(drawn), "", *table(header, lines, 2), "", provenance_line(sources, *files)]
+
+
+def _roofs(drawn: Sequence[Mark]) -> str:
+    texts = []
+    for dtype, roofs in {mark.roofs.dtype: mark.roofs for mark in drawn}.items():
+        product = f"{digits(roofs.flops_per_s / 1e12)} TFLOP/s (matrices of edge {roofs.matrix})"
+        meet = f"they meet at {roofs.flops_per_s / roofs.bytes_per_s:.0f} FLOP/byte"
+        texts.append(f"{dtype} {product} and {digits(roofs.bytes_per_s / 1e9)} GB/s ({roofs.traffic}); {meet}")
+    return f"Roofs: {'. '.join(texts)}."
+
+
+def _share(mark: Mark | None) -> str:
+    return MISSING if mark is None else f"{digits(mark.flops_per_s / 1e12)} TFLOP/s ({mark.share:.2f})"
+
+
+def growth(results: Path, device: str) -> list[str]:
+    """µs a token by what is varied; of the bare products, and of what knows no such thing, only the picture tells.
+
+    Raises:
+        ValueError: nothing was varied.
+    """
+    rows = read_rows(results / f"growth_{device}.csv")
+    lines, used = [], []
+    for panel in panels(rows):
+        for line in panel.lines:
+            same = len({id(row) for row in line.rows.values()}) == 1 < len(line.rows)
+            if line.contender != _FLOOR and not same:
+                lines.append([f"{panel.name} ({panel.fixed})", _line_name(line)])
+                lines[-1] += [f"{x}: **{digits(us_per_token(row))}**" for x, row in line.rows.items()]
+                used += line.rows.values()
+    if not lines:
+        raise ValueError(f"Nothing is varied in {results / f'growth_{device}.csv'}.")
+    columns = max(map(len, lines))
+    body = [cells + [""] * (columns - len(cells)) for cells in lines]
+    header = ["µs a token by", "", *[""] * (columns - 2)]
+    return [*table(header, body, 2), "", provenance_line((row.source for row in used), f"growth_{device}.csv")]
+
+
+def _line_name(line: Line) -> str:
+    return f"`{line.contender}`" + ("" if line.K is DENSE else f", {routing_name(line.K)}")
+
+
+_SIZES = {
+    "parameters": "parameters",
+    "flops": "FLOPs of a UNet call, convolutions and linears",
+}
+
+
+def sizes(results: Path) -> list[str]:
+    """Parameters and FLOPs, before and after upcycling.
+
+    Raises:
+        ValueError: they were not counted.
+    """
+    columns = ("model", "num_experts", "size", "quantity", "original", "upcycled", "ratio", "ratio_routers_dropped")
+    rows = read_cells(results / "model_sizes.csv", columns)
+    lines = []
+    for cells in rows:
+        if cells["quantity"] in _SIZES:
+            place = f"{cells['model']} {cells['size']}², N = {cells['num_experts']}"
+            counts = [_count(cells[name]) for name in ("original", "upcycled")]
+            ratios = [ratio_of(cells[name]) for name in ("ratio", "ratio_routers_dropped")]
+            lines.append([place, _SIZES[cells["quantity"]], *counts, *ratios])
+    header = ["model", "quantity", "original", "upcycled", "ratio", "… routers dropped"]
+    return [*table(header, lines, 2), "", provenance_line(rows, "model_sizes.csv")]
+
+
+def _count(text: str) -> str:
+    if not text:
+        return MISSING
+    value = int(text)
+    return f"{value / 1e12:.3f} T" if value >= 1e11 else f"{value / 1e6:,.1f} M"
+
+
+def ratio_of(text: str) -> str:
+    """A ratio of a CSV cell to three places; a dash where there is none."""
+    return f"{float(text):.3f}" if text else MISSING

@@ -1,0 +1,225 @@
+"""Tables of whole models: a denoising step, what serving four tasks holds, whole images, sameness, imports, targets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import import_time, pipeline_psnr, pipeline_rows, unet_rows
+from benchmarks.page_text import (
+    MISSING,
+    digits,
+    duration,
+    gigabytes,
+    provenance_line,
+    ratio,
+    read_cells,
+    small_ratio,
+    table,
+)
+from benchmarks.report import TESTED, geometric_mean, pairs_of
+from benchmarks.rows import read_rows_as
+from benchmarks.steps import ORIGINAL, UNUSUAL, Step, deployed, scenes, unusual, usual
+
+_STOCK_PIPELINES = "stock-each"
+
+
+def unet(results: Path, device: str) -> list[str]:
+    """A denoising step of each contender relative to the original's, by batch, and what else serving four tasks takes.
+
+    A table for each model; what it takes is that of the batch of four tasks.
+
+    Raises:
+        ValueError: nothing was measured.
+    """
+    rows = _unet_rows(results, device)
+    lines = []
+    for scene, labels in scenes(rows).items():
+        chosen = usual(labels)
+        if not chosen:
+            continue
+        served, steps = deployed(chosen)
+        batches = sorted({B for found in chosen.values() for B in found})
+        header = [f"{scene}: time / `{ORIGINAL}`", *(f"B = {B}" for B in batches)]
+        header += [f"B = {served}: images/s", "weights", "peak beside them", "a switch / a step", "warm-up"]
+        cells = []
+        for name, found in chosen.items():
+            cells.append([f"`{name}`", *(_step(found.get(B)) for B in batches), *_served(steps.get(name))])
+        lines += [*table(header, cells), ""]
+    return [*lines, provenance_line((row.source for row in rows), f"unet_{device}.csv")]
+
+
+def _served(step: Step | None) -> list[str]:
+    if step is None:
+        return [MISSING] * 5
+    row = step.row
+    switch = MISSING if row.switch_us is None else small_ratio(row.switch_us / row.median_us)
+    memory = [gigabytes(row.weight_bytes), gigabytes(row.peak_bytes)]
+    return [digits(row.images_per_s), *memory, switch, _warm_up(row.warmup_s)]
+
+
+def _warm_up(seconds: float | None) -> str:
+    return MISSING if seconds is None else duration(seconds * 1e6)
+
+
+def _unet_rows(results: Path, device: str) -> list[unet_rows.Row]:
+    rows = unet_rows.read_rows(results / f"unet_{device}.csv")
+    if not rows:
+        raise ValueError(f"There are no rows in {results / f'unet_{device}.csv'}.")
+    return rows
+
+
+def _step(step: Step | None) -> str:
+    if step is None:
+        return MISSING
+    relative = step.relative(step.row.median_us)
+    if relative is None:
+        return duration(step.row.median_us)
+    own = f" ({duration(step.row.median_us)})" if step.row is step.original else ""
+    return ratio(relative) + own
+
+
+def settings(results: Path, device: str) -> list[str]:
+    """What one task instead of mixed ones, top-k, and the like make of a contender's step, by batch.
+
+    Raises:
+        ValueError: none of them was measured beside its contender.
+    """
+    rows = _unet_rows(results, device)
+    lines, used = [], []
+    for scene, labels in scenes(rows).items():
+        found = {name: pairs for name, pairs in unusual(labels).items() if name.startswith("mtu-")}
+        batches = sorted({B for pairs in found.values() for B in pairs})
+        cells = []
+        for name, pairs in found.items():
+            what = next(text for mark, text in UNUSUAL.items() if mark in name)
+            ratios = {B: ratio(own.row.median_us / plain.row.median_us) for B, (own, plain) in pairs.items()}
+            cells.append([f"`{name}`", what, *(ratios.get(B, MISSING) for B in batches)])
+            used += [step.row for pair in pairs.values() for step in pair]
+        if cells:
+            header = [str(scene), "ratio", *(f"B = {B}" for B in batches)]
+            lines += [*table(header, cells, 2), ""]
+    if not lines:
+        raise ValueError(f"There are no settings to compare in {results / f'unet_{device}.csv'}.")
+    return [*lines, provenance_line((row.source for row in used), f"unet_{device}.csv")]
+
+
+def pipeline(results: Path, device: str) -> list[str]:
+    """Whole images, a table for each model; ratios to the stock pipelines of the same group.
+
+    Raises:
+        ValueError: nothing was measured.
+    """
+    path = results / f"pipeline_{device}.csv"
+    rows = read_rows_as(pipeline_rows.Row, path, "benchmarks.pipeline")
+    last = {(row.workload, row.contender): row for row in rows}
+    stock = {row.group: row for row in rows if row.contender == _STOCK_PIPELINES}
+    if not last:
+        raise ValueError(f"There are no rows in {path}.")
+    lines = []
+    for place in dict.fromkeys(workload for workload, _ in last):
+        title = f"{place.model}, {place.images} images of {place.size}², {place.steps} steps, {place.dtype}"
+        header = [title, "time", f"/ `{_STOCK_PIPELINES}`", "images/s", "weights", "warm-up"]
+        cells = []
+        for row in (row for (workload, _), row in last.items() if workload == place):
+            relative = ratio(row.median_us / stock[row.group].median_us) if row.group in stock else MISSING
+            held = [digits(row.images_per_s), gigabytes(row.weight_bytes), _warm_up(row.warmup_s)]
+            cells.append([f"`{row.contender}`", duration(row.median_us), relative, *held])
+        lines += [*table(header, cells), ""]
+    return [*lines, provenance_line((row.source for row in last.values()), path.name)]
+
+
+def sameness(results: Path, device: str) -> list[str]:
+    """PSNR of each path's images, what is allowed, and whether it was held: by task, in float32 the worst task alone.
+
+    Raises:
+        ValueError: nothing was measured.
+    """
+    path = results / f"sameness_{device}.csv"
+    rows = read_cells(path, pipeline_psnr.COLUMNS)
+    if not rows:
+        raise ValueError(f"There are no rows in {path}.")
+    lines = []
+    for model, steps in dict.fromkeys((cells["model"], cells["steps"]) for cells in rows):
+        here = [cells for cells in rows if (cells["model"], cells["steps"]) == (model, steps)]
+        last = {(cells["path"], cells["dtype"], cells["task"]): cells for cells in here}
+        columns = dict.fromkeys((dtype, task) for _, dtype, task in last if dtype != "fp32")
+        in_fp32 = [cells for (_, dtype, _), cells in last.items() if dtype == "fp32"]
+        body = []
+        for way in dict.fromkeys(way for way, _, _ in last):
+            worst = min((cells for cells in in_fp32 if cells["path"] == way), key=_over_allowed, default=None)
+            body.append([f"`{way}`", *(_decibels(last.get((way, *column))) for column in columns)])
+            body[-1] += [_decibels(worst)] * bool(in_fp32)
+        images = max(int(cells["images"]) for cells in last.values())
+        header = [f"{model}, {images} images of {steps} steps: PSNR in dB (allowed)"]
+        header += [*(f"{dtype}, {task}" for dtype, task in columns), *["fp32, worst task"] * bool(in_fp32)]
+        lines += [*table(header, body), ""]
+    return [*lines, provenance_line(rows, path.name)]
+
+
+def _over_allowed(cells: dict[str, str]) -> float:
+    return float(cells["psnr_db"]) - float(cells["allowed_db"])
+
+
+def _decibels(cells: dict[str, str] | None) -> str:
+    if cells is None:
+        return MISSING
+    own, allowed, error = (float(cells[name]) for name in ("psnr_db", "allowed_db", "error_db"))
+    text = "∞" if math.isinf(own) else f"{own:.1f}"
+    missing = allowed - own
+    # Not "missing > 0", which NaN would pass.
+    verdict = "" if missing <= 0 else " even" if missing <= 2 * error else " **missed**"
+    return f"{text} ({allowed:.1f}){verdict}"
+
+
+def imports(results: Path) -> list[str]:
+    """Times of imports in fresh interpreters, ours over theirs.
+
+    Raises:
+        ValueError: they were not measured.
+    """
+    rows = read_cells(results / "import_time.csv", import_time.COLUMNS)
+    medians = {(cells["part"], cells["statement"]): float(cells["median_us"]) for cells in rows}
+    lines = []
+    for part, ours, theirs, at_most in import_time.PAIRS:
+        if (part, ours) in medians and (part, theirs) in medians:
+            mine, other = medians[part, ours], medians[part, theirs]
+            target = MISSING if at_most is None else ratio(at_most)
+            lines.append([f"`{ours}`", f"`{theirs}`", duration(mine), duration(other), f"{mine / other:.3f}", target])
+    if not lines:
+        raise ValueError(f"There are no pairs to compare in {results / 'import_time.csv'}.")
+    header = ["statement", "divided by", "time", "of the other", "ratio", "at most"]
+    return [*table(header, lines, 2), "", provenance_line(rows, "import_time.csv")]
+
+
+def targets(results: Path) -> list[str]:
+    """Whether whole models meet their targets. What was not measured is said, so this table is always there."""
+    lines, sources, files = [], [], []
+    for device, chosen in unet_rows.TARGETS.items():
+        try:
+            rows = unet_rows.read_rows(results / f"unet_{device}.csv")
+        except ValueError:
+            rows = []
+        for target in chosen:
+            of_dtype = [row for row in rows if target.dtype in (None, row.workload.dtype)]
+            pairs = pairs_of(target, of_dtype, TESTED[device])
+            sources += [pair.row.source for pair in pairs]
+            files += [f"unet_{device}.csv"] * bool(pairs)
+            at_most = MISSING if target.at_most is None else ratio(target.at_most)
+            values = [pair.ratio for pair in pairs]
+            lines.append([_device(device), target.what, at_most, *_verdict(values, target.mean, target.at_most)])
+    header = ["", "what", "at most", "measured", ""]
+    return [*table(header, lines, 2), *(["", provenance_line(sources, *dict.fromkeys(files))] if sources else [])]
+
+
+def _verdict(values: Sequence[float], mean: bool, at_most: float | None) -> list[str]:
+    if not values:
+        return ["not measured yet", MISSING]
+    value = geometric_mean(values) if mean else max(values)
+    verdict = MISSING if at_most is None else "met" if value <= at_most else "**missed**"
+    return [small_ratio(value), verdict]
+
+
+def _device(device: str) -> str:
+    return {"cpu": "CPU", "cuda": "GPU"}[device]

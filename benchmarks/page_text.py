@@ -1,0 +1,95 @@
+"""Markdown of the tables in `docs/performance.md`: cells, numbers, and the line that says where they come from."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+MISSING = "–"
+_MOST_COMMANDS = 2
+_MODULE = re.compile(r".*?(python -m [\w.]+).*")
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]], words: int = 1) -> list[str]:
+    """A Markdown table.
+
+    Args:
+        header: of the columns.
+        lines: their cells.
+        words: how many of the first columns are aligned left; numbers are aligned right.
+    """
+    rule = ["---"] * words + ["---:"] * (len(header) - words)
+    return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *lines)]
+
+
+def provenance_line(sources: Iterable[Mapping[str, str]], *files: str) -> str:
+    """Processor, threads, commit, torch, commands, each value once, and the files that say the rest.
+
+    Args:
+        sources: cells of rows, with those of `benchmarks.provenance`.
+        files: names of CSV files in `benchmarks/results`.
+    """
+    sources = list(sources)
+
+    def values(name: str) -> list[str]:
+        return list(dict.fromkeys(source[name] for source in sources if source.get(name)))
+
+    places = [", ".join(values("processor")) or ", ".join(values("machine"))]
+    places += [f"{', '.join(values('threads'))} threads"] if values("threads") else []
+    versions = [f"{name} {', '.join(values(name))}" for name in ("commit", "torch") if values(name)]
+    commands = values("command")
+    if len(commands) > _MOST_COMMANDS:
+        # Without their arguments, which stand in the file.
+        commands = list(dict.fromkeys(_MODULE.sub(r"\1", command) for command in commands))
+    named = ", ".join(f"`{command}`" for command in commands)
+    links = ", ".join(f"[{file}](../benchmarks/results/{file})" for file in files)
+    return f"<sub>{', '.join([*places, *versions])}: {named} → {links}</sub>"
+
+
+def read_cells(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a CSV file as text, by column.
+
+    Raises:
+        ValueError: there is no such file, or it lacks one of the columns.
+    """
+    if not path.exists():
+        raise ValueError(f"There is no {path}.")
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        missing = [column for column in columns if column not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(f"{path} must have the columns {', '.join(columns)}, got none named {', '.join(missing)}.")
+        return list(reader)
+
+
+def digits(value: float) -> str:
+    """Three digits of a positive number, all of those before the point."""
+    # 9.996 has as many digits as 10.0.
+    rounded = float(f"{value:.3g}")
+    if rounded >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if rounded >= 10 else f"{value:.2f}" if rounded >= 1 else f"{value:#.3g}"
+
+
+def duration(us: float) -> str:
+    """A time in the unit that it is said in: µs, ms or s."""
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        # What rounds to the unit is said in it.
+        if us >= 0.9995 * size:
+            return f"{digits(us / size)} {unit}"
+    return f"{digits(us)} µs"
+
+
+def gigabytes(count: float) -> str:
+    return f"{digits(count / 1e9)} GB"
+
+
+def ratio(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def small_ratio(value: float) -> str:
+    """A ratio that may be far below one: three places from a tenth on, or else two digits."""
+    return f"{value:.3f}" if value >= 0.1 else f"{value:.2g}" if value >= 1e-4 else "< 0.0001"

@@ -1,0 +1,73 @@
+"""Pictures of `results/growth_*.csv`: µs a token as tokens, samples, tasks and experts become more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.growth_lines import Panel, panels, routing_name, tokens
+from benchmarks.plot_looks import FFN_LOOKS, legend, letters, most_common_dtype, save
+from benchmarks.rows import Row
+from benchmarks.sweeps import DENSE
+
+_PRODUCTS = ("#D55E00", "the bare matrix products")
+_AXES = {
+    "tokens": "tokens of a sample",
+    "batch": "samples in the batch",
+    "tasks": "tasks in the batch",
+    "experts": "experts (hidden units in all: the same)",
+}
+# Routing by line and mark; contenders by colour.
+_DASHES = {None: ("-", "o"), 1: (":", "^"), 2: ("--", "s")}
+_OTHER_DASHES = ("-.", "D")
+_TIMES = ("median_us", "p20_us", "p80_us")
+
+
+def plot(rows: Sequence[Row], path: Path, experts: int = 4) -> None:
+    """Draws a panel for each quantity that was varied, and writes a PNG.
+
+    Args:
+        rows: of one device.
+        path: of the picture.
+        experts: E where it is not what is varied.
+
+    Raises:
+        ValueError: nothing was varied.
+    """
+    dtype = most_common_dtype(rows)
+    drawn = panels([row for row in rows if row.workload.dtype == dtype], experts)
+    if not drawn:
+        raise ValueError(f"{path.name} needs rows of two token counts, batches, tasks or experts, got none.")
+    with letters():
+        lines, columns = (len(drawn) + 1) // 2, min(len(drawn), 2)
+        figure = Figure(figsize=(5.5 * columns, 1.4 + 3.2 * lines), layout="constrained")
+        grid = figure.subplots(lines, columns, squeeze=False).ravel()
+        for axes, panel in zip(grid, drawn, strict=False):
+            _panel(axes, panel)
+        for axes in grid[len(drawn) :]:
+            axes.set_axis_off()
+        legend(figure, grid[: len(drawn)], "One feed-forward, forward: time a token, lower is faster")
+        shown = [row for panel in drawn for line in panel.lines for row in line.rows.values()]
+        save(figure, path, shown, "Medians; bands: 20th to 80th percentile.")
+
+
+def _panel(axes: Axes, panel: Panel) -> None:
+    for line in panel.lines:
+        color, label = _PRODUCTS if line.contender == "products" else FFN_LOOKS[line.contender]
+        style, mark = _DASHES.get(line.K, _OTHER_DASHES)
+        label += "" if line.K is DENSE else f", {routing_name(line.K)}"
+        xs, rows = list(line.rows), line.rows.values()
+        medians, low, high = ([getattr(row, name) / tokens(row) for row in rows] for name in _TIMES)
+        axes.plot(xs, medians, style, color=color, marker=mark, markersize=4, label=label)
+        axes.fill_between(xs, low, high, color=color, alpha=0.12, linewidth=0)
+    ticks = sorted({x for line in panel.lines for x in line.rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(x) for x in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(_AXES[panel.name])
+    axes.set_ylabel("µs a token")
+    axes.set_ylim(bottom=0)
+    axes.set_title(f"{panel.name}  ({panel.fixed})", loc="left", fontsize=10, fontweight="bold")

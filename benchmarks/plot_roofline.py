@@ -1,0 +1,91 @@
+"""The roofline: attained FLOP/s of the feed-forward over its FLOPs a byte, under the two roofs of the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from benchmarks.plot_looks import FFN_LOOKS, legend, letters, save
+from benchmarks.roofline import Mark
+
+_ROOF = "#D55E00"
+_SHAPE = {"color": "#999999", "linewidth": 0.6, "linestyle": ":"}
+_MARKS = {"eager": "x"}
+_TERA = 1e12
+# Between two names, as a share of the axis.
+_LEAST_GAP = 0.011
+
+
+def plot(marks: Sequence[Mark], path: Path) -> None:
+    """Draws a panel for each dtype, and writes a PNG.
+
+    Args:
+        marks: of one device.
+        path: of the picture.
+
+    Raises:
+        ValueError: there is no mark.
+    """
+    if not marks:
+        raise ValueError(f"{path.name} needs forward passes with dense routing at the models' shapes, got none.")
+    dtypes = sorted({mark.roofs.dtype for mark in marks})
+    with letters():
+        figure = Figure(figsize=(11, 1.2 + 4 * len(dtypes)), layout="constrained")
+        panels = figure.subplots(len(dtypes), squeeze=False)[:, 0]
+        for axes, dtype in zip(panels, dtypes, strict=True):
+            _panel(axes, [mark for mark in marks if mark.roofs.dtype == dtype])
+        batch = marks[0].row.workload.B
+        title = f"Roofline of one feed-forward, forward, B = {batch}, dense routing: higher is faster"
+        legend(figure, panels, title)
+        says = "Roofs: the fastest matrix product of torch, and the fastest way through memory, measured."
+        save(figure, path, [mark.row for mark in marks], says)
+
+
+def _panel(axes: Axes, marks: Sequence[Mark]) -> None:
+    roofs = marks[0].roofs
+    ridge = roofs.flops_per_s / roofs.bytes_per_s
+    low, high = _span([mark.cost.intensity for mark in marks] + [ridge], 2)
+    peak, slope = roofs.flops_per_s / _TERA, roofs.bytes_per_s / _TERA
+    axes.plot([low, ridge, high], [low * slope, peak, peak], color=_ROOF, label="the roofs")
+    for name in dict.fromkeys(mark.row.contender for mark in marks):
+        color, label = FFN_LOOKS[name]
+        chosen = [mark for mark in marks if mark.row.contender == name]
+        xs, ys = [mark.cost.intensity for mark in chosen], [mark.flops_per_s / _TERA for mark in chosen]
+        axes.plot(xs, ys, _MARKS.get(name, "o"), color=color, markersize=7, label=label)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    axes.set_xlim(low, high)
+    bottom, top = _span([*(mark.flops_per_s / _TERA for mark in marks), peak], 1.6)
+    # Names of shapes stand below all marks.
+    axes.set_ylim(bottom / 4, top)
+    _name_shapes(axes, marks)
+    axes.set_xlabel("FLOP for each byte that must move (x, y and weights once)")
+    axes.set_ylabel("TFLOP/s")
+    roof = f"{peak:.4g} TFLOP/s, {roofs.bytes_per_s / 1e9:,.4g} GB/s"
+    axes.set_title(f"{roofs.dtype}: {roof}", loc="left", fontsize=10, fontweight="bold")
+
+
+def _name_shapes(axes: Axes, marks: Sequence[Mark]) -> None:
+    low, high = axes.get_xlim()
+    gap = (high / low) ** _LEAST_GAP
+    free = low
+    for x, shape in sorted({(mark.cost.intensity, mark.row.workload[:2]) for mark in marks}):
+        axes.axvline(x, **_SHAPE, zorder=0)
+        # Neighbours' names would cover each other.
+        at = max(x, free)
+        text = axes.annotate("{} × {}".format(*shape), (at, axes.get_ylim()[0]), (2, 3), textcoords="offset points")
+        text.set(rotation=90, va="bottom", ha="left", fontsize=7, color="#555555")
+        free = at * gap
+
+
+def _span(values: Sequence[float], air: float) -> tuple[float, float]:
+    """Limits of a logarithmic axis, wider than the values by a factor on both sides."""
+    return min(values) / air, max(values) * air

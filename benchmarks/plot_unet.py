@@ -1,0 +1,99 @@
+"""Pictures of `results/unet_*.csv`: a denoising step of each contender relative to that of the original."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+
+from benchmarks.plot_looks import letters, save
+from benchmarks.steps import Scene, Step, family, scenes, usual
+from benchmarks.unet_rows import Row
+
+# Families as in the pictures of one feed-forward; folded ones darker, peers apart from all.
+_COLORS = {
+    "stock": "#000000",
+    "stock-recipe": "#E69F00",
+    "mtu-eager": "#56B4E9",
+    "mtu-cpp": "#009E73",
+    "mtu-triton": "#0072B2",
+    "mtu-cpp-folded": "#005C43",
+    "mtu-triton-folded": "#00466E",
+    "four-unets": "#CC79A7",
+    "swapped-unets": "#CC79A7",
+    "lora-hotswap": "#B8A429",
+    "lora-per-sample": "#B8A429",
+}
+_OTHER = "#999999"
+_ORIGINAL = "#D55E00"
+# A bar that is many times as long as the others would leave them no room: it is cut, and its number tells the rest.
+_LONGEST = 3.0
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Draws a panel for each model and batch, of dense routing with mixed tasks, and writes a PNG.
+
+    Args:
+        rows: of one device.
+        path: of the picture.
+
+    Raises:
+        ValueError: no contender was measured beside the original.
+    """
+    drawn = {scene: _relative(usual(labels)) for scene, labels in scenes(rows).items()}
+    drawn = {scene: labels for scene, labels in drawn.items() if labels}
+    if not drawn:
+        raise ValueError(f"{path.name} needs rows of stock and of contenders in its group, got none.")
+    batches = max((sorted({B for steps in labels.values() for B in steps}) for labels in drawn.values()), key=len)
+    with letters():
+        heights = [0.6 + 0.24 * len(labels) for labels in drawn.values()]
+        figure = Figure(figsize=(max(6.0, 2.2 + 2.2 * len(batches)), 1.2 + sum(heights)), layout="constrained")
+        title = "One denoising step, time / the original's, run eagerly: shorter is faster"
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+        parts = figure.subfigures(len(drawn), squeeze=False, height_ratios=heights)[:, 0]
+        for part, (scene, labels) in zip(parts, drawn.items(), strict=True):
+            _scene(part, scene, labels)
+        shown = [step.row for labels in drawn.values() for steps in labels.values() for step in steps.values()]
+        save(figure, path, shown, "Medians; whiskers: 20th to 80th percentile.")
+
+
+def _relative(labels: dict[str, dict[int, Step]]) -> dict[str, dict[int, Step]]:
+    beside = {name: {B: step for B, step in steps.items() if step.original} for name, steps in labels.items()}
+    return {name: steps for name, steps in beside.items() if steps}
+
+
+def _scene(part: SubFigure, scene: Scene, labels: dict[str, dict[int, Step]]) -> None:
+    batches = sorted({B for steps in labels.values() for B in steps})
+    longest = max(step.relative(step.row.p80_us) for steps in labels.values() for step in steps.values())
+    limit = min(longest, _LONGEST) * 1.25
+    part.suptitle(str(scene), x=0.01, ha="left", fontsize=10, fontweight="bold")
+    panels = part.subplots(1, len(batches), sharey=True, squeeze=False)[0]
+    for axes, B in zip(panels, batches, strict=True):
+        steps = {name: steps[B] for name, steps in labels.items() if B in steps}
+        original = next(step.original for step in steps.values())
+        axes.set_title(f"B = {B}  ({original.median_us / 1e3:,.4g} ms)", loc="left", fontsize=9)
+        _bars(axes, list(labels), steps, limit)
+    panels[0].set_yticks(range(len(labels)), list(labels), fontsize=8)
+    panels[0].set_ylim(len(labels) - 0.4, -0.6)
+
+
+def _bars(axes: Axes, names: Sequence[str], steps: dict[str, Step], limit: float) -> None:
+    for at, name in enumerate(names):
+        if name not in steps:
+            continue
+        step = steps[name]
+        median, low, high = (step.relative(getattr(step.row, column)) for column in ("median_us", "p20_us", "p80_us"))
+        axes.barh(at, min(median, limit), 0.8, color=_COLORS.get(family(step.row.contender), _OTHER))
+        axes.hlines(at, min(low, limit), min(high, limit), color="#444444", linewidth=0.8)
+        cut = high > limit * 0.85
+        x, away, side, color = (min(median, limit), -3, "right", "white") if cut else (high, 3, "left", "black")
+        text = axes.annotate(f"{median:.2f}", (x, at), (away, 0), textcoords="offset points")
+        # The line of the original must not run through a number.
+        box = {} if cut else {"bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.4}}
+        text.set(ha=side, va="center", fontsize=7, color=color, **box)
+    axes.axvline(1, color=_ORIGINAL, linewidth=1, linestyle="--")
+    axes.set_xlim(0, limit)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=8)

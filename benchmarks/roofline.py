@@ -1,0 +1,108 @@
+"""The roofline of the feed-forward: what its two products must compute and move, and how near to that a row comes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.inputs import DTYPES
+from benchmarks.machine import Roofs, read_roofs
+from benchmarks.report import TESTED
+from benchmarks.rows import Row, read_rows
+from benchmarks.sweeps import SHAPE_SETS, Setting, Workload
+
+# The shapes of the models, and those that the CPU targets are stated for.
+SHAPES = tuple(dict.fromkeys(shape for shapes in SHAPE_SETS.values() for shape in shapes))
+_STOCK = "eager"
+_USUAL_BATCH = 8
+
+
+class Cost(NamedTuple):
+    """Work of one forward pass that no implementation can avoid.
+
+    Attributes:
+        flops: of the two products; a multiply-add counts as two.
+        bytes: of x, y and the weights, each moved once. Hidden units need not leave the chip.
+    """
+
+    flops: int
+    bytes: int
+
+    @property
+    def intensity(self) -> float:
+        """FLOP for each byte."""
+        return self.flops / self.bytes
+
+    def roof(self, roofs: Roofs) -> float:
+        """FLOP/s that the machine allows: ``min(rate of products, intensity · rate of memory)``."""
+        return min(roofs.flops_per_s, self.intensity * roofs.bytes_per_s)
+
+    def bound(self, roofs: Roofs) -> str:
+        """Which roof is the lower one: "products" or "memory"."""
+        return "products" if roofs.flops_per_s <= self.intensity * roofs.bytes_per_s else "memory"
+
+
+class Mark(NamedTuple):
+    """A measured row under its roof."""
+
+    row: Row
+    cost: Cost
+    roofs: Roofs
+
+    @property
+    def flops_per_s(self) -> float:
+        return self.cost.flops / (self.row.median_us * 1e-6)
+
+    @property
+    def share(self) -> float:
+        """Of the roof."""
+        return self.flops_per_s / self.cost.roof(self.roofs)
+
+
+def cost(workload: Workload, setting: Setting) -> Cost:
+    """FLOPs ``6·B·L·D·H`` and bytes ``2·B·L·D + 3·H·D + 2·H + D`` numbers, where H counts active hidden units only."""
+    D, L, B, dtype, _ = workload
+    H = 4 * D * (setting.K or setting.E) // setting.E
+    numbers = 2 * B * L * D + 3 * H * D + 2 * H + D
+    return Cost(6 * B * L * D * H, numbers * DTYPES[dtype].itemsize)
+
+
+def marks(rows: Sequence[Row], roofs: Mapping[tuple[str, str], Roofs], experts: int = 4) -> list[Mark]:
+    """The forward passes with dense routing at the models' shapes, of the stock feed-forward and of the one under test.
+
+    Of each shape the last measurement counts; all are of the batch that most rows have.
+
+    Args:
+        rows: of one device.
+        roofs: by device and dtype; rows without any are left out.
+        experts: E of the contender under test.
+    """
+    wanted = [row for row in rows if _wanted(row, experts) and (row.device, row.workload.dtype) in roofs]
+    batches = [row.workload.B for row in wanted]
+    batch = max(set(batches), key=lambda B: (batches.count(B), B == _USUAL_BATCH), default=0)
+    last = {(row.contender, row.workload): row for row in wanted if batch == row.workload.B}
+    ordered = sorted(last.values(), key=lambda row: (row.workload.dtype, row.workload.D, -row.workload.L))
+    return [Mark(row, cost(row.workload, row.setting), roofs[row.device, row.workload.dtype]) for row in ordered]
+
+
+def _wanted(row: Row, experts: int) -> bool:
+    workload = row.workload
+    known = (workload.D, workload.L) in SHAPES and workload.direction == "forward"
+    setting = {_STOCK: Setting(), TESTED[row.device]: Setting(experts)}.get(row.contender)
+    return known and row.setting == setting
+
+
+def read_marks(results: Path, device: str) -> list[Mark]:
+    """The marks of a device, from its rows of `moe_ffn_*.csv` and `growth_*.csv`.
+
+    Raises:
+        ValueError: there are none.
+    """
+    roofs = read_roofs(results / "machine.csv")
+    # Where both have a shape, the feed-forward's own file counts.
+    files = [results / f"{name}_{device}.csv" for name in ("growth", "moe_ffn")]
+    found = marks([row for file in files if file.exists() for row in read_rows(file)], roofs)
+    if not found:
+        raise ValueError(f"There are no rows of {device} in {results} that have roofs in machine.csv.")
+    return found

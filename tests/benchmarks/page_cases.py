@@ -1,0 +1,89 @@
+"""Rows of whole models and of machines that nobody measured, for the page and the pictures."""
+
+import csv
+
+from benchmarks import pipeline_rows, unet_rows
+from benchmarks.machine import Roofs
+from benchmarks.rows import append_row
+from benchmarks.sweeps import DENSE, Setting, heeded
+
+from .rows_cases import SOURCE, make_row
+
+MIXED = Setting(4, DENSE, 4)
+STEPS = {"stock": 1000.0, "stock+graphs": 600.0, "mtu-triton": 900.0, "mtu-triton+graphs": 550.0, "four-unets": 1500.0}
+_SWITCHED = ("mtu-", "four-", "lora-")
+
+
+def make_step(contender, median, B=4, model="sd15", setting=MIXED, group=None, **columns):
+    """A row of a made-up GPU: a denoising step, its median in µs."""
+    mixed = heeded(contender, setting._replace(tasks=min(setting.tasks, B)))
+    size = 1024 if model == "sdxl" else 512
+    times = {"median_us": median, "p20_us": median * 0.9, "p80_us": median * 1.2, "rounds": 20}
+    counts = {"peak_bytes": 2 * 10**9, "weight_bytes": 17 * 10**8, "images_per_s": 4.25, "source": SOURCE}
+    waits = {"warmup_s": 31.5 if "+" in contender else None, "graph": "graphs" in contender}
+    waits |= {"switch_us": 30.0 if contender.startswith(_SWITCHED) else None}
+    return unet_rows.Row(
+        group=f"{model}-{B}" if group is None else group,
+        contender=contender,
+        device="cuda",
+        workload=unet_rows.Workload(model, size, B, 1, "bf16"),
+        setting=mixed,
+        **(times | counts | waits | columns),
+    )
+
+
+def make_images(contender, median):
+    """A row of a made-up GPU: four images, their time in µs."""
+    return pipeline_rows.Row(
+        group="g",
+        contender=contender,
+        device="cuda",
+        workload=pipeline_rows.Workload("icons", 64, 4, 20, "bf16"),
+        setting=Setting(4, DENSE, 4),
+        graph=False,
+        median_us=median,
+        p20_us=median,
+        p80_us=median,
+        rounds=20,
+        peak_bytes=10**8,
+        weight_bytes=5 * 10**8,
+        warmup_s=None,
+        images_per_s=4e6 / median,
+        source=SOURCE,
+    )
+
+
+def make_roofs(device="cuda", dtype="bf16", flops_per_s=8e14, bytes_per_s=4e12):
+    """The roofs of a made-up machine; by default they meet at 200 FLOP a byte."""
+    return Roofs(device, dtype, 8192, flops_per_s, "triad", 2**30, bytes_per_s, 20, SOURCE)
+
+
+def grown():
+    """Rows of one feed-forward in which all four quantities grow, a group for each workload."""
+    rows = []
+    for L in (256, 512, 1024):
+        place = {"shape": (640, L), "B": 1, "group": f"tokens-{L}"}
+        rows += [make_row(name, L * 0.1 + own, **place) for name, own in (("products", 9), ("mtu-triton", 10))]
+    for B in (1, 2, 4):
+        place = {"shape": (1280, 64), "B": B, "group": f"batch-{B}"}
+        rows += [make_row(name, 50 + B, **place) for name in ("eager", "mtu-triton")]
+    place = {"shape": (640, 256), "B": 8, "group": "tasks"}
+    rows += [make_row("eager", 500, **place), make_row("products", 300, setting=Setting(8, 2), **place)]
+    rows += [make_row("mtu-triton", 200, setting=Setting(8, K, T), **place) for K in (DENSE, 2) for T in (1, 2, 4)]
+    place = {"shape": (640, 1024), "B": 1, "group": "experts"}
+    for E in (2, 4, 8):
+        rows += [make_row("mtu-triton", 400 / E, setting=Setting(E, 2), **place)]
+        rows += [make_row("products", 300 / E, setting=Setting(E, 2), **place)]
+        rows += [make_row("mtu-triton", 100, setting=Setting(E), **place)]
+    return rows
+
+
+def write_rows(path, rows):
+    for row in rows:
+        append_row(path, row)
+
+
+def write_cells(path, columns, lines):
+    """A CSV file of the columns and those of provenance."""
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([[*columns, *SOURCE], *([*line, *SOURCE.values()] for line in lines)])

@@ -1,0 +1,108 @@
+"""Pictures: what is drawn, that it is written, and what is said where nothing can be."""
+
+import pytest
+from matplotlib.image import imread
+
+from benchmarks import plot, plot_growth, plot_roofline, plot_unet
+from benchmarks.roofline import marks
+from benchmarks.steps import deployed, label, scenes, unusual, usual
+from benchmarks.sweeps import DENSE, Setting
+
+from .page_cases import STEPS, grown, make_roofs, make_step, write_rows
+from .rows_cases import FOUR, make_row
+
+
+def colors(path):
+    """How many colours a picture has: an empty one has one."""
+    pixels = imread(path)[::3, ::3, :3]
+    assert pixels.shape[0] > 100
+    return len({tuple(pixel) for pixel in pixels.reshape(-1, 3).round(2)})
+
+
+def test_labels_say_what_is_unusual():
+    assert label(make_step("mtu-cpp+graphs", 1)) == "mtu-cpp+graphs"
+    assert label(make_step("mtu-cpp", 1, setting=Setting(8, 2, 4))) == "mtu-cpp, top-2 of 8"
+    assert label(make_step("mtu-cpp", 1, setting=Setting(4, 2, 1))) == "mtu-cpp, top-2 of 4, one task"
+    assert label(make_step("mtu-cpp", 1, setting=Setting(8))) == "mtu-cpp, 8 experts, one task"
+    assert label(make_step("mtu-cpp", 1, setting=Setting(1, DENSE, 4), model="sdxl")) == "mtu-cpp"
+    # One sample has one task, whatever was asked for; the original and a folded task know of none.
+    assert label(make_step("mtu-cpp", 1, B=1)) == "mtu-cpp"
+    assert label(make_step("stock", 1)) == "stock"
+    assert label(make_step("mtu-cpp-folded", 1)) == "mtu-cpp-folded"
+    assert label(make_step("four-unets", 1, setting=Setting(4, DENSE, 1))) == "four-unets, one task"
+
+
+def test_steps_are_relative_to_the_original_of_their_group():
+    rows = [make_step("stock", 1000), make_step("mtu-cpp", 900), make_step("stock", 10, group="other")]
+    rows += [make_step("mtu-cpp", 1, B=2, group="alone")]
+    (labels,) = scenes(rows).values()
+    assert labels["mtu-cpp"][4].relative(900) == 0.9
+    assert labels["mtu-cpp"][2].original is None
+    assert labels["mtu-cpp"][2].relative(1) is None
+
+
+def test_what_is_unusual_is_divided_by_the_usual_row_of_the_group():
+    one_task, top_2 = Setting(4, DENSE, 1), Setting(4, 2, 4)
+    rows = [make_step("mtu-cpp", 100), make_step("mtu-cpp", 98, setting=one_task)]
+    rows += [make_step("mtu-cpp", 80, setting=top_2), make_step("mtu-cpp", 79, setting=top_2._replace(tasks=1))]
+    rows += [make_step("mtu-cpp@each", 130), make_step("mtu-cpp@routers", 50, group="other")]
+    (labels,) = scenes(rows).values()
+    ratios = {
+        name: own.row.median_us / plain.row.median_us
+        for name, pairs in unusual(labels).items()
+        for own, plain in pairs.values()
+    }
+    assert ratios == {"mtu-cpp, one task": 0.98, "mtu-cpp, top-2 of 4": 0.8, "mtu-cpp@each": 1.3}
+    assert list(usual(labels)) == ["mtu-cpp"]
+
+
+def test_deployed_are_four_tasks_or_the_largest_batch():
+    rows = [make_step(name, time, B=B) for name, time in STEPS.items() for B in (2, 4, 8)]
+    ((B, steps),) = (deployed(labels) for labels in scenes(rows).values())
+    assert B == 4
+    assert list(steps) == ["stock", "stock+graphs", "mtu-triton", "mtu-triton+graphs", "four-unets"]
+    ((B, _),) = (deployed(labels) for labels in scenes([row for row in rows if row.workload.B != 4]).values())
+    assert B == 8
+
+
+def test_pictures_of_each_kind(tmp_path):
+    places = [{"model": model, "B": B} for model in ("sd15", "sdxl") for B in (1, 4)]
+    steps = [make_step(name, time * place["B"], **place) for place in places for name, time in STEPS.items()]
+    plot_unet.plot([*steps, make_step("swapped-unets", 9e4)], tmp_path / "unet.png")
+    plot_growth.plot(grown(), tmp_path / "deep" / "growth.png")
+    shapes = ((320, 4096), (640, 1024), (1280, 64))
+    rows = [
+        make_row(name, 100 + at, shape=shape) for shape in shapes for at, name in enumerate(("eager", "mtu-triton"))
+    ]
+    plot_roofline.plot(marks(rows, {("cuda", "bf16"): make_roofs()}), tmp_path / "roofline.png")
+    for name in ("unet", "deep/growth", "roofline"):
+        assert colors(tmp_path / f"{name}.png") > 10
+
+
+def test_all_pictures_of_a_folder(tmp_path, capsys):
+    results, images = tmp_path / "results", tmp_path / "images"
+    results.mkdir()
+    write_rows(results / "moe_ffn_cuda.csv", [make_row(name, 100) for name in ("products", "eager", "mtu-triton")])
+    write_rows(results / "growth_cuda.csv", grown())
+    write_rows(results / "machine.csv", [make_roofs(), make_roofs("cpu")])
+    write_rows(results / "unet_cuda.csv", [make_step(name, time) for name, time in STEPS.items()])
+    assert plot.main(["--results", str(results), "--output", str(images)]) == 0
+    names = ["growth_cuda.png", "moe_ffn_cuda.png", "roofline_cuda.png", "unet_cuda.png"]
+    assert sorted(path.name for path in images.iterdir()) == names
+    assert sorted(line.rpartition("/")[2] for line in capsys.readouterr().out.splitlines()) == names
+
+
+def test_what_cannot_be_drawn_is_said_after_the_others_were(tmp_path, capsys):
+    write_rows(tmp_path / "growth_cuda.csv", [make_row("eager", 1, setting=FOUR)])
+    write_rows(tmp_path / "unet_cuda.csv", [make_step("stock", 10), make_step("mtu-triton", 9)])
+    with pytest.raises(SystemExit, match="2"):
+        plot.main(["--results", str(tmp_path), "--output", str(tmp_path)])
+    assert "error: growth_cuda.png needs rows of two token counts" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.glob("*.png")] == ["unet_cuda.png"]
+
+
+def test_a_picture_needs_what_it_compares_with(tmp_path):
+    with pytest.raises(ValueError, match=r"unet\.png needs rows of stock and of contenders in its group, got none\."):
+        plot_unet.plot([make_step("mtu-triton", 9)], tmp_path / "unet.png")
+    with pytest.raises(ValueError, match=r"roofline\.png needs forward passes .*, got none\."):
+        plot_roofline.plot([], tmp_path / "roofline.png")
