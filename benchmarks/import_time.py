@@ -1,0 +1,153 @@
+"""`python -m benchmarks.import_time`: what importing takes, each time in a fresh interpreter.
+
+`import mtu` leaves what needs torch and diffusers to its first use. So that use is measured beside it: every public
+name of mtu, against diffusers with the stock pipeline. Times are those of whole processes, run interleaved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from benchmarks.provenance import RESULTS, ROOT, command_line, provenance
+from benchmarks.rows import append_row, check_header
+from benchmarks.timing import summary
+
+_ROUNDS = 20
+_WARM_ROUNDS = 1
+_DIFFUSERS = "import torch; import diffusers"
+
+
+class Pair(NamedTuple):
+    """Two statements to compare.
+
+    Attributes:
+        part: what is compared.
+        ours: a statement.
+        theirs: the statement that its time is divided by.
+        at_most: the target; None: there is none.
+    """
+
+    part: str
+    ours: str
+    theirs: str
+    at_most: float | None
+
+
+PAIRS = (
+    Pair("import", "import mtu", _DIFFUSERS, 1.1),
+    Pair("first use", "from mtu import *", f"{_DIFFUSERS}; diffusers.StableDiffusionPipeline", 1.1),
+    Pair("kernels", "import mtu_kernels", "import torch", None),
+)
+
+
+class Row(NamedTuple):
+    """One statement's times.
+
+    Attributes:
+        group: rows of one group were measured interleaved, and may be compared.
+        part: that of its pair.
+        statement: what a fresh interpreter ran.
+        rounds: how often.
+        source: where it comes from, as `benchmarks.provenance` says it.
+    """
+
+    group: str
+    part: str
+    statement: str
+    median_us: float
+    p20_us: float
+    p80_us: float
+    rounds: int
+    source: dict[str, str]
+
+    def cells(self) -> dict[str, str]:
+        """The row as text, by column."""
+        cells = {"group": self.group, "part": self.part, "statement": self.statement}
+        cells |= {name: f"{getattr(self, name):.0f}" for name in ("median_us", "p20_us", "p80_us")}
+        return cells | {"rounds": str(self.rounds)} | self.source
+
+
+COLUMNS = Row._fields[:-1]
+
+
+def process_us(statement: str) -> float:
+    """Time of `python -c statement`, from its start to its end, in µs.
+
+    Raises:
+        RuntimeError: the statement fails.
+    """
+    # In the checkout's root, whose packages are then found whether they are installed or not.
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", statement], cwd=ROOT, capture_output=True, text=True, check=False)
+    taken = (time.perf_counter() - start) * 1e6
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
+        raise RuntimeError(f"A statement to time must run, but {statement!r} ended with {done.returncode}: {last}")
+    return taken
+
+
+def measure(rounds: int, source: dict[str, str]) -> list[Row]:
+    """Times all statements interleaved, after a round that fills the caches of files and of bytecode."""
+    group = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
+    contenders = [(pair.part, statement) for pair in PAIRS for statement in (pair.ours, pair.theirs)]
+    times: list[list[float]] = []
+    for _ in tqdm(range(_WARM_ROUNDS + rounds), unit="round", file=sys.stderr):
+        times.append([process_us(statement) for _, statement in contenders])
+    rows = []
+    for contender, column in zip(contenders, zip(*times[_WARM_ROUNDS:], strict=True), strict=True):
+        timing = summary(column, graph=False)
+        rows.append(Row(group, *contender, timing.median_us, timing.p20_us, timing.p80_us, rounds, source))
+    return rows
+
+
+def report(rows: Sequence[Row]) -> list[str]:
+    """A line for each pair: both medians, their ratio, and its target."""
+    medians = {(row.part, row.statement): row.median_us for row in rows}
+    lines = []
+    for part, ours, theirs, at_most in PAIRS:
+        mine, other = medians[part, ours], medians[part, theirs]
+        line = f"{part}: {ours} {mine / 1e6:.2f} s / {theirs} {other / 1e6:.2f} s = {mine / other:.3f}"
+        if at_most is not None:
+            line += f" (at most {at_most:.2f}{'' if mine <= at_most * other else ', missed'})"
+        lines.append(line)
+    return lines
+
+
+def _rounds(text: str) -> int:
+    # A percentile needs two times.
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 2 on, got {text!r}.")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.import_time", description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=_rounds, default=_ROUNDS, help="timed runs of each (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "import_time.csv", help="CSV to add rows to")
+    given = parser.parse_args(argv)
+    source = provenance(command_line("benchmarks.import_time", argv))
+    try:
+        check_header(given.output, [*COLUMNS, *source])
+    except ValueError as error:
+        parser.error(str(error))
+    rows = measure(given.rounds, source)
+    for row in rows:
+        append_row(given.output, row)
+    print(f"{len(rows)} rows added to {given.output}")
+    print("\n".join(report(rows)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
