@@ -178,7 +178,7 @@ def test_sameness_says_what_was_held(paths):
     lines = [("stock-eager", "edit", "bf16", 30, 30, 0), ("mtu-cpp", "edit", "bf16", 29.5, 30, 0.3)]
     lines += [("graphs", "edit", "bf16", 29.3, 30, 0.3), ("mixed", "edit", "bf16", "nan", 30, 0.3)]
     lines += [("stock-eager", task, "fp32", psnr, 60, 0) for task, psnr in (("edit", "inf"), ("remove", 110))]
-    place = {"images": 16, "model": "icons", "device": "cuda", "size": 64, "steps": 20}
+    place = {"images": 16, "pooled_db": 30, "model": "icons", "device": "cuda", "size": 64, "steps": 20}
     names = ("path", "task", "dtype", "psnr_db", "allowed_db", "error_db")
     rows = [dict(zip(names, line, strict=True)) | place for line in lines]
     columns = pipeline_psnr.COLUMNS
