@@ -1,0 +1,278 @@
+"""`python -m benchmarks.pipeline`: whole images, one of each task, from prompts to pixels.
+
+Four stock pipelines, one after another, beside one upcycled model. The shipped icons model and stock folders are
+upcycled; as they know nothing of their tasks yet, those get small seeded random differences (in the norms, the
+routers' last layers and the kernels of the condition images), so that each task computes what no other does. Weights
+make no difference to time. Contenders run interleaved in one process, timed by the clock, after their images were held
+to those of float32. Writes a CSV row for each of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+import mtu
+from benchmarks.inputs import DTYPES
+from benchmarks.memory import peak_bytes
+from benchmarks.pipeline_models import (
+    Sample,
+    cast,
+    draw_samples,
+    export,
+    hold_images,
+    load_pipeline,
+    model_name,
+    output_size,
+    sharing_copy,
+    steps_of,
+    stock_images,
+    stock_rows,
+    upcycled_images,
+    weight_bytes,
+)
+from benchmarks.pipeline_rows import COLUMNS, Row, Workload, comparison
+from benchmarks.provenance import RESULTS, command_line, provenance
+from benchmarks.recording import Log, record
+from benchmarks.rows import check_header
+from benchmarks.sweeps import DENSE, Entry, Setting, parse_choices
+from benchmarks.timing import WARM_ROUNDS, synchronize, time_interleaved
+
+_RUNS, _QUICK_RUNS, _QUICK_STEPS = 5, 2, 2
+# Of the images that are held to those of a wider dtype: every operation runs, and rounding has no time to grow.
+_CHECKED_STEPS = 2
+
+# Number of steps → images of all samples, in their order.
+Generate = Callable[[int], Tensor]
+
+
+class Contender(NamedTuple):
+    """One way to make the images: what it is, in a line, its pipelines and calls, and the mode they are compiled in."""
+
+    about: str
+    kind: str
+    mode: str | None
+
+
+_KINDS = {
+    "stock-each": "a stock pipeline for each task, all resident, one after another",
+    "mtu": "the upcycled model, one call for all tasks",
+    "mtu-each": "the upcycled model, a call for each task",
+}
+_MODES = {"": None, "+compile": "default", "+graphs": "reduce-overhead"}
+_WORDS = {"": "", "+compile": ", compiled", "+graphs": ", compiled and in CUDA graphs"}
+CONTENDERS = {
+    kind + suffix: Contender(about + _WORDS[suffix], kind, mode)
+    for suffix, mode in _MODES.items()
+    for kind, about in _KINDS.items()
+}
+EAGER = tuple(name for name, contender in CONTENDERS.items() if contender.mode is None)
+
+
+class Ready(NamedTuple):
+    """A contender that was built: what makes its images, and the columns that are known already."""
+
+    generate: Generate
+    columns: dict[str, Any]
+
+
+class Bench:
+    """The pipelines of a run: one model in float32, and in the dtype and place where it is measured.
+
+    Args:
+        pipe: float32, on the CPU.
+        dtype: name of the dtype.
+        device: where contenders run.
+    """
+
+    def __init__(self, pipe: mtu.MTUPipeline, dtype: str, device: torch.device) -> None:
+        self.exact, self.device = pipe, device
+        self.samples: list[Sample] = draw_samples(pipe, 1)
+        self.size = output_size(pipe)
+        self.upcycled = cast(pipe, DTYPES[dtype], device, "auto")
+
+    @functools.cached_property
+    def stock(self) -> dict[str, DiffusionPipeline]:
+        """The exported pipelines, by task."""
+        return {sample.spec.name: export(self.exact, sample.spec.name, self.upcycled) for sample in self.samples}
+
+    @functools.cached_property
+    def yardstick(self) -> tuple[Tensor, Tensor]:
+        """Images of a user's code, which are the measure of rounding, and of the same code in a wider dtype."""
+        dtype = self.upcycled.unet.dtype
+        wide = torch.float64 if dtype == torch.float32 else torch.float32
+        pipes = (cast(self.exact, to, self.device, "eager") for to in (dtype, wide))
+        user, exact = (upcycled_images(pipe, self.samples, _CHECKED_STEPS) for pipe in pipes)
+        return user, exact
+
+    def build(self, contender: Contender) -> Ready:
+        """Builds a contender, warms it up, and holds its images to those of a user's code.
+
+        Raises:
+            ValueError: a way to compile that this device does not have.
+            WrongResult: other images.
+        """
+        sources = self.stock if contender.kind == "stock-each" else {"": self.upcycled}
+        pipes, seconds = {name: sharing_copy(pipe) for name, pipe in sources.items()}, None
+        if contender.mode is not None:
+            for pipe in pipes.values():
+                mtu.compile(pipe, contender.mode)
+            seconds = sum(self._warm_up(contender.kind, name, pipe) for name, pipe in pipes.items())
+        generate = functools.partial(self._generate, contender.kind, pipes)
+        hold_images(generate(_CHECKED_STEPS), *self.yardstick)
+        columns = {"warmup_s": seconds, "weight_bytes": weight_bytes(pipes.values())}
+        # Steps add nothing to the most that is held at once.
+        columns["peak_bytes"] = peak_bytes(functools.partial(generate, _CHECKED_STEPS), self.device)
+        return Ready(generate, columns)
+
+    def _warm_up(self, kind: str, name: str, pipe: DiffusionPipeline) -> float:
+        specs = [sample.spec for sample in self.samples]
+        batches = {
+            "stock-each": [stock_rows(spec) for spec in specs if spec.name == name],
+            "mtu": [tuple(spec.name for spec in specs)],
+            "mtu-each": [(spec.name,) for spec in specs],
+        }
+        return sum(mtu.warmup(pipe, batches[kind], height=self.size, width=self.size).values())
+
+    def _generate(self, kind: str, pipes: dict[str, DiffusionPipeline], steps: int) -> Tensor:
+        if kind == "mtu":
+            images = upcycled_images(pipes[""], self.samples, steps)
+        elif kind == "mtu-each":
+            images = torch.cat([upcycled_images(pipes[""], [sample], steps) for sample in self.samples])
+        else:
+            images = torch.cat([stock_images(pipes[sample.spec.name], [sample], steps) for sample in self.samples])
+        synchronize(self.device)
+        return images
+
+
+def measure(
+    bench: Bench, names: Sequence[str], workload: Workload, runs: int, log: Log
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the contenders that run here with their columns, all of them timed interleaved."""
+    ready = {}
+    for name in names:
+        log.bar.set_description(f"warm-up and check of {name}")
+        with log.attempt(Entry(name, _setting(bench, name)), workload):
+            ready[name] = bench.build(CONTENDERS[name])
+    if not ready:
+        return
+    log.bar.set_description(f"rounds of {workload}")
+    calls = [[functools.partial(one.generate, workload.steps)] for one in ready.values()]
+    # The clock of a CPU on GPUs, too: what the host does between steps is part of an image's time, and every call ends
+    # in a synchronisation.
+    clock = torch.device("cpu")
+    timings = time_interleaved(calls, [False] * len(calls), clock, 0, runs, log.bar.update)
+    for (name, one), timing in zip(ready.items(), timings, strict=True):
+        columns = timing._asdict() | {"graph": name.endswith("+graphs"), **one.columns}
+        yield name, columns | {"images_per_s": workload.images / timing.median_us * 1e6}
+
+
+def run(
+    bench: Bench, names: Sequence[str], workload: Workload, runs: int, output: Path, source: dict[str, str]
+) -> tuple[list[Row], int]:
+    """Measures contenders, and appends their rows to the file.
+
+    Args:
+        bench: the pipelines.
+        names: of contenders.
+        workload: what they all make.
+        runs: rounds that are timed.
+        output: the CSV file.
+        source: provenance of the rows.
+
+    Returns:
+        The rows, and how many contenders are missing because they were wrong or broke.
+    """
+    log = Log(len(names) + WARM_ROUNDS + runs, unit="step")
+
+    def rows_of(group: str, workload: Workload) -> Iterator[Row]:
+        for name, columns in measure(bench, names, workload, runs, log):
+            yield Row(group, name, bench.device.type, workload, _setting(bench, name), **columns, source=source)
+
+    return record([workload], rows_of, log, output), log.failures
+
+
+def _setting(bench: Bench, name: str) -> Setting:
+    if CONTENDERS[name].kind == "stock-each":
+        return Setting()
+    config = bench.upcycled.unet.expert_config
+    tasks = len(bench.samples) if CONTENDERS[name].kind == "mtu" else 1
+    return Setting(config.num_experts, DENSE if config.is_dense else config.top_k, tasks)
+
+
+def _contenders(text: str) -> tuple[str, ...]:
+    return parse_choices(text, tuple(CONTENDERS), "contender")
+
+
+def _count(text: str, least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}.")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    lines = [f"  {name:20} {contender.about}" for name, contender in CONTENDERS.items()]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.pipeline",
+        description="Whole images, one of each task: stock pipelines beside one upcycled model.",
+        epilog="contenders:\n" + "\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--folder", type=Path, help="a pipeline's folder, stock or upcycled (default: shipped icons)")
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=found, help=f"(default: {found})")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="(default: bf16)")
+    parser.add_argument("--steps", type=_count, help="denoising steps (default: the tasks' own)")
+    # A percentile needs two times.
+    at_least_two = functools.partial(_count, least=2)
+    parser.add_argument("--runs", type=at_least_two, help=f"timed runs of each contender (default: {_RUNS})")
+    parser.add_argument("--contenders", type=_contenders, help="names, separated by commas (default: all)")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: two steps, two runs, nothing compiled")
+    parser.add_argument("--output", type=Path, help="CSV to add rows to (default: results/pipeline_DEVICE.csv)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns 1 if a contender was wrong or broke."""
+    argv = sys.argv[1:] if argv is None else argv
+    # Or else the profiler, which counts memory on a CPU, writes two lines for each row. Read when it starts first.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    parser = _parser()
+    options = parser.parse_args(argv)
+    steps = options.steps or (_QUICK_STEPS if options.quick else None)
+    runs = options.runs or (_QUICK_RUNS if options.quick else _RUNS)
+    names = options.contenders or (EAGER if options.quick else tuple(CONTENDERS))
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA device, got none.")
+    device = torch.device(options.device)
+    output = options.output or RESULTS / f"pipeline_{options.device}.csv"
+    source = provenance(command_line("benchmarks.pipeline", argv), device)
+    try:
+        check_header(output, [*COLUMNS, *source])
+        pipe = load_pipeline(options.folder)
+        workload = Workload(
+            model_name(options.folder),
+            output_size(pipe),
+            len(pipe.unet.tasks),
+            steps_of(pipe.unet.tasks, steps),
+            options.dtype,
+        )
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    rows, failures = run(Bench(pipe, options.dtype, device), names, workload, runs, output, source)
+    print(f"{len(rows)} rows added to {output}")
+    print("\n".join(comparison(rows)))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
