@@ -4,10 +4,11 @@ import contextlib
 import functools
 import inspect
 import logging
+import threading
 import time
 import types
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -15,10 +16,10 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 
-from mtu.graphs import Capture, Inputs, Parts, Replay, Step, cuda_graphs
+from mtu.graphs import Capture, CudaGraphs, Inputs, Parts, Replay, Step, is_replaced
 from mtu.guidance import plan_guidance
 from mtu.router import held
 from mtu.unet import MTUUNet2DConditionModel
@@ -59,9 +60,10 @@ def compile(model: Model, mode: str = "auto", *, max_sizes: int = 8) -> Model:
     or in `mtu.warmup`. Tasks are tensors: switching them compiles and captures nothing. Calls that record gradients,
     and models in training mode, run as before. Outputs are never overwritten by later calls.
 
-    Routers run again when a version counter of their parameters changes; after writes through `.data` call
-    `unet.invalidate_routing_cache()`. Changes that no tensor or module shows (hooks, Python attributes of your own)
-    need another `mtu.compile`.
+    Where parameters, buffers, modules, attention processors, backends or FreeU's strengths are replaced, sizes are
+    prepared anew; other Python attributes that change need another `mtu.compile`. Calls with adapters, hooks or
+    replaced forwards (offloading, caching) run as before. Pipelines run the routers once a call, and calls without one
+    at each step, unless they are within `unet.hold_routing()` or the routers are dropped.
 
     Args:
         model: an upcycled or a stock UNet, or a pipeline with one; changed in place. Its weights become channels-last,
@@ -76,15 +78,14 @@ def compile(model: Model, mode: str = "auto", *, max_sizes: int = 8) -> Model:
         The same model.
 
     Raises:
-        ValueError: no UNet, an unknown mode, a mode that the UNet's device cannot run, or a model whose weights are
-            moved by hooks (offloading).
+        ValueError: no UNet, an unknown mode, a mode that the UNet's device cannot run, or a UNet that is offloaded.
     """
     unet = _unet_of(model)
     if mode != "auto" and mode not in _MODES:
         raise ValueError(f"mode must be one of {', '.join(('auto', *_MODES))}, but got {mode!r}.")
     if not isinstance(max_sizes, int) or max_sizes < 1:
         raise ValueError(f"max_sizes must be an integer ≥ 1, but got {max_sizes!r}.")
-    if any(hasattr(module, "_hf_hook") for module in unet.modules()):
+    if mode != "eager" and any(map(is_replaced, unet.modules())):
         raise ValueError(
             "A model that stays on its device is needed, but this UNet is offloaded: compile one that is not."
         )
@@ -100,7 +101,7 @@ def compile(model: Model, mode: str = "auto", *, max_sizes: int = 8) -> Model:
 
 def warmup(
     model: UNet2DConditionModel | DiffusionPipeline,
-    batches: Sequence[int | Sequence[str]],
+    batches: Sequence[int | str | Sequence[str]],
     *,
     height: int | None = None,
     width: int | None = None,
@@ -110,8 +111,8 @@ def warmup(
 
     Args:
         model: what `mtu.compile` returned.
-        batches: of each size the rows of the UNet's batch; or the tasks of its samples, whose guidance branches are the
-            rows (by the tasks' own guidance scales).
+        batches: of each size the rows of the UNet's batch; or the task or tasks of its samples, whose guidance branches
+            are the rows (by the tasks' own guidance scales).
         height, width: of the pictures in pixels for a pipeline, of the latents for a UNet; None: the model's own.
         text_tokens: of a prompt; None: those of the pipeline's tokenizer, or 77.
 
@@ -119,7 +120,8 @@ def warmup(
         The seconds that each of `batches` took.
 
     Raises:
-        ValueError: a batch without rows, an unknown task, or a size that is no multiple of the VAE's factor.
+        ValueError: a batch without rows, an unknown task, a size that is no multiple of the VAE's factor, more sizes
+            than are kept, or a UNet in training mode.
     """
     unet = _unet_of(model)
     factor = model.vae_scale_factor if isinstance(model, DiffusionPipeline) else 1
@@ -130,8 +132,15 @@ def warmup(
         raise ValueError(f"height and width must be positive multiples of {factor}, but got {edges[0]} and {edges[1]}.")
     if text_tokens is None:
         text_tokens = getattr(getattr(model, "tokenizer", None), "model_max_length", _TEXT_TOKENS)
-    names = [batch if isinstance(batch, int) else tuple(batch) for batch in batches]
+    names = [
+        batch if isinstance(batch, int) else (batch,) if isinstance(batch, str) else tuple(batch) for batch in batches
+    ]
     rows = [_rows(unet, name) for name in names]
+    calls = unet._compiled_call_impl
+    if isinstance(calls, CompiledCalls) and len(set(rows)) > calls.max_sizes:
+        raise ValueError(f"At most max_sizes = {calls.max_sizes} sizes are kept, but got {len(set(rows))} to warm up.")
+    if unet.training:
+        raise ValueError("A UNet in eval mode is needed to warm up, but this one is in training mode.")
     seconds = {}
     with tqdm(zip(names, rows, strict=True), total=len(names), desc="warm-up", unit="size") as progress:
         for name, count in progress:
@@ -162,71 +171,79 @@ class CompiledCalls:
         self.max_sizes = max_sizes
         self.announces = True
         self._signature = inspect.signature(type(unet).forward)
-        self._capture = cuda_graphs(unet.device) if capture is None and plan.graphs else capture
+        self._given_capture = capture
+        self._captures: dict[torch.device, Capture] = {}
         self._sizes: OrderedDict[Any, Step] = OrderedDict()
         self._parts: Parts | None = None
         self._said: set[str] = set()
+        # Graphs have one set of inputs, and routers are held by one call at a time.
+        self._lock = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> UNet2DConditionOutput | tuple[Tensor]:
         """As the UNet's own `forward`."""
-        unet = self.unet
-        if unet.training or (reason := self._why_uncompiled()) is not None:
-            if not unet.training:
+        with self._lock:
+            unet = self.unet
+            if unet.training:
+                return unet._call_impl(*args, **kwargs)
+            parts = self._current_parts()
+            given = self._signature.bind(unet, *args, **kwargs).arguments
+            del given["self"]
+            return_dict = given.pop("return_dict", True)
+            reason = "they may record gradients: call the UNet under torch.no_grad()"
+            if not torch.is_grad_enabled():
+                reason = parts.why_plain() or _why_no_size(given)
+            if reason is not None:
                 self._say_once(f"Calls run uncompiled, as {reason}.")
-            return unet._call_impl(*args, **kwargs)
-        given = self._signature.bind(unet, *args, **kwargs).arguments
-        del given["self"]
-        return_dict = given.pop("return_dict", True)
-        inputs = _plain_inputs(unet, given)
-        if self._parts is None or not self._parts.are_current():
-            self._sizes.clear()
-            self._parts = Parts(unet)
-        embedding = unet.embedding_table(unet.task_device) if self._parts.routers else None
-        # In a pipeline the tables are held already.
-        with held(self._parts.routers, embedding, trust_versions=True):
-            sample = self._step(inputs)(inputs)
+                return unet._call_impl(*args, **kwargs)
+            inputs = _plain_inputs(unet, given)
+            # In a pipeline the tables are held already.
+            embedding = unet.embedding_table(unet.task_device) if parts.routers else None
+            with held(parts.routers, embedding):
+                sample = self._run(inputs)
         return UNet2DConditionOutput(sample=sample) if return_dict else (sample,)
 
-    def _step(self, inputs: Inputs) -> Step:
-        graph = self.plan.graphs and self._why_no_graph() is None
-        size = (
-            graph,
-            torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled(self.unet.device.type),
-            _size(inputs),
-        )
+    def _current_parts(self) -> Parts:
+        if self._parts is None or not self._parts.are_current():
+            self._sizes.clear()
+            self._captures.clear()
+            self._parts = Parts(self.unet)
+        return self._parts
+
+    def _run(self, inputs: Inputs) -> Tensor:
+        graph = self.plan.graphs and self._why_no_graph(inputs) is None
+        autocast = torch.is_autocast_enabled(inputs["sample"].device.type)
+        size = (graph, torch.is_inference_mode_enabled(), autocast, _size(inputs))
         if size in self._sizes:
             self._sizes.move_to_end(size)
-            return self._sizes[size]
+            return self._sizes[size](inputs)
         if self.announces:
             full = f", in the place of another of at most {self.max_sizes}" * (len(self._sizes) >= self.max_sizes)
             _LOG.warning("New size, %s: it is prepared now%s; mtu.warmup does so beforehand.", _words(inputs), full)
-        while len(self._sizes) >= self.max_sizes:
-            self._sizes.popitem(last=False)
         step = self._prepared(inputs, graph)
+        sample = step(inputs)
+        # Not before it is known to run.
         self._sizes[size] = step
-        return step
+        while len(self._sizes) > self.max_sizes:
+            self._sizes.popitem(last=False)
+        return sample
 
     def _prepared(self, inputs: Inputs, graph: bool) -> Step:
         function = functools.partial(_fresh(_call), self.unet)
         if self.plan.compile is not None:
             function = torch.compile(function.func, fullgraph=True, dynamic=False, **self.plan.compile)
             function = functools.partial(function, self.unet)
-        return Replay(function, inputs, self._capture) if graph else function
+        if not graph:
+            return function
+        device = inputs["sample"].device
+        if device not in self._captures:
+            self._captures[device] = self._given_capture or CudaGraphs(device)
+        return Replay(function, inputs, self._captures[device])
 
-    def _why_uncompiled(self) -> str | None:
-        if torch.is_grad_enabled():
-            return "they may record gradients: call the UNet under torch.no_grad()"
-        # Offloading replaces it.
-        if "forward" in vars(self.unet):
-            return "the UNet's forward was replaced by another, as offloading does"
-        return None
-
-    def _why_no_graph(self) -> str | None:
-        reason = None
-        if getattr(self.unet, "_hf_peft_config_loaded", False):
-            reason = "an adapter's strength is no tensor: fuse the adapter, or unload it"
-        elif torch.is_autocast_enabled(self.unet.device.type):
+    def _why_no_graph(self, inputs: Inputs) -> str | None:
+        device, reason = inputs["sample"].device, None
+        if self._given_capture is None and device.type != "cuda":
+            reason = f"the UNet is on {device} now"
+        elif torch.is_autocast_enabled(device.type):
             reason = "autocast keeps casts of weights: cast the UNet instead"
         if reason is not None:
             self._say_once(f"Calls run without a CUDA graph, as {reason}.")
@@ -254,7 +271,10 @@ def _plain_inputs(unet: UNet2DConditionModel, given: Inputs) -> Inputs:
     """
     sample = given["sample"]
     rows, channels = sample.shape[:2]
-    inputs = {name: value for name, value in given.items() if value is not None}
+    # An empty dictionary and None mean the same.
+    inputs = {
+        n: value for n, value in given.items() if value is not None and not (isinstance(value, dict) and not value)
+    }
     if isinstance(unet, MTUUNet2DConditionModel):
         unet.conv_in.check_channels(channels)
         inputs["sample"] = F.pad(sample, (0, 0, 0, 0, 0, unet.conv_in.in_channels - channels))
@@ -271,6 +291,13 @@ def _plain_inputs(unet: UNet2DConditionModel, given: Inputs) -> Inputs:
     return tree_map_only(Tensor, lambda tensor: tensor.detach().contiguous(), inputs)
 
 
+def _why_no_size(given: Inputs) -> str | None:
+    for leaf in tree_leaves(given):
+        if not isinstance(leaf, Hashable):
+            return f"an argument holds a {type(leaf).__name__}, which cannot be told from others by its shape or value"
+    return None
+
+
 def _size(inputs: Inputs) -> tuple[Any, ...]:
     leaves, spec = tree_flatten(inputs)
     return str(spec), *(
@@ -279,10 +306,11 @@ def _size(inputs: Inputs) -> tuple[Any, ...]:
 
 
 def _words(inputs: Inputs) -> str:
-    sample, text = inputs["sample"], inputs["encoder_hidden_states"]
+    sample, text = inputs["sample"], inputs.get("encoder_hidden_states")
     rows, _, height, width = sample.shape
     dtype = str(sample.dtype).removeprefix("torch.")
-    return f"{rows} rows of {height}×{width} latents with {text.shape[1]} text tokens in {dtype}"
+    tokens = f" with {text.shape[1]} text tokens" if isinstance(text, Tensor) else ""
+    return f"{rows} rows of {height}×{width} latents{tokens} in {dtype}"
 
 
 def _unet_of(model: nn.Module | DiffusionPipeline) -> UNet2DConditionModel:

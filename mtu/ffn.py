@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from mtu.plain_linear import is_plain_linear
 from mtu.router import Router, RoutingTable, TaskContext, select_rows
 from mtu_kernels import ExpertWeights, NormAffine, Routing, dense_weights, moe_ffn
 
-__all__ = ["CONTEXT_KEY", "RoutedFeedForward", "RoutedTransformerBlock", "why_not_upcyclable"]
+__all__ = ["CONTEXT_KEY", "RoutedFeedForward", "RoutedTransformerBlock", "check_blocks", "why_not_upcyclable"]
 
 # Under this name the task context travels through `cross_attention_kwargs`, the one argument that diffusers hands
 # from the UNet to every transformer block (GLIGEN uses it in the same way), also through gradient checkpointing.
@@ -37,6 +38,25 @@ def why_not_upcyclable(block: BasicTransformerBlock) -> str | None:
             kind = f"{type(linear).__module__.partition('.')[0]} {type(linear).__name__}"
             return f"{name} is a {kind}, not a plain nn.Linear (unload or fuse adapters; offload, quantize afterwards)"
     return None
+
+
+def check_blocks(unet: UNet2DConditionModel) -> None:
+    """Raise a ValueError unless every transformer block can be upcycled, and there is one."""
+    blocks = [(name, m) for name, m in unet.named_modules() if isinstance(m, BasicTransformerBlock)]
+    if not blocks:
+        raise ValueError(
+            "This UNet has no feed-forward networks to upcycle: expected transformer blocks (BasicTransformerBlock), "
+            f"but got the blocks {[*unet.config.down_block_types, unet.config.mid_block_type]}."
+        )
+    for name, block in blocks:
+        reason = why_not_upcyclable(block)
+        if reason is not None:
+            raise ValueError(f"{name} cannot be upcycled: {reason}.")
+    if unet.config.center_input_sample or unet.config.attention_type != "default":
+        raise ValueError(
+            "Only UNets with center_input_sample=False and attention_type='default' can be upcycled, but got "
+            f"{unet.config.center_input_sample} and {unet.config.attention_type!r}."
+        )
 
 
 class RoutedFeedForward(FeedForward):

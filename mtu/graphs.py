@@ -1,21 +1,22 @@
 """CUDA graphs of a UNet's calls, and how it is seen that a model is no longer what they were made from."""
 
-import functools
 import gc
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from mtu.router import Router
 from mtu.unet import MTUUNet2DConditionModel
 
-__all__ = ["Capture", "Inputs", "Parts", "Replay", "Step", "cuda_graphs"]
+__all__ = ["Capture", "CudaGraphs", "Inputs", "Parts", "Replay", "Step", "is_replaced"]
 
+# Plain attributes by which attention processors, backends, and FreeU's strengths are chosen.
+_CHOSEN, _FREEU = {"backend", "processor"}, ("b1", "b2", "s1", "s2")
 # Calls before a capture: the first compiles, the others let libraries choose algorithms and make workspaces.
 _CALLS_BEFORE_CAPTURE = 3
 
@@ -31,7 +32,9 @@ class Replay:
     def __init__(self, step: Step, inputs: Inputs, capture: Capture) -> None:
         self._inputs = tree_map_only(Tensor, torch.clone, inputs)
         self._tensors = _tensors(self._inputs)
-        self._replay, self._output = capture(functools.partial(step, self._inputs))
+        # Kept, as a graph does not own the code that compiled kernels are loaded from.
+        self._step = step
+        self._replay, self._output = capture(self._run)
 
     def __call__(self, inputs: Inputs) -> Tensor:
         for to, tensor in zip(self._tensors, _tensors(inputs), strict=True):
@@ -39,12 +42,16 @@ class Replay:
         self._replay()
         return self._output.clone()
 
+    def _run(self) -> Tensor:
+        # Lists of its own each time: the stock forward takes out what it has used (of residuals of adapters).
+        return self._step(tree_map(lambda leaf: leaf, self._inputs))
+
 
 class Parts:
     """What compiled code and graphs were made from, to be told apart from what the model holds now.
 
-    A graph reads memory by address: a parameter that was replaced, or a module (by an adapter), must not go unseen. It
-    is looked at before each call, so the loops over a thousand parts are those of built-in functions.
+    A graph reads memory by address: a parameter that was replaced, or a module, must not go unseen. It is looked at
+    before each call, so the loops over thousands of parts are those of built-in functions.
 
     Args:
         unet: the UNet.
@@ -54,25 +61,36 @@ class Parts:
         self.routers: list[Router] = unet.routers() if isinstance(unet, MTUUNet2DConditionModel) else []
         self._owners: list[dict[str, Any]] = []
         self._names: list[str] = []
-        for module in unet.modules():
-            # Attention processors and backends are chosen by plain attributes.
-            chosen = {name: value for name, value in vars(module).items() if name in ("processor", "backend")}
-            for owner, names in (
-                (module._parameters, module._parameters),
-                (module._buffers, module._buffers),
-                (module._modules, module._modules),
-                (vars(module), chosen),
-            ):
-                self._owners += [owner] * len(names)
-                self._names += names
+        self._hooks: list[dict] = []
+        modules = list(unet.modules())
+        for module in modules:
+            attributes = vars(module)
+            # Offloading, casting and caching replace it.
+            self._watch(attributes, ("forward",))
+            self._watch(attributes, _CHOSEN & attributes.keys())
+            for owner in (module._parameters, module._buffers, module._modules):
+                self._watch(owner, owner)
+            self._hooks += [module._forward_hooks, module._forward_pre_hooks]
+        for block in unet.up_blocks:
+            self._watch(vars(block), _FREEU)
+        self._why_plain = _why_plain(modules)
         # Kept alive here, so that no other part can get the identity of one that is gone.
         self._parts = self._found()
         self._tensors = [part for part in self._parts if isinstance(part, Tensor)]
         self._addresses = self._found_addresses()
 
+    def why_plain(self) -> str | None:
+        """What neither graphs nor compiled code would heed, as a clause; None if there is nothing."""
+        return "hooks are Python code" if any(self._hooks) else self._why_plain
+
     def are_current(self) -> bool:
         """Whether the model holds them still, and their memory is where it was."""
         return all(map(operator.is_, self._found(), self._parts)) and self._found_addresses() == self._addresses
+
+    def _watch(self, owner: dict[str, Any], names: Iterable[str]) -> None:
+        names = sorted(names)
+        self._owners += [owner] * len(names)
+        self._names += names
 
     def _found(self) -> list[Any]:
         return list(map(dict.get, self._owners, self._names))
@@ -81,30 +99,58 @@ class Parts:
         return list(map(Tensor.data_ptr, self._tensors))
 
 
-def cuda_graphs(device: torch.device) -> Capture:
-    """Makes CUDA graphs that share their memory: they run one after the other, and their results are copied out."""
-    pool = torch.cuda.graph_pool_handle()
+def is_replaced(module: nn.Module) -> bool:
+    """Whether a module's forward is another than that of its class."""
+    forward = vars(module).get("forward")
+    # Taking a hook off leaves the class's own behind.
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
-    def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+
+def _why_plain(modules: Sequence[nn.Module]) -> str | None:
+    for module in modules:
+        if is_replaced(module):
+            return f"the forward of a {type(module).__name__} was replaced, as offloading and caching do"
+        # An adapter's strength, and that of an image prompt, is a Python number, which may change at any time.
+        if type(module).__module__.partition(".")[0] == "peft":
+            return "an adapter's strength is no tensor: fuse the adapter, then unload it"
+        if hasattr(vars(module).get("processor"), "scale"):
+            return "the scale of an attention processor is no tensor"
+    return None
+
+
+class CudaGraphs:
+    """Makes CUDA graphs that share their memory: they run one after the other, and their results are copied out.
+
+    Args:
+        device: of the graphs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # Graphs share memory if they were captured on one stream. Workspaces that calls beforehand make are theirs.
+        self._before, self._stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Runs a step, and records it; returns the graph's replay, and the tensor that it writes."""
+        graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+        with torch.cuda.device(self._device):
+            self._before.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._before):
                 for _ in range(_CALLS_BEFORE_CAPTURE):
                     step()
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self._before)
             # Collecting a CUDA object breaks the capture that it happens in.
             gc.collect()
             gc.disable()
             try:
-                with torch.cuda.graph(graph, pool=pool, stream=stream):
+                # What other threads do on the device is no part of it.
+                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                     output = step()
             finally:
-                gc.enable()
+                if collects:
+                    gc.enable()
         return graph.replay, output
-
-    return capture
 
 
 def _tensors(inputs: Inputs) -> list[Tensor]:

@@ -91,17 +91,15 @@ class Router(nn.Module):
             self._cache = (key, self._route(embedding))
         return self._cache[1]
 
-    def hold(self, embedding: Tensor, trust_versions: bool = False) -> None:
+    def hold(self, embedding: Tensor) -> None:
         """Bring the table up to date, and return it from `forward` until `release`.
 
         The table's tensors stay where they are while its shape does: a CUDA graph that reads them reads the new values.
 
         Args:
             embedding: (T, W) task embeddings.
-            trust_versions: look at version counters and addresses alone to see that nothing changed, where a look at
-                values would stall the device. Writes through `.data` then need `invalidate`.
         """
-        key = self._cache_key(embedding, trust_versions)
+        key = self._cache_key(embedding)
         # What is made in inference mode could not be written to outside it; outside it gradients are on.
         with torch.inference_mode(False), torch.no_grad():
             if key is None or self._cache is None or self._cache[0] != key:
@@ -114,6 +112,10 @@ class Router(nn.Module):
     def release(self) -> None:
         """Run the router again where `forward` is called."""
         self.is_held = False
+
+    def __getstate__(self) -> dict:
+        # A copy is made to go its own way, whatever the original is being used for.
+        return {**super().__getstate__(), "is_held": False}
 
     def invalidate(self) -> None:
         """Forget the cached table."""
@@ -138,21 +140,18 @@ class Router(nn.Module):
         routing = top_k_routing(logits, self.top_k)
         return Routing(self.routing_scale * routing.weights, routing.indices)
 
-    def _cache_key(self, embedding: Tensor, trust_versions: bool = False) -> object | None:
-        # Writes through `.data` change neither the version nor the address, so the values are looked at too. Off the
-        # CPU that look would stall the device's queue for longer than the router takes: no cache there, unless asked.
+    def _cache_key(self, embedding: Tensor) -> object | None:
+        # Writes through `.data` and fused optimizers change neither the version nor the address, so the values are
+        # looked at too. Off the CPU that look would stall the device's queue for longer than the router takes.
         if not (is_plain_linear(self.linear_1) and is_plain_linear(self.linear_2)):
             return None  # an adapter's scale and switches are no tensors
         tensors = [embedding, *self.parameters()]
-        looks = embedding.device.type == "cpu"
-        if not (looks or trust_versions) or any(tensor.is_inference() for tensor in tensors):
+        if any(tensor.device.type != "cpu" or tensor.is_inference() for tensor in tensors):
             return None
         # Tensor subclasses (FakeTensor, for example) stand for values that are not at hand.
         if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
             return None
-        if any(tensor.device != embedding.device or tensor.is_meta for tensor in tensors):
-            return None
-        return tuple((t.data_ptr(), t._version, t.dtype, t.shape, _fingerprint(t) if looks else ()) for t in tensors)
+        return tuple((t.data_ptr(), t._version, t.dtype, t.shape, _fingerprint(t)) for t in tensors)
 
 
 def initial_router_state(config: ExpertConfig, generator: torch.Generator) -> dict[str, Tensor]:
@@ -199,12 +198,12 @@ class RoutingTable(nn.Module):
 
 
 @contextlib.contextmanager
-def held(routers: Iterable[Router], embedding: Tensor | None, trust_versions: bool = False) -> Iterator[None]:
+def held(routers: Iterable[Router], embedding: Tensor | None) -> Iterator[None]:
     """Run routers once, now, rather than at each call within this context; see `Router.hold`."""
     routers = [router for router in routers if not router.is_held]
-    for router in routers:
-        router.hold(embedding, trust_versions)
     try:
+        for router in routers:
+            router.hold(embedding)
         yield
     finally:
         for router in routers:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention import BasicTransformerBlock
 
 # Not used here: pipelines accept a UNet class from outside diffusers only if its module also exposes this name.
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
@@ -22,12 +21,12 @@ import mtu_kernels
 from mtu import checkpoint, export, task_rows
 from mtu.config import ExpertConfig, NormMode
 from mtu.conv_in import TaskConvIn
-from mtu.ffn import CONTEXT_KEY, RoutedFeedForward, RoutedTransformerBlock, why_not_upcyclable
+from mtu.ffn import CONTEXT_KEY, RoutedFeedForward, RoutedTransformerBlock, check_blocks
 from mtu.norm import TaskLayerNorm
 from mtu.router import Router, RoutingTable, TaskContext, held
 from mtu.tasks import TaskSpec, as_task_specs
 
-__all__ = ["MTUUNet2DConditionModel", "check_blocks"]
+__all__ = ["MTUUNet2DConditionModel"]
 
 
 class MTUUNet2DConditionModel(UNet2DConditionModel):
@@ -369,25 +368,6 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
     def export_task(self, name: str, *, prune: bool = False) -> UNet2DConditionModel:
         """The plain diffusers UNet of one task, with the same output (see `mtu.export.export_task`)."""
         return export.export_task(self, self.task_index(name), prune=prune)
-
-
-def check_blocks(unet: UNet2DConditionModel) -> None:
-    """Raise a ValueError unless every transformer block can be upcycled, and there is one."""
-    blocks = [(name, m) for name, m in unet.named_modules() if isinstance(m, BasicTransformerBlock)]
-    if not blocks:
-        raise ValueError(
-            "This UNet has no feed-forward networks to upcycle: expected transformer blocks (BasicTransformerBlock), "
-            f"but got the blocks {[*unet.config.down_block_types, unet.config.mid_block_type]}."
-        )
-    for name, block in blocks:
-        reason = why_not_upcyclable(block)
-        if reason is not None:
-            raise ValueError(f"{name} cannot be upcycled: {reason}.")
-    if unet.config.center_input_sample or unet.config.attention_type != "default":
-        raise ValueError(
-            "Only UNets with center_input_sample=False and attention_type='default' can be upcycled, but got "
-            f"{unet.config.center_input_sample} and {unet.config.attention_type!r}."
-        )
 
 
 def _with_stock_signature(cls: type) -> None:

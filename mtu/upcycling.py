@@ -15,10 +15,11 @@ import mtu_kernels
 from mtu import checkpoint
 from mtu.config import ExpertConfig, NormMode
 from mtu.export import stock_config
+from mtu.ffn import check_blocks
 from mtu.pipelines import MTUPipeline
 from mtu.router import initial_router_state
 from mtu.tasks import SD_TASKS, SDXL_TASKS, TaskSpec, as_task_specs
-from mtu.unet import MTUUNet2DConditionModel, check_blocks
+from mtu.unet import MTUUNet2DConditionModel
 
 __all__ = ["load_trained", "upcycle"]
 

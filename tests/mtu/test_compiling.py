@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import accelerate
 import pytest
@@ -62,7 +63,8 @@ class Captures:
 
     def __call__(self, step):
         self.count += 1
-        recorded = make_fx(step)()
+        step()
+        recorded = make_fx(lambda: step())()
         output = torch.empty_like(step())
         return lambda: output.copy_(recorded()), output
 
@@ -106,7 +108,7 @@ def test_one_size_serves_all_task_mixes(family, settings, dropped):
 
 def test_a_compiled_step_can_be_captured():
     unet, _ = compiled(upcycled_unet(SMALL), BOTH)
-    unet._compiled_call_impl._capture = lambda step: (lambda: None, step())
+    unet._compiled_call_impl._given_capture = lambda step: (lambda: None, step())
     given = inputs(unet)
     assert_close(predict(unet, given, *NAMES), plain(unet, given, *NAMES))
 
@@ -268,7 +270,7 @@ def test_a_model_of_other_parts_is_prepared_anew(change):
     assert captures.count == 2
 
 
-def test_an_adapter_runs_without_a_graph(caplog):
+def test_an_adapter_runs_uncompiled(caplog):
     unet, captures = compiled(upcycled_unet(SMALL), GRAPHS)
     given = inputs(unet)
     before = predict(unet, given, *NAMES)
@@ -280,8 +282,12 @@ def test_an_adapter_runs_without_a_graph(caplog):
         assert_differ(adapted, before)
     assert captures.count == 1
     assert [record.getMessage() for record in caplog.records if "adapter" in record.getMessage()] == [
-        "Calls run without a CUDA graph, as an adapter's strength is no tensor: fuse the adapter, or unload it."
+        "Calls run uncompiled, as an adapter's strength is no tensor: fuse the adapter, then unload it."
     ]
+    unet.fuse_lora()
+    unet.unload_lora()
+    assert_close(predict(unet, given, *NAMES), adapted)
+    assert captures.count == 2
 
 
 def test_autocast_runs_without_a_graph():
@@ -308,6 +314,115 @@ def test_gradients_and_training_run_uncompiled(caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("plan", [TRACED, GRAPHS], ids=["compiled", "graphs"])
+def test_residuals_of_adapters(plan):
+    """The stock forward takes the residuals of a T2I-Adapter out of their list."""
+    unet, captures = compiled(upcycled_unet(), plan)
+    given = inputs(unet)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        residuals = [torch.randn(shape, generator=generator) for shape in ((5, 32, 8, 12), (5, 64, 4, 6))]
+        expected = plain(unet, given, *NAMES, down_intrablock_additional_residuals=[*residuals])
+        assert_differ(plain(unet, given, *NAMES), expected)
+        assert_close(predict(unet, given, *NAMES, down_intrablock_additional_residuals=[*residuals]), expected)
+    assert captures.count == int(plan.graphs)
+
+
+def enable_freeu(unet):
+    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+
+
+def change_freeu(unet):
+    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=3.0)
+
+
+def hook_a_block(unet):
+    unet.conv_out.register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+def replace_a_forward(unet):
+    forward = unet.conv_out.forward
+    unet.conv_out.forward = lambda sample: forward(sample) + 1
+
+
+def scale_a_processor(unet):
+    processor = AttnProcessor()
+    processor.scale = [1.0]
+    unet.set_attn_processor(processor)
+
+
+@pytest.mark.parametrize(
+    "change", [enable_freeu, change_freeu, hook_a_block, replace_a_forward, scale_a_processor], ids=lambda f: f.__name__
+)
+def test_switches_are_heeded(change):
+    unet = upcycled_unet()
+    if change is change_freeu:
+        enable_freeu(unet)
+    unet, captures = compiled(unet, GRAPHS)
+    given = inputs(unet)
+    before = predict(unet, given, *NAMES)
+    change(unet)
+    after = predict(unet, given, *NAMES)
+    assert_close(after, plain(unet, given, *NAMES))
+    if change is not scale_a_processor:
+        assert_differ(after, before)
+    assert captures.count == (2 if "freeu" in change.__name__ else 1)
+
+
+def test_what_takes_a_hook_off_leaves_the_models_own_forward():
+    unet, captures = compiled(upcycled_unet(SMALL), GRAPHS)
+    unet.conv_out.forward = unet.conv_out.forward
+    given = inputs(unet)
+    assert_close(predict(unet, given, *NAMES), plain(unet, given, *NAMES))
+    assert captures.count == 1
+
+
+def test_threads_wait_for_each_other():
+    unet, _ = compiled(upcycled_unet(SMALL), GRAPHS)
+    calls = [inputs(unet, seed=seed) for seed in range(4)]
+    expected = [plain(unet, given, *NAMES) for given in calls]
+    predict(unet, calls[0], *NAMES)
+
+    with ThreadPoolExecutor(4) as threads:
+        outputs = list(threads.map(lambda i: predict(unet, calls[i], *NAMES), [0, 1, 2, 3] * 5))
+    for i, actual in enumerate(outputs):
+        assert_close(actual, expected[i % 4])
+
+
+def test_a_call_that_fails_takes_no_place():
+    unet, captures = compiled(upcycled_unet(SMALL), GRAPHS, max_sizes=1)
+    given = inputs(unet)
+    predict(unet, given, *NAMES)
+    wrong = {**given, "encoder_hidden_states": given["encoder_hidden_states"][..., :7]}
+    with pytest.raises(RuntimeError):
+        predict(unet, wrong, *NAMES)
+    predict(unet, given, *NAMES)
+    assert captures.count == 2  # that of the failed call began
+
+
+def test_arguments_without_a_size_run_uncompiled(caplog):
+    unet, captures = compiled(upcycled_unet(SMALL), GRAPHS)
+    given = inputs(unet)
+    expected = plain(unet, given, *NAMES)
+    assert_close(predict(unet, given, *NAMES, cross_attention_kwargs={}), expected)
+    assert captures.count == 1
+    caplog.clear()
+    unet.register_to_config(unused=None)
+    with torch.no_grad():
+        unet(**given, task_ids=unet.task_ids(NAMES), class_labels={1})
+    assert "an argument holds a set" in caplog.text
+
+
+def test_a_model_that_left_the_gpu_runs_without_graphs(caplog):
+    unet = upcycled_unet(SMALL)
+    given = inputs(unet)
+    expected = predict(unet, given, *NAMES)
+    unet._compiled_call_impl = CompiledCalls(unet, GRAPHS, 2)
+    for _ in range(2):
+        assert_close(predict(unet, given, *NAMES), expected)
+    assert "Calls run without a CUDA graph, as the UNet is on cpu now." in caplog.text
+
+
 def test_offloading_runs_uncompiled(caplog):
     unet, captures = compiled(upcycled_unet(SMALL), GRAPHS)
     given = inputs(unet)
@@ -316,7 +431,7 @@ def test_offloading_runs_uncompiled(caplog):
     accelerate.cpu_offload(unet, execution_device="cpu")
     assert_close(predict(unet, given, *NAMES), expected)
     assert [record.getMessage() for record in caplog.records] == [
-        "Calls run uncompiled, as the UNet's forward was replaced by another, as offloading does."
+        "Calls run uncompiled, as the forward of a MTUUNet2DConditionModel was replaced, as offloading and caching do."
     ]
     assert captures.count == 1
 
@@ -440,15 +555,22 @@ def test_warm_up_of_models_that_are_not_compiled_runs_them():
         ([0], {}, r"A batch has at least one row, but got 0\."),
         ([[]], {}, r"A batch has at least one row, but got \(\)\."),
         ([["paint"]], {}, r"Unknown task 'paint'"),
+        (["paint"], {}, r"Unknown task 'paint'"),
         ([1], {"height": 0}, r"height and width must be positive multiples of 1, but got 0 and 8\."),
+        (range(2, 10), {}, r"At most max_sizes = 8 sizes are kept, but got 9 to warm up\."),
     ],
-    ids=["no rows", "no tasks", "unknown task", "no height"],
+    ids=["no rows", "no tasks", "unknown tasks", "unknown task", "no height", "too many"],
 )
 def test_warm_up_refuses(batches, options, message):
     unet, captures = compiled(upcycled_unet(SMALL), GRAPHS)
     with pytest.raises(ValueError, match=message):
         mtu.warmup(unet, [1, *batches], **options)
     assert captures.count == 0
+
+
+def test_models_in_training_are_not_warmed_up():
+    with pytest.raises(ValueError, match="A UNet in eval mode is needed"):
+        mtu.warmup(upcycled_unet(SMALL).train(), [1])
 
 
 def test_stock_unets_have_no_tasks_to_warm_up():

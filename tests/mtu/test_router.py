@@ -331,20 +331,21 @@ def test_a_held_table_stays_where_it_is(embedding, top_k):
     assert places[0] == places[1] == places[2]
 
 
+def test_a_router_that_fails_lets_the_others_go(embedding):
+    first, second = new_router(), new_router()
+    second._route = None
+    with torch.no_grad(), pytest.raises(TypeError), held([first, second], embedding):
+        pass
+    assert not first.is_held
+
+
 @torch.no_grad()
-def test_versions_may_be_trusted_where_values_are_not_looked_at(trained, embedding, computed, monkeypatch):
-    monkeypatch.setattr("mtu.router._fingerprint", None)
-    key = trained._cache_key(embedding.to("meta"), trust_versions=True)
-    assert key is None  # no values at all
-    looks = []
-    monkeypatch.setattr("mtu.router._fingerprint", lambda tensor: looks.append(1) or ())
-    with held([trained], embedding, trust_versions=True):
-        pass
-    assert len(looks) == 5  # on a CPU a look costs nothing
-    trained.invalidate()
-    with held([trained], embedding, trust_versions=True):
-        pass
-    assert len(computed) == 2
+def test_a_copy_of_a_held_router_is_free(trained, embedding):
+    with held([trained], embedding):
+        twin = copy.deepcopy(trained)
+    before = twin(embedding).weights.clone()
+    twin.linear_2.bias.add_(torch.arange(4.0))
+    assert not torch.equal(twin(embedding).weights, before)
 
 
 def test_training_and_gradients_do_not_read_a_held_table(trained, embedding, computed):

@@ -66,7 +66,7 @@ def psnrs(pipe, images, exact):
 
 def record_graph(step):
     """Stands for a CUDA graph: a step's operators with the tensors they read, which are run again."""
-    recorded = make_fx(step)()
+    recorded = make_fx(lambda: step())()
     output = torch.empty_like(step())
     return lambda: output.copy_(recorded()), output
 
