@@ -1,0 +1,107 @@
+"""`python -m benchmarks.conv_in`: the task input convolution of a mixed batch beside a stock `conv_in`.
+
+Both read latents of 64×64 and write 320 channels, as in SD 1.5. The stock one reads 4 channels (text-to-image) or 8 (an
+editing model); the task one gets 8, four tasks in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from benchmarks.inputs import DTYPES
+from benchmarks.provenance import RESULTS, command_line, provenance
+from benchmarks.rows import append_row
+from benchmarks.sweeps import parse_counts
+from benchmarks.timing import Call, Timing, time_interleaved, warm_up
+from mtu.conv_in import TaskConvIn
+from mtu.tasks import SD_TASKS
+
+_EDGE, _CHANNELS, _LATENTS = 64, 320, 4
+
+
+class Row(NamedTuple):
+    """One convolution in one batch."""
+
+    group: str
+    contender: str
+    device: str
+    dtype: str
+    B: int
+    timing: Timing
+    source: dict[str, str]
+
+    def cells(self) -> dict[str, str]:
+        """The row as text, by column."""
+        cells = {name: str(getattr(self, name)) for name in ("group", "contender", "device", "dtype", "B")}
+        cells |= {name: f"{getattr(self.timing, name):.2f}" for name in ("median_us", "p20_us", "p80_us")}
+        return cells | {"rounds": str(self.timing.rounds)} | self.source
+
+
+def contenders(B: int, dtype: torch.dtype, device: torch.device) -> dict[str, Call]:
+    """The calls that are compared, with random weights and inputs."""
+    torch.manual_seed(0)
+    counts = [spec.condition_channels for spec in SD_TASKS]
+    widest = _LATENTS + max(counts)
+    sample = torch.randn(B, widest, _EDGE, _EDGE).to(device, dtype)
+    task = TaskConvIn(counts, _LATENTS, _CHANNELS, 3)
+    for parameter in task.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    task_ids = (torch.arange(B) % len(counts)).to(device)
+    calls: dict[str, Call] = {"task": functools.partial(task.to(device, dtype), sample, task_ids)}
+    for channels in (_LATENTS, widest):
+        stock = nn.Conv2d(channels, _CHANNELS, 3, padding=1).to(device, dtype)
+        calls[f"stock-{channels}"] = functools.partial(stock, sample[:, :channels].contiguous())
+    return {name: torch.no_grad()(call) for name, call in calls.items()}
+
+
+def measure(
+    batches: Sequence[int], dtypes: Sequence[str], device: torch.device, seconds: float, source: dict[str, str]
+) -> Iterator[Row]:
+    """Rows of one batch after the other, its convolutions interleaved."""
+    start = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
+    for dtype in dtypes:
+        for B in batches:
+            calls = contenders(B, DTYPES[dtype], device)
+            for call in calls.values():
+                warm_up([call], device)
+            timings = time_interleaved([[call] for call in calls.values()], [True] * len(calls), device, seconds)
+            for name, timing in zip(calls, timings, strict=True):
+                yield Row(f"{start}-{dtype}-{B}", name, device.type, dtype, B, timing, source)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.conv_in", description=__doc__.partition(": ")[2])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batches", type=parse_counts, default=(1, 2, 4, 8), help="(default: 1,2,4,8)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each convolution (default: 1)")
+    parser.add_argument("--output", type=Path, help="CSV to add rows to (default: results/conv_in_DEVICE.csv)")
+    options = parser.parse_args(argv)
+    device = torch.device(options.device)
+    output = options.output or RESULTS / f"conv_in_{device.type}.csv"
+    source = provenance(command_line("benchmarks.conv_in", argv), device)
+    # Graphs are captured on a stream of their own.
+    stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else torch.no_grad()
+    times: dict[tuple[str, int, str], float] = {}
+    with stream:
+        for row in measure(options.batches, ("bf16", "fp32"), device, options.seconds, source):
+            append_row(output, row)
+            times[row.dtype, row.B, row.contender] = row.timing.median_us
+            if row.contender != "task":
+                ratio = times[row.dtype, row.B, "task"] / row.timing.median_us
+                print(f"{row.dtype} B={row.B}: task / {row.contender} {ratio:.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
