@@ -152,8 +152,10 @@ def sameness(results: Path, device: str) -> list[str]:
             body.append([f"`{way}`", *(_decibels(last.get((way, *column))) for column in columns)])
             body[-1] += [_decibels(worst)] * bool(in_fp32)
         images = max(int(cells["images"]) for cells in last.values())
+        fewer = min((int(cells["images"]) for cells in in_fp32), default=images)
         header = [f"{model}, {images} images of {steps} steps: PSNR in dB (allowed)"]
-        header += [*(f"{dtype}, {task}" for dtype, task in columns), *["fp32, worst task"] * bool(in_fp32)]
+        header += [f"{dtype}, {task}" for dtype, task in columns]
+        header += ["fp32, worst task" + f" ({fewer} images)" * (fewer != images)] * bool(in_fp32)
         lines += [*table(header, body), ""]
     return [*lines, provenance_line(rows, path.name)]
 

@@ -73,7 +73,7 @@ def _scene(part: SubFigure, scene: Scene, labels: dict[str, dict[int, Step]]) ->
     for axes, B in zip(panels, batches, strict=True):
         steps = {name: steps[B] for name, steps in labels.items() if B in steps}
         original = next(step.original for step in steps.values())
-        axes.set_title(f"B = {B}  ({original.median_us / 1e3:,.4g} ms)", loc="left", fontsize=9)
+        axes.set_title(f"B = {B}  ({original.median_us / 1e3:,.0f} ms)", loc="left", fontsize=9)
         _bars(axes, list(labels), steps, limit)
     panels[0].set_yticks(range(len(labels)), list(labels), fontsize=8)
     panels[0].set_ylim(len(labels) - 0.4, -0.6)

@@ -71,7 +71,7 @@ def compile(model: Model, mode: str = "auto", *, max_sizes: int = 8) -> Model:
         mode: "default", "reduce-overhead", "max-autotune" and "max-autotune-no-cudagraphs" as in `torch.compile`, the
             graphs of the second and third being captured here; "cudagraphs": graphs of the uncompiled kernels;
             "eager": neither, which takes an earlier mode back. "auto": "reduce-overhead" on CUDA devices, and
-            elsewhere "eager", which is the fastest on CPUs: by where the model is now, so move it first.
+            elsewhere "eager", on CPUs as fast as compiled code: by where the model is now, so move it first.
         max_sizes: how many sizes are kept; the least recently used one goes first.
 
     Returns:
