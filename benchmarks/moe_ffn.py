@@ -27,7 +27,6 @@ from benchmarks.report import report
 from benchmarks.rows import COLUMNS, Row, check_header, read_rows
 from benchmarks.sweeps import (
     DEFAULT_SWEEPS,
-    DENSE,
     PASSES,
     QUICK,
     SHAPE_SETS,
@@ -37,6 +36,7 @@ from benchmarks.sweeps import (
     parse_choices,
     parse_counts,
     parse_shapes,
+    parse_top_k,
 )
 from benchmarks.timing import Call, host_us, time_interleaved, warm_up
 from mtu_kernels import check_backend
@@ -130,10 +130,6 @@ def _passes(text: str) -> tuple[str, ...]:
     return parse_choices(text, PASSES, "pass")
 
 
-def _top_k(text: str) -> tuple[int | None, ...]:
-    return tuple(DENSE if name == "dense" else parse_counts(name)[0] for name in text.split(","))
-
-
 def _parser() -> argparse.ArgumentParser:
     lines = [f"  {name:22} {contender.about}" for name, contender in CONTENDERS.items()]
     parser = argparse.ArgumentParser(
@@ -150,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--batch", type=parse_counts, dest="batches", help="samples (default: 8; 1 on a CPU)")
     what.add_argument("--experts", type=parse_counts, help="(default: 4)")
-    what.add_argument("--top-k", type=_top_k, help="active experts, or dense (default: dense)")
+    what.add_argument("--top-k", type=parse_top_k, help="active experts, or dense (default: dense)")
     what.add_argument("--tasks", type=parse_counts, help="distinct tasks in the batch (default: 1)")
     what.add_argument("--pass", type=_passes, dest="passes", help=f"{', '.join(PASSES)}, or all (default: forward)")
     what.add_argument("--contenders", type=_contenders, help="names, or all (default: all but those with -max or @)")
