@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from benchmarks.provenance import RESULTS, ROOT, command_line, provenance
 from benchmarks.rows import append_row, check_header
+from benchmarks.sweeps import parse_count
 from benchmarks.timing import summary
 
 _ROUNDS = 20
@@ -122,18 +124,16 @@ def report(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _rounds(text: str) -> int:
-    # A percentile needs two times.
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 2 on, got {text!r}.")
-    return int(text)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m benchmarks.import_time", description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=_rounds, default=_ROUNDS, help="timed runs of each (default: %(default)s)")
+    parser.add_argument(
+        "--rounds",
+        type=functools.partial(parse_count, least=2),
+        default=_ROUNDS,
+        help="timed runs of each (default: %(default)s)",
+    )
     parser.add_argument("--output", type=Path, default=RESULTS / "import_time.csv", help="CSV to add rows to")
     given = parser.parse_args(argv)
     source = provenance(command_line("benchmarks.import_time", argv))

@@ -8,7 +8,6 @@ processor's data sheet says: kernels with products of their own may pass it.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ import torch
 
 from benchmarks.inputs import DTYPES
 from benchmarks.provenance import RESULTS, command_line, provenance
-from benchmarks.rows import append_row, check_header
+from benchmarks.rows import append_row, check_header, read_cells
 from benchmarks.timing import MIN_ROUNDS, time_interleaved, warm_up
 
 _MEASURED = ("bf16", "fp32")
@@ -117,14 +116,8 @@ def read_roofs(path: Path) -> dict[tuple[str, str], Roofs]:
     Raises:
         ValueError: there is no such file, or a column is missing.
     """
-    if not path.exists():
-        raise ValueError(f"There is no {path}: run `python -m benchmarks.machine` to measure, got no file.")
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{path} must have the columns {', '.join(COLUMNS)}, got none named {', '.join(missing)}.")
-        return {(cells["device"], cells["dtype"]): _roofs(cells) for cells in reader}
+    found = read_cells(path, COLUMNS, "benchmarks.machine")
+    return {(cells["device"], cells["dtype"]): _roofs(cells) for cells in found}
 
 
 def _roofs(cells: dict[str, str]) -> Roofs:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.growth_lines import Line, panels, routing_name, us_per_token
-from benchmarks.page_text import MISSING, digits, duration, provenance_line, ratio, read_cells, table
+from benchmarks.page_text import MISSING, digits, duration, provenance_line, ratio, table
 from benchmarks.report import TESTED, comparisons
 from benchmarks.roofline import Mark, read_marks
-from benchmarks.rows import Row, read_rows
+from benchmarks.rows import Row, read_cells, read_rows
 from benchmarks.sweeps import DENSE, Setting
 
 _USUAL_BATCH = 8
@@ -171,7 +171,7 @@ def sizes(results: Path) -> list[str]:
         ValueError: they were not counted.
     """
     columns = ("model", "num_experts", "size", "quantity", "original", "upcycled", "ratio", "ratio_routers_dropped")
-    rows = read_cells(results / "model_sizes.csv", columns)
+    rows = read_cells(results / "model_sizes.csv", columns, "benchmarks.model_sizes")
     lines = []
     for cells in rows:
         if cells["quantity"] in _SIZES:

@@ -14,12 +14,11 @@ from benchmarks.page_text import (
     gigabytes,
     provenance_line,
     ratio,
-    read_cells,
     small_ratio,
     table,
 )
 from benchmarks.report import TESTED, geometric_mean, pairs_of
-from benchmarks.rows import read_rows_as
+from benchmarks.rows import read_cells, read_rows_as
 from benchmarks.steps import ORIGINAL, UNUSUAL, Step, deployed, scenes, unusual, usual
 
 _STOCK_PIPELINES = "stock-each"
@@ -137,7 +136,7 @@ def sameness(results: Path, device: str) -> list[str]:
         ValueError: nothing was measured.
     """
     path = results / f"sameness_{device}.csv"
-    rows = read_cells(path, pipeline_psnr.COLUMNS)
+    rows = read_cells(path, pipeline_psnr.COLUMNS, "benchmarks.sameness")
     if not rows:
         raise ValueError(f"There are no rows in {path}.")
     lines = []
@@ -181,7 +180,7 @@ def imports(results: Path) -> list[str]:
     Raises:
         ValueError: they were not measured.
     """
-    rows = read_cells(results / "import_time.csv", import_time.COLUMNS)
+    rows = read_cells(results / "import_time.csv", import_time.COLUMNS, "benchmarks.import_time")
     medians = {(cells["part"], cells["statement"]): float(cells["median_us"]) for cells in rows}
     lines = []
     for part, ours, theirs, at_most in import_time.PAIRS:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 MISSING = "–"
 _MOST_COMMANDS = 2
@@ -46,22 +44,6 @@ def provenance_line(sources: Iterable[Mapping[str, str]], *files: str) -> str:
     named = ", ".join(f"`{command}`" for command in commands)
     links = ", ".join(f"[{file}](../benchmarks/results/{file})" for file in files)
     return f"<sub>{', '.join([*places, *versions])}: {named} → {links}</sub>"
-
-
-def read_cells(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file as text, by column.
-
-    Raises:
-        ValueError: there is no such file, or it lacks one of the columns.
-    """
-    if not path.exists():
-        raise ValueError(f"There is no {path}.")
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        missing = [column for column in columns if column not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{path} must have the columns {', '.join(columns)}, got none named {', '.join(missing)}.")
-        return list(reader)
 
 
 def digits(value: float) -> str:

@@ -44,7 +44,7 @@ from benchmarks.pipeline_rows import COLUMNS, Row, Workload, comparison
 from benchmarks.provenance import RESULTS, command_line, provenance
 from benchmarks.recording import Log, record
 from benchmarks.rows import check_header
-from benchmarks.sweeps import DENSE, Entry, Setting, parse_choices
+from benchmarks.sweeps import DENSE, Entry, Setting, parse_choices, parse_count
 from benchmarks.timing import WARM_ROUNDS, synchronize, time_interleaved
 
 _RUNS, _QUICK_RUNS, _QUICK_STEPS = 5, 2, 2
@@ -213,12 +213,6 @@ def _contenders(text: str) -> tuple[str, ...]:
     return parse_choices(text, tuple(CONTENDERS), "contender")
 
 
-def _count(text: str, least: int = 1) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}.")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     lines = [f"  {name:20} {contender.about}" for name, contender in CONTENDERS.items()]
     parser = argparse.ArgumentParser(
@@ -231,9 +225,9 @@ def _parser() -> argparse.ArgumentParser:
     found = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=found, help=f"(default: {found})")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="(default: bf16)")
-    parser.add_argument("--steps", type=_count, help="denoising steps (default: the tasks' own)")
+    parser.add_argument("--steps", type=parse_count, help="denoising steps (default: the tasks' own)")
     # A percentile needs two times.
-    at_least_two = functools.partial(_count, least=2)
+    at_least_two = functools.partial(parse_count, least=2)
     parser.add_argument("--runs", type=at_least_two, help=f"timed runs of each contender (default: {_RUNS})")
     parser.add_argument("--contenders", type=_contenders, help="names, separated by commas (default: all)")
     parser.add_argument("--quick", action="store_true", help="a smoke test: two steps, two runs, nothing compiled")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
@@ -146,11 +147,16 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def read_rows_as(kind: type[AnyRowT], path: Path, module: str) -> list[AnyRowT]:
-    """All rows of a CSV file.
+    """All rows of a CSV file; arguments and errors as for `read_cells`."""
+    return [kind.from_cells(cells) for cells in read_cells(path, kind.columns, module)]
+
+
+def read_cells(path: Path, columns: Sequence[str], module: str) -> list[dict[str, str]]:
+    """The rows of a CSV file as text, by column.
 
     Args:
-        kind: of the rows.
         path: of the file.
+        columns: that it must have.
         module: that measures them, for the error.
 
     Raises:
@@ -160,8 +166,7 @@ def read_rows_as(kind: type[AnyRowT], path: Path, module: str) -> list[AnyRowT]:
         raise ValueError(f"There is no {path}: run `python -m {module}` to measure, got no file.")
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        missing = [column for column in kind.columns if column not in (reader.fieldnames or ())]
+        missing = [column for column in columns if column not in (reader.fieldnames or ())]
         if missing:
-            expected, got = ", ".join(kind.columns), ", ".join(missing)
-            raise ValueError(f"{path} must have the columns {expected}, got none named {got}.")
-        return [kind.from_cells(cells) for cells in reader]
+            raise ValueError(f"{path} must have the columns {', '.join(columns)}, got none named {', '.join(missing)}.")
+        return list(reader)

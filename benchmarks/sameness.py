@@ -47,7 +47,7 @@ from benchmarks.pipeline_rows import Workload
 from benchmarks.provenance import RESULTS, command_line, provenance
 from benchmarks.recording import Log
 from benchmarks.rows import append_row, check_header
-from benchmarks.sweeps import Entry, Setting, parse_choices
+from benchmarks.sweeps import Entry, Setting, parse_choices, parse_count
 from mtu.export import stock_config
 
 # With 16 the standard error is itself too uncertain: one row in twenty was three of them off, and not so with more.
@@ -255,12 +255,6 @@ def _dtypes(text: str) -> tuple[str, ...]:
     return parse_choices(text, tuple(DTYPES), "dtype")
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}.")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.sameness",
@@ -273,8 +267,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=found, help=f"(default: {found})")
     parser.add_argument("--dtypes", type=_dtypes, default=("bf16", "fp32"), help="(default: bf16,fp32)")
     parser.add_argument("--paths", type=_paths, help="names, separated by commas (default: all that the device has)")
-    parser.add_argument("--samples", type=_count, help=f"of each task (default: {_PER_TASK})")
-    parser.add_argument("--steps", type=_count, help="denoising steps (default: the tasks' own)")
+    parser.add_argument("--samples", type=parse_count, help=f"of each task (default: {_PER_TASK})")
+    parser.add_argument("--steps", type=parse_count, help="denoising steps (default: the tasks' own)")
     parser.add_argument("--quick", action="store_true", help="a smoke test: two samples of each task, two steps")
     parser.add_argument("--output", type=Path, help="CSV to add rows to (default: results/sameness_DEVICE.csv)")
     return parser

@@ -52,6 +52,13 @@ def parse_counts(text: str) -> tuple[int, ...]:
     return tuple(int(count) for count in counts)
 
 
+def parse_count(text: str, least: int = 1) -> int:
+    """A whole number of the command line."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}.")
+    return int(text)
+
+
 def parse_top_k(text: str) -> tuple[int | None, ...]:
     """Numbers of active experts of the command line, separated by commas; "dense" stands for all of them."""
     return tuple(DENSE if name == "dense" else parse_counts(name)[0] for name in text.split(","))

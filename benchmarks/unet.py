@@ -27,7 +27,7 @@ from benchmarks.provenance import RESULTS, command_line, provenance
 from benchmarks.recording import Log, record
 from benchmarks.report import report
 from benchmarks.rows import check_header
-from benchmarks.sweeps import DENSE, Setting, parse_choices, parse_counts, parse_top_k
+from benchmarks.sweeps import DENSE, Setting, parse_choices, parse_count, parse_counts, parse_top_k
 from benchmarks.timing import MIN_ROUNDS, WARM_ROUNDS
 from benchmarks.unet_contenders import CONTENDERS, default_contenders
 from benchmarks.unet_measure import Measuring, Plan
@@ -98,13 +98,6 @@ def _size(text: str) -> int:
     return int(text)
 
 
-def _at_least_two(text: str) -> int:
-    # A percentile needs two times.
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 2 on, got {text!r}.")
-    return int(text)
-
-
 def _up_to(most: int) -> Callable[[str], tuple[int, ...]]:
     def counts(text: str) -> tuple[int, ...]:
         parsed = parse_counts(text)
@@ -133,10 +126,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--experts", type=parse_counts, help="(default: 4; 1 for sdxl)")
     add("--top-k", type=parse_top_k, default=(DENSE,), help="active experts, or dense (default: dense)")
     add("--tasks", type=_up_to(TASKS), default=(1, TASKS), help=f"in a batch (default: 1,{TASKS})")
-    add(
-        "--contenders", type=_contenders, help="names, or all (default: stock,mtu-eager,mtu-cpp on a CPU; most on CUDA)"
-    )
-    add("--runs", type=_at_least_two, help=f"least timed steps of each contender (default: {MIN_ROUNDS})")
+    add("--contenders", type=_contenders, help="names, or all (default: on a CPU what is not compiled, on CUDA most)")
+    # A percentile needs two times.
+    at_least_two = functools.partial(parse_count, least=2)
+    add("--runs", type=at_least_two, help=f"least timed steps of each contender (default: {MIN_ROUNDS})")
     add("--seconds", type=float, help="for each contender (default: 1; 0 on a CPU)")
     add("--warm-caches", action="store_true", help="let the compiler reuse what it compiled before: no warmup_s then")
     add("--quick", action="store_true", help="a smoke test: a tiny model, two runs")

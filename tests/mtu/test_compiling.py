@@ -46,13 +46,7 @@ SETTINGS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def dynamo():
-    """Compiled code is dropped, and compiling the same code twice is an error."""
-    torch.compiler.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("dynamo")
 
 
 class Captures:

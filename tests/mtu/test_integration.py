@@ -214,15 +214,6 @@ def test_inference_mode_and_training_afterwards():
 # --------------------------------------------------------------------------------------------------------- compiling
 
 
-@pytest.fixture
-def dynamo():
-    """Compiled code is dropped, and compiling the same code twice is an error."""
-    torch.compiler.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        yield
-    torch.compiler.reset()
-
-
 COMPILED = ({}, {"num_experts": 4, "top_k": 2, "norm": "task_expert"})
 MIXES = (NAMES, ("edit",) * 5, ("text-to-image", "remove", "remove", "edit", "super-resolution"))
 
