@@ -1,15 +1,18 @@
 # Every target sets up what it needs in .venv. PYTHON and PIP_ARGS may be given: make test PYTHON=python3.12
+# Other versions get an environment of their own: make test PYTHON=python3.12 CONSTRAINTS=constraints/torch-2.11.txt
 PYTHON ?= python3
 PIP_ARGS ?=
-VENV := .venv
+DEFAULT_CONSTRAINTS := constraints/torch-2.13.txt
+CONSTRAINTS ?= $(DEFAULT_CONSTRAINTS)
+VENV := .venv$(if $(filter-out $(DEFAULT_CONSTRAINTS),$(CONSTRAINTS)),-$(basename $(notdir $(CONSTRAINTS))))
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) $(PIP_ARGS)
 
 .PHONY: demo test lint bench format clean
 .DELETE_ON_ERROR:
 
 # torch goes first: a package that asks for it later is then satisfied with the pinned build.
-$(VENV)/.torch: constraints.txt
+$(VENV)/.torch: $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "mtu needs Python 3.11 to 3.13, but $(PYTHON) is %d.%d: pass PYTHON=python3.12, for example." % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel torch
@@ -42,11 +45,11 @@ bench: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo-output build *.egg-info mtu_kernels/_C.*
+	rm -rf .venv .venv-* demo-output build *.egg-info mtu_kernels/_C.*
