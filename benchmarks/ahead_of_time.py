@@ -91,7 +91,7 @@ def specialize(launch: Launch, arch: str) -> Source:
         raise ValueError("Kernels must be compiled, not interpreted: unset TRITON_INTERPRET, got it set.")
     kernel = launch.kernel
     backend = make_backend(gpu_target(arch))
-    named = launch.constants | {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    named = launch.constants | launch.options
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*launch.arguments, **named)
     options, signature, constants, attributes = kernel._pack_args(backend, named, bound, specialization, options)

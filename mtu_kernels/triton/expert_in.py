@@ -11,13 +11,13 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.language.extra.cuda import gdc_wait
 
 from mtu_kernels.arguments import ExpertWeights
 from mtu_kernels.routing import Routing
 from mtu_kernels.triton.activation import expert_of_slot, geglu
 from mtu_kernels.triton.descriptors import describable, describe
-from mtu_kernels.triton.launch import Launch, ceil_div, next_power_of_2
+from mtu_kernels.triton.launch import Launch, ceil_div, floor_power_of_2, next_power_of_2
 from mtu_kernels.triton.tiles import TileConfig
 
 
@@ -32,41 +32,58 @@ def program_tile(tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def load_row_weights(weights_ptr, row_M, slot, L, K):
+    """The routing weight of a slot for each row, float32. Rows are counted through all samples, of L tokens each."""
+    return tl.load(weights_ptr + (row_M // L).to(tl.int64) * K + slot).to(tl.float32)
+
+
+@triton.jit
 def expert_in_kernel(
-    x_hat_ptr, w_in_ptr, b_in_ptr, weights_ptr, indices_ptr, h_ptr, z_ptr, B, L, D, F, K, E,
+    x_hat_ptr, w_in_ptr, b_in_ptr, weights_ptr, indices_ptr, h_ptr, z_ptr, matrices, rows, L, D, F, K, E,
     SLOT_INPUTS: tl.constexpr, ALIGNED: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    EXACT: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    tiles_m = tl.cdiv(L, BLOCK_M)
+    """x̂: (matrices, rows, D), with a matrix for each sample, or one of B·L rows where routing is dense.
+
+    ALIGNED: a tile holds columns of one slot only. It must be where matrices are not samples.
+    """
+    tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = K * tl.cdiv(F, BLOCK_N) if ALIGNED else tl.cdiv(K * F, BLOCK_N)
-    tile_m, tile_n = program_tile(B * tiles_m, tiles_n, GROUP_M)
-    sample = tile_m // tiles_m
+    tile_m, tile_n = program_tile(matrices * tiles_m, tiles_n, GROUP_M)
+    matrix = tile_m // tiles_m
     local_M = (tile_m % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_M = tl.minimum(local_M, rows - 1)
     # Column pairs: slot and unit of each, twice over for the loads (values at even, gates at odd places).
     pair_P = tl.arange(0, 2 * BLOCK_N)
     n_N = tl.arange(0, BLOCK_N)
+    input_matrix = matrix
     if ALIGNED:
         slot = tile_n // tl.cdiv(F, BLOCK_N)
         first = (tile_n % tl.cdiv(F, BLOCK_N)) * BLOCK_N
         unit_P = tl.minimum(first + pair_P // 2, F - 1)
-        unit_N = first + n_N
-        mask_N = unit_N < F
-        slot_P, slot_N = slot, slot + tl.zeros_like(n_N)
-        x_hat_ptr += (sample.to(tl.int64) * K + slot) * L * D if SLOT_INPUTS else sample.to(tl.int64) * L * D
+        mask_N = first + n_N < F
+        column_N = slot * F + first + n_N
+        expert_P = expert_of_slot(indices_ptr, matrix, slot, K, E)
+        if SLOT_INPUTS:
+            input_matrix = matrix * K + slot
     else:
         column_P = tl.minimum(tile_n * BLOCK_N + pair_P // 2, K * F - 1)
         column_N = tile_n * BLOCK_N + n_N
         mask_N = column_N < K * F
-        slot_P, unit_P = column_P // F, column_P % F
-        slot_N, unit_N = tl.minimum(column_N // F, K - 1), column_N % F
-        x_hat_ptr += sample.to(tl.int64) * L * D
-    row_P = expert_of_slot(indices_ptr, sample, slot_P, K, E) * F + unit_P + (pair_P % 2) * (E * F)
+        unit_P = column_P % F
+        expert_P = expert_of_slot(indices_ptr, matrix, column_P // F, K, E)
+    row_P = expert_P * F + unit_P + (pair_P % 2) * (E * F)
 
     # Rows past the end read the last row again: nothing of theirs is stored.
     k_K = tl.arange(0, BLOCK_K)
-    x_hat_ptrs = x_hat_ptr + tl.minimum(local_M, L - 1).to(tl.int64)[:, None] * D + k_K[None, :]
+    x_hat_ptrs = x_hat_ptr + (input_matrix.to(tl.int64) * rows + row_M)[:, None] * D + k_K[None, :]
     w_in_ptrs = w_in_ptr + row_P.to(tl.int64)[None, :] * D + k_K[:, None]
-    z_MP = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
+    # The sum starts from the bias: adding it afterwards would cost the epilogue an instruction an element.
+    bias_P = tl.load(b_in_ptr + row_P).to(tl.float32)
+    z_MP = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32) + bias_P[None, :]
+    if OVERLAP:
+        gdc_wait()
     for k in range(0, D, BLOCK_K):
         if EVEN_K:
             x_hat_MK = tl.load(x_hat_ptrs)
@@ -79,64 +96,121 @@ def expert_in_kernel(
         w_in_ptrs += BLOCK_K
     u_MN, g_MN = tl.split(tl.reshape(z_MP, (BLOCK_M, BLOCK_N, 2)))
 
-    row_N = expert_of_slot(indices_ptr, sample, slot_N, K, E) * F + tl.minimum(unit_N, F - 1)
-    u_MN += tl.load(b_in_ptr + row_N).to(tl.float32)[None, :]
-    g_MN += tl.load(b_in_ptr + E * F + row_N).to(tl.float32)[None, :]
-    mask_MN = (local_M < L)[:, None] & mask_N[None, :]
-    rows_M = sample.to(tl.int64) * L + local_M
-    columns_N = slot_N * F + unit_N
+    mask_MN = (local_M < rows)[:, None] & mask_N[None, :]
+    out_M = matrix.to(tl.int64) * rows + local_M
     if z_ptr is not None:
-        z_MN = rows_M[:, None] * (2 * K * F) + columns_N[None, :]
-        tl.store(z_ptr + z_MN, u_MN.to(z_ptr.dtype.element_ty), mask=mask_MN)
-        tl.store(z_ptr + z_MN + K * F, g_MN.to(z_ptr.dtype.element_ty), mask=mask_MN)
+        z_ptrs = z_ptr + out_M[:, None] * (2 * K * F) + column_N[None, :]
+        tl.store(z_ptrs, u_MN.to(z_ptr.dtype.element_ty), mask=mask_MN)
+        tl.store(z_ptrs + K * F, g_MN.to(z_ptr.dtype.element_ty), mask=mask_MN)
     if h_ptr is not None:
-        w_N = tl.load(weights_ptr + sample.to(tl.int64) * K + slot_N).to(tl.float32)
-        h_MN = geglu(u_MN, g_MN, EXACT) * w_N[None, :]
-        h_ptrs = h_ptr + rows_M[:, None] * (K * F) + columns_N[None, :]
+        # Not before the loop, in which every register counts.
+        if ALIGNED:
+            w_MN = load_row_weights(weights_ptr, matrix * rows + row_M, slot, L, K)[:, None]
+        else:
+            slot_N = tl.minimum(column_N // F, K - 1)
+            w_MN = tl.load(weights_ptr + matrix.to(tl.int64) * K + slot_N).to(tl.float32)[None, :]
+        h_MN = geglu(u_MN, g_MN, EXACT) * w_MN
+        h_ptrs = h_ptr + out_M[:, None] * (K * F) + column_N[None, :]
         tl.store(h_ptrs, h_MN.to(h_ptr.dtype.element_ty), mask=mask_MN)
 
 
 @triton.jit
 def expert_in_descriptor_kernel(
-    x_hat_desc, w_in_desc, b_in_ptr, weights_ptr, indices_ptr, h_desc, z_desc, B, L, D, F, K, E,
-    SLOT_INPUTS: tl.constexpr, ALIGNED: tl.constexpr,
+    x_hat_desc, w_in_desc, b_in_ptr, weights_ptr, indices_ptr, h_desc, z_desc, matrices, rows, L, D, F, K, E,
+    SLOT_INPUTS: tl.constexpr, ALIGNED: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """The same by tensor descriptors, which mask rows and depth by themselves, for 16-bit storage.
 
     BLOCK_N divides F where ALIGNED, else KF.
-    x_hat_desc: (B·slots, L, D); w_in_desc: (2, H, D); h_desc: (B, L, KF); z_desc: (B, L, 2KF).
+    x_hat_desc: (matrices·slots, rows, D); w_in_desc: (2, H, D); h_desc: (matrices, rows, KF); z_desc: 2KF wide.
     """
-    tiles_m = tl.cdiv(L, BLOCK_M)
+    tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = K * F // BLOCK_N
-    tile_m, tile_n = program_tile(B * tiles_m, tiles_n, GROUP_M)
-    sample = tile_m // tiles_m
+    tile_m, tile_n = program_tile(matrices * tiles_m, tiles_n, GROUP_M)
+    matrix = tile_m // tiles_m
     row = (tile_m % tiles_m) * BLOCK_M
     column = tile_n * BLOCK_N
     first = column
-    matrix = sample
+    input_matrix = matrix
     if ALIGNED:
         slot = column // F
-        first = expert_of_slot(indices_ptr, sample, slot, K, E) * F + column % F
+        first = expert_of_slot(indices_ptr, matrix, slot, K, E) * F + column % F
         if SLOT_INPUTS:
-            matrix = sample * K + slot
-    z_MP = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
+            input_matrix = matrix * K + slot
+        row_M = tl.minimum(row + tl.arange(0, BLOCK_M), rows - 1)
+        w_MN = load_row_weights(weights_ptr, matrix * rows + row_M, slot, L, K)[:, None]
+    else:
+        slot_N = (column + tl.arange(0, BLOCK_N)) // F
+        w_MN = tl.load(weights_ptr + matrix.to(tl.int64) * K + slot_N).to(tl.float32)[None, :]
+    pair_P = tl.arange(0, 2 * BLOCK_N)
+    bias_P = tl.load(b_in_ptr + first + (pair_P // BLOCK_N) * (E * F) + pair_P % BLOCK_N).to(tl.float32)
+    z_MP = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32) + bias_P[None, :]
+    if OVERLAP:
+        gdc_wait()
     for k in range(0, D, BLOCK_K):
-        x_hat_MK = x_hat_desc.load([matrix, row, k]).reshape(BLOCK_M, BLOCK_K)
+        x_hat_MK = x_hat_desc.load([input_matrix, row, k]).reshape(BLOCK_M, BLOCK_K)
         w_in_PK = w_in_desc.load([0, first, k]).reshape(2 * BLOCK_N, BLOCK_K)
         z_MP = tl.dot(x_hat_MK, w_in_PK.T, z_MP)
     u_MN, g_MN = tl.split(tl.permute(tl.reshape(z_MP, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
 
-    n_N = tl.arange(0, BLOCK_N)
-    u_MN += tl.load(b_in_ptr + first + n_N).to(tl.float32)[None, :]
-    g_MN += tl.load(b_in_ptr + E * F + first + n_N).to(tl.float32)[None, :]
     if z_desc is not None:
-        z_desc.store([sample, row, column], u_MN.to(z_desc.dtype).reshape(1, BLOCK_M, BLOCK_N))
-        z_desc.store([sample, row, K * F + column], g_MN.to(z_desc.dtype).reshape(1, BLOCK_M, BLOCK_N))
+        z_desc.store([matrix, row, column], u_MN.to(z_desc.dtype).reshape(1, BLOCK_M, BLOCK_N))
+        z_desc.store([matrix, row, K * F + column], g_MN.to(z_desc.dtype).reshape(1, BLOCK_M, BLOCK_N))
     if h_desc is not None:
-        w_N = tl.load(weights_ptr + sample.to(tl.int64) * K + (column + n_N) // F).to(tl.float32)
-        h_MN = geglu(u_MN, g_MN, False) * w_N[None, :]
-        h_desc.store([sample, row, column], h_MN.to(h_desc.dtype).reshape(1, BLOCK_M, BLOCK_N))
+        h_MN = geglu(u_MN, g_MN, False) * w_MN
+        h_desc.store([matrix, row, column], h_MN.to(h_desc.dtype).reshape(1, BLOCK_M, BLOCK_N))
+
+
+@triton.jit
+def expert_in_wide_kernel(
+    x_hat_desc, w_in_desc, w_in_rest_desc, b_in_ptr, weights_ptr, h_desc, h_rest_desc, matrices, rows, D, F, E,
+    OVERLAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """The same for dense routing, with tiles one half wider than a power of two, which read less per product.
+
+    A tile has two accumulators that read the same rows: one of BLOCK_N columns from the front of the hidden units, one
+    of half as many from the rest. BLOCK_N divides F, and a tile has one sample.
+    """
+    REST: tl.constexpr = BLOCK_N // 2
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tiles_n = tl.cdiv(E * F, BLOCK_N + REST)
+    tile_m, tile_n = program_tile(matrices * tiles_m, tiles_n, GROUP_M)
+    matrix = tile_m // tiles_m
+    row = (tile_m % tiles_m) * BLOCK_M
+    column = tile_n * BLOCK_N
+    rest = tiles_n * BLOCK_N + tile_n * REST
+    pair_P = tl.arange(0, 2 * BLOCK_N)
+    bias_P = tl.load(b_in_ptr + column + (pair_P // BLOCK_N) * (E * F) + pair_P % BLOCK_N).to(tl.float32)
+    z_MP = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32) + bias_P[None, :]
+    z_MR = tl.zeros((BLOCK_M, 2 * REST), tl.float32)
+    if OVERLAP:
+        gdc_wait()
+    for k in range(0, D, BLOCK_K):
+        x_hat_MK = x_hat_desc.load([matrix, row, k]).reshape(BLOCK_M, BLOCK_K)
+        w_in_PK = w_in_desc.load([0, column, k]).reshape(2 * BLOCK_N, BLOCK_K)
+        w_in_RK = w_in_rest_desc.load([0, rest, k]).reshape(2 * REST, BLOCK_K)
+        z_MP = tl.dot(x_hat_MK, w_in_PK.T, z_MP)
+        z_MR = tl.dot(x_hat_MK, w_in_RK.T, z_MR)
+    weights_ptr += matrix.to(tl.int64) * E
+    store_activations(z_MP, h_desc, weights_ptr, matrix, row, column, F, E, BLOCK_M, BLOCK_N)
+    # Added here, as registers run out before. Past the last hidden unit, where nothing is stored, the bias is zero.
+    pair_R = tl.arange(0, 2 * REST)
+    unit_R = rest + pair_R % REST
+    bias_R = tl.load(b_in_ptr + unit_R + (pair_R // REST) * (E * F), mask=unit_R < E * F, other=0.0)
+    z_MR += bias_R.to(tl.float32)[None, :]
+    store_activations(z_MR, h_rest_desc, weights_ptr, matrix, row, rest, F, E, BLOCK_M, REST)
+
+
+@triton.jit
+def store_activations(
+    z_MP, h_desc, weights_ptr, matrix, row, column, F, E, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """h = w · u · gelu(g) of one expert's columns, which start at `column`, for rows of one sample."""
+    w = tl.load(weights_ptr + tl.minimum(column // F, E - 1)).to(tl.float32)
+    u_MN, g_MN = tl.split(tl.permute(tl.reshape(z_MP, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
+    h_MN = geglu(u_MN, g_MN, False) * w
+    h_desc.store([matrix, row, column], h_MN.to(h_desc.dtype).reshape(1, BLOCK_M, BLOCK_N))
 
 
 class Hidden(NamedTuple):
@@ -152,54 +226,89 @@ class Hidden(NamedTuple):
 
 
 def launch_expert_in(
-    x_hat: Tensor, experts: ExpertWeights, routing: Routing, outputs: Hidden, tile: TileConfig, precision: str
+    x_hat: Tensor,
+    experts: ExpertWeights,
+    routing: Routing,
+    outputs: Hidden,
+    tile: TileConfig,
+    precision: str,
+    *,
+    overlap: bool = False,
 ) -> Launch:
-    """x̂ (B, L, D), or (B, K, L, D) with an input of its own for each slot, → outputs."""
+    """x̂ (B, L, D), or (B, K, L, D) with an input of its own for each slot, → outputs.
+
+    overlap: the launch before this one writes x̂, reads what this one reads besides, and lets this one start early.
+    """
     *_, L, D = x_hat.shape
     B, K = routing.weights.shape
     E = experts.num_experts
     F = experts.w_out.shape[1] // E
     slot_inputs = x_hat.dim() == 4
-    tile = tile._replace(block_m=min(tile.block_m, max(16, next_power_of_2(L))))
+    is_dense = routing.indices is None and not slot_inputs
+    by_descriptor = tile.descriptors and all(describable(t) for t in (x_hat, experts.w_in, *outputs))
+    block_n = floor_power_of_2(tile.block_n)
+    if block_n < tile.block_n and by_descriptor and is_dense and outputs.z is None and F % block_n == 0:
+        return _launch_wide(x_hat, experts, routing, outputs.h, tile, overlap=overlap)
+    if by_descriptor and F % block_n != 0:
+        # Descriptors mask the ends of tensors, not those of experts.
+        divisor = _divisor(K * F if is_dense else F, block_n)
+        by_descriptor = divisor >= 16
+        block_n = divisor if by_descriptor else block_n
+    is_aligned = slot_inputs or F % block_n == 0
+    # Where one expert owns a tile's columns, its rows may be those of several samples.
+    matrices, rows = (1, B * L) if is_dense and is_aligned else (B, L)
+    block_m = min(tile.block_m, max(16, next_power_of_2(rows)))
     constants = {
         "SLOT_INPUTS": slot_inputs,
-        "BLOCK_M": tile.block_m,
+        "ALIGNED": is_aligned,
+        "OVERLAP": overlap,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
         "BLOCK_K": tile.block_k,
         "GROUP_M": tile.group_m,
     }
-    tiles_m = B * ceil_div(L, tile.block_m)
-    sizes = (B, L, D, F, K, E)
-    by_expert = slot_inputs or routing.indices is not None
-    block_n = _divisor(F if by_expert else K * F, tile.block_n)
-    if tile.descriptors and block_n >= 16 and all(describable(t) for t in (x_hat, experts.w_in, *outputs)):
-        block = (tile.block_m, block_n, tile.block_k)
-        descriptors = _descriptors(x_hat, experts, outputs, block)
-        arguments = (*descriptors[:2], experts.b_in, *routing, *descriptors[2:], *sizes)
-        constants |= {"ALIGNED": by_expert, "BLOCK_N": block_n}
-        programs = tiles_m * (K * F // block_n)
-        return Launch(expert_in_descriptor_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages)
-    constants |= {
-        "ALIGNED": slot_inputs,
-        "EVEN_K": D % tile.block_k == 0,
-        "PRECISION": precision,
-        "EXACT": x_hat.element_size() == 4,
-        "BLOCK_N": tile.block_n,
+    programs = matrices * ceil_div(rows, block_m)
+    programs *= K * ceil_div(F, block_n) if is_aligned else ceil_div(K * F, block_n)
+    sizes = (matrices, rows, L, D, F, K, E)
+    if by_descriptor:
+        x_hat_desc = describe(x_hat.view(-1, rows, D), (1, block_m, tile.block_k))
+        w_in_desc = describe(experts.w_in.view(2, -1, D), (2, block_n, tile.block_k))
+        written = (None if t is None else t.view(matrices, rows, -1) for t in outputs)
+        output_descs = (None if t is None else describe(t, (1, block_m, block_n)) for t in written)
+        arguments = (x_hat_desc, w_in_desc, experts.b_in, *routing, *output_descs, *sizes)
+        kernel = expert_in_descriptor_kernel
+    else:
+        constants |= {"EVEN_K": D % tile.block_k == 0, "PRECISION": precision, "EXACT": x_hat.element_size() == 4}
+        arguments = (x_hat, experts.w_in, experts.b_in, *routing, *outputs, *sizes)
+        kernel = expert_in_kernel
+    return Launch(kernel, programs, arguments, constants, tile.num_warps, tile.num_stages, overlap)
+
+
+def _launch_wide(
+    x_hat: Tensor, experts: ExpertWeights, routing: Routing, h: Tensor, tile: TileConfig, *, overlap: bool
+) -> Launch:
+    B, L, D = x_hat.shape
+    E = experts.num_experts
+    block_n = floor_power_of_2(tile.block_n)
+    block_m = min(tile.block_m, max(16, next_power_of_2(L)))
+    w_in = experts.w_in.view(2, -1, D)
+    constants = {
+        "OVERLAP": overlap,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": tile.block_k,
+        "GROUP_M": tile.group_m,
     }
-    tiles_n = K * ceil_div(F, tile.block_n) if slot_inputs else ceil_div(K * F, tile.block_n)
-    arguments = (x_hat, experts.w_in, experts.b_in, *routing, *outputs, *sizes)
-    return Launch(expert_in_kernel, tiles_m * tiles_n, arguments, constants, tile.num_warps, tile.num_stages)
-
-
-def _descriptors(
-    x_hat: Tensor, experts: ExpertWeights, outputs: Hidden, block: tuple[int, int, int]
-) -> tuple[TensorDescriptor | None, ...]:
-    block_m, block_n, block_k = block
-    w_in = experts.w_in.view(2, -1, experts.w_in.shape[1])
-    return (
-        describe(x_hat.flatten(0, -3), (1, block_m, block_k)),
-        describe(w_in, (2, block_n, block_k)),
-        *(None if t is None else describe(t, (1, block_m, block_n)) for t in outputs),
+    arguments = (
+        describe(x_hat, (1, block_m, tile.block_k)),
+        *(describe(w_in, (2, width, tile.block_k)) for width in (block_n, block_n // 2)),
+        experts.b_in,
+        routing.weights,
+        *(describe(h, (1, block_m, width)) for width in (block_n, block_n // 2)),
+        *(B, L, D, w_in.shape[1] // E, E),
     )
+    programs = B * ceil_div(L, block_m) * ceil_div(w_in.shape[1], tile.block_n)
+    return Launch(expert_in_wide_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages, overlap)
 
 
 def _divisor(width: int, limit: int) -> int:

@@ -25,6 +25,8 @@ class Launch(NamedTuple):
         constants: the ``tl.constexpr`` arguments by name.
         num_warps: warps per program.
         num_stages: depth of software pipelining.
+        overlaps: whether it may start while the launch before it still runs (programmatic dependent launch, sm_90 and
+            later): the kernel waits by itself before it reads what that one writes.
     """
 
     kernel: Any
@@ -33,6 +35,13 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    overlaps: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told besides the constants. Compilers for AMD know no dependent launch."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options | {"launch_pdl": True} if self.overlaps else options
 
 
 class Machine(NamedTuple):
@@ -58,12 +67,15 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def floor_power_of_2(n: int) -> int:
+    """The greatest power of two that is not greater than n, for n > 0."""
+    return 1 << n.bit_length() - 1
+
+
 def execute(launch: Launch) -> None:
     """Runs a launch on the current device (or in Triton's interpreter)."""
     if launch.programs:
-        launch.kernel[(launch.programs,)](
-            *launch.arguments, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages
-        )
+        launch.kernel[(launch.programs,)](*launch.arguments, **launch.constants, **launch.options)
 
 
 @contextlib.contextmanager
@@ -93,3 +105,9 @@ def _probe():
 def interpreted() -> bool:
     """Whether kernels were defined under ``TRITON_INTERPRET=1``, Triton's own switch, and so run on CPU tensors."""
     return not isinstance(_probe, triton.runtime.JITFunction)
+
+
+def starts_early(arch: str) -> bool:
+    """Whether launches may overlap with the one before: on NVIDIA's GPUs since sm_90."""
+    number = arch.removeprefix("sm_")
+    return number.isdecimal() and int(number) >= 90 and not interpreted()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from mtu_kernels.arguments import NormAffine
 from mtu_kernels.triton.activation import expert_of_slot
@@ -19,9 +20,12 @@ _ROWS_PER_SUM = 128
 @triton.jit
 def layer_norm_kernel(
     x_ptr, gamma_ptr, beta_ptr, indices_ptr, x_hat_ptr, mean_ptr, rstd_ptr, L, D, K, E, eps,
-    SLOTS: tl.constexpr, PER_EXPERT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    SLOTS: tl.constexpr, PER_EXPERT: tl.constexpr, OVERLAP: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """x̂ = (x − mean) · rstd · γ + β; SLOTS outputs a row. mean_ptr ``None``: statistics are not kept."""
+    if OVERLAP:
+        # Once every program has begun, the next launch may begin too; it waits for the results by itself.
+        gdc_launch_dependents()
     tiles = tl.cdiv(L, ROWS)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     local_R = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
@@ -120,14 +124,30 @@ class NormGradients(NamedTuple):
 
 
 def launch_layer_norm(
-    x: Tensor, norm: NormAffine, indices: Tensor | None, x_hat: Tensor | None, statistics: Statistics | None, eps: float
+    x: Tensor,
+    norm: NormAffine,
+    indices: Tensor | None,
+    x_hat: Tensor | None,
+    statistics: Statistics | None,
+    eps: float,
+    *,
+    overlap: bool = False,
 ) -> Launch:
-    """x (B, L, D) → x̂ (B, L, D), or (B, slots, L, D) for affines (B, E, D); and, if asked for, the statistics."""
+    """x (B, L, D) → x̂ (B, L, D), or (B, slots, L, D) for affines (B, E, D); and, if asked for, the statistics.
+
+    overlap: let the next launch start early, if it asks to.
+    """
     B, L, D = x.shape
     block_d, rows, num_warps = _block(D)
     per_expert = norm.weight.dim() == 3
     slots = x_hat.shape[1] if x_hat is not None and per_expert else 1
-    constants = {"SLOTS": slots, "PER_EXPERT": per_expert, "ROWS": rows, "BLOCK_D": block_d}
+    constants = {
+        "SLOTS": slots,
+        "PER_EXPERT": per_expert,
+        "OVERLAP": overlap,
+        "ROWS": rows,
+        "BLOCK_D": block_d,
+    }
     experts = norm.weight.shape[1] if per_expert else 1
     kept = statistics or (None, None)
     arguments = (x, *norm, indices, x_hat, *kept, L, D, slots, experts, eps)

@@ -19,7 +19,7 @@ from mtu_kernels.triton.expert_in import Hidden, launch_expert_in
 from mtu_kernels.triton.expert_out_backward import launch_expert_out_backward, row_block
 from mtu_kernels.triton.expert_sum import Summands, launch_expert_sum
 from mtu_kernels.triton.expert_weights import launch_expert_weights
-from mtu_kernels.triton.launch import Machine, ceil_div
+from mtu_kernels.triton.launch import Machine, ceil_div, starts_early
 from mtu_kernels.triton.layer_norm import (
     NormGradients,
     Statistics,
@@ -151,16 +151,24 @@ def normalize(call: Call, statistics: Statistics | None, eps: float) -> Tensor:
     """x̂ (B, L, D), or (B, K, L, D) behind affines of (B, E, D); statistics are written if given."""
     B, L, D = call.x.shape
     x_hat = call.empty(B, *call.slots, L, D)
-    call.machine.run(launch_layer_norm(call.x, call.norm, call.routing.indices, x_hat, statistics, eps))
+    overlap = starts_early(call.machine.arch)
+    call.machine.run(
+        launch_layer_norm(call.x, call.norm, call.routing.indices, x_hat, statistics, eps, overlap=overlap)
+    )
     return x_hat
 
 
-def activate(call: Call, x_hat: Tensor, outputs: Hidden) -> None:
-    """The first product: writes h, z or both."""
+def activate(call: Call, x_hat: Tensor, outputs: Hidden, *, follows_norm: bool = True) -> None:
+    """The first product: writes h, z or both.
+
+    follows_norm: the last launch is `normalize`'s, during which this one may start.
+    """
     product = "expert_in" if outputs.z is None else "expert_in_train"
     tile = call.tile(product, grouped=call.routing.indices is not None or x_hat.dim() == 4)
     if isinstance(tile, TileConfig):
-        call.machine.run(launch_expert_in(x_hat, call.experts, call.routing, outputs, tile, call.precision))
+        overlap = follows_norm and starts_early(call.machine.arch)
+        experts, routing = call.experts, call.routing
+        call.machine.run(launch_expert_in(x_hat, experts, routing, outputs, tile, call.precision, overlap=overlap))
         return
     z = call.empty(*call.x.shape[:2], 2 * call.active_hidden) if outputs.z is None else outputs.z
     torch.addmm(call.experts.b_in, x_hat.flatten(0, 1), call.experts.w_in.T, out=z.flatten(0, 1))
