@@ -34,7 +34,7 @@ from benchmarks.kernel_calls import (
 from benchmarks.prediction import ARCH as PREDICTED_ARCH
 from benchmarks.prediction import predict
 from benchmarks.provenance import RESULTS, command_line, provenance
-from benchmarks.sass import count, count_tensor_core
+from benchmarks.sass import count, count_tensor_core, count_waits
 from mtu_kernels.triton.launch import Launch, interpreted
 from mtu_kernels.triton.tile_table import ROWS
 from mtu_kernels.triton.tiles import TableRow, TileConfig
@@ -109,6 +109,9 @@ def _product_violations(result: Result, loop: Sequence) -> Iterator[str]:
         wanted = TENSOR_CORE.get(result.arch, wanted)
     if wanted not in bases:
         yield f"the main loop must hold {wanted}, got {', '.join(sorted(bases)) or 'no loop'}"
+    waits = count_waits(loop)
+    if waits > 1:
+        yield f"the main loop must wait once for its products, got {waits} WARPGROUP.DEPBAR, which serialise them"
     if _is_odd(result):
         return
     by_descriptor = "descriptor" in launch.kernel.__name__
@@ -185,7 +188,7 @@ def cells(result: Result) -> dict[str, str]:
     }
     columns = dict.fromkeys(("registers", "stack_bytes", "shared_bytes", "programs_per_sm", "occupancy"), "")
     columns |= dict.fromkeys(("loop_instructions", "loop_tensor_core", "tensor_core_share", "loop_loads"), "")
-    columns |= {"epilogue_instructions": "", "instructions": ""}
+    columns |= dict.fromkeys(("loop_waits", "epilogue_instructions", "instructions"), "")
     if compiled is not None:
         columns["shared_bytes"] = str(compiled.shared)
     if compiled is not None and compiled.code is not None:
@@ -199,6 +202,7 @@ def cells(result: Result) -> dict[str, str]:
             columns |= {"loop_instructions": len(code.main_loop), "loop_tensor_core": busy}
             columns["tensor_core_share"] = f"{busy / max(len(code.main_loop), 1):.3f}"
             columns["loop_loads"] = count(code.main_loop, "LDGSTS", "UTMALDG", "LDG")
+            columns["loop_waits"] = count_waits(code.main_loop)
             columns["epilogue_instructions"] = len(code.epilogue)
     return row | {name: str(value) for name, value in columns.items()}
 

@@ -60,6 +60,15 @@ def count_tensor_core(instructions: Sequence[Instruction]) -> int:
     return sum(bool(_TENSOR_CORE.fullmatch(instruction.base)) for instruction in instructions)
 
 
+def count_waits(instructions: Sequence[Instruction]) -> int:
+    """How many of the instructions wait for Hopper's tensor cores, which work beside the warps that ask them to.
+
+    A main loop needs one wait. Where the compiler could not keep products apart from what else touches their registers, it
+    waits after each one: they are serialised, and the tensor cores idle in between.
+    """
+    return sum(instruction.name.startswith("WARPGROUP.DEPBAR") for instruction in instructions)
+
+
 def disassemble(cubin: bytes, *, listed: bool = True) -> MachineCode:
     """Reads machine code with the tools that come with Triton; listing its instructions takes nearly all the time."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -10,7 +10,7 @@ from mtu_kernels.triton.tiles import LIBRARY, PAIR_PRODUCTS, Library, TileConfig
 
 # Rows, columns, warps. Columns of products with value-gate pairs are pairs.
 _SHAPES = {
-    "expert_in": ((64, 64, 4), (128, 32, 4), (128, 64, 4), (128, 64, 8), (64, 128, 8), (128, 128, 8)),
+    "expert_in": ((64, 64, 4), (128, 32, 4), (128, 64, 4), (128, 64, 8), (64, 128, 8), (128, 128, 8), (256, 64, 8)),
     "expert_sum": ((64, 64, 4), (128, 64, 4), (64, 128, 4), (128, 128, 4), (128, 128, 8), (256, 64, 8), (128, 256, 8)),
     "expert_out_backward": ((32, 64, 4), (64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 32, 4), (128, 64, 8)),
     "expert_weights": ((64, 64, 4), (128, 64, 4), (64, 128, 4), (128, 128, 4), (128, 128, 8)),

@@ -1,0 +1,157 @@
+"""`python -m benchmarks.compiled_candidates expert_in --arch sm_90`: what candidate tiles compile to, without a GPU.
+
+For each tile that the tuner would try: registers, waits for the tensor cores in the main loop (more than one: they are
+serialised), instructions, programs on a multiprocessor, and the time that `benchmarks.kernel_model` predicts at each
+shape, for the GPUs that it knows. The best ones come first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import triton
+from tqdm import tqdm
+
+from benchmarks.ahead_of_time import CHIPS, Compiled, compile_launch, programs_per_processor, specialize
+from benchmarks.compiled_kernels import Result, table_tile, violations
+from benchmarks.kernel_calls import SD_SHAPES, NamedLaunch
+from benchmarks.kernel_model import GPUS, grid_microseconds, program_of
+from benchmarks.products import Shape, draw_operands, prepare
+from benchmarks.sass import count_waits
+from benchmarks.sweeps import parse_shapes
+from benchmarks.tile_candidates import candidates
+from mtu_kernels.triton.launch import interpreted
+from mtu_kernels.triton.tiles import PRODUCTS, TileConfig
+
+
+class Candidate(NamedTuple):
+    """A tile, compiled.
+
+    Attributes:
+        microseconds: predicted, of each shape; empty where nothing is known of the GPU's rates.
+        wrong: why the gate would refuse it.
+    """
+
+    tile: TileConfig
+    compiled: Compiled | None
+    microseconds: tuple[float, ...]
+    wrong: tuple[str, ...]
+
+
+def compile_candidates(
+    product: str, arch: str, shapes: Sequence[Shape], tiles: Sequence[TileConfig]
+) -> list[Candidate]:
+    """Each tile at each shape; the code of the first shape stands for all, where shapes do not change it."""
+    found = [_candidate(product, arch, shapes, tile) for tile in tqdm(tiles, unit="tile", file=sys.stderr)]
+    return sorted(found, key=_order)
+
+
+def _candidate(product: str, arch: str, shapes: Sequence[Shape], tile: TileConfig) -> Candidate:
+    done: dict[tuple[str, ...], Compiled] = {}
+    wrong: dict[str, None] = {}
+    times, first = [], None
+    for shape in shapes:
+        total = 0.0
+        for launch in prepare(product, draw_operands(shape, "bf16", "meta"), tile).steps:
+            key = specialize(launch, arch).key
+            try:
+                compiled = done.get(key) or compile_launch(launch, arch)
+            except Exception as error:  # Compilers fail in many ways, and a candidate that does not compile is none.
+                return Candidate(tile, None, (), (f"{type(error).__name__}: {' '.join(str(error).split())[-120:]}",))
+            done[key] = compiled
+            first = first or compiled
+            named = NamedLaunch(f"{product} {shape}", "bf16", None, launch)
+            wrong |= dict.fromkeys(violations(Result(arch, named, (), compiled._replace(launch=launch))))
+            if arch in GPUS:
+                depth = depth_of(product, shape)
+                total += grid_microseconds(program_of(compiled, arch, depth), launch.programs, GPUS[arch])
+        times.append(total)
+    return Candidate(tile, first, tuple(times) if arch in GPUS else (), tuple(wrong))
+
+
+def depth_of(product: str, shape: Shape) -> int:
+    """How many multiply-adds make one element of a product's result; for gradients of weights, on average."""
+    if product == "expert_sum":
+        return shape.active_hidden
+    if product == "expert_in_backward":
+        return 2 * shape.active_hidden
+    if product == "expert_weights":
+        return shape.B * shape.L * (shape.K or shape.E) // shape.E
+    return shape.D
+
+
+def lines(found: Sequence[Candidate], arch: str, shapes: Sequence[Shape]) -> Iterator[str]:
+    """A table of the candidates."""
+    times = "".join(f"{f'{shape.D}x{shape.L}':>11}" for shape in shapes) if arch in GPUS else ""
+    yield f"{'tile':38}{'registers':>10}{'shared':>8}{'a SM':>6}{'loop':>6}{'waits':>6}{'epilogue':>9}{times}  refused"
+    for candidate in found:
+        name = f"{table_tile(candidate.tile)} group_m={candidate.tile.group_m}"
+        if candidate.compiled is None:
+            yield f"{name:38}{'; '.join(candidate.wrong)}"
+            continue
+        code, compiled = candidate.compiled.code, candidate.compiled
+        resident = programs_per_processor(compiled, CHIPS[arch])
+        cells = (
+            f"{code.registers:>10}{compiled.shared:>8}{resident:>6}{len(code.main_loop):>6}"
+            f"{count_waits(code.main_loop):>6}{len(code.epilogue):>9}"
+        )
+        times = "".join(f"{time:>11.1f}" for time in candidate.microseconds)
+        yield f"{name:38}{cells}{times}  {'; '.join(candidate.wrong)}"
+
+
+def _order(candidate: Candidate) -> tuple[bool, float]:
+    times = candidate.microseconds
+    return bool(candidate.wrong), math.fsum(map(math.log, times)) / len(times) if times else 0.0
+
+
+def _parse_tile(text: str) -> TileConfig:
+    """A tile of the command line: rows, columns, depth of a step, warps, stages and, if one likes, group_m."""
+    numbers = text.split("x")
+    if len(numbers) not in (5, 6) or not all(number.isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f"expected a tile such as 128x64x64x4x3 (or …x8), got {text!r}.")
+    rows, columns, depth, warps, stages, *group_m = map(int, numbers)
+    return TileConfig(rows, columns, depth, warps, stages, False, *group_m)
+
+
+def _parser() -> argparse.ArgumentParser:
+    description = __doc__.split("\n\n")[1]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled_candidates", description=description)
+    parser.add_argument("product", choices=PRODUCTS)
+    parser.add_argument("--arch", choices=CHIPS, default="sm_90", help="(default: sm_90)")
+    parser.add_argument(
+        "--shapes", type=parse_shapes, default=SD_SHAPES, help="DxL, or sets: sd15, sdxl (default: both)"
+    )
+    parser.add_argument("--batch", type=int, default=2, help="samples (default: 2)")
+    parser.add_argument("--top-k", action="store_true", help="2 of 8 experts active (default: dense, 4 experts)")
+    parser.add_argument(
+        "--tiles", type=_parse_tile, nargs="+", help="rows x columns x depth x warps x stages (default: the tuner's)"
+    )
+    parser.add_argument("--no-descriptors", action="store_true", help="loads by address (default: by descriptors)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = _parser()
+    options = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if interpreted():
+        parser.error("TRITON_INTERPRET must be unset, since interpreted kernels cannot be compiled; it is set.")
+    E, K = (8, 2) if options.top_k else (4, None)
+    shapes = [Shape(D, L, options.batch, E, K, 4 * D // E) for D, L in options.shapes]
+    grid = candidates(shapes[0].key(options.product, options.arch, 16))
+    has_descriptors = any(tile.descriptors for tile in grid if isinstance(tile, TileConfig))
+    tiles = [tile for tile in options.tiles or grid if isinstance(tile, TileConfig)]
+    by_descriptor = has_descriptors and not options.no_descriptors
+    tiles = list(dict.fromkeys(tile._replace(descriptors=by_descriptor) for tile in tiles))
+    found = compile_candidates(options.product, options.arch, shapes, tiles)
+    rates = f", µs predicted for one {GPUS[options.arch].name}, not measured" if options.arch in GPUS else ""
+    print(f"{options.product}, {options.arch}, Triton {triton.__version__}, {shapes[0]} and the like{rates}")
+    print(*lines(found, options.arch, shapes), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
