@@ -36,6 +36,7 @@ from benchmarks.prediction import predict
 from benchmarks.provenance import RESULTS, command_line, provenance
 from benchmarks.sass import count, count_tensor_core, count_waits
 from mtu_kernels.triton.launch import Launch, interpreted
+from mtu_kernels.triton.tile_choice import triton_version
 from mtu_kernels.triton.tile_table import ROWS
 from mtu_kernels.triton.tiles import TableRow, TileConfig
 
@@ -76,8 +77,14 @@ def table_tile(tile: TileConfig) -> str:
 
 
 def row_name(row: TableRow) -> str:
-    """A row of the table in a cell of the CSV file: product, kind of routing, width and tokens (0: any)."""
-    return f"{row.key.product} {'grouped' if row.key.grouped else 'dense'} {row.key.width}x{row.key.tokens}"
+    """A row of the table in a cell of the CSV file: product, kind of routing, width and tokens (0: any), Triton."""
+    version = f" triton {row.key.triton}" if row.key.triton else ""
+    return f"{row.key.product} {'grouped' if row.key.grouped else 'dense'} {row.key.width}x{row.key.tokens}{version}"
+
+
+def rows_of(arch: str, rows: Iterable[TableRow] = ROWS) -> list[TableRow]:
+    """Rows of an architecture that the installed Triton may compile: those of other versions are not for it."""
+    return [row for row in rows if row.key.arch == arch and row.key.triton in ("", triton_version())]
 
 
 def violations(result: Result) -> Iterator[str]:
@@ -128,7 +135,7 @@ def _is_odd(result: Result) -> bool:
 
 def launches_of(arch: str, *, quick: bool, rows: Sequence[TableRow] = ROWS) -> list[NamedLaunch]:
     """What is compiled for an architecture; a few for AMD, whose code nothing here reads."""
-    found = list(record_rows(row for row in rows if row.key.arch == arch))
+    found = list(record_rows(rows_of(arch, rows)))
     calls = few_calls() if quick else all_calls()
     if arch not in CHIPS:
         quick, calls = True, few_calls()[-1:]
@@ -161,8 +168,8 @@ def compile_all(arch: str, launches: Iterable[NamedLaunch], *, quick: bool = Fal
 def uncovered(arch: str, results: Iterable[Result], rows: Sequence[TableRow] = ROWS) -> Iterator[str]:
     """Rows of the table that no kernel shows exactly as they are."""
     shown = {(row.key, result.named.dtype) for result in results for row in result.rows if _shows(result, row)}
-    for row in rows:
-        if row.key.arch != arch or not isinstance(row.tile, TileConfig):
+    for row in rows_of(arch, rows):
+        if not isinstance(row.tile, TileConfig):
             continue
         for dtype in ("bf16", "fp16") if row.key.bits == 16 else ("fp32",):
             if (row.key, dtype) not in shown:

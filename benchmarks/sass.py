@@ -63,7 +63,7 @@ def count_tensor_core(instructions: Sequence[Instruction]) -> int:
 def count_waits(instructions: Sequence[Instruction]) -> int:
     """How many of the instructions wait for Hopper's tensor cores, which work beside the warps that ask them to.
 
-    A main loop needs one wait. Where the compiler could not keep products apart from what else touches their registers, it
+    A main loop needs one wait. Where the compiler cannot keep products apart from what else touches their registers, it
     waits after each one: they are serialised, and the tensor cores idle in between.
     """
     return sum(instruction.name.startswith("WARPGROUP.DEPBAR") for instruction in instructions)

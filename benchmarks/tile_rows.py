@@ -57,13 +57,15 @@ def write(path: Path, rows: Iterable[TableRow]) -> None:
 
 
 def _order(row: TableRow) -> tuple:
-    product, arch, bits, grouped, width, tokens = row.key
+    product, arch, bits, grouped, width, tokens, version = row.key
     family, _, number = arch.partition("_")
-    return family, int(number or 0), arch, PRODUCTS.index(product), bits, grouped, width, tokens
+    numbers = tuple(int(part) for part in version.split(".")) if version else ()
+    return family, int(number or 0), arch, PRODUCTS.index(product), bits, grouped, width, tokens, numbers
 
 
 def _call(key: TileKey) -> str:
-    arguments = (_quoted(value) if isinstance(value, str) else repr(value) for value in key)
+    values = key if key.triton else key[:-1]
+    arguments = (_quoted(value) if isinstance(value, str) else repr(value) for value in values)
     return f"TileKey({', '.join(arguments)})"
 
 

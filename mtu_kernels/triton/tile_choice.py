@@ -2,12 +2,17 @@
 
 Nothing is tuned at run time: that would stall users, need a driver while compiling, and break CUDA-graph capture.
 `python -m benchmarks.tune` measures on the GPU it finds and rewrites `tile_table.py`.
+
+A row that names a version of Triton serves that version alone, and goes before all rows that serve any. Those are
+compiled with the oldest and the newest version that the package supports, and are right on both.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+
+import triton
 
 from mtu_kernels.triton.tile_table import ROWS
 from mtu_kernels.triton.tiles import LIBRARY, PAIR_PRODUCTS, PLAIN_PRODUCTS, Library, TableRow, TileConfig, TileKey
@@ -19,11 +24,22 @@ def token_class(tokens: int) -> int:
 
 
 @functools.cache
+def triton_version() -> str:
+    """Major and minor version of the installed Triton, as keys name it."""
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+@functools.cache
 def find_tile(key: TileKey) -> TileConfig | Library:
-    """The row for exactly this shape, else the one for its width, else for its architecture, else the default."""
-    for candidate in (key, key._replace(tokens=0), key._replace(width=0, tokens=0)):
-        if candidate in _TABLE:
-            return _TABLE[candidate]
+    """The row for exactly this shape, else the one for its width, else for its architecture, else the default.
+
+    Of rows for the key's version of Triton (the installed one where it names none), else of those for any.
+    """
+    for version in (key.triton or triton_version(), ""):
+        named = key._replace(triton=version)
+        for candidate in (named, named._replace(tokens=0), named._replace(width=0, tokens=0)):
+            if candidate in _TABLE:
+                return _TABLE[candidate]
     return default_tile(key)
 
 

@@ -66,6 +66,8 @@ class TileKey(NamedTuple):
         grouped: whether the product picks weights by expert (top-k routing, an affine per expert).
         width: D, or 0 for any.
         tokens: B·L rounded up to a power of two, or 0 for any.
+        triton: version of Triton that the tile holds for, "3.6", …, or "" for any: another compiler makes other code of
+            the same tile, which may spill, or wait for tensor cores after each product.
     """
 
     product: str
@@ -74,6 +76,7 @@ class TileKey(NamedTuple):
     grouped: bool
     width: int = 0
     tokens: int = 0
+    triton: str = ""
 
 
 class TableRow(NamedTuple):
