@@ -36,7 +36,7 @@ from benchmarks.prediction import predict
 from benchmarks.provenance import RESULTS, command_line, provenance
 from benchmarks.sass import count, count_tensor_core, count_waits
 from mtu_kernels.triton.launch import Launch, interpreted
-from mtu_kernels.triton.tile_choice import triton_version
+from mtu_kernels.triton.tile_choice import more_general, triton_version
 from mtu_kernels.triton.tile_table import ROWS
 from mtu_kernels.triton.tiles import TableRow, TileConfig
 
@@ -83,8 +83,12 @@ def row_name(row: TableRow) -> str:
 
 
 def rows_of(arch: str, rows: Iterable[TableRow] = ROWS) -> list[TableRow]:
-    """Rows of an architecture that the installed Triton may compile: those of other versions are not for it."""
-    return [row for row in rows if row.key.arch == arch and row.key.triton in ("", triton_version())]
+    """Rows of an architecture that serve the installed Triton: neither those of other versions, nor those for any
+    version that a row of its own goes before.
+    """
+    ours = [row for row in rows if row.key.arch == arch and row.key.triton in ("", triton_version())]
+    named = {row.key._replace(triton="") for row in ours if row.key.triton}
+    return [row for row in ours if row.key.triton or named.isdisjoint(more_general(row.key))]
 
 
 def violations(result: Result) -> Iterator[str]:

@@ -36,11 +36,15 @@ def find_tile(key: TileKey) -> TileConfig | Library:
     Of rows for the key's version of Triton (the installed one where it names none), else of those for any.
     """
     for version in (key.triton or triton_version(), ""):
-        named = key._replace(triton=version)
-        for candidate in (named, named._replace(tokens=0), named._replace(width=0, tokens=0)):
+        for candidate in more_general(key._replace(triton=version)):
             if candidate in _TABLE:
                 return _TABLE[candidate]
     return default_tile(key)
+
+
+def more_general(key: TileKey) -> tuple[TileKey, TileKey, TileKey]:
+    """The key, that of its width at any number of tokens, and that of any shape."""
+    return key, key._replace(tokens=0), key._replace(width=0, tokens=0)
 
 
 def default_tile(key: TileKey) -> TileConfig | Library:
