@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 
-from mtu.graphs import Capture, CudaGraphs, Inputs, Parts, Replay, Step, is_replaced
+from mtu.graphs import Capture, CudaGraphs, Inputs, Parts, Replay, Step
 from mtu.guidance import plan_guidance
+from mtu.plain_linear import is_replaced
 from mtu.router import held
 from mtu.unet import MTUUNet2DConditionModel
 

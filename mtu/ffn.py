@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mtu.config import ExpertConfig
 from mtu.norm import TaskLayerNorm
 from mtu.plain_linear import is_plain_linear
-from mtu.router import Router, RoutingTable, TaskContext, select_rows
+from mtu.router import Router, RoutingTable, TaskContext
 from mtu_kernels import ExpertWeights, NormAffine, Routing, dense_weights, moe_ffn
 
 __all__ = ["CONTEXT_KEY", "RoutedFeedForward", "RoutedTransformerBlock", "check_blocks", "why_not_upcyclable"]
@@ -96,9 +96,7 @@ class RoutedFeedForward(FeedForward):
         Returns:
             (B, L, D).
         """
-        table = self.router(context.embedding)
-        indices = None if table.indices is None else table.indices[context.task_ids]
-        routing = Routing(select_rows(table.weights, context.task_ids), indices)
+        routing = context.routing(self.router)
         if self._is_plain(hidden_states):
             return self._fused(hidden_states, affine, routing, residual)
         output = self._by_modules(hidden_states, affine, routing)
@@ -229,7 +227,7 @@ class RoutedTransformerBlock(BasicTransformerBlock):
                 attention_mask=encoder_attention_mask,
                 **attention_kwargs,
             )
-        feed_forward = functools.partial(self.ff, affine=self.norm3(context.task_ids), context=context)
+        feed_forward = functools.partial(self.ff, affine=context.affine(self.norm3), context=context)
         if self._chunk_size is not None:
             chunks = [feed_forward(part) for part in hidden_states.split(self._chunk_size, dim=1)]
             return hidden_states + torch.cat(chunks, dim=1)

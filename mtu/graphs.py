@@ -10,10 +10,11 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from mtu.plain_linear import is_replaced
 from mtu.router import Router
 from mtu.unet import MTUUNet2DConditionModel
 
-__all__ = ["Capture", "CudaGraphs", "Inputs", "Parts", "Replay", "Step", "is_replaced"]
+__all__ = ["Capture", "CudaGraphs", "Inputs", "Parts", "Replay", "Step"]
 
 # Plain attributes by which attention processors, backends, and FreeU's strengths are chosen.
 _CHOSEN, _FREEU = {"backend", "processor"}, ("b1", "b2", "s1", "s2")
@@ -97,13 +98,6 @@ class Parts:
 
     def _found_addresses(self) -> list[int]:
         return list(map(Tensor.data_ptr, self._tensors))
-
-
-def is_replaced(module: nn.Module) -> bool:
-    """Whether a module's forward is another than that of its class."""
-    forward = vars(module).get("forward")
-    # Taking a hook off leaves the class's own behind.
-    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def _why_plain(modules: Sequence[nn.Module]) -> str | None:

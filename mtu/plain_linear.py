@@ -1,10 +1,10 @@
-"""When the tensors of a linear layer may be read directly, instead of calling the layer."""
+"""When the tensors of a layer may be read directly, instead of calling the layer."""
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["is_plain_linear"]
+__all__ = ["is_plain_linear", "is_replaced"]
 
 _HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -24,3 +24,10 @@ def is_plain_linear(module: nn.Module) -> bool:
         and module.weight.dtype in _DTYPES
         and not is_traceable_wrapper_subclass(module.weight)
     )
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether a module's forward is another than that of its class."""
+    forward = vars(module).get("forward")
+    # Taking a hook off leaves the class's own behind.
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward

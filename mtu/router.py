@@ -10,13 +10,27 @@ from torch.nn import functional as F
 
 from mtu.config import ExpertConfig
 from mtu.plain_linear import is_plain_linear
-from mtu_kernels import Routing, top_k_routing
+from mtu_kernels import NormAffine, Routing, top_k_routing
 
-__all__ = ["Router", "RoutingTable", "TaskContext", "held", "initial_router_state", "select_rows"]
+__all__ = ["Gathered", "Router", "RoutingTable", "TaskContext", "held", "initial_router_state", "select_rows"]
 
 # Elements looked at per tensor when a cached table is checked: few enough to cost microseconds, spread enough that
 # an optimizer's or an averaging step, which changes everything, cannot go unseen.
 _FINGERPRINT_ELEMENTS = 16
+
+
+class Gathered(NamedTuple):
+    """What was gathered for the samples of one UNet call before its blocks run; see `mtu.gathering`.
+
+    Args:
+        affines: by task LayerNorm, what it would return.
+        routings: by router, the routing of each sample.
+        is_traced: whether this was done while the whole UNet was traced.
+    """
+
+    affines: dict[nn.Module, NormAffine]
+    routings: dict[nn.Module, Routing]
+    is_traced: bool
 
 
 class TaskContext(NamedTuple):
@@ -25,10 +39,33 @@ class TaskContext(NamedTuple):
     Args:
         task_ids: (B,) int64, the task of each sample.
         embedding: (T, W) the task embedding shared by all routers; None once the routers are dropped.
+        gathered: what is at hand already.
     """
 
     task_ids: Tensor
     embedding: Tensor | None
+    gathered: Gathered | None = None
+
+    def affine(self, norm: nn.Module) -> NormAffine:
+        """The affine of each sample: (B, D) or (B, E, D) float32."""
+        gathered = self._gathered_here()
+        affine = None if gathered is None else gathered.affines.get(norm)
+        return norm(self.task_ids) if affine is None else affine
+
+    def routing(self, router: nn.Module) -> Routing:
+        """The routing of each sample: weights (B, K) float32 and indices (B, K) int32, or None for dense routing."""
+        gathered = self._gathered_here()
+        routing = None if gathered is None else gathered.routings.get(router)
+        if routing is not None:
+            return routing
+        table = router(self.embedding)
+        indices = None if table.indices is None else table.indices[self.task_ids]
+        return Routing(select_rows(table.weights, self.task_ids), indices)
+
+    def _gathered_here(self) -> Gathered | None:
+        # A block that is compiled by itself must not look itself up: its code serves all blocks of its shapes.
+        gathered = self.gathered
+        return gathered if gathered is not None and gathered.is_traced == torch.compiler.is_compiling() else None
 
 
 def select_rows(table: Tensor, task_ids: Tensor) -> Tensor:
