@@ -5,7 +5,7 @@ Layer by layer, this is some five kernels of a few microseconds each: more than 
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,25 +17,41 @@ from mtu.plain_linear import is_plain_linear, is_replaced
 from mtu.router import Gathered, Router, RoutingTable
 from mtu_kernels import NormAffine, Routing
 
-__all__ = ["Layer", "gather"]
+__all__ = ["BlockStack", "find_stacks", "gather"]
 
 # Compilers of kernels make another variant for a tensor that does not start at a multiple of 16 bytes.
 _ALIGNMENT = 4  # elements of float32
 
 
-class Layer(NamedTuple):
-    """A routed feed-forward network, and the way to it.
+class BlockStack(NamedTuple):
+    """Transformer blocks that run one after the other, and the way to them.
 
     Args:
-        block: the transformer block, with `norm3` and `ff.router`.
-        outer: the modules around it, without the UNet.
+        outer: the modules around them, without the UNet.
+        blocks: each with `norm3` and `ff.router`.
     """
 
-    block: nn.Module
     outer: tuple[nn.Module, ...]
+    blocks: tuple[nn.Module, ...]
 
 
-def gather(layers: Sequence[Layer], task_ids: Tensor, embedding: Tensor | None) -> Gathered | None:
+class _Layer(NamedTuple):
+    norm: TaskLayerNorm
+    router: Router | RoutingTable
+
+
+def find_stacks(unet: nn.Module, block_names: Iterable[str]) -> tuple[BlockStack, ...]:
+    """The blocks of these names, by the list that they are in."""
+    stacks: dict[str, list[nn.Module]] = defaultdict(list)
+    for name in block_names:
+        stacks[name.rpartition(".")[0]].append(unet.get_submodule(name))
+    return tuple(
+        BlockStack(tuple(unet.get_submodule(outer) for outer in _prefixes(name)), tuple(blocks))
+        for name, blocks in stacks.items()
+    )
+
+
+def gather(stacks: Sequence[BlockStack], task_ids: Tensor, embedding: Tensor | None) -> Gathered | None:
     """The affines and the routing of each sample, of all layers whose tensors may be read before their turn.
 
     Each value is what the layer itself would gather, bit for bit. Layers are left out where a call of a module means
@@ -44,29 +60,29 @@ def gather(layers: Sequence[Layer], task_ids: Tensor, embedding: Tensor | None) 
     gather becomes part of the LayerNorm's kernel.
 
     Args:
-        layers: of the UNet.
+        stacks: the blocks of the UNet.
         task_ids: (B,) int64.
         embedding: (T, W) task embeddings; None once the routers are dropped.
 
     Returns:
-        What was gathered; None with gradients, and where no layer allows it.
+        What was gathered; None with gradients, in exported programs, and where no layer allows it.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.compiler.is_exporting():
         return None
-    blocks = [layer.block for layer in layers if _is_open(layer, task_ids.device)]
-    if not blocks:
+    layers = [layer for stack in stacks for layer in _open_layers(stack, task_ids.device)]
+    if not layers:
         return None
     is_traced = torch.compiler.is_compiling()
-    norms = [] if is_traced else [block.norm3 for block in blocks]
-    rows = _rows([table for norm in norms for table in (norm.weight, norm.bias)], task_ids)
-    affines = {norm: NormAffine(*rows[2 * i : 2 * i + 2]) for i, norm in enumerate(norms)}
-    routers = [block.ff.router for block in blocks]
-    tables = [router(embedding) for router in routers]
-    weights = _rows([table.weights for table in tables], task_ids)
+    norms = [] if is_traced else [layer.norm for layer in layers]
+    rows = iter(_rows([table for norm in norms for table in (norm.weight, norm.bias)], task_ids))
+    affines = {norm: NormAffine(next(rows), next(rows)) for norm in norms}
+    tables = [layer.router(embedding) for layer in layers]
     # All layers of a UNet are dense, or none is.
     is_dense = tables[0].indices is None
+    weights = _rows([table.weights for table in tables], task_ids)
     indices = [None] * len(tables) if is_dense else _rows([table.indices for table in tables], task_ids)
-    return Gathered(affines, dict(zip(routers, map(Routing, weights, indices), strict=True)), is_traced)
+    routings = {layer.router: Routing(*row) for layer, *row in zip(layers, weights, indices, strict=True)}
+    return Gathered(affines, routings, is_traced)
 
 
 def _rows(tables: Sequence[Tensor], task_ids: Tensor) -> list[Tensor]:
@@ -83,30 +99,39 @@ def _rows(tables: Sequence[Tensor], task_ids: Tensor) -> list[Tensor]:
         ids = F.pad(task_ids, (0, beyond)) if beyond else task_ids
         gathered = stacked.index_select(1, ids)
         gathered = gathered.float() if gathered.is_floating_point() else gathered
-        for i, row in zip(places, gathered.unbind(), strict=True):
-            rows[i] = row[: task_ids.shape[0]]
+        # A compiler would gather again for each layer. What is read by strides it must have in memory.
+        gathered = gathered.as_strided(gathered.shape, gathered.stride())
+        for i, row in zip(places, gathered[:, : task_ids.shape[0]].unbind(), strict=True):
+            rows[i] = row
     return rows
 
 
-def _is_open(layer: Layer, device: torch.device) -> bool:
-    block = layer.block
-    norm, feed_forward = block.norm3, block.ff
-    router = feed_forward.router
-    return (
-        all(map(_is_called_as_it_is, (*layer.outer, block, norm, feed_forward, router)))
-        and type(norm) is TaskLayerNorm
-        and all(_is_at_hand(norm._parameters.get(name), device) for name in ("weight", "bias"))
-        and _can_route(router, device)
-    )
+def _open_layers(stack: BlockStack, device: torch.device) -> Iterator[_Layer]:
+    """The layers of a stack whose tensors may be read before their turn."""
+    if not all(map(_is_called_as_it_is, stack.outer)):
+        return
+    for block in stack.blocks:
+        # Not by attribute: that takes five times as long, and there are seventy of these in every step.
+        norm, feed_forward = block._modules["norm3"], block._modules["ff"]
+        router = feed_forward._modules["router"]
+        if (
+            type(norm) is TaskLayerNorm
+            and all(map(_is_called_as_it_is, (block, norm, feed_forward, router)))
+            and _is_at_hand(norm._parameters.get("weight"), device)
+            and _is_at_hand(norm._parameters.get("bias"), device)
+            and _can_route(router, device)
+        ):
+            yield _Layer(norm, router)
 
 
 def _is_called_as_it_is(module: nn.Module) -> bool:
     """Whether calling a module runs the forward of its class, here, and nothing before or after it."""
+    own = vars(module)
     return not (
-        is_replaced(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._compiled_call_impl is not None
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own.get("_compiled_call_impl") is not None
+        or is_replaced(module)
     )
 
 
@@ -118,6 +143,14 @@ def _is_at_hand(table: Tensor | None, device: torch.device) -> bool:
 def _can_route(router: nn.Module, device: torch.device) -> bool:
     if type(router) is RoutingTable:
         return router.weights.device == device
-    return type(router) is Router and all(
+    if type(router) is not Router:
+        return False
+    return router.is_held_on(device) or all(
         is_plain_linear(linear) and _is_at_hand(linear.weight, device) for linear in (router.linear_1, router.linear_2)
     )
+
+
+def _prefixes(name: str) -> list[str]:
+    """The names of the modules around a module, from the outside in."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]

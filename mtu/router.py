@@ -115,10 +115,8 @@ class Router(nn.Module):
         """
         if torch.is_grad_enabled() or self.training:
             return self._route(embedding)
-        # Offloading may have moved the model since the table was held.
-        table = self._table
-        if self.is_held and table is not None and table.weights.device == embedding.device:
-            return table
+        if self._table is not None and self.is_held_on(embedding.device):
+            return self._table
         if torch.compiler.is_compiling():
             return self._route(embedding)
         key = self._cache_key(embedding)
@@ -145,6 +143,10 @@ class Router(nn.Module):
                 self._table = Routing(*map(_written, self._table or (None, None), self._cache[1]))
                 self._cache = (key, self._table)
         self.is_held = True
+
+    def is_held_on(self, device: torch.device) -> bool:
+        """Whether `forward` returns a held table for embeddings there: offloading may have moved the model since."""
+        return self.is_held and self._table is not None and self._table.weights.device == device
 
     def release(self) -> None:
         """Run the router again where `forward` is called."""

@@ -22,7 +22,7 @@ from mtu import checkpoint, export, task_rows
 from mtu.config import ExpertConfig, NormMode
 from mtu.conv_in import TaskConvIn
 from mtu.ffn import CONTEXT_KEY, RoutedFeedForward, RoutedTransformerBlock, check_blocks
-from mtu.gathering import Layer, gather
+from mtu.gathering import find_stacks, gather
 from mtu.norm import TaskLayerNorm
 from mtu.router import Router, RoutingTable, TaskContext, held
 from mtu.tasks import TaskSpec, as_task_specs
@@ -85,12 +85,9 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             self.conv_in.kernel_size[0],
         )
         self.task_embedding = None if routers_dropped else nn.Embedding(len(specs), router_width)
-        # Found once, as looking through thousands of modules takes longer than a step's gather. One that is replaced
-        # later gathers by itself.
-        self._layers = tuple(
-            Layer(block, tuple(self.get_submodule(outer) for outer in _prefixes(name)))
-            for name, block in self.routed_blocks().items()
-        )
+        # Found once, as looking through thousands of modules takes longer than a step's gather. A block that is put in
+        # later gathers for itself.
+        self._stacks = find_stacks(self, self.routed_blocks())
         # For this one, which routing tables see to themselves, diffusers' `.to` would warn at every change of dtype.
         self._keep_in_fp32_modules = None
         self.freeze_stock_parameters_()
@@ -198,7 +195,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         """
         task_ids = self.checked_task_ids(task_ids, sample)
         embedding = self.embedding_table(sample.device)
-        context = TaskContext(task_ids, embedding, gather(self._layers, task_ids, embedding))
+        context = TaskContext(task_ids, embedding, gather(self._stacks, task_ids, embedding))
         return super().forward(
             self.conv_in(sample, task_ids),
             timestep,
@@ -376,12 +373,6 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
     def export_task(self, name: str, *, prune: bool = False) -> UNet2DConditionModel:
         """The plain diffusers UNet of one task, with the same output (see `mtu.export.export_task`)."""
         return export.export_task(self, self.task_index(name), prune=prune)
-
-
-def _prefixes(name: str) -> list[str]:
-    """The names of the modules around a module, from the outside in."""
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def _with_stock_signature(cls: type) -> None:
