@@ -46,7 +46,7 @@ class TaskConvIn(nn.Module):
         """Cin, the channels of the widest task."""
         return self.weight.shape[2]
 
-    def forward(self, sample: Tensor, task_ids: Tensor | None = None) -> Tensor:
+    def forward(self, sample: Tensor, task_ids: Tensor | None = None, *, channels_last: bool = False) -> Tensor:
         """Convolve each sample with the kernel of its task.
 
         Args:
@@ -54,6 +54,7 @@ class TaskConvIn(nn.Module):
                 task's own are ignored.
             task_ids: (B,) int64. None: `sample` has been through this layer, and is returned as it is. The stock
                 UNet calls its `conv_in` with the sample alone, after the upcycled UNet has called it with task_ids.
+            channels_last: the layout in memory of what is returned.
 
         Returns:
             (B, C, H, W).
@@ -71,6 +72,10 @@ class TaskConvIn(nn.Module):
         kernels = select_rows(self.weight[:, :, :given], task_ids).flatten(2)
         patches = F.unfold(sample, self.kernel_size, padding=self.kernel_size // 2)
         bias = select_rows(self.bias, task_ids)
+        if channels_last:
+            # A product with channels along the rows is in that layout already.
+            output = torch.baddbmm(bias[:, None], patches.mT, kernels.mT)
+            return output.unflatten(1, (height, width)).permute(0, 3, 1, 2)
         return torch.baddbmm(bias[:, :, None], kernels, patches).unflatten(2, (height, width))
 
     def check_channels(self, given: int) -> None:

@@ -197,7 +197,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         embedding = self.embedding_table(sample.device)
         context = TaskContext(task_ids, embedding, gather(self._stacks, task_ids, embedding))
         return super().forward(
-            self.conv_in(sample, task_ids),
+            self.conv_in(sample, task_ids, channels_last=self.is_channels_last),
             timestep,
             encoder_hidden_states,
             class_labels=class_labels,
@@ -211,6 +211,12 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             encoder_attention_mask=encoder_attention_mask,
             return_dict=return_dict,
         )
+
+    @property
+    def is_channels_last(self) -> bool:
+        """Whether the weights of convolutions are in that layout, which their outputs then have."""
+        weight = self.conv_out.weight
+        return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
     def checked_task_ids(self, task_ids: Tensor | None, sample: Tensor) -> Tensor:
         """`task_ids` as (B,) int64 on the device of `sample`; errors as in `forward`."""

@@ -51,6 +51,15 @@ def test_missing_channels_count_as_zero():
     assert_same(conv(sample[:, :5], IDS), conv(sample, IDS))
 
 
+@pytest.mark.parametrize("channels", [4, 8])
+def test_channels_last_is_a_layout_and_no_other_convolution(channels):
+    conv, sample = convolution(), samples(channels)
+    output = conv(sample, IDS, channels_last=True)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert not output.is_contiguous()
+    assert_same(output, one_by_one(conv, sample))
+
+
 @pytest.mark.parametrize("junk", [torch.nan, torch.inf, -torch.inf, 1e30])
 @pytest.mark.parametrize("grad", [False, True])
 def test_channels_beyond_a_tasks_own_are_ignored_whatever_they_hold(junk, grad):
@@ -62,12 +71,13 @@ def test_channels_beyond_a_tasks_own_are_ignored_whatever_they_hold(junk, grad):
         assert torch.equal(conv(sample, IDS), expected)
 
 
-def test_gradients_reach_the_rows_of_present_tasks_only():
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gradients_reach_the_rows_of_present_tasks_only(channels_last):
     conv, sample = convolution(), samples().requires_grad_()
     reference = convolution()
     present = IDS != 1
     grad = torch.randn(5, 6, 7, 10, generator=torch.Generator().manual_seed(2))[present]
-    conv(sample[present], IDS[present]).backward(grad)
+    conv(sample[present], IDS[present], channels_last=channels_last).backward(grad)
     assert (conv.weight.grad[1] == 0).all()
     assert (conv.bias.grad[1] == 0).all()
     assert (conv.weight.grad[0, :, 4:] == 0).all()
@@ -101,7 +111,8 @@ def test_low_precision(dtype):
 
 def test_an_empty_batch_and_a_batch_of_one():
     conv = convolution()
-    assert conv(samples()[:0], IDS[:0]).shape == (0, 6, 7, 10)
+    for channels_last in (False, True):
+        assert conv(samples()[:0], IDS[:0], channels_last=channels_last).shape == (0, 6, 7, 10)
     assert_same(conv(samples()[:1], IDS[:1]), one_by_one(conv, samples()[:1], IDS[:1]))
 
 

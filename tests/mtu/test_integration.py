@@ -193,12 +193,17 @@ def test_chunks_of_tokens_and_freeu():
 def test_channels_last():
     unet = upcycled_unet()
     given = inputs(unet)
+    seen = []
+    unet.down_blocks[0].resnets[0].norm1.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     expected = predict(unet, given, *NAMES)
+    assert seen[-1].is_contiguous()
     unet.to(memory_format=torch.channels_last)
     assert unet.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
     assert unet.conv_in.weight.is_contiguous()
     given["sample"] = given["sample"].to(memory_format=torch.channels_last)
     assert_close(predict(unet, given, *NAMES), expected)
+    # The input convolution hands on what the next one reads.
+    assert seen[-1].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_inference_mode_and_training_afterwards():
