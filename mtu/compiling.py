@@ -199,46 +199,58 @@ class CompiledCalls:
             inputs = _plain_inputs(unet, given)
             # In a pipeline the tables are held already.
             embedding = unet.embedding_table(unet.task_device) if parts.routers else None
-            with held(parts.routers, embedding):
-                sample = self._run(inputs)
+            capture = self._capture_of(inputs)
+            # Routing tables are memory that graphs read, too.
+            with contextlib.nullcontext() if capture is None else capture.turn(), held(parts.routers, embedding):
+                sample = self._run(inputs, capture)
         return UNet2DConditionOutput(sample=sample) if return_dict else (sample,)
 
     def _current_parts(self) -> Parts:
         if self._parts is None or not self._parts.are_current():
-            self._sizes.clear()
+            self._drop_sizes(keep=0)
             self._captures.clear()
             self._parts = Parts(self.unet)
         return self._parts
 
-    def _run(self, inputs: Inputs) -> Tensor:
-        graph = self.plan.graphs and self._why_no_graph(inputs) is None
+    def _run(self, inputs: Inputs, capture: Capture | None) -> Tensor:
         autocast = torch.is_autocast_enabled(inputs["sample"].device.type)
-        size = (graph, torch.is_inference_mode_enabled(), autocast, _size(inputs))
+        size = (capture is not None, torch.is_inference_mode_enabled(), autocast, _size(inputs))
         if size in self._sizes:
             self._sizes.move_to_end(size)
             return self._sizes[size](inputs)
         if self.announces:
             full = f", in the place of another of at most {self.max_sizes}" * (len(self._sizes) >= self.max_sizes)
             _LOG.warning("New size, %s: it is prepared now%s; mtu.warmup does so beforehand.", _words(inputs), full)
-        step = self._prepared(inputs, graph)
+        step = self._prepared(inputs, capture)
         sample = step(inputs)
         # Not before it is known to run.
         self._sizes[size] = step
-        while len(self._sizes) > self.max_sizes:
-            self._sizes.popitem(last=False)
+        self._drop_sizes(keep=self.max_sizes)
         return sample
 
-    def _prepared(self, inputs: Inputs, graph: bool) -> Step:
+    def _drop_sizes(self, keep: int) -> None:
+        if len(self._sizes) > keep:
+            # What runs still on another stream reads their memory.
+            for capture in self._captures.values():
+                capture.wait()
+        while len(self._sizes) > keep:
+            self._sizes.popitem(last=False)
+
+    def _prepared(self, inputs: Inputs, capture: Capture | None) -> Step:
         function = functools.partial(_fresh(_call), self.unet)
         if self.plan.compile is not None:
             function = torch.compile(function.func, fullgraph=True, dynamic=False, **self.plan.compile)
             function = functools.partial(function, self.unet)
-        if not graph:
-            return function
+        return function if capture is None else Replay(function, inputs, capture)
+
+    def _capture_of(self, inputs: Inputs) -> Capture | None:
+        """What makes graphs for these inputs; None: they are run without one."""
+        if not self.plan.graphs or self._why_no_graph(inputs) is not None:
+            return None
         device = inputs["sample"].device
         if device not in self._captures:
             self._captures[device] = self._given_capture or CudaGraphs(device)
-        return Replay(function, inputs, self._captures[device])
+        return self._captures[device]
 
     def _why_no_graph(self, inputs: Inputs) -> str | None:
         device, reason = inputs["sample"].device, None

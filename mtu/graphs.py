@@ -2,8 +2,9 @@
 
 import gc
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -23,12 +24,26 @@ _CALLS_BEFORE_CAPTURE = 3
 
 Inputs = dict[str, Any]
 Step = Callable[[Inputs], Tensor]
-# Runs a step on tensors that stay where they are; returns what runs it again, and the tensor that it writes.
-Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+
+
+class Capture(Protocol):
+    """Makes graphs that share memory."""
+
+    def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Run a step on tensors that stay where they are; return what runs it again, and the tensor that it writes."""
+        ...
+
+    def turn(self) -> AbstractContextManager[None]:
+        """What a caller does within has the graphs' memory to itself, whatever other callers' streams still do."""
+        ...
+
+    def wait(self) -> None:
+        """Have the host wait for all turns that ended, so that memory may be given back."""
+        ...
 
 
 class Replay:
-    """A step in a graph, which reads from and writes to tensors of its own."""
+    """A step in a graph, which reads from and writes to tensors of its own: calls belong in a `Capture.turn`."""
 
     def __init__(self, step: Step, inputs: Inputs, capture: Capture) -> None:
         self._inputs = tree_map_only(Tensor, torch.clone, inputs)
@@ -124,6 +139,25 @@ class CudaGraphs:
         # Graphs share memory if they were captured on one stream. Workspaces that calls beforehand make are theirs.
         self._before, self._stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._done = torch.cuda.Event()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """What the current stream does within comes after all earlier turns, on whatever streams those were.
+
+        A lock keeps callers apart on the host only, which is ahead of the device.
+        """
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(self._done)
+        try:
+            yield
+        finally:
+            # Of a call that failed, too, a part may be under way.
+            stream.record_event(self._done)
+
+    def wait(self) -> None:
+        """Have the host wait for all turns that ended."""
+        self._done.synchronize()
 
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Runs a step, and records it; returns the graph's replay, and the tensor that it writes."""
