@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from mtu.config import ExpertConfig
 from mtu.plain_linear import is_plain_linear
 from mtu_kernels import NormAffine, Routing, top_k_routing
+from mtu_kernels.autocast import has_autocast
 
 __all__ = ["Gathered", "Router", "RoutingTable", "TaskContext", "held", "initial_router_state", "select_rows"]
 
@@ -165,7 +166,7 @@ class Router(nn.Module):
         device_type = embedding.device.type
         no_autocast = (
             torch.autocast(device_type, enabled=False)
-            if torch.amp.is_autocast_available(device_type)
+            if has_autocast(device_type)
             else contextlib.nullcontext()
         )
         with no_autocast:

@@ -14,9 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from mtu_kernels.arguments import ExpertWeights, NormAffine
 from mtu_kernels.routing import Routing
 
-# torch 2.6 has no such function.
-is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
-
 
 def moe_ffn(
     x: Tensor,
@@ -35,7 +32,7 @@ def moe_ffn(
     (A loop over experts that picks their samples would hold none, but needs the routing on the host.)
     """
     # Exporters get the plain graph: there is no backward pass to save memory for.
-    if recompute and torch.is_grad_enabled() and not is_exporting():
+    if recompute and torch.is_grad_enabled() and not torch.compiler.is_exporting():
         tensors = (*norm, *experts[:4], *routing)
         y = checkpoint(
             _moe_ffn_flat, x, *tensors, experts.num_experts, eps, use_reentrant=False, preserve_rng_state=False

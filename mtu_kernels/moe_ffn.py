@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mtu_kernels import cpp, eager, reference_ops, triton
 from mtu_kernels.arguments import ExpertWeights, NormAffine, check_arguments, indices_are_valid
+from mtu_kernels.autocast import has_autocast
 from mtu_kernels.ops import in_transform
 from mtu_kernels.routing import Routing
 
@@ -86,7 +87,7 @@ def moe_ffn(
     """
     check_backend(backend)
     device_type = x.device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if not has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         chosen = _choose(backend, x, experts)
         check_arguments(x, norm, experts, routing, chosen.indices_are_valid)
         return chosen.moe_ffn(x, norm, experts, routing, eps=eps, recompute=recompute, residual=residual)
@@ -185,7 +186,7 @@ def _wants_plain_operators() -> bool:
     """Whether the call becomes part of an exported program, or of a derivative or transform that the fused operators
     have no rule for."""
     if torch.compiler.is_compiling():
-        return eager.is_exporting()
+        return torch.compiler.is_exporting()
     return torch.jit.is_tracing() or in_transform()
 
 
