@@ -39,13 +39,16 @@ def why_not(device: torch.device, compute: torch.dtype) -> str | None:
         return None
     if device.type not in ("cpu", "cuda"):
         return f"it runs on CUDA devices, not on {device.type}"
-    launch = importlib.import_module("mtu_kernels.triton.launch")
-    if device.type == "cpu" and not launch.interpreted():
+    launch, probes = (importlib.import_module(f"mtu_kernels.triton.{name}") for name in ("launch", "probes"))
+    if launch.interpreted():
+        if compute == torch.bfloat16:
+            return "Triton's interpreter computes products of bfloat16 wrongly"
+        if (reason := probes.why_not_interpretable()) is not None:
+            return reason
+    elif device.type == "cpu":
         return "it runs on CUDA devices, and on CPU tensors under TRITON_INTERPRET=1 only"
-    if launch.interpreted() and compute == torch.bfloat16:
-        return "Triton's interpreter computes products of bfloat16 wrongly"
     if not torch.cuda.is_available():
         return None  # a tensor without memory that is meant for a GPU elsewhere
     if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
         return f"it needs an NVIDIA GPU of compute capability 8.0 or newer, not {launch.arch_of(device)}"
-    return None
+    return None if launch.interpreted() else probes.why_not_launchable()

@@ -1,0 +1,71 @@
+"""Whether Triton can launch a kernel here, found out by trying."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import shutil
+import sys
+import warnings
+
+import triton
+
+
+@functools.cache
+def why_not_launchable() -> str | None:
+    """What keeps Triton from launching kernels on a GPU of this machine, as a clause; or ``None``.
+
+    Triton compiles C against Python's headers to load and launch kernels. It keeps what came of it, so that a compiler
+    may be gone later; but Triton 3.6 compiles a launcher for each signature of each kernel, at its first launch.
+    """
+    try:
+        driver = triton.runtime.driver.active
+        loaded = driver.utils
+    except Exception as error:  # of a compiler, a linker or an operating system
+        found = _why_no_compiler() or f"it could not do so ({_first_line(error)})"
+        return f"Triton builds its driver with a C compiler and Python's headers, and {found}"
+    if loaded is not None and builds_launchers(type(driver)) and (found := _why_no_compiler()) is not None:
+        return f"Triton {triton.__version__} builds a launcher for each kernel with a C compiler, and {found}"
+    return None
+
+
+def builds_launchers(driver: type) -> bool:
+    """Whether a driver of Triton's has a C compiler build a launcher for each signature of each kernel."""
+    return hasattr(inspect.getmodule(driver), "make_launcher")
+
+
+def _why_no_compiler() -> str | None:
+    # Triton looks in this order, and takes CC as it is. Its builds for other systems bring a compiler.
+    if sys.platform != "linux" or triton.knobs.build.impl is not None:
+        return None
+    named = os.environ.get("CC")
+    if named is not None:
+        return None if shutil.which(named) else f"the variable CC names {named!r}, which is not there"
+    return None if shutil.which("gcc") or shutil.which("clang") else "there is no gcc or clang, and no variable CC"
+
+
+@triton.jit
+def _count(n):
+    for _ in range(n):
+        pass
+
+
+@functools.cache
+def why_not_interpretable() -> str | None:
+    """What keeps Triton's interpreter from running kernels with the NumPy that is installed, as a clause; or ``None``.
+
+    That of Triton 3.6 fails with NumPy 2.4 at a loop whose length is an argument.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _count[(1,)](1)
+    except Exception as error:  # of NumPy, or of the interpreter that wraps it
+        numpy = sys.modules["numpy"].__version__
+        return f"the interpreter of Triton {triton.__version__} does not run with NumPy {numpy} ({_first_line(error)})"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
