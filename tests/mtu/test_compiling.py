@@ -575,7 +575,6 @@ def test_on_a_cpu_the_best_mode_is_channels_last_and_nothing_else():
     assert_close(predict(unet, given, *NAMES), expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
 def test_generated_code_gives_the_same_outputs_and_is_taken_back():
     """The one test that generates code."""
     unet = mtu.compile(upcycled_unet(SMALL), "default")

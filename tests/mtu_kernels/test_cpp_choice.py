@@ -69,8 +69,6 @@ def test_experts_that_do_not_divide_are_refused_by_the_operator_itself(num_exper
 
 
 @needs_extension
-# torch's own forward derivatives use it.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_auto_takes_plain_operators_where_the_fused_ones_have_no_rule():
     problem = make_problem(0, WHOLE)
     assert _fastest(problem.x, problem.experts) is not _fastest(problem.x[:, :1], problem.experts)

@@ -286,7 +286,6 @@ def test_traces_in_one_graph_for_all_routings(op, expert_norm, sizes, recompute,
             assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # inductor's own import
 @pytest.mark.parametrize("sizes", [DENSE, TOP_2], ids=("dense", "top2"))
 def test_compiles(place, sizes):
     compiled = torch.compile(place.op, fullgraph=True)

@@ -120,7 +120,6 @@ def test_a_second_derivative_is_refused_not_zero(place, recompute):
         grad.sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own import
 @pytest.mark.parametrize("place", OP_PLACES)
 def test_forward_mode_is_refused_not_zero(place):
     problem = place.move(make_problem(0))
