@@ -17,8 +17,9 @@ import triton
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.ahead_of_time import CHIPS, compile_launch, specialize
+from benchmarks.ahead_of_time import CHIPS, Compiled, compile_launch, specialize
 from benchmarks.products import Operands, Shape, draw_operands, prepare
+from benchmarks.sass import count_waits
 from benchmarks.timing import time_interleaved, warm_up
 from mtu_kernels.triton.launch import execute
 from mtu_kernels.triton.tiles import Library, TileConfig
@@ -106,8 +107,8 @@ class Timer:
 def compile_ahead(candidates: Mapping[Task, Sequence[Tile]], arch: str) -> dict[tuple[Task, Tile], str]:
     """Compiles on all cores, into Triton's cache, what will be measured; says what need not be, and why.
 
-    Kernels that spill, or ask for more shared memory than there is, are not worth a measurement. Those of many shapes
-    are the same.
+    Kernels that spill, ask for more shared memory than there is, or wait for Hopper's tensor cores after each product,
+    are not worth a measurement. Those of many shapes are the same.
     """
     alike: dict[tuple, list[tuple[Task, Tile]]] = {}
     for task, tiles in candidates.items():
@@ -127,18 +128,26 @@ def compile_ahead(candidates: Mapping[Task, Sequence[Tile]], arch: str) -> dict[
     return {candidate: reason for same, reason in pairs if reason for candidate in same}
 
 
+def why_refused(compiled: Compiled, arch: str) -> str | None:
+    """Why a compiled candidate is not worth a measurement, as a clause; or ``None``."""
+    if compiled.code is not None and compiled.code.stack:
+        return f"it spills {compiled.code.stack} bytes"
+    if arch in CHIPS and compiled.shared > CHIPS[arch].shared_per_program:
+        return f"it needs {compiled.shared} bytes of shared memory"
+    waits = 0 if compiled.code is None else count_waits(compiled.code.main_loop)
+    return f"it waits {waits} times for its products in a step of its main loop" if waits > 1 else None
+
+
 def _why_not(job: tuple[Task, TileConfig, str]) -> str | None:
     task, tile, arch = job
+    # Listing the code takes half as long as compiling it, and tells of Hopper alone what the tuner asks.
+    listed = arch == "sm_90"
     try:
-        for step in prepare(task.product, draw_operands(task.shape, task.dtype, "meta"), tile).steps:
-            compiled = compile_launch(step, arch, listed=False)
-            if compiled.code is not None and compiled.code.stack:
-                return f"it spills {compiled.code.stack} bytes"
-            if arch in CHIPS and compiled.shared > CHIPS[arch].shared_per_program:
-                return f"it needs {compiled.shared} bytes of shared memory"
+        steps = prepare(task.product, draw_operands(task.shape, task.dtype, "meta"), tile).steps
+        reasons = [why_refused(compile_launch(step, arch, listed=listed), arch) for step in steps]
     except Exception as error:  # Compilers fail in many ways, and a candidate that does not compile is none.
         return f"it does not compile: {' '.join(str(error).split())[:200]}"
-    return None
+    return next(filter(None, reasons), None)
 
 
 def _run(product: str, operands: Operands, tile: Tile) -> dict[str, Tensor]:

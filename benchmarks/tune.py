@@ -28,7 +28,7 @@ from benchmarks.tile_measure import Task, Tile, Timer, compile_ahead
 from benchmarks.tile_rows import merge, read, write
 from mtu_kernels.triton import tile_table
 from mtu_kernels.triton.launch import arch_of, interpreted
-from mtu_kernels.triton.tile_choice import find_tile
+from mtu_kernels.triton.tile_choice import find_tile, triton_version
 from mtu_kernels.triton.tiles import PRODUCTS, TableRow, TileKey
 
 BITS = 16
@@ -50,14 +50,18 @@ class Measurement(NamedTuple):
 
 
 def tasks_of(products: Sequence[str], shapes: Sequence[tuple[int, int]], arch: str) -> dict[TileKey, Task]:
-    """What is measured, by the key of its row: several shapes may share one, and the first of them stands for all."""
+    """What is measured, by the key of its row: several shapes may share one, and the first of them stands for all.
+
+    Keys name the installed version of Triton: what another one makes of the tiles is not measured.
+    """
     tasks: dict[TileKey, Task] = {}
     for product in products:
         for D, L in shapes:
             for B in BATCHES:
                 for E, K in ((4, None), (8, 2)):
                     task = Task(product, Shape(D, L, B, E, K, 4 * D // E), DTYPE)
-                    tasks.setdefault(task.shape.key(product, arch, BITS), task)
+                    key = task.shape.key(product, arch, BITS)._replace(triton=triton_version())
+                    tasks.setdefault(key, task)
     return tasks
 
 

@@ -17,6 +17,8 @@ import triton
 from mtu_kernels.triton.tile_table import ROWS
 from mtu_kernels.triton.tiles import LIBRARY, PAIR_PRODUCTS, PLAIN_PRODUCTS, Library, TableRow, TileConfig, TileKey
 
+Table = dict[TileKey, TileConfig | Library]
+
 
 def token_class(tokens: int) -> int:
     """Token counts that share a tile: those with the same next power of two, from 64 to 65536."""
@@ -31,14 +33,19 @@ def triton_version() -> str:
 
 @functools.cache
 def find_tile(key: TileKey) -> TileConfig | Library:
+    """The tile of the shipped table; where the key names no version of Triton, for the installed one."""
+    return look_up(_TABLE, key if key.triton else key._replace(triton=triton_version()))
+
+
+def look_up(table: Table, key: TileKey) -> TileConfig | Library:
     """The row for exactly this shape, else the one for its width, else for its architecture, else the default.
 
-    Of rows for the key's version of Triton (the installed one where it names none), else of those for any.
+    Of rows for the key's version of Triton, else of those for any version.
     """
-    for version in (key.triton or triton_version(), ""):
+    for version in (key.triton, ""):
         for candidate in more_general(key._replace(triton=version)):
-            if candidate in _TABLE:
-                return _TABLE[candidate]
+            if candidate in table:
+                return table[candidate]
     return default_tile(key)
 
 
@@ -61,8 +68,13 @@ def default_tile(key: TileKey) -> TileConfig | Library:
     return TileConfig(64, 32 if key.product in PAIR_PRODUCTS else 64, 32, 4, 2)
 
 
-def _index(rows: Iterable[TableRow]) -> dict[TileKey, TileConfig | Library]:
-    table: dict[TileKey, TileConfig | Library] = {}
+def index(rows: Iterable[TableRow]) -> Table:
+    """Tiles by their keys.
+
+    Raises:
+        ValueError: two rows have one key, or a row has a library's product by expert.
+    """
+    table: Table = {}
     for row in rows:
         if row.key in table:
             raise ValueError(f"tile_table.py has two rows for {row.key}.")
@@ -72,4 +84,4 @@ def _index(rows: Iterable[TableRow]) -> dict[TileKey, TileConfig | Library]:
     return table
 
 
-_TABLE = _index(ROWS)
+_TABLE = index(ROWS)

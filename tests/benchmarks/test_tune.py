@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from benchmarks import tile_rows, tune
+from benchmarks.ahead_of_time import Compiled
 from benchmarks.kernel_calls import SD_SHAPES
 from benchmarks.products import Shape, draw_operands, prepare
+from benchmarks.sass import Instruction, MachineCode
 from benchmarks.tile_candidates import candidates
-from benchmarks.tile_measure import Task, Timer, check, reference
+from benchmarks.tile_measure import Task, Timer, check, reference, why_refused
 from mtu_kernels.triton.launch import arch_of, execute, interpreted
-from mtu_kernels.triton.tile_choice import default_tile, find_tile
+from mtu_kernels.triton.tile_choice import default_tile, find_tile, triton_version
 from mtu_kernels.triton.tile_table import ROWS
 from mtu_kernels.triton.tiles import LIBRARY, PRODUCTS, TableRow, TileConfig, TileKey
 
@@ -26,7 +28,13 @@ def test_the_shipped_table_is_what_the_tuner_writes():
 
 
 @pytest.mark.parametrize(
-    "rows", [(), (TableRow(KEY, LIBRARY, 'a "quoted" source \\'),), (*ROWS, TableRow(KEY, WIDE, "µs"))]
+    "rows",
+    [
+        (),
+        (TableRow(KEY, LIBRARY, 'a "quoted" source \\'),),
+        (*ROWS, TableRow(KEY, WIDE, "µs")),
+        (TableRow(KEY._replace(triton="3.10"), WIDE, ""), TableRow(KEY._replace(triton="3.6"), SMALL, "")),
+    ],
 )
 def test_a_table_is_read_as_it_was_written(rows, tmp_path):
     path = tmp_path / "table.py"
@@ -68,7 +76,8 @@ def test_shapes_of_one_key_are_measured_once():
     tasks = tune.tasks_of(PRODUCTS, SD_SHAPES, "sm_90")
     # 320 with 8192 and 32768 tokens; 640 with 2048, 8192 and 32768; 1280 with 128, 512, 2048 and 8192.
     assert len(tasks) == len(PRODUCTS) * 2 * 9
-    assert all(task.shape.key(task.product, "sm_90", 16) == key for key, task in tasks.items())
+    keys = {task.shape.key(task.product, "sm_90", 16)._replace(triton=triton_version()) for task in tasks.values()}
+    assert tasks.keys() == keys
 
 
 def measured(tokens, **times):
@@ -119,12 +128,31 @@ def test_tuning_writes_the_table_after_each_shape_and_stops_in_time(tmp_path, ca
     assert [(one.key.grouped, one.key.tokens) for one in done] == [(False, 2048), (True, 2048), (True, 8192)]
     assert "no candidate computed it rightly" in capsys.readouterr().err
     table = {row.key: row for row in tile_rows.read(path)}
-    assert table[KEY._replace(tokens=0)].source.startswith("measured here: ")
-    assert {row.key: row for row in ROWS if row.key.arch == "sm_80"}.items() <= table.items()
+    assert table[KEY._replace(tokens=0, triton=triton_version())].source.startswith("measured here: ")
+    # Rows for other versions of Triton stay, and so do those of other GPUs.
+    assert {row.key: row for row in ROWS}.items() <= table.items()
     before = path.read_text()
     assert tune.tune(tasks, measure, path, "measured later", until=-math.inf) == []
     assert "out of time: 4 of 4 shapes" in capsys.readouterr().err
     assert path.read_text() == before
+
+
+WAIT = Instruction(0x10, "WARPGROUP.DEPBAR.LE", None)
+
+
+@pytest.mark.parametrize(
+    ("stack", "shared", "loop", "reason"),
+    [
+        (0, 100 * 1024, (WAIT, Instruction(0x20, "WARPGROUP.ARRIVE", None)), None),
+        (8, 100 * 1024, (WAIT,), "it spills 8 bytes"),
+        (0, 228 * 1024, (WAIT,), "it needs 233472 bytes of shared memory"),
+        (0, 100 * 1024, (WAIT,) * 4, "it waits 4 times for its products in a step of its main loop"),
+    ],
+)
+def test_what_spills_or_does_not_fit_or_is_serialised_is_not_measured(stack, shared, loop, reason):
+    compiled = Compiled(None, shared, 0, MachineCode(90, stack, loop, loop, ()))
+    assert why_refused(compiled, "sm_90") == reason
+    assert why_refused(compiled._replace(shared=0, code=None), "gfx942") is None
 
 
 @pytest.mark.parametrize("K", [None, 2])

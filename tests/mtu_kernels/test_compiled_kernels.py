@@ -11,9 +11,8 @@ from benchmarks import compiled_kernels
 from benchmarks.ahead_of_time import ARCHITECTURES
 from benchmarks.kernel_calls import BITS
 from benchmarks.provenance import ROOT
-from benchmarks.sass import count, count_tensor_core, find_main_loop, parse
+from benchmarks.sass import count, count_tensor_core, count_waits, find_main_loop, parse
 from mtu_kernels.triton.launch import interpreted
-from mtu_kernels.triton.tile_table import ROWS
 from mtu_kernels.triton.tiles import TileConfig
 
 
@@ -33,7 +32,7 @@ def test_shipped_tiles_compile_without_spills_within_the_chip_and_with_loads_tha
     with output.open(newline="") as file:
         kernels = list(csv.DictReader(file))
     compiled = {(name, kernel["dtype"]) for kernel in kernels for name in kernel["table_rows"].split("; ")}
-    rows = [row for row in ROWS if row.key.arch == arch and isinstance(row.tile, TileConfig)]
+    rows = [row for row in compiled_kernels.rows_of(arch) if isinstance(row.tile, TileConfig)]
     dtypes = {16: ("bf16", "fp16"), 32: ("fp32",)}
     assert {(compiled_kernels.row_name(row), dtype) for row in rows for dtype in dtypes[row.key.bits]} <= compiled
     names = {kernel["kernel"] for kernel in kernels}
@@ -42,7 +41,7 @@ def test_shipped_tiles_compile_without_spills_within_the_chip_and_with_loads_tha
 
 
 CHECKER = """
-from benchmarks.compiled_kernels import compile_all, uncovered, violations
+from benchmarks.compiled_kernels import compile_all, rows_of, uncovered, violations
 from benchmarks.kernel_calls import record_rows
 from mtu_kernels.triton.tiles import TableRow, TileConfig, TileKey
 
@@ -54,18 +53,24 @@ show("sm_80", "expert_in", 128, 128, 32, 4, 3)
 show("sm_80", "expert_in", 128, 128, 64, 8, 5)
 show("sm_86", "expert_sum", 128, 64, 64, 4, 1)
 show("sm_90", "expert_sum", 128, 64, 64, 4, 3, True)
+result = next(compile_all("sm_90", record_rows(rows_of("sm_90")[:1])))
+code = result.compiled.code
+waits = tuple(i for i in code.main_loop if i.name.startswith("WARPGROUP.DEPBAR"))
+serialised = code._replace(main_loop=(*code.main_loop, *waits))
+print(len(waits), *violations(result), *violations(result._replace(compiled=result.compiled._replace(code=serialised))))
 print(*uncovered("sm_80", [], (TableRow(TileKey("expert_in", "sm_80", 16, True), TileConfig(64, 64, 64, 4, 3), ""),)))
 """
 
 
-def test_the_check_rejects_spills_and_what_does_not_fit_and_loads_that_wait():
+def test_the_check_rejects_spills_and_what_does_not_fit_and_loads_and_products_that_wait():
     result = python("-c", CHECKER)
     assert result.returncode == 0, result.stderr
-    spills, too_large, waits, right, uncovered = result.stdout.splitlines()
+    spills, too_large, waits, right, serialised, uncovered = result.stdout.splitlines()
     assert spills.startswith("128 | 128 | 32 | 4 | 3 | registers must not spill, got ")
     assert too_large.endswith("shared memory must be at most 166912 bytes, got 196608")
     assert "the main loop must load by LDGSTS alone, got 0 of it and " in waits
     assert right == "128 | 64 | 64 | 4 | 3 | True"
+    assert serialised == "1 the main loop must wait once for its products, got 2 WARPGROUP.DEPBAR, which serialise them"
     assert uncovered.count("no kernel of 64x64x64 warps=4 stages=3 was compiled in") == 2
 
 
@@ -143,6 +148,26 @@ LISTING = """
 .L_x_3:
         /*0080*/              @!P0 BRA `(.L_x_1) ;
 """
+
+SERIALISED = """
+.L_x_0:
+        /*0000*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2 ;
+        /*0010*/                   WARPGROUP.ARRIVE ;
+        /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0030*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0040*/                   WARPGROUP.ARRIVE ;
+        /*0050*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR12], R24, gsb0 ;
+        /*0060*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0070*/               @P1 BRA `(.L_x_0) ;
+        /*0080*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0090*/                   EXIT ;
+"""
+
+
+def test_waits_for_tensor_cores_are_counted_within_the_loop():
+    loop = find_main_loop(parse(SERIALISED))
+    assert (count_tensor_core(loop), count_waits(loop)) == (2, 2)
+    assert count_waits(find_main_loop(parse(LISTING))) == 0
 
 
 def test_the_main_loop_is_the_shortest_around_the_product():
