@@ -19,7 +19,7 @@ from tqdm import tqdm
 from benchmarks.ahead_of_time import CHIPS, Compiled, compile_launch, programs_per_processor, specialize
 from benchmarks.compiled_kernels import Result, table_tile, violations
 from benchmarks.kernel_calls import SD_SHAPES, NamedLaunch
-from benchmarks.kernel_model import GPUS, grid_microseconds, program_of
+from benchmarks.kernel_model import GPUS, grid_us, read_tile
 from benchmarks.products import Shape, draw_operands, prepare
 from benchmarks.sass import count_waits
 from benchmarks.sweeps import parse_shapes
@@ -67,8 +67,8 @@ def _candidate(product: str, arch: str, shapes: Sequence[Shape], tile: TileConfi
             named = NamedLaunch(f"{product} {shape}", "bf16", None, launch)
             wrong |= dict.fromkeys(violations(Result(arch, named, (), compiled._replace(launch=launch))))
             if arch in GPUS:
-                depth = depth_of(product, shape)
-                total += grid_microseconds(program_of(compiled, arch, depth), launch.programs, GPUS[arch])
+                program = read_tile(compiled, arch).program(depth_of(product, shape))
+                total += grid_us(program, launch.programs, GPUS[arch])
         times.append(total)
     return Candidate(tile, first, tuple(times) if arch in GPUS else (), tuple(wrong))
 

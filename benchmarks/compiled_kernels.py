@@ -1,8 +1,8 @@
 """`python -m benchmarks.compiled_kernels`: compiles every kernel for every architecture and looks at the machine code.
 
-No GPU is needed. Writes `results/compiled_kernels.csv`, and what the code lets one expect on an H100 into
-`results/predicted_kernels.csv`. Fails where registers spill, where a program does not fit the chip, and where a
-product lacks tensor cores or loads that run ahead of it. `--check` compiles less: the tiles that are shipped, each in
+No GPU is needed. Writes `results/compiled_kernels.csv`. Fails where registers spill, where a program does not fit the
+chip, where a product lacks tensor cores or loads that run ahead of it, and where its main loop waits for Hopper's
+tensor cores more than once, so that products are serialised. `--check` compiles less: the tiles that are shipped, each in
 all of its dtypes, and one call of each kind; it writes only what it is told to.
 """
 
@@ -20,19 +20,13 @@ from tqdm import tqdm
 from benchmarks.ahead_of_time import ARCHITECTURES, CHIPS, Compiled, compile_launch, programs_per_processor, specialize
 from benchmarks.kernel_calls import (
     ODD,
-    SD_SHAPES,
-    Call,
     NamedLaunch,
     all_calls,
-    dense,
     few_calls,
     record,
     record_others,
     record_rows,
-    top_2,
 )
-from benchmarks.prediction import ARCH as PREDICTED_ARCH
-from benchmarks.prediction import predict
 from benchmarks.provenance import RESULTS, command_line, provenance
 from benchmarks.sass import count, count_tensor_core, count_waits
 from mtu_kernels.triton.launch import Launch, interpreted
@@ -218,23 +212,6 @@ def cells(result: Result) -> dict[str, str]:
     return row | {name: str(value) for name, value in columns.items()}
 
 
-def predictions() -> Iterator[dict[str, str]]:
-    """Products of the forward pass at the shapes of SD 1.5 and SDXL, two samples, where the package has the kernel."""
-    done: dict[tuple[str, ...], Compiled] = {}
-    for D, L in SD_SHAPES:
-        for shape in (dense(D, L), top_2(D, L)):
-            call = Call(shape)
-            for named in record(call, PREDICTED_ARCH, recompute=False):
-                if not named.name.startswith("inference") or not is_product(named.launch):
-                    continue
-                key = specialize(named.launch, PREDICTED_ARCH).key
-                if key not in done:
-                    done[key] = compile_launch(named.launch, PREDICTED_ARCH)
-                compiled = done[key]._replace(launch=named.launch)
-                head = {"call": str(call), "kernel": named.launch.kernel.__name__, "tile": tile_of(named.launch)}
-                yield head | {"status": "predicted for an H100 SXM, not measured"} | predict(call, compiled).cells()
-
-
 def write(path: Path, rows: Sequence[dict[str, str]], source: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
@@ -265,8 +242,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = provenance(command_line("benchmarks.compiled_kernels", argv))
     if options.output is not None or not options.check:
         write(options.output or RESULTS / "compiled_kernels.csv", [cells(result) for result in results], source)
-    if not options.check and options.output is None:
-        write(RESULTS / "predicted_kernels.csv", list(predictions()), source)
     for sentence in wrong:
         print(sentence)
     print(f"{len(results)} kernels compiled for {', '.join(options.arch)}: {len(wrong)} violations.")

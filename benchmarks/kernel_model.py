@@ -1,38 +1,40 @@
-"""How long a compiled kernel takes on a GPU that is not here: a model, whose results are predictions.
+"""How long kernels take on a GPU that is not here: a model, whose results are predictions and are labelled so.
 
 A product is a grid of programs, shared evenly among the multiprocessors. Of one program the model knows, in cycles,
 
     loop      the longest of: tensor cores at the rate that the best library reaches, bytes from the L2 cache, issued
-              instructions, and reads of shared memory where the product takes its operands through registers;
+              instructions, and traffic of shared memory where the product takes its operands through registers;
     fill      until the first operands are there;
     epilogue  issued instructions between the main loop and the exit.
 
 A multiprocessor with n programs, P of them at a time, is busy for the longest of ``fill + n · loop + epilogue`` (loops
-follow one another, and epilogues hide behind other programs' loops) and ``n · (fill + loop + epilogue) / P`` (too few
-programs to hide them). Memory is the other bound; the two overlap all but where they are equal: ``(t⁴ + m⁴)^¼``.
+follow one another, and epilogues hide behind other programs' loops), ``n · (fill + loop + epilogue) / P`` (too few
+programs to hide them) and all that is issued. Memory is the other bound: every operand is read once and every result
+written once, but for what the kernel before has left in the L2 cache. Two bounds of equal length hinder each other:
+``(t⁴ + m⁴)^¼``. A library's product is the best of its tiles in the same model.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
-
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.ahead_of_time import CHIPS, Compiled, programs_per_processor
 from benchmarks.sass import Instruction
 
 _SCHEDULERS = 4
-# Dependent instructions and bank conflicts keep schedulers from one instruction in each cycle. An estimate.
+# Dependent instructions and conflicts keep schedulers from issuing in each cycle. An estimate.
 _ISSUE_SHARE = 0.8
 _SHARED_BYTES_PER_CYCLE = 128
 # What one multiprocessor takes from the L2 cache at most, however few ask for it.
 _L2_BYTES_PER_CYCLE = 64
 # Until a first load from the L2 cache or from memory arrives. An estimate.
-_LATENCY_CYCLES = 800
+LATENCY_CYCLES = 800
 _SHARPNESS = 4
+# A library's epilogue: a conversion, and a share of a store, for each element of a thread.
+_LIBRARY_EPILOGUE = 1.5
 
 
 class Rates(NamedTuple):
@@ -46,10 +48,11 @@ class Rates(NamedTuple):
         tflops: of the best library's large bfloat16 products.
         l2_tbs: TB/s from the L2 cache to all multiprocessors.
         memory_tbs: TB/s from memory.
-        norm_tbs: TB/s of a LayerNorm, which reads and writes once.
+        norm_tbs: TB/s of kernels that read and write once, such as LayerNorm.
         l2_mb: size of the L2 cache.
         edge_us: between two kernels of a CUDA graph, of which the second waits for the first.
         cluster: programs of the library that share one of their operands by multicast.
+        tiles: rows, columns and resident programs of the library's tiles.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Rates(NamedTuple):
     l2_mb: float
     edge_us: float
     cluster: int
+    tiles: tuple[tuple[int, int, int], ...]
 
     @property
     def flop_per_cycle(self) -> float:
@@ -77,12 +81,27 @@ class Rates(NamedTuple):
     def microseconds(self, cycles: float) -> float:
         return cycles / self.ghz / 1e3
 
+    def missing(self, size: float) -> float:
+        """The bytes of what the kernel before has written that are not in the L2 cache any more.
 
-# H100 SXM5: 132 multiprocessors, 989 TFLOP/s dense. Rates: estimates from what libraries are known to reach.
-H100 = Rates("H100 SXM", "sm_90", 132, 1.755, 790, 9.5, 3.0, 2.6, 50, 1.2, cluster=2)
+        Half of the cache counts: each of its two halves keeps what its own multiprocessors read.
+        """
+        return max(0.0, size - self.l2_mb * 1e6 / 2)
+
+
+# H100 SXM5: 132 multiprocessors, 989 TFLOP/s dense. Rates: estimates from what libraries are known to reach. Its
+# library has tiles of any multiple of 32 columns, and hides epilogues behind other tiles' loops.
+H100 = Rates(
+    "H100 SXM", "sm_90", 132, 1.755, 790, 9.5, 3.0, 2.6, 50, 1.2, cluster=2,
+    tiles=tuple((M, N, 2) for M in (64, 128, 192, 256) for N in range(32, 257, 32) if M * N <= 128 * 256),
+)  # fmt: skip
 # A100 SXM4 80 GB: 108 multiprocessors, 312 TFLOP/s dense, 2.0 TB/s. Reached: 83 % of the products' peak and 85 % of the
 # memory's are estimates; so is the L2 cache's rate, three quarters of 5120 bytes a cycle (NVIDIA A100 whitepaper).
-A100 = Rates("A100 SXM 80GB", "sm_80", 108, 1.41, 260, 5.4, 1.7, 1.5, 40, 1.3, cluster=1)
+A100 = Rates(
+    "A100 SXM 80GB", "sm_80", 108, 1.41, 260, 5.4, 1.7, 1.5, 40, 1.3, cluster=1,
+    tiles=((256, 128, 1), (128, 256, 1), (128, 128, 2), (256, 64, 2), (64, 256, 2), (128, 64, 3), (64, 128, 3),
+           (64, 64, 4)),
+)  # fmt: skip
 GPUS = {rates.arch: rates for rates in (H100, A100)}
 
 
@@ -93,7 +112,7 @@ class Program(NamedTuple):
         flops: a multiply-add counts as two.
         bytes: that it loads into shared memory, from the L2 cache or from memory.
         issue_cycles: to issue its main loop.
-        shared_cycles: to read its operands from shared memory into registers.
+        shared_cycles: of shared memory's traffic.
         latency_cycles: that its main loop takes at least, with the stages in flight that it has.
         epilogue_cycles: to issue what follows the main loop.
         resident: programs on a multiprocessor at once.
@@ -101,53 +120,104 @@ class Program(NamedTuple):
 
     flops: float
     bytes: float
-    issue_cycles: float = 0
-    shared_cycles: float = 0
-    latency_cycles: float = 0
-    epilogue_cycles: float = 0
+    issue_cycles: float = 0.0
+    shared_cycles: float = 0.0
+    latency_cycles: float = 0.0
+    epilogue_cycles: float = 0.0
     resident: int = 1
 
+    @property
+    def l2_bytes_per_flop(self) -> float:
+        return self.bytes / self.flops
 
-def program_of(compiled: Compiled, arch: str, depth: int) -> Program:
-    """A program of a compiled product, from its block sizes and its code.
+    def loop_cycles(self, programs: int, rates: Rates) -> dict[str, float]:
+        """What its main loop takes of each part of a multiprocessor that other programs want, too."""
+        return {
+            "tensor": self.flops / rates.flop_per_cycle,
+            "l2": self.bytes / rates.l2_bytes_per_cycle(programs),
+            "issue": self.issue_cycles,
+            "shared": self.shared_cycles,
+        }
 
-    Args:
-        compiled: with its code listed.
-        arch: that it was compiled for.
-        depth: of the product: D for the first one, K·F for the second one.
+
+class CompiledTile(NamedTuple):
+    """What the model wants to know of a compiled product with 16-bit operands.
+
+    Attributes:
+        rows: of the tile.
+        columns: of the tile, both of a value-gate pair.
+        step: depth of one step of the main loop.
+        num_warps: warps.
+        num_stages: tiles in flight.
+        loop: instructions of the main loop.
+        epilogue: instructions after it.
+        resident: programs on a multiprocessor at once.
+        shared_bytes: that go in and out of shared memory in a step, where operands pass through registers.
     """
+
+    rows: int
+    columns: int
+    step: int
+    num_warps: int
+    num_stages: int
+    loop: int
+    epilogue: int
+    resident: int
+    shared_bytes: int = 0
+
+    def program(self, depth: int) -> Program:
+        """A program of a product of this depth: D for the first one, K·F for the second one."""
+        steps = math.ceil(depth / self.step)
+        per_issue = self.num_warps / _SCHEDULERS / _ISSUE_SHARE
+        return Program(
+            flops=2 * self.rows * self.columns * steps * self.step,
+            bytes=2 * (self.rows + self.columns) * steps * self.step,
+            issue_cycles=steps * self.loop * per_issue,
+            shared_cycles=steps * self.shared_bytes / _SHARED_BYTES_PER_CYCLE,
+            latency_cycles=steps * LATENCY_CYCLES / max(self.num_stages - 1, 1),
+            epilogue_cycles=self.epilogue * per_issue,
+            resident=self.resident,
+        )
+
+
+def read_tile(compiled: Compiled, arch: str) -> CompiledTile:
+    """From the block sizes and the listed code of a product that was compiled for an architecture."""
     launch, code = compiled.launch, compiled.code
-    block_m, block_n, block_k = (launch.constants[f"BLOCK_{name}"] for name in "MNK")
-    columns = 2 * block_n if launch.kernel.__name__.startswith("expert_in") else block_n
-    steps = math.ceil(depth / block_k)
-    per_issue = launch.num_warps / _SCHEDULERS / _ISSUE_SHARE
-    bytes_per_step = (block_m + columns) * block_k * _element_size(launch.arguments[0])
-    return Program(
-        flops=2 * block_m * columns * steps * block_k,
-        bytes=steps * bytes_per_step,
-        issue_cycles=steps * len(code.main_loop) * per_issue,
-        shared_cycles=steps * _shared_bytes(code.main_loop, launch.num_warps, bytes_per_step) / _SHARED_BYTES_PER_CYCLE,
-        latency_cycles=steps * _LATENCY_CYCLES / max(launch.num_stages - 1, 1),
-        epilogue_cycles=len(code.epilogue) * per_issue,
+    rows, columns, step = (launch.constants[f"BLOCK_{name}"] for name in "MNK")
+    columns *= 2 if launch.kernel.__name__.startswith("expert_in") else 1
+    return CompiledTile(
+        rows, columns, step, launch.num_warps, launch.num_stages,
+        loop=len(code.main_loop),
+        epilogue=len(code.epilogue),
         resident=max(programs_per_processor(compiled, CHIPS[arch]), 1),
-    )
+        shared_bytes=_shared_bytes(code.main_loop, launch.num_warps, 2 * (rows + columns) * step),
+    )  # fmt: skip
 
 
-def grid_microseconds(program: Program, programs: int, rates: Rates) -> float:
-    """Of a grid of equal programs on a GPU, without what memory costs and without the launch."""
+def grid_us(program: Program, programs: int, rates: Rates) -> float:
+    """A grid of equal programs, without what memory costs and without the launch."""
     busiest = math.ceil(programs / rates.processors)
     resident = min(program.resident, busiest)
-    shared = max(
-        program.flops / rates.flop_per_cycle,
-        program.bytes / rates.l2_bytes_per_cycle(programs),
-        program.issue_cycles,
-        program.shared_cycles,
-    )
-    alone = max(shared, program.latency_cycles)
-    throughput = _LATENCY_CYCLES + busiest * shared + program.epilogue_cycles
-    latency = busiest / resident * (_LATENCY_CYCLES + alone + program.epilogue_cycles)
-    issue = busiest * (program.issue_cycles + program.epilogue_cycles)
-    return rates.microseconds(max(throughput, latency, issue))
+    loop = max(program.loop_cycles(programs, rates).values())
+    throughput = LATENCY_CYCLES + busiest * loop + program.epilogue_cycles
+    alone = LATENCY_CYCLES + max(loop, program.latency_cycles) + program.epilogue_cycles
+    issued = busiest * (program.issue_cycles + program.epilogue_cycles)
+    return rates.microseconds(max(throughput, busiest / resident * alone, issued))
+
+
+def product_us(program: Program, programs: int, memory_bytes: float, rates: Rates) -> float:
+    """A product in a CUDA graph, its launch included."""
+    return overlapped(grid_us(program, programs, rates), memory_bytes / rates.memory_tbs / 1e6) + rates.edge_us
+
+
+def library_us(M: int, N: int, K: int, memory_bytes: float, rates: Rates) -> float:
+    """A library's product (M, K) · (K, N) in 16 bits, by the best of its tiles, in parts of the depth if that pays."""
+    return min(_library_ways(M, N, K, memory_bytes, rates))
+
+
+def pass_us(memory_bytes: float, rates: Rates) -> float:
+    """A kernel that reads and writes once, such as LayerNorm or GEGLU."""
+    return memory_bytes / rates.norm_tbs / 1e6 + rates.microseconds(LATENCY_CYCLES) + rates.edge_us
 
 
 def overlapped(first: float, second: float) -> float:
@@ -155,12 +225,21 @@ def overlapped(first: float, second: float) -> float:
     return (first**_SHARPNESS + second**_SHARPNESS) ** (1 / _SHARPNESS)
 
 
+def _library_ways(M: int, N: int, K: int, memory_bytes: float, rates: Rates) -> Iterator[float]:
+    for (rows, columns, resident), parts in itertools.product(rates.tiles, (1, 2, 4, 8)):
+        depth = K / parts
+        # Of a cluster's programs, each loads its share of the operand that they have in common.
+        loaded = min(rows / rates.cluster + columns, rows + columns / rates.cluster)
+        epilogue = _LIBRARY_EPILOGUE * rows * columns / 32 / _SCHEDULERS / _ISSUE_SHARE
+        program = Program(2 * rows * columns * depth, 2 * loaded * depth, epilogue_cycles=epilogue, resident=resident)
+        programs = math.ceil(M / rows) * math.ceil(N / columns) * parts
+        # Parts leave sums in float32, which one more kernel adds.
+        sums = 0.0 if parts == 1 else 8 * parts * M * N / rates.l2_tbs / 1e6 + rates.edge_us
+        yield product_us(program, programs, memory_bytes, rates) + sums
+
+
 def _shared_bytes(loop: Sequence[Instruction], num_warps: int, bytes_per_step: int) -> int:
     """That go in and out of shared memory in one step; 0 where tensor cores read it by themselves."""
     # LDSM.16.M88.4: four 8×8 matrices of 16 bits.
     matrices = sum(int(i.name.rpartition(".")[2]) for i in loop if i.base == "LDSM")
     return 128 * matrices * num_warps + bytes_per_step if matrices else 0
-
-
-def _element_size(operand: Tensor | TensorDescriptor) -> int:
-    return (operand.base if isinstance(operand, TensorDescriptor) else operand).element_size()

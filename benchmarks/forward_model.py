@@ -1,0 +1,194 @@
+"""A whole forward pass of the feed-forward, and a whole UNet, on a GPU that is not here: predicted from its products.
+
+    op        LayerNorm, first product with GEGLU and routing weights, second product: what `mtu_kernels.moe_ffn` runs
+    compiled  the same between the kernels that a compiler makes of the block around it
+    stock     the original feed-forward as a compiler makes it: residual and LayerNorm, product, GEGLU, product
+    products  the two plain products alone, all of their operands in memory
+
+A UNet is its feed-forwards and the rest, which is the same for both: ``1 + s · (ours / stock - 1)``, where s is the
+share of time of the stock feed-forwards. They are a share f of the FLOPs. A FLOP of the rest takes k times as long, and
+k is such that on an H100 s is what is known there (estimates). Of k the part above 1 is taken to be the memory's, which
+on another GPU grows as memory does, and not as products do.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from benchmarks.kernel_model import (
+    H100,
+    LATENCY_CYCLES,
+    CompiledTile,
+    Program,
+    Rates,
+    library_us,
+    pass_us,
+    product_us,
+)
+
+_BYTES = 2
+# Kernels that gathered norm affines and routing weights in front of each layer.
+_GATHERS = 3
+
+
+class Tokens(NamedTuple):
+    """A dense feed-forward: B·L rows of width D, 4·D hidden units."""
+
+    D: int
+    L: int
+    B: int
+
+    @property
+    def rows(self) -> int:
+        return self.B * self.L
+
+    @property
+    def hidden(self) -> int:
+        return 4 * self.D
+
+    @property
+    def x_bytes(self) -> int:
+        return _BYTES * self.rows * self.D
+
+    @property
+    def h_bytes(self) -> int:
+        return _BYTES * self.rows * self.hidden
+
+    @property
+    def w_out_bytes(self) -> int:
+        return _BYTES * self.D * self.hidden
+
+
+class Forward(NamedTuple):
+    """A forward pass, in µs, launches included.
+
+    Attributes:
+        norm: LayerNorm.
+        first: product of x̂ and W_in, with GEGLU.
+        second: product of h and W_out.
+        others: kernels around them.
+    """
+
+    norm: float
+    first: float
+    second: float
+    others: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+class UNet(NamedTuple):
+    """Feed-forwards of a UNet: how many of each width and number of tokens, and their share of FLOPs and, on an H100,
+    of time."""
+
+    name: str
+    blocks: dict[tuple[int, int], int]
+    flop_share: float
+    time_share: float
+
+
+UNETS = (
+    UNet("SD 1.5, 512²", {(320, 4096): 5, (640, 1024): 5, (1280, 256): 5, (1280, 64): 1}, 0.19, 0.10),
+    UNet("SDXL, 1024²", {(640, 4096): 10, (1280, 1024): 60}, 0.42, 0.31),
+)
+
+# The first product as it was at commit d34559a: tiles within samples, bias and weights loaded after the loop.
+_BEFORE = {
+    "sm_80": {
+        128: CompiledTile(128, 128, 64, 4, 3, loop=284, epilogue=1551, resident=2),
+        64: CompiledTile(64, 128, 64, 4, 3, loop=185, epilogue=835, resident=3),
+    },
+    "sm_90": {
+        128: CompiledTile(128, 128, 64, 4, 3, loop=96, epilogue=1340, resident=2),
+        64: CompiledTile(64, 128, 64, 4, 3, loop=86, epilogue=778, resident=3),
+    },
+}
+# A kernel in Gluon that compiles and has never run: persistent, a warp that loads, two groups of warps that take turns
+# at the tensor cores and at the epilogue, so that each hides the other's, as two resident programs do.
+_PING_PONG = CompiledTile(128, 128, 64, 4, 5, loop=96, epilogue=1055, resident=2)
+
+
+class FirstProduct(NamedTuple):
+    """The grid of the first product.
+
+    Attributes:
+        early: whether it may start, and fetch weights, before LayerNorm ends (programmatic dependent launch).
+    """
+
+    program: Program
+    programs: int
+    early: bool = False
+
+
+def before(tokens: Tokens, rates: Rates) -> FirstProduct:
+    """The first product as it was: tiles of 128 rows within a sample; of 64 on an A100 at width 320."""
+    rows = 64 if tokens.L <= 64 or (rates.arch == "sm_80" and tokens.D == 320) else 128
+    tile = _BEFORE[rates.arch][rows]
+    programs = tokens.B * math.ceil(tokens.L / rows) * math.ceil(tokens.hidden * 2 / tile.columns)
+    return FirstProduct(tile.program(tokens.D), programs)
+
+
+def ping_pong(tokens: Tokens) -> FirstProduct:
+    """The first product by the kernel in Gluon."""
+    programs = math.ceil(tokens.rows / _PING_PONG.rows) * math.ceil(tokens.hidden * 2 / _PING_PONG.columns)
+    return FirstProduct(_PING_PONG.program(tokens.D), programs)
+
+
+def op(tokens: Tokens, first: FirstProduct, rates: Rates) -> Forward:
+    """What `mtu_kernels.moe_ffn` runs."""
+    reads = rates.missing(tokens.x_bytes) + 2 * tokens.w_out_bytes
+    time = product_us(first.program, first.programs, reads + tokens.h_bytes, rates)
+    # Nothing is waited for but the rows: the launch, and the way of the first weights, pass while LayerNorm runs.
+    hidden = rates.edge_us + rates.microseconds(LATENCY_CYCLES) if first.early else 0.0
+    return Forward(pass_us(2 * tokens.x_bytes, rates), time - hidden, _second(tokens, rates))
+
+
+def compiled(tokens: Tokens, first: FirstProduct, rates: Rates, *, opaque: bool) -> Forward:
+    """Between a compiler's kernels: the residual before it belongs to it, since LayerNorm may be its kernel.
+
+    opaque: the operator is all of the feed-forward, so that the residual and the gathers of this layer's norm affines
+    and routing weights are kernels of their own. Else the compiler's LayerNorm has both.
+    """
+    first = first._replace(early=first.early and opaque)
+    alone = op(tokens, first, rates)
+    if not opaque:
+        return alone._replace(norm=pass_us(4 * tokens.x_bytes, rates))
+    return alone._replace(others=pass_us(3 * tokens.x_bytes, rates) + _GATHERS * pass_us(0, rates))
+
+
+def stock(tokens: Tokens, rates: Rates) -> Forward:
+    """The original feed-forward, compiled, with the residual before it."""
+    z_bytes = 2 * tokens.h_bytes
+    reads = rates.missing(tokens.x_bytes) + 2 * tokens.w_out_bytes
+    first = library_us(tokens.rows, 2 * tokens.hidden, tokens.D, reads + z_bytes, rates)
+    geglu = pass_us(rates.missing(z_bytes) + tokens.h_bytes, rates)
+    return Forward(pass_us(4 * tokens.x_bytes, rates), first, _second(tokens, rates), geglu)
+
+
+def products(tokens: Tokens, rates: Rates) -> Forward:
+    """The two plain products."""
+    rows, hidden, D = tokens.rows, tokens.hidden, tokens.D
+    first = library_us(rows, 2 * hidden, D, tokens.x_bytes + 2 * tokens.w_out_bytes + 2 * tokens.h_bytes, rates)
+    second = library_us(rows, D, hidden, tokens.h_bytes + tokens.w_out_bytes + tokens.x_bytes, rates)
+    return Forward(0.0, first, second)
+
+
+def time_share(unet: UNet, rates: Rates) -> float:
+    """Of the stock feed-forwards, of a step."""
+    rest = (1 - unet.flop_share) / unet.flop_share
+    slowness = (1 / unet.time_share - 1) / rest
+    memory = (H100.memory_tbs / rates.memory_tbs) / (H100.tflops / rates.tflops)
+    return 1 / (1 + rest * (1 + (slowness - 1) * memory))
+
+
+def unet_ratio(unet: UNet, ours: float, theirs: float, rates: Rates) -> float:
+    """Time of a step over the stock step's, from the times of all feed-forwards."""
+    return 1 + time_share(unet, rates) * (ours / theirs - 1)
+
+
+def _second(tokens: Tokens, rates: Rates) -> float:
+    memory = rates.missing(tokens.h_bytes) + tokens.w_out_bytes + tokens.x_bytes
+    return library_us(tokens.rows, tokens.D, tokens.hidden, memory, rates)
