@@ -228,7 +228,13 @@ def test_one_compilation_serves_all_task_mixes_and_follows_updates(dynamo, setti
     unet = upcycled_unet(**settings)
     given = inputs(unet)
     unet.invalidate_routing_cache()
-    compiled = torch.compile(unet, backend="eager", fullgraph=True)
+    graphs = []
+
+    def keep(graph, example):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(unet, backend=keep, fullgraph=True)
     with torch.no_grad():
         outputs = [compiled(**given, task_ids=unet.task_ids(names)).sample for names in MIXES]
         assert all(layer.router._cache is None for layer in unet.routed_layers())
@@ -238,6 +244,9 @@ def test_one_compilation_serves_all_task_mixes_and_follows_updates(dynamo, setti
         updated = compiled(**given, task_ids=unet.task_ids(NAMES)).sample
     assert_differ(updated, outputs[0])
     assert_close(updated, predict(unet, given, *NAMES))
+    # The routing weights of all layers are one gather, and so are the indices of top-k.
+    (graph,) = graphs
+    assert sum(node.target == "index_select" for node in graph.graph.nodes) == (2 if "top_k" in settings else 1)
 
 
 def test_one_compilation_serves_training(dynamo):
