@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtu
@@ -107,7 +108,7 @@ def test_compiled_layers_read_what_was_gathered_once():
 
 @pytest.mark.parametrize("dropped", [False, True], ids=["routers", "dropped"])
 def test_blocks_that_are_compiled_by_themselves_compile_once_a_shape(dropped):
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     for config in (SDXL, DEEP):
         unet = upcycled_unet(config)
         if dropped:
