@@ -49,6 +49,13 @@ def _moe_ffn_flat(x: Tensor, *args) -> Tensor:
     return _moe_ffn(x, NormAffine(norm_weight, norm_bias), experts, Routing(weights, indices), eps)
 
 
+def normalize(x: Tensor, norm: NormAffine, compute: torch.dtype, eps: float) -> Tensor:
+    """x̂ (B, L, D) in the compute dtype, rounded once, behind one affine (B, D) for each sample."""
+    accumulate = torch.promote_types(compute, torch.float32)
+    n_BLD = F.layer_norm(x.to(accumulate), x.shape[-1:], eps=eps)
+    return _apply_affine(n_BLD, NormAffine(norm.weight.to(accumulate), norm.bias.to(accumulate)), compute)
+
+
 def _moe_ffn(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing, eps: float) -> Tensor:
     compute = experts.w_in.dtype
     accumulate = torch.promote_types(compute, torch.float32)
@@ -65,9 +72,13 @@ def _moe_ffn(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routi
     return (F.linear(h_BLH, experts.w_out) + bias_BD[:, None]).to(compute)
 
 
+def _apply_affine(n_BLD: Tensor, norm: NormAffine, compute: torch.dtype) -> Tensor:
+    return torch.addcmul(norm.bias[:, None], n_BLD, norm.weight[:, None]).to(compute)
+
+
 def _hidden(n_BLD: Tensor, norm: NormAffine, experts: ExpertWeights) -> Tensor:
     """Activations (B, L, E, F) of all experts behind one affine (B, D)."""
-    x_hat_BLD = torch.addcmul(norm.bias[:, None], n_BLD, norm.weight[:, None]).to(experts.w_in.dtype)
+    x_hat_BLD = _apply_affine(n_BLD, norm, experts.w_in.dtype)
     u_BLH, g_BLH = F.linear(x_hat_BLD, experts.w_in, experts.b_in).chunk(2, dim=-1)
     return (u_BLH * F.gelu(g_BLH)).unflatten(-1, (experts.num_experts, -1))
 
@@ -97,7 +108,7 @@ def _top_k(n_BLD: Tensor, norm: NormAffine, experts: ExpertWeights, weights_BK: 
     w_in = experts.w_in.index_select(0, rows)
     b_in = experts.b_in.index_select(0, rows)
     if norm.weight.dim() == 2:
-        x_hat_BLD = torch.addcmul(norm.bias[:, None], n_BLD, norm.weight[:, None]).to(compute)
+        x_hat_BLD = _apply_affine(n_BLD, norm, compute)
         z = torch.baddbmm(b_in.view(B, 1, 2 * K * size), x_hat_BLD, w_in.view(B, 2 * K * size, D).mT)
         z_BLK2F = z.view(B, L, K, 2, size)
     else:

@@ -118,11 +118,15 @@ def call_ops(
     """
     tensors = (x, *norm, *experts[:4], *routing)
     _refuse_transforms(ops, tensors)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     is_fused = residual and ops.adds_residual and x.dtype == experts.w_in.dtype
     arguments = (*tensors, experts.num_experts, eps, *((True,) if is_fused else ()))
-    y = ops.train(*arguments)[0] if needs_grad and not recompute else ops.inference(*arguments)
+    y = ops.train(*arguments)[0] if records_gradients(tensors) and not recompute else ops.inference(*arguments)
     return x + y if residual and not is_fused else y
+
+
+def records_gradients(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a call with these tensors becomes part of a graph of gradients."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def in_transform() -> bool:

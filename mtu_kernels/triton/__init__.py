@@ -12,11 +12,37 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from mtu_kernels import eager
+from mtu_kernels.arguments import ExpertWeights, NormAffine
 from mtu_kernels.ops import LIBRARY, call_ops, define_ops
-from mtu_kernels.triton import availability
+from mtu_kernels.routing import Routing
+from mtu_kernels.triton import availability, inductor
 
 _OPS = define_ops("triton")
-moe_ffn = functools.partial(call_ops, _OPS)
+
+
+def moe_ffn(
+    x: Tensor,
+    norm: NormAffine,
+    experts: ExpertWeights,
+    routing: Routing,
+    *,
+    eps: float = 1e-5,
+    recompute: bool = False,
+    residual: bool = False,
+) -> Tensor:
+    """`mtu_kernels.moe_ffn` for arguments that are already checked.
+
+    The fused operators, unless a compiler can fuse more around a part of them; the log says which, once.
+    """
+    if torch.compiler.is_compiling() and not eager.is_exporting():
+        from mtu_kernels.triton import constant_answers
+
+        if inductor.serves(x, norm, experts, routing):
+            constant_answers.log_path(inductor.path(experts.w_in.dtype))
+            return inductor.moe_ffn(x, norm, experts, routing, eps=eps, residual=residual)
+        constant_answers.log_path("LayerNorm, experts and their sum as one operator")
+    return call_ops(_OPS, x, norm, experts, routing, eps=eps, recompute=recompute, residual=residual)
 
 
 def why_not_installed() -> str | None:
@@ -77,7 +103,14 @@ def _backward(grad_y, *args) -> tuple[Tensor, ...]:
         return operators.backward(call, grad_y, saved, eps, expert_grads)
 
 
+def _expert_hidden(x_hat: Tensor, w_in: Tensor, b_in: Tensor, weights: Tensor, num_experts: int) -> Tensor:
+    operators, launch = _operators()
+    with launch.on_device(x_hat.device) as machine:
+        return operators.expert_hidden(machine, x_hat, w_in, b_in, weights, num_experts)
+
+
 for _key in ("CUDA", "CPU"):
     LIBRARY.impl("moe_ffn_triton", _inference, _key)
     LIBRARY.impl("moe_ffn_triton_train", _train, _key)
     LIBRARY.impl("moe_ffn_triton_backward", _backward, _key)
+    LIBRARY.impl("expert_hidden_triton", _expert_hidden, _key)

@@ -147,6 +147,19 @@ def backward(
     return d_x, *(grad.to(dtype) for grad, dtype in zip(others, dtypes, strict=True))
 
 
+def expert_hidden(
+    machine: Machine, x_hat: Tensor, w_in: Tensor, b_in: Tensor, weights: Tensor, num_experts: int
+) -> Tensor:
+    """h (B, L, H) by the first product alone, for dense routing and an x̂ that was made elsewhere."""
+    H = w_in.shape[0] // 2
+    # No affine is read and nothing is projected out here: of these tensors the shape alone counts.
+    w_out, absent = w_in.new_empty(0, H), w_in.new_empty(0)
+    call = make_call(machine, (x_hat, absent, absent, w_in, b_in, w_out, absent, weights, None), num_experts)
+    h = call.empty(*x_hat.shape[:2], H)
+    activate(call, call.x, Hidden(h, None))
+    return h
+
+
 def normalize(call: Call, statistics: Statistics | None, eps: float) -> Tensor:
     """x̂ (B, L, D), or (B, K, L, D) behind affines of (B, E, D); statistics are written if given."""
     B, L, D = call.x.shape

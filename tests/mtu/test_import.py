@@ -88,6 +88,8 @@ arguments = make_problem(0, Sizes(B=2, L=48, D=64, E=3, F=64)).arguments
 names = ("auto", *mtu_kernels.available_backends())
 expected = {name: mtu_kernels.moe_ffn(*arguments, backend=name) for name in names}
 assert "torch._dynamo" not in sys.modules and "sympy" not in sys.modules
+# Compiled dense inference in float32 leaves nothing to Triton's kernels.
+expected["triton"] = expected["eager"]
 for name in names:
     def call(*arguments):
         return mtu_kernels.moe_ffn(*arguments, backend=name)
