@@ -21,6 +21,8 @@ _WITH_DESCRIPTORS = ("expert_in", "expert_in_train", "expert_sum", "expert_in_ba
 # Depth of a step, and stages.
 _PIPELINES = ((32, 3), (32, 4), (64, 2), (64, 3), (64, 4))
 _MOST_ACCUMULATORS = 128
+# Two accumulators, which no other product has.
+_WIDE = tuple(TileConfig(256, 96, 64, 8, stages, True) for stages in (2, 3))
 
 
 def candidates(key: TileKey) -> tuple[TileConfig | Library, ...]:
@@ -29,6 +31,8 @@ def candidates(key: TileKey) -> tuple[TileConfig | Library, ...]:
     if not key.grouped:
         found[LIBRARY] = None
     found |= dict.fromkeys(_grid(key))
+    if key.product == "expert_in" and key.arch == "sm_90" and key.bits == 16 and not key.grouped:
+        found |= dict.fromkeys(_WIDE)
     return tuple(found)
 
 

@@ -163,37 +163,38 @@ def expert_in_descriptor_kernel(
 
 
 @triton.jit
-def expert_in_wide_kernel(
+def expert_in_wide_descriptor_kernel(
     x_hat_desc, w_in_desc, w_in_rest_desc, b_in_ptr, weights_ptr, h_desc, h_rest_desc, matrices, rows, D, F, E,
     OVERLAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """The same for dense routing, with tiles one half wider than a power of two, which read less per product.
 
-    A tile has two accumulators that read the same rows: one of BLOCK_N columns from the front of the hidden units, one
-    of half as many from the rest. BLOCK_N divides F, and a tile has one sample.
+    A tile has two accumulators that read the same rows: one of FRONT columns from the front of the hidden units, one of
+    half as many from the rest. FRONT divides F, and a tile has one sample.
     """
-    REST: tl.constexpr = BLOCK_N // 2
+    FRONT: tl.constexpr = BLOCK_N // 3 * 2
+    REST: tl.constexpr = BLOCK_N // 3
     tiles_m = tl.cdiv(rows, BLOCK_M)
-    tiles_n = tl.cdiv(E * F, BLOCK_N + REST)
+    tiles_n = tl.cdiv(E * F, BLOCK_N)
     tile_m, tile_n = program_tile(matrices * tiles_m, tiles_n, GROUP_M)
     matrix = tile_m // tiles_m
     row = (tile_m % tiles_m) * BLOCK_M
-    column = tile_n * BLOCK_N
-    rest = tiles_n * BLOCK_N + tile_n * REST
-    pair_P = tl.arange(0, 2 * BLOCK_N)
-    bias_P = tl.load(b_in_ptr + column + (pair_P // BLOCK_N) * (E * F) + pair_P % BLOCK_N).to(tl.float32)
-    z_MP = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32) + bias_P[None, :]
+    column = tile_n * FRONT
+    rest = tiles_n * FRONT + tile_n * REST
+    pair_P = tl.arange(0, 2 * FRONT)
+    bias_P = tl.load(b_in_ptr + column + (pair_P // FRONT) * (E * F) + pair_P % FRONT).to(tl.float32)
+    z_MP = tl.zeros((BLOCK_M, 2 * FRONT), tl.float32) + bias_P[None, :]
     z_MR = tl.zeros((BLOCK_M, 2 * REST), tl.float32)
     if OVERLAP:
         gdc_wait()
     for k in range(0, D, BLOCK_K):
         x_hat_MK = x_hat_desc.load([matrix, row, k]).reshape(BLOCK_M, BLOCK_K)
-        w_in_PK = w_in_desc.load([0, column, k]).reshape(2 * BLOCK_N, BLOCK_K)
+        w_in_PK = w_in_desc.load([0, column, k]).reshape(2 * FRONT, BLOCK_K)
         w_in_RK = w_in_rest_desc.load([0, rest, k]).reshape(2 * REST, BLOCK_K)
         z_MP = tl.dot(x_hat_MK, w_in_PK.T, z_MP)
         z_MR = tl.dot(x_hat_MK, w_in_RK.T, z_MR)
     weights_ptr += matrix.to(tl.int64) * E
-    store_activations(z_MP, h_desc, weights_ptr, matrix, row, column, F, E, BLOCK_M, BLOCK_N)
+    store_activations(z_MP, h_desc, weights_ptr, matrix, row, column, F, E, BLOCK_M, FRONT)
     # Added here, as registers run out before. Past the last hidden unit, where nothing is stored, the bias is zero.
     pair_R = tl.arange(0, 2 * REST)
     unit_R = rest + pair_R % REST
@@ -289,26 +290,28 @@ def _launch_wide(
 ) -> Launch:
     B, L, D = x_hat.shape
     E = experts.num_experts
-    block_n = floor_power_of_2(tile.block_n)
+    front = floor_power_of_2(tile.block_n)
     block_m = min(tile.block_m, max(16, next_power_of_2(L)))
     w_in = experts.w_in.view(2, -1, D)
     constants = {
         "OVERLAP": overlap,
         "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
+        "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
         "GROUP_M": tile.group_m,
     }
     arguments = (
         describe(x_hat, (1, block_m, tile.block_k)),
-        *(describe(w_in, (2, width, tile.block_k)) for width in (block_n, block_n // 2)),
+        *(describe(w_in, (2, width, tile.block_k)) for width in (front, front // 2)),
         experts.b_in,
         routing.weights,
-        *(describe(h, (1, block_m, width)) for width in (block_n, block_n // 2)),
+        *(describe(h, (1, block_m, width)) for width in (front, front // 2)),
         *(B, L, D, w_in.shape[1] // E, E),
     )
     programs = B * ceil_div(L, block_m) * ceil_div(w_in.shape[1], tile.block_n)
-    return Launch(expert_in_wide_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages, overlap)
+    return Launch(
+        expert_in_wide_descriptor_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages, overlap
+    )
 
 
 def _divisor(width: int, limit: int) -> int:

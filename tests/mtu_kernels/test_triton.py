@@ -87,7 +87,7 @@ def test_the_tiles_of_architectures(arch, dtype, K, options):
         (24, TileConfig(64, 32, 16, 4, 2), "expert_in_kernel"),
         (24, TileConfig(64, 32, 16, 4, 2, descriptors=True), "expert_in_descriptor_kernel"),
         # Two accumulators; 256 columns are 2.7 tiles of them.
-        (64, TileConfig(32, 96, 16, 4, 2, descriptors=True), "expert_in_wide_kernel"),
+        (64, TileConfig(32, 96, 16, 4, 2, descriptors=True), "expert_in_wide_descriptor_kernel"),
         (24, TileConfig(32, 96, 16, 4, 2, descriptors=True), "expert_in_descriptor_kernel"),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "",
