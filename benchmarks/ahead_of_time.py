@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
 from benchmarks.sass import MachineCode, disassemble
@@ -96,7 +97,8 @@ def specialize(launch: Launch, arch: str) -> Source:
     bound, specialization, options = bind(*launch.arguments, **named)
     options, signature, constants, attributes = kernel._pack_args(backend, named, bound, specialization, options)
     key = (kernel.__name__, arch, str(signature), str(constants), str(attributes), str(options))
-    return Source(key, ASTSource(kernel, signature, constants, attributes), options.__dict__)
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    return Source(key, source(kernel, signature, constants, attributes), options.__dict__)
 
 
 def compile_launch(launch: Launch, arch: str, *, listed: bool = True) -> Compiled:

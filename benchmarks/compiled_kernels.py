@@ -2,8 +2,8 @@
 
 No GPU is needed. Writes `results/compiled_kernels.csv`. Fails where registers spill, where a program does not fit the
 chip, where a product lacks tensor cores or loads that run ahead of it, and where its main loop waits for Hopper's
-tensor cores more than once, so that products are serialised. `--check` compiles less: the tiles that are shipped, each in
-all of its dtypes, and one call of each kind; it writes only what it is told to.
+tensor cores more than once, so that products are serialised. `--check` compiles less: the tiles that are shipped, each
+in all of its dtypes, and one call of each kind; it writes only what it is told to.
 """
 
 from __future__ import annotations

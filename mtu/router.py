@@ -165,9 +165,7 @@ class Router(nn.Module):
         # Autocast would round the routing weights, which the kernels take in float32. Some devices (meta) have none.
         device_type = embedding.device.type
         no_autocast = (
-            torch.autocast(device_type, enabled=False)
-            if has_autocast(device_type)
-            else contextlib.nullcontext()
+            torch.autocast(device_type, enabled=False) if has_autocast(device_type) else contextlib.nullcontext()
         )
         with no_autocast:
             # The dtype of a quantized or layerwise-cast weight is that of its storage, not of its computation.

@@ -6,6 +6,7 @@ made in the addresses of the loads, and the accumulator splits into u and g wher
 
 from __future__ import annotations
 
+import importlib
 from typing import NamedTuple
 
 import triton
@@ -248,8 +249,13 @@ def launch_expert_in(
     is_dense = routing.indices is None and not slot_inputs
     by_descriptor = tile.descriptors and all(describable(t) for t in (x_hat, experts.w_in, *outputs))
     block_n = floor_power_of_2(tile.block_n)
-    if block_n < tile.block_n and by_descriptor and is_dense and outputs.z is None and F % block_n == 0:
-        return _launch_wide(x_hat, experts, routing, outputs.h, tile, overlap=overlap)
+    if by_descriptor and is_dense and outputs.z is None and F % block_n == 0:
+        if tile.persistent:
+            # Imported by whoever asks for it: what it is written in is experimental.
+            persistent = importlib.import_module("mtu_kernels.triton.expert_in_persistent")
+            return persistent.launch_persistent(x_hat, experts, routing, outputs.h, tile, overlap=overlap)
+        if block_n < tile.block_n:
+            return _launch_wide(x_hat, experts, routing, outputs.h, tile, overlap=overlap)
     if by_descriptor and F % block_n != 0:
         # Descriptors mask the ends of tensors, not those of experts.
         divisor = _divisor(K * F if is_dense else F, block_n)

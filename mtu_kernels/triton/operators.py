@@ -156,7 +156,7 @@ def expert_hidden(
     w_out, absent = w_in.new_empty(0, H), w_in.new_empty(0)
     call = make_call(machine, (x_hat, absent, absent, w_in, b_in, w_out, absent, weights, None), num_experts)
     h = call.empty(*x_hat.shape[:2], H)
-    activate(call, call.x, Hidden(h, None))
+    activate(call, call.x, Hidden(h, None), follows_norm=False)
     return h
 
 

@@ -10,12 +10,15 @@ class TileConfig(NamedTuple):
 
     Attributes:
         block_m: rows; tokens, or hidden units for weight gradients.
-        block_n: columns; for products with value-gate pairs, pairs.
+        block_n: columns; for products with value-gate pairs, pairs. A power of two, or three halves of one: then a tile
+            of the first product has two accumulators, where routing is dense, in inference. Elsewhere it is the power.
         block_k: depth of one step of the main loop.
         num_warps: warps of 32 threads (64 on AMD).
         num_stages: tiles in flight.
         descriptors: load through tensor descriptors (TMA, sm_90 and later) where strides and addresses allow it.
         group_m: row tiles that walk the columns together, for the sake of the L2 cache.
+        persistent: programs that stay and walk many tiles, whose warps have different work (sm_90, the first product
+            with dense routing in inference). Where they cannot serve a call, others with the same tile do.
     """
 
     block_m: int
@@ -25,6 +28,7 @@ class TileConfig(NamedTuple):
     num_stages: int
     descriptors: bool = False
     group_m: int = 8
+    persistent: bool = False
 
 
 class Library(NamedTuple):

@@ -92,8 +92,7 @@ for named in list(record(Call(top_2(640, 1024)), "sm_90"))[:3]:
     launch = named.launch
     compile_launch(launch, "sm_90", listed=False)
     before = set(os.listdir(cache))
-    options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages, grid=(1,))
-    launch.kernel.warmup(*launch.arguments, **launch.constants, **options)
+    launch.kernel.warmup(*launch.arguments, **launch.constants, **launch.options, grid=(1,))
     print(launch.kernel.__name__, len(before), len(set(os.listdir(cache)) - before))
 """
 
@@ -186,3 +185,37 @@ def test_interpreted_kernels_are_refused(capsys):
     with pytest.raises(SystemExit):
         compiled_kernels.main([])
     assert "TRITON_INTERPRET must be unset" in capsys.readouterr().err
+
+
+EARLY = """
+from benchmarks.ahead_of_time import compile_launch
+from benchmarks.kernel_calls import dense
+from benchmarks.products import draw_operands
+from benchmarks.sass import count_waits
+from mtu_kernels.triton.expert_in import Hidden, launch_expert_in
+from mtu_kernels.triton.tiles import TileConfig
+
+operands = draw_operands(dense(640, 1024), "bf16", "meta")
+for tile in (
+    TileConfig(128, 64, 64, 4, 3),
+    TileConfig(128, 64, 64, 4, 3, descriptors=True),
+    TileConfig(256, 96, 64, 8, 3, descriptors=True),
+    TileConfig(128, 64, 64, 4, 5, descriptors=True, persistent=True),
+):
+    outputs = Hidden(operands.h, None)
+    launch = launch_expert_in(operands.x_hat, operands.experts, operands.routing, outputs, tile, "ieee", overlap=True)
+    code = compile_launch(launch, "sm_90").code
+    names = [i.base for i in code.instructions]
+    first_load = min(names.index(name) for name in ("LDGSTS", "UTMALDG") if name in names)
+    early = names.index("ACQBULK") < first_load
+    print(launch.kernel.__name__, code.stack, count_waits(code.main_loop), early)
+"""
+
+
+def test_a_product_that_starts_early_waits_before_it_loads():
+    """For the launch before it, which writes what it loads."""
+    result = python("-c", EARLY)
+    assert result.returncode == 0, result.stderr
+    kernels = "expert_in_kernel", "expert_in_descriptor_kernel", "expert_in_wide_descriptor_kernel"
+    # No register spills, and the main loop waits once for the products that are under way.
+    assert result.stdout.splitlines() == [f"{name} 0 1 True" for name in (*kernels, "expert_in_persistent_kernel")]

@@ -67,8 +67,8 @@ def asked() -> str | None:
 def test_no_compiler_for_the_driver(gpu):
     gpu.without_compiler()
     assert asked() == (
-        "Triton builds its driver with a C compiler and Python's headers, and there is no gcc or clang, and no variable "
-        "CC"
+        "Triton builds its driver with a C compiler and Python's headers, and there is no gcc or clang, and no "
+        "variable CC"
     )
 
 

@@ -7,7 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.products import Shape, draw_operands, prepare
+from benchmarks.tile_measure import check
+from benchmarks.tile_measure import reference as reference_of
 from mtu_kernels import NormAffine, Routing, dense_weights, moe_ffn, reference, warmup
+from mtu_kernels.triton.launch import execute
+from mtu_kernels.triton.tiles import TileConfig
 
 from .moe_ffn_cases import Problem, Sizes, assert_as_exact_as_eager, make_problem
 from .places import Place
@@ -176,3 +181,26 @@ def test_routings_of_a_batch_are_independent():
         alone = triton(problem.x[rows], norm, problem.experts, routing)
         # One sample may be given other tiles than two, which add in another order.
         assert (alone - mixed[rows]).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * mixed.abs().max()
+
+
+@pytest.mark.parametrize("shape", [Shape(1280, 1024, 2, 4, None, 1280), Shape(320, 77, 3, 4, None, 320)], ids=str)
+@pytest.mark.parametrize(
+    "tile",
+    [
+        TileConfig(256, 96, 64, 8, 3, descriptors=True),
+        pytest.param(
+            TileConfig(128, 64, 64, 4, 5, descriptors=True, persistent=True),
+            marks=pytest.mark.skipif(
+                torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="It is for sm_90."
+            ),
+        ),
+    ],
+    ids=["wide", "persistent"],
+)
+def test_first_product_with_tiles_that_the_interpreter_cannot_show(tile, shape):
+    """More tiles than multiprocessors, and fewer; rows of several samples in one tile."""
+    operands = draw_operands(shape, "bf16", "cuda")
+    work = prepare("expert_in", operands, tile)
+    work.outputs["h"].fill_(float("nan"))
+    work.run(execute)
+    check(work.outputs, reference_of("expert_in", operands), torch.bfloat16)

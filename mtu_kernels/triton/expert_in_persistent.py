@@ -1,0 +1,197 @@
+"""The first product for dense routing on sm_90 by persistent programs, whose warps have different work.
+
+One warp fetches tiles of x̂ and W_in into a ring of stages. Two groups of four warps multiply, each its own tile: while
+one group is at the tensor cores, the other applies GEGLU to the tile before and stores it. Each program walks many
+tiles, so nothing but its first loads waits. Written in Gluon, where layouts, barriers and warps are explicit.
+
+No GPU has run this kernel yet, and no row of the table names it: `python -m benchmarks.tune --persistent` checks it
+against the reference and times it beside the others.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_wait
+
+from mtu_kernels.arguments import ExpertWeights
+from mtu_kernels.routing import Routing
+from mtu_kernels.triton import activation
+from mtu_kernels.triton.launch import Launch, ceil_div
+from mtu_kernels.triton.tiles import TileConfig
+
+normal_cdf = gluon.jit(activation.normal_cdf.fn)
+
+# Of an H100, for launches that are compiled and not run.
+_PROCESSORS = 132
+
+
+@gluon.jit
+def expert_in_persistent_kernel(
+    x_hat_desc, w_in_desc, b_in_ptr, weights_ptr, h_desc, rows, L, D, F, E, OVERLAP: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+):  # fmt: skip
+    """x_hat_desc: (rows, D); w_in_desc: (2, H, D); h_desc: (rows, H). BLOCK_N divides F; rows are those of all samples.
+
+    A stage's `ready` turns when its tiles have arrived, and its `free` when they have been multiplied.
+    """
+    x_hat = gl.allocate_shared_memory(x_hat_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_hat_desc.layout)
+    w_in = gl.allocate_shared_memory(w_in_desc.dtype, [STAGES, 2, BLOCK_N, BLOCK_K], w_in_desc.layout)
+    h_even = gl.allocate_shared_memory(h_desc.dtype, h_desc.block_type.shape, h_desc.layout)
+    h_odd = gl.allocate_shared_memory(h_desc.dtype, h_desc.block_type.shape, h_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):  # type: ignore[misc]
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=1)
+    fence_async_shared()
+    # The second group has 4 warps of 216 registers a thread, the fetching one is alone and needs few.
+    gl.warp_specialize(
+        [
+            (_multiply, (
+                x_hat, w_in, h_even, ready, free, b_in_ptr, weights_ptr, h_desc, rows, L, D, F, E,
+                0, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M,
+            )),
+            (_multiply, (
+                x_hat, w_in, h_odd, ready, free, b_in_ptr, weights_ptr, h_desc, rows, L, D, F, E,
+                1, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M,
+            )),
+            (_fetch, (
+                x_hat_desc, w_in_desc, x_hat, w_in, ready, free, rows, D, F, E,
+                OVERLAP, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M,
+            )),
+        ],
+        [4, 1],
+        [216, 24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _fetch(
+    x_hat_desc, w_in_desc, x_hat, w_in, ready, free, rows, D, F, E, OVERLAP: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+):  # fmt: skip
+    """All tiles of this program, step by step, as stages come free."""
+    tiles_m = gl.cdiv(rows, BLOCK_M)
+    tiles_n = E * F // BLOCK_N
+    if OVERLAP:
+        gdc_wait()
+    step = 0
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        tile_m, tile_n = _rows_and_columns(tile, tiles_m, tiles_n, GROUP_M)
+        for k in range(0, D, BLOCK_K):
+            stage = step % STAGES
+            # Of a new barrier, the phase before the first one counts as over: so all stages are free at first.
+            mbarrier.wait(free.index(stage), (step // STAGES + 1) & 1)
+            barrier = ready.index(stage)
+            mbarrier.expect(barrier, x_hat_desc.block_type.nbytes + w_in_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(x_hat_desc, [tile_m * BLOCK_M, k], barrier, x_hat.index(stage))
+            tma.async_copy_global_to_shared(w_in_desc, [0, tile_n * BLOCK_N, k], barrier, w_in.index(stage))
+            step += 1
+
+
+@gluon.jit
+def _multiply(
+    x_hat, w_in, h_tile, ready, free, b_in_ptr, weights_ptr, h_desc, rows, L, D, F, E, GROUP: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+):  # fmt: skip
+    """Every other tile of this program: the even ones for GROUP 0, the odd ones for GROUP 1."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout(  # type: ignore[assignment]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 2 * BLOCK_N, 16]
+    )
+    tiles_m = gl.cdiv(rows, BLOCK_M)
+    tiles_n = E * F // BLOCK_N
+    steps = gl.cdiv(D, BLOCK_K)
+    step = GROUP * steps
+    first = gl.program_id(0) + GROUP * gl.num_programs(0)
+    for tile in range(first, tiles_m * tiles_n, 2 * gl.num_programs(0)):
+        tile_m, tile_n = _rows_and_columns(tile, tiles_m, tiles_n, GROUP_M)
+        row = tile_m * BLOCK_M
+        column = tile_n * BLOCK_N
+        pair_P = gl.arange(0, 2 * BLOCK_N, layout=gl.SliceLayout(0, layout))
+        bias_P = gl.load(b_in_ptr + column + (pair_P // BLOCK_N) * (E * F) + pair_P % BLOCK_N).to(gl.float32)
+        z_MP = gl.zeros((BLOCK_M, 2 * BLOCK_N), gl.float32, layout=layout) + gl.expand_dims(bias_P, 0)
+        z = warpgroup_mma_init(z_MP)
+        for k in range(0, steps):
+            stage = step % STAGES
+            mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
+            w_in_KP = w_in.index(stage).reshape([2 * BLOCK_N, BLOCK_K]).permute((1, 0))
+            z = warpgroup_mma(x_hat.index(stage), w_in_KP, z, is_async=True)
+            # One product stays under way. The one before is done, and its stage free.
+            z = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(z,)))
+            if k > 0:
+                mbarrier.arrive(free.index((step - 1) % STAGES), count=1)
+            step += 1
+        z_MP = warpgroup_mma_wait(0, deps=(z,))
+        mbarrier.arrive(free.index((step - 1) % STAGES), count=1)
+        # The other group's tile comes between.
+        step += steps
+        u_MN, g_MN = gl.split(gl.permute(gl.reshape(z_MP, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
+        row_M = row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, u_MN.type.layout))
+        w_M = gl.load(weights_ptr + (gl.minimum(row_M, rows - 1) // L) * E + column // F).to(gl.float32)
+        h_MN = u_MN * (g_MN * normal_cdf(g_MN, False)) * gl.expand_dims(w_M, 1)
+        # The tile before has left shared memory.
+        tma.store_wait(0)
+        h_tile.store(h_MN.to(h_desc.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(h_desc, [row, column], h_tile)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _rows_and_columns(tile, tiles_m, tiles_n, GROUP_M: gl.constexpr):
+    """`mtu_kernels.triton.expert_in.program_tile` of any tile."""
+    group = tile // (GROUP_M * tiles_n)
+    size = gl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    within = tile % (GROUP_M * tiles_n)
+    return group * GROUP_M + within % size, within // size
+
+
+def launch_persistent(
+    x_hat: Tensor, experts: ExpertWeights, routing: Routing, h: Tensor, tile: TileConfig, *, overlap: bool
+) -> Launch:
+    """x̂ (B, L, D) → h (B, L, H), for tensors that descriptors take, and a tile whose columns divide F."""
+    B, L, D = x_hat.shape
+    E = experts.num_experts
+    H = h.shape[2]
+    arguments = (
+        _describe(x_hat.view(B * L, D), [tile.block_m, tile.block_k]),
+        _describe(experts.w_in.view(2, H, D), [2, tile.block_n, tile.block_k]),
+        experts.b_in,
+        routing.weights,
+        _describe(h.view(B * L, H), [tile.block_m, tile.block_n]),
+        *(B * L, L, D, H // E, E),
+    )
+    constants = {
+        "OVERLAP": overlap,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "STAGES": tile.num_stages,
+        "GROUP_M": tile.group_m,
+    }
+    programs = min(ceil_div(B * L, tile.block_m) * (H // tile.block_n), _processors(x_hat.device))
+    return Launch(expert_in_persistent_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages, overlap)
+
+
+def _describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(block))
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _PROCESSORS
