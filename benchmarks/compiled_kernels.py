@@ -3,7 +3,8 @@
 No GPU is needed. Writes `results/compiled_kernels.csv`. Fails where registers spill, where a program does not fit the
 chip, where a product lacks tensor cores or loads that run ahead of it, and where its main loop waits for Hopper's
 tensor cores more than once, so that products are serialised. `--check` compiles less: the tiles that are shipped, each
-in all of its dtypes, and one call of each kind; it writes only what it is told to.
+in all of its dtypes, and one call of each kind; it writes only what it is told to. Tiles are those that the installed
+Triton would get; rows that other versions have written stay in the file.
 """
 
 from __future__ import annotations
@@ -212,12 +213,24 @@ def cells(result: Result) -> dict[str, str]:
     return row | {name: str(value) for name, value in columns.items()}
 
 
-def write(path: Path, rows: Sequence[dict[str, str]], source: dict[str, str]) -> None:
+def rows_of_others(path: Path, source: dict[str, str]) -> list[dict[str, str]]:
+    """The rows of a file that other versions of Triton compiled."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["triton"] != source["triton"]]
+
+
+def write(
+    path: Path, rows: Sequence[dict[str, str]], source: dict[str, str], kept: Sequence[dict[str, str]] = ()
+) -> None:
+    """A CSV file of rows with their source, and of rows that are kept as they are; columns that they lack are empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*rows[0], *source])
-        writer.writerows([*row.values(), *source.values()] for row in rows)
+        writer = csv.DictWriter(file, [*rows[0], *source], restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(row | source for row in rows)
+        writer.writerows(kept)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -241,7 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         results += found
     source = provenance(command_line("benchmarks.compiled_kernels", argv))
     if options.output is not None or not options.check:
-        write(options.output or RESULTS / "compiled_kernels.csv", [cells(result) for result in results], source)
+        path = options.output or RESULTS / "compiled_kernels.csv"
+        write(path, [cells(result) for result in results], source, kept=rows_of_others(path, source))
     for sentence in wrong:
         print(sentence)
     print(f"{len(results)} kernels compiled for {', '.join(options.arch)}: {len(wrong)} violations.")

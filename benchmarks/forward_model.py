@@ -39,6 +39,9 @@ class Tokens(NamedTuple):
     L: int
     B: int
 
+    def __str__(self) -> str:
+        return f"{self.D}x{self.L} B={self.B}"
+
     @property
     def rows(self) -> int:
         return self.B * self.L

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from benchmarks.ahead_of_time import Compiled, compile_launch, specialize
@@ -37,9 +37,10 @@ from mtu_kernels.triton.launch import Launch, interpreted
 
 STATUS = "predicted, not measured"
 BATCH = 2
+MEAN = "geometric mean"
 COLUMNS = (
-    "gpu", "subject", "variant", "status", "norm_us", "first_us", "second_us", "others_us", "total_us",
-    "over_two_products", "over_compiled_stock", "first_tflops", "l2_bytes_per_flop",
+    "gpu", "subject", "what", "variant", "status", "norm_us", "first_us", "second_us", "others_us", "total_us",
+    "reference_us", "ratio", "first_tflops", "first_l2_bytes_per_flop", "first_l2_bytes_over_before",
 )  # fmt: skip
 
 
@@ -51,19 +52,32 @@ class Kernel(NamedTuple):
     program: Program
 
 
-class Prediction(NamedTuple):
-    """A forward pass at a shape, and the grid of its first product."""
-
-    tokens: Tokens
-    forward: Forward
-    first: FirstProduct
+Firsts = dict[Tokens, FirstProduct]
 
 
-def kernels(rates: Rates) -> list[Kernel]:
-    """The package's products in forward passes at the shapes of SD 1.5 and SDXL, dense and top-2 of 8 experts."""
+class Variant(NamedTuple):
+    """Forward passes with something built into them.
+
+    Attributes:
+        what: "op", over the two plain products alone; or "compiled", over the stock feed-forward, compiled.
+        name: what is built in.
+        firsts: their first products.
+        forwards: by shape.
+        references: time of what they are compared with, by shape, in µs.
+    """
+
+    what: str
+    name: str
+    firsts: Firsts
+    forwards: dict[Tokens, Forward]
+    references: dict[Tokens, float]
+
+
+def kernels(rates: Rates, shapes: Sequence[tuple[int, int]] = SD_SHAPES) -> list[Kernel]:
+    """The package's products in forward passes, dense and top-2 of 8 experts, compiled for a GPU."""
     done: dict[tuple[str, ...], Compiled] = {}
     found = []
-    for D, L in SD_SHAPES:
+    for D, L in shapes:
         for shape in (dense(D, L), top_2(D, L)):
             call = Call(shape)
             for name, _, _, launch in record(call, rates.arch, recompute=False):
@@ -76,6 +90,15 @@ def kernels(rates: Rates) -> list[Kernel]:
                 tile = read_tile(done[key]._replace(launch=launch), rates.arch)
                 found.append(Kernel(call, launch, tile.program(depth)))
     return found
+
+
+def dense_firsts(found: Iterable[Kernel]) -> Firsts:
+    """Of the products, the first ones of dense calls, by shape."""
+    return {
+        Tokens(shape.D, shape.L, shape.B): FirstProduct(program, launch.programs)
+        for (shape, *_), launch, program in found
+        if shape.K is None and launch.kernel.__name__.startswith("expert_in")
+    }
 
 
 def kernel_cells(kernel: Kernel, rates: Rates) -> dict[str, str]:
@@ -100,63 +123,63 @@ def kernel_cells(kernel: Kernel, rates: Rates) -> dict[str, str]:
     }
 
 
-def variants(rates: Rates, shipped: dict[tuple[int, int], FirstProduct]) -> Iterator[tuple[str, list[Prediction]]]:
+def variants(rates: Rates, shipped: Firsts) -> Iterator[Variant]:
     """Forward passes at all shapes, by what is built into them.
 
-    shipped: the first products of dense calls as the package launches them, by width and tokens.
+    shipped: the first products of dense calls as the package launches them.
     """
-    shapes = [Tokens(D, L, BATCH) for D, L in shipped]
-    now = [shipped[tokens.D, tokens.L] for tokens in shapes]
-    old = [before(tokens, rates) for tokens in shapes]
-    late = [first._replace(early=False) for first in now]
-    choices = {"before": old, "lead 2: first product rewritten": late}
+    late = {tokens: first._replace(early=False) for tokens, first in shipped.items()}
+    old = {tokens: before(tokens, rates) for tokens in shipped}
+    yield _ops("before", old, rates)
+    yield _ops("lead 2: first product rewritten", late, rates)
     if rates.arch == "sm_90":
-        choices["leads 2, 4: and launched early"] = [first._replace(early=True) for first in now]
-        choices["leads 3, 4: ping-pong in Gluon, launched early"] = [
-            ping_pong(tokens)._replace(early=True) for tokens in shapes
-        ]
-    choices["shipped defaults"] = now
-    for name, firsts in choices.items():
-        yield name, [Prediction(t, op(t, first, rates), first) for t, first in zip(shapes, firsts, strict=True)]
-    for name, firsts, opaque in (
-        ("compiled, before", old, True),
-        ("compiled, lead 2", late, True),
-        ("compiled, leads 1, 2: LayerNorm is the compiler's", late, False),
-    ):
-        yield (
-            name,
-            [
-                Prediction(t, compiled(t, first, rates, opaque=opaque), first)
-                for t, first in zip(shapes, firsts, strict=True)
-            ],
-        )
+        early = {tokens: first._replace(early=True) for tokens, first in late.items()}
+        yield _ops("leads 2 and 4: and launched early", early, rates)
+        turns = {tokens: ping_pong(tokens)._replace(early=True) for tokens in shipped}
+        yield _ops("leads 3 and 4: ping-pong in Gluon; launched early", turns, rates)
+    yield _ops("shipped defaults", shipped, rates)
+    yield _compiled("before", old, rates, opaque=True)
+    yield _compiled("lead 2: first product rewritten", late, rates, opaque=True)
+    yield _compiled("leads 1 and 2: and LayerNorm is the compiler's", late, rates, opaque=False)
 
 
-def forward_cells(rates: Rates, variant: str, predictions: Sequence[Prediction]) -> Iterator[dict[str, str]]:
+def _ops(name: str, firsts: Firsts, rates: Rates) -> Variant:
+    forwards = {tokens: op(tokens, first, rates) for tokens, first in firsts.items()}
+    floors = {tokens: products(tokens, rates).total for tokens in firsts}
+    return Variant("op", name, firsts, forwards, floors)
+
+
+def _compiled(name: str, firsts: Firsts, rates: Rates, *, opaque: bool) -> Variant:
+    forwards = {tokens: compiled(tokens, first, rates, opaque=opaque) for tokens, first in firsts.items()}
+    others = {tokens: stock(tokens, rates).total for tokens in firsts}
+    return Variant("compiled", name, firsts, forwards, others)
+
+
+def forward_cells(variant: Variant, rates: Rates) -> Iterator[dict[str, str]]:
     """Rows of `predicted_forward.csv`: a variant at each shape, on the mean, and, where it is compiled, in UNets."""
-    head = {"gpu": rates.name, "subject": "", "variant": variant, "status": STATUS}
+    head = {"gpu": rates.name, "subject": "", "what": variant.what, "variant": variant.name, "status": STATUS}
     ratios = []
-    for tokens, forward, (program, programs, _) in predictions:
-        floor, other = products(tokens, rates).total, stock(tokens, rates).total
-        ratios.append((forward.total / floor, forward.total / other))
+    for tokens, forward in variant.forwards.items():
+        program, programs, _ = variant.firsts[tokens]
         flops = 4 * tokens.rows * tokens.hidden * tokens.D
-        row = head | {"subject": f"{tokens.D}x{tokens.L} B={tokens.B}"}
-        row |= {f"{name}_us": f"{time:.1f}" for name, time in forward._asdict().items()}
-        row |= {"total_us": f"{forward.total:.1f}"}
-        row |= {"over_two_products": f"{ratios[-1][0]:.3f}", "over_compiled_stock": f"{ratios[-1][1]:.3f}"}
-        row |= {"first_tflops": f"{flops / forward.first / 1e6:.0f}"}
-        yield row | {"l2_bytes_per_flop": f"{program.bytes * programs / flops:.5f}"}
-    means = [math.exp(math.fsum(map(math.log, column)) / len(ratios)) for column in zip(*ratios, strict=True)]
-    row = dict.fromkeys(COLUMNS, "") | head | {"subject": "geometric mean"}
-    yield row | {"over_two_products": f"{means[0]:.3f}", "over_compiled_stock": f"{means[1]:.3f}"}
-    if not variant.startswith("compiled"):
-        return
-    by_shape = {(tokens.D, tokens.L): (forward.total, tokens) for tokens, forward, _ in predictions}
-    for unet in UNETS:
-        ours = math.fsum(number * by_shape[shape][0] for shape, number in unet.blocks.items())
-        theirs = math.fsum(number * stock(by_shape[shape][1], rates).total for shape, number in unet.blocks.items())
-        row = dict.fromkeys(COLUMNS, "") | head | {"subject": f"UNet of {unet.name}"}
-        yield row | {"over_compiled_stock": f"{unet_ratio(unet, ours, theirs, rates):.3f}"}
+        loaded = program.bytes * programs
+        old = before(tokens, rates)
+        ratios.append(forward.total / variant.references[tokens])
+        row = (
+            head | {"subject": str(tokens)} | {f"{name}_us": f"{time:.1f}" for name, time in forward._asdict().items()}
+        )
+        row |= {"total_us": f"{forward.total:.1f}", "reference_us": f"{variant.references[tokens]:.1f}"}
+        row |= {"ratio": f"{ratios[-1]:.3f}", "first_tflops": f"{flops / forward.first / 1e6:.0f}"}
+        row |= {"first_l2_bytes_per_flop": f"{loaded / flops:.5f}"}
+        yield row | {"first_l2_bytes_over_before": f"{loaded / (old.program.bytes * old.programs):.3f}"}
+    mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+    yield dict.fromkeys(COLUMNS, "") | head | {"subject": MEAN, "ratio": f"{mean:.3f}"}
+    for unet in UNETS if variant.what == "compiled" else ():
+        number = {Tokens(D, L, BATCH): count for (D, L), count in unet.blocks.items()}
+        ours = math.fsum(count * variant.forwards[tokens].total for tokens, count in number.items())
+        theirs = math.fsum(count * variant.references[tokens] for tokens, count in number.items())
+        ratio = unet_ratio(unet, ours, theirs, rates)
+        yield dict.fromkeys(COLUMNS, "") | head | {"subject": f"UNet of {unet.name}", "ratio": f"{ratio:.3f}"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -172,20 +195,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for rates in GPUS.values():
         found = kernels(rates)
         each += [kernel_cells(kernel, rates) for kernel in found]
-        first = {
-            (kernel.call.shape.D, kernel.call.shape.L): FirstProduct(kernel.program, kernel.launch.programs)
-            for kernel in found
-            if kernel.call.shape.K is None and kernel.launch.kernel.__name__.startswith("expert_in")
-        }
-        for variant, predictions in variants(rates, first):
-            whole += list(forward_cells(rates, variant, predictions))
+        for variant in variants(rates, dense_firsts(found)):
+            whole += list(forward_cells(variant, rates))
     write(RESULTS / "predicted_kernels.csv", each, source)
     write(RESULTS / "predicted_forward.csv", whole, source)
-    print("Predicted time / two products, / compiled stock:")
+    print("Predicted: op / two products, compiled / compiled stock")
     for row in whole:
-        if row["subject"][0] in "gU":
-            ratios = f"{row['over_two_products'] or '-':>6} {row['over_compiled_stock']:>6}"
-            print(f"{ratios}  {row['gpu']:13}  {row['subject']:20}  {row['variant']}")
+        if not row["total_us"]:
+            print(f"{row['ratio']:>6}  {row['gpu']:13}  {row['subject']:20}  {row['what']}, {row['variant']}")
 
 
 if __name__ == "__main__":

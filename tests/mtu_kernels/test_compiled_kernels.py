@@ -1,5 +1,6 @@
 """Kernels compiled for GPUs that are not here. Each test runs in a process of its own: here kernels are interpreted."""
 
+import ast
 import csv
 import os
 import subprocess
@@ -43,6 +44,8 @@ def test_shipped_tiles_compile_without_spills_within_the_chip_and_with_loads_tha
 CHECKER = """
 from benchmarks.compiled_kernels import compile_all, rows_of, uncovered, violations
 from benchmarks.kernel_calls import record_rows
+from benchmarks.kernel_model import GPUS
+from benchmarks.prediction import kernel_cells, kernels
 from mtu_kernels.triton.tiles import TableRow, TileConfig, TileKey
 
 def show(arch, product, *tile):
@@ -58,6 +61,9 @@ code = result.compiled.code
 waits = tuple(i for i in code.main_loop if i.name.startswith("WARPGROUP.DEPBAR"))
 serialised = code._replace(main_loop=(*code.main_loop, *waits))
 print(len(waits), *violations(result), *violations(result._replace(compiled=result.compiled._replace(code=serialised))))
+for rates in GPUS.values():
+    for kernel in kernels(rates, ((640, 1024),)):
+        print(kernel_cells(kernel, rates))
 print(*uncovered("sm_80", [], (TableRow(TileKey("expert_in", "sm_80", 16, True), TileConfig(64, 64, 64, 4, 3), ""),)))
 """
 
@@ -65,12 +71,25 @@ print(*uncovered("sm_80", [], (TableRow(TileKey("expert_in", "sm_80", 16, True),
 def test_the_check_rejects_spills_and_what_does_not_fit_and_loads_and_products_that_wait():
     result = python("-c", CHECKER)
     assert result.returncode == 0, result.stderr
-    spills, too_large, waits, right, serialised, uncovered = result.stdout.splitlines()
+    spills, too_large, waits, right, serialised, *predicted, uncovered = result.stdout.splitlines()
     assert spills.startswith("128 | 128 | 32 | 4 | 3 | registers must not spill, got ")
     assert too_large.endswith("shared memory must be at most 166912 bytes, got 196608")
     assert "the main loop must load by LDGSTS alone, got 0 of it and " in waits
     assert right == "128 | 64 | 64 | 4 | 3 | True"
     assert serialised == "1 the main loop must wait once for its products, got 2 WARPGROUP.DEPBAR, which serialise them"
+    # Dense: the first product alone is the package's. The second one is the library's.
+    cells = [ast.literal_eval(line) for line in predicted]
+    assert [(row["gpu"][:4], row["call"].split()[2]) for row in cells] == [
+        (gpu, routing) for gpu in ("H100", "A100") for routing in ("dense", "top-2", "top-2")
+    ]
+    for row in cells:
+        # Operands pass through registers on an A100, whose multiprocessors then move more than they load.
+        assert (float(row["shared_cycles"]) > 0) == (row["gpu"][:4] == "A100")
+        assert 0 < float(row["issue_cycles"]) < float(row["tensor_cycles"])
+        assert int(row["programs_per_sm"]) >= 2
+        rows, columns = map(int, row["tile"].split("x")[:2])
+        columns *= 2 if row["kernel"].startswith("expert_in") else 1
+        assert float(row["l2_bytes_per_flop"]) == pytest.approx((rows + columns) / (rows * columns), rel=1e-3)
     assert uncovered.count("no kernel of 64x64x64 warps=4 stages=3 was compiled in") == 2
 
 
