@@ -23,6 +23,8 @@ from benchmarks.kernel_calls import (
     ODD,
     NamedLaunch,
     all_calls,
+    block_of,
+    by_descriptor,
     few_calls,
     record,
     record_others,
@@ -60,8 +62,9 @@ def is_product(launch: Launch) -> bool:
 
 def tile_of(launch: Launch) -> str:
     """Block sizes, warps and stages of a launch, as text."""
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "ROWS", "BLOCK_D")
-    sizes = "x".join(str(launch.constants[name]) for name in names if name in launch.constants)
+    names = ("BLOCK_M", "BLOCK_N", "ROWS", "BLOCK_D")
+    numbers = block_of(launch) if is_product(launch) else [launch.constants.get(name) for name in names]
+    sizes = "x".join(str(number) for number in numbers if number is not None)
     return f"{sizes} warps={launch.num_warps} stages={launch.num_stages}".strip()
 
 
@@ -120,8 +123,7 @@ def _product_violations(result: Result, loop: Sequence) -> Iterator[str]:
         yield f"the main loop must wait once for its products, got {waits} WARPGROUP.DEPBAR, which serialise them"
     if _is_odd(result):
         return
-    by_descriptor = "descriptor" in launch.kernel.__name__
-    loads = "UTMALDG" if by_descriptor else "LDGSTS"
+    loads = "UTMALDG" if by_descriptor(launch) else "LDGSTS"
     slow = count(loop, "LDG")
     if loads not in bases or slow:
         yield f"the main loop must load by {loads} alone, got {count(loop, loads)} of it and {slow} LDG"
@@ -177,8 +179,7 @@ def uncovered(arch: str, results: Iterable[Result], rows: Sequence[TableRow] = R
 
 def _shows(result: Result, row: TableRow) -> bool:
     launch = result.named.launch
-    by_descriptor = "descriptor" in launch.kernel.__name__
-    return tile_of(launch) == table_tile(row.tile) and by_descriptor == row.tile.descriptors
+    return tile_of(launch) == table_tile(row.tile) and by_descriptor(launch) == row.tile.descriptors
 
 
 def cells(result: Result) -> dict[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.inputs import DTYPES
 from benchmarks.products import Shape, draw_operands, prepare
@@ -45,6 +46,26 @@ class NamedLaunch(NamedTuple):
     dtype: str
     row: TableRow | None
     launch: Launch
+
+
+class Block(NamedTuple):
+    """Rows, columns and depth of a step of a product's tile; columns with a value-gate pair each count once."""
+
+    rows: int
+    columns: int
+    step: int
+
+
+def block_of(launch: Launch) -> Block:
+    """The tile of a product's launch."""
+    rows, columns, step = (launch.constants[f"BLOCK_{name}"] for name in "MNK")
+    # A second accumulator holds half as many columns again.
+    return Block(rows, columns * 3 // 2 if "wide" in launch.kernel.__name__ else columns, step)
+
+
+def by_descriptor(launch: Launch) -> bool:
+    """Whether tensor descriptors say where operands lie."""
+    return any(isinstance(argument, TensorDescriptor) for argument in launch.arguments)
 
 
 def dense(D: int, L: int, E: int = 4) -> Shape:

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from benchmarks.ahead_of_time import CHIPS, Compiled, programs_per_processor
+from benchmarks.kernel_calls import block_of
 from benchmarks.sass import Instruction
 
 _SCHEDULERS = 4
@@ -183,7 +184,7 @@ class CompiledTile(NamedTuple):
 def read_tile(compiled: Compiled, arch: str) -> CompiledTile:
     """From the block sizes and the listed code of a product that was compiled for an architecture."""
     launch, code = compiled.launch, compiled.code
-    rows, columns, step = (launch.constants[f"BLOCK_{name}"] for name in "MNK")
+    rows, columns, step = block_of(launch)
     columns *= 2 if launch.kernel.__name__.startswith("expert_in") else 1
     return CompiledTile(
         rows, columns, step, launch.num_warps, launch.num_stages,

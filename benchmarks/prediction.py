@@ -95,7 +95,7 @@ def kernels(rates: Rates, shapes: Sequence[tuple[int, int]] = SD_SHAPES) -> list
 def dense_firsts(found: Iterable[Kernel]) -> Firsts:
     """Of the products, the first ones of dense calls, by shape."""
     return {
-        Tokens(shape.D, shape.L, shape.B): FirstProduct(program, launch.programs)
+        Tokens(shape.D, shape.L, shape.B): FirstProduct(program, launch.programs, launch.overlaps)
         for (shape, *_), launch, program in found
         if shape.K is None and launch.kernel.__name__.startswith("expert_in")
     }
