@@ -7,6 +7,7 @@ torch and tqdm; neither this package nor diffusers has to be installed.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from benchmarks.inputs import DTYPES, Inputs, draw_shared, number_of_sets, route
 from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.peers import CONTENDERS, FFN, bind
 from benchmarks.provenance import RESULTS, command_line, provenance
-from benchmarks.recording import Log, record
+from benchmarks.recording import Log, deadline, record
 from benchmarks.report import report
 from benchmarks.rows import COLUMNS, Row, check_header, read_rows
 from benchmarks.sweeps import (
@@ -102,9 +103,16 @@ def _memory_and_host(prepared: Prepared, device: torch.device) -> dict[str, floa
 
 
 def run(
-    groups: Sequence[Group], device: torch.device, seconds: float, output: Path, source: dict[str, str]
+    groups: Sequence[Group],
+    device: torch.device,
+    seconds: float,
+    output: Path,
+    source: dict[str, str],
+    until: float = math.inf,
 ) -> tuple[list[Row], int]:
     """Measures groups one after the other and appends their rows to the CSV file as soon as they are there.
+
+    None is begun after the time `until`, by `time.monotonic`.
 
     Returns:
         The rows, and how many of them are missing because a contender was wrong or broke.
@@ -119,7 +127,7 @@ def run(
             # A group's blocks fit the next one badly.
             torch.cuda.empty_cache()
 
-    return record(groups, rows_of, log, output), log.failures
+    return record(groups, rows_of, log, output, until), log.failures
 
 
 def _contenders(text: str) -> tuple[str, ...]:
@@ -154,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="(default: bf16)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     parser.add_argument("--seconds", type=float, default=_SECONDS, help=f"for each row (default: {_SECONDS})")
+    parser.add_argument("--minutes", type=float, help="no group is begun after these (default: all are)")
     parser.add_argument("--output", type=Path, help="CSV to add rows to (default: results/moe_ffn_DEVICE.csv)")
     parser.add_argument("--commit", help="for the provenance, in a copy of the tree without its git directory")
     parser.add_argument("--report", type=Path, metavar="CSV", help="measure nothing: print the ratios of these rows")
@@ -182,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     parser = _parser()
     options = parser.parse_args(argv)
+    until = deadline(options.minutes)
     tested = options.tested[0] if options.tested else None
     try:
         if options.report is not None:
@@ -199,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_header(output, [*COLUMNS, *source])
     except ValueError as error:
         parser.error(str(error))
-    rows, failures = run(groups, device, options.seconds, output, source)
+    rows, failures = run(groups, device, options.seconds, output, source, until)
     print(f"{len(rows)} rows added to {output}")
     print("\n".join(report(rows, tested)))
     return 1 if failures else 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,11 @@ from tqdm import tqdm
 
 from benchmarks.rows import AnyRow, append_row
 from benchmarks.sweeps import Entry
+
+
+def deadline(minutes: float | None) -> float:
+    """The time by `time.monotonic` in so many minutes; None: never."""
+    return math.inf if minutes is None else time.monotonic() + 60 * minutes
 
 
 class Log:
@@ -52,7 +59,11 @@ class Log:
 
 
 def record(
-    groups: Sequence[Any], measure: Callable[[str, Any], Iterator[AnyRow]], log: Log, output: Path
+    groups: Sequence[Any],
+    measure: Callable[[str, Any], Iterator[AnyRow]],
+    log: Log,
+    output: Path,
+    until: float = math.inf,
 ) -> list[AnyRow]:
     """Measures groups and appends their rows to a CSV file.
 
@@ -61,6 +72,7 @@ def record(
         measure: name of the group, group → its rows, as they are measured.
         log: whose bar is closed at the end.
         output: the file.
+        until: time by `time.monotonic` after which no group is begun.
 
     Returns:
         All rows.
@@ -70,6 +82,9 @@ def record(
     rows = []
     with log.bar:
         for number, group in enumerate(groups):
+            if time.monotonic() > until:
+                log.bar.write(f"out of time: {len(groups) - number} of {len(groups)} groups are left", file=sys.stderr)
+                break
             for row in measure(f"{start}-{number}", group):
                 append_row(output, row)
                 log.row(row)

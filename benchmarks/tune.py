@@ -22,7 +22,7 @@ from tqdm import tqdm
 from benchmarks.kernel_calls import SD_SHAPES
 from benchmarks.products import Shape
 from benchmarks.provenance import command_line, provenance
-from benchmarks.sweeps import parse_shapes
+from benchmarks.sweeps import parse_choices, parse_counts, parse_shapes
 from benchmarks.tile_candidates import candidates
 from benchmarks.tile_measure import Task, Tile, Timer, compile_ahead
 from benchmarks.tile_rows import merge, read, write
@@ -34,6 +34,9 @@ from mtu_kernels.triton.tiles import PRODUCTS, TableRow, TileKey
 BITS = 16
 DTYPE = "bf16"
 BATCHES = (2, 8)
+# Experts, and how many of them are active. What all inference runs goes first.
+ROUTINGS: dict[str, tuple[int, int | None]] = {"dense": (4, None), "top-2": (8, 2)}
+_INFERENCE = ("expert_in", "expert_sum")
 SHIPPED = Path(tile_table.__file__)
 # A row for a number of tokens of its own must be worth it.
 _WORTH_A_ROW = 1.02
@@ -49,16 +52,24 @@ class Measurement(NamedTuple):
     before: Tile
 
 
-def tasks_of(products: Sequence[str], shapes: Sequence[tuple[int, int]], arch: str) -> dict[TileKey, Task]:
+def tasks_of(
+    products: Sequence[str],
+    shapes: Sequence[tuple[int, int]],
+    arch: str,
+    batches: Sequence[int] = BATCHES,
+    routings: Sequence[str] = tuple(ROUTINGS),
+) -> dict[TileKey, Task]:
     """What is measured, by the key of its row: several shapes may share one, and the first of them stands for all.
 
-    Keys name the installed version of Triton: what another one makes of the tiles is not measured.
+    A run may be cut off anywhere, so it begins with what matters most: dense routing, and in it the inference. Keys name
+    the installed version of Triton: what another one makes of the tiles is not measured.
     """
     tasks: dict[TileKey, Task] = {}
-    for product in products:
-        for D, L in shapes:
-            for B in BATCHES:
-                for E, K in ((4, None), (8, 2)):
+    for routing in sorted(routings, key=list(ROUTINGS).index):
+        E, K = ROUTINGS[routing]
+        for product in sorted(products, key=lambda product: product not in _INFERENCE):
+            for D, L in shapes:
+                for B in batches:
                     task = Task(product, Shape(D, L, B, E, K, 4 * D // E), DTYPE)
                     key = task.shape.key(product, arch, BITS)._replace(triton=triton_version())
                     tasks.setdefault(key, task)
@@ -150,11 +161,19 @@ def _products(text: str) -> tuple[str, ...]:
     return names
 
 
+def _routings(text: str) -> tuple[str, ...]:
+    return parse_choices(text, tuple(ROUTINGS), "routing")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.split("\n\n")[1])
     parser.add_argument("--products", type=_products, default=PRODUCTS, help=f"(default: {','.join(PRODUCTS)})")
     parser.add_argument(
         "--shapes", type=parse_shapes, default=SD_SHAPES, help="DxL, or sets: sd15, sdxl (default: both)"
+    )
+    parser.add_argument("--batches", type=parse_counts, default=BATCHES, help="samples (default: 2,8)")
+    parser.add_argument(
+        "--routing", type=_routings, default=tuple(ROUTINGS), help="dense, top-2, or all (default: all)"
     )
     parser.add_argument("--minutes", type=float, default=6.0, help="no shape is begun after these (default: 6)")
     parser.add_argument("--table", type=Path, default=SHIPPED, help="file to write (default: the package's own)")
@@ -181,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"measured on {facts['processor']}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, torch {facts['torch']}, "
     )
     source += f"triton {facts['triton']}, commit {facts['commit']}"
-    tasks = tasks_of(options.products, options.shapes, arch)
+    tasks = tasks_of(options.products, options.shapes, arch, options.batches, options.routing)
     tiles = {task: candidates(key) for key, task in tasks.items()}
     refused = compile_ahead(tiles, arch)
     number = sum(map(len, tiles.values())) - len(refused)

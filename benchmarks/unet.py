@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +26,7 @@ import torch.compiler.config
 
 from benchmarks.inputs import DTYPES
 from benchmarks.provenance import RESULTS, command_line, provenance
-from benchmarks.recording import Log, record
+from benchmarks.recording import Log, deadline, record
 from benchmarks.report import report
 from benchmarks.rows import check_header
 from benchmarks.sweeps import DENSE, Setting, parse_choices, parse_count, parse_counts, parse_top_k
@@ -45,10 +47,16 @@ from benchmarks.unet_rows import COLUMNS, TARGETS, Row, Workload, read_rows
 
 # Seconds for each contender, by device; on a CPU the rounds take long enough.
 _SECONDS = {"cuda": 1.0, "cpu": 0.0}
+_POLL_SECONDS = 0.05
 
 
 def run(
-    workloads: Sequence[Workload], device: torch.device, plan: Plan, output: Path, source: dict[str, str]
+    workloads: Sequence[Workload],
+    device: torch.device,
+    plan: Plan,
+    output: Path,
+    source: dict[str, str],
+    until: float = math.inf,
 ) -> tuple[list[Row], int]:
     """Measures the contenders in one workload after the other, and appends rows to the file.
 
@@ -58,6 +66,7 @@ def run(
         plan: what is measured.
         output: the CSV file.
         source: provenance of the rows.
+        until: time by `time.monotonic` after which no workload is begun.
 
     Returns:
         The rows, and how many of them are missing because a contender was wrong or broke.
@@ -77,7 +86,7 @@ def run(
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-    return record(workloads, rows_of, log, output), log.failures
+    return record(workloads, rows_of, log, output, until), log.failures
 
 
 @contextmanager
@@ -86,6 +95,13 @@ def _caches_of_the_compiler(cold: bool) -> Iterator[None]:
     with torch.compiler.config.patch(force_disable_caches=cold), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "dynamo_pgo force disabled", UserWarning)
         yield
+
+
+def _wait_for(file: Path) -> None:
+    """Says that all is prepared, and waits for whoever shares the device out."""
+    file.with_name(f"{file.name}.ready").touch()
+    while not file.exists():
+        time.sleep(_POLL_SECONDS)
 
 
 def _contenders(text: str) -> tuple[str, ...]:
@@ -132,6 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--runs", type=at_least_two, help=f"least timed steps of each contender (default: {MIN_ROUNDS})")
     add("--seconds", type=float, help="for each contender (default: 1; 0 on a CPU)")
     add("--warm-caches", action="store_true", help="let the compiler reuse what it compiled before: no warmup_s then")
+    add("--minutes", type=float, help="no group is begun after these (default: all are)")
+    add("--wait-for", type=Path, metavar="FILE", help="build and compile, make FILE.ready, and time when FILE is there")
     add("--quick", action="store_true", help="a smoke test: a tiny model, two runs")
     add("--output", type=Path, help="CSV to add rows to (default: results/unet_DEVICE.csv)")
     add("--commit", help="for the provenance, in a copy of the tree without its git directory")
@@ -173,11 +191,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     parser = _parser()
     options = parser.parse_args(argv)
+    until = deadline(options.minutes)
     try:
         if options.report is not None:
             print("\n".join(report(read_rows(options.report), options.tested, TARGETS)))
             return 0
         _fill_in(options)
+        if options.wait_for is not None and len(options.batches) * len(options.branches) > 1:
+            raise ValueError(f"--wait-for is for one batch of one number of branches, got {argv}.")
         device = torch.device(options.device)
         layouts = [Setting(E, K) for E in options.experts for K in options.top_k]
         for layout in layouts:
@@ -188,12 +209,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     settings = tuple(layout._replace(tasks=tasks) for layout in layouts for tasks in options.tasks)
     plan = Plan(options.contenders, settings, options.runs, options.seconds, not options.warm_caches)
+    if options.wait_for is not None:
+        plan = plan._replace(before_timing=functools.partial(_wait_for, options.wait_for))
     workloads = [
         Workload(options.model, options.size, B, branches, options.dtype)
         for branches in options.branches
         for B in options.batches
     ]
-    rows, failures = run(workloads, device, plan, options.output, source)
+    rows, failures = run(workloads, device, plan, options.output, source, until)
     print(f"{len(rows)} rows added to {options.output}")
     print("\n".join(report(rows, options.tested, TARGETS)))
     return 1 if failures else 0

@@ -38,6 +38,7 @@ class Plan(NamedTuple):
         runs: least rounds.
         seconds: for each contender.
         cold: whether the compiler forgets what it compiled for others; or else the time that it takes means nothing.
+        before_timing: called when a group is built, compiled and checked; may wait for its turn on the device.
     """
 
     names: tuple[str, ...]
@@ -45,6 +46,7 @@ class Plan(NamedTuple):
     runs: int
     seconds: float
     cold: bool
+    before_timing: Call = lambda: None
 
     def entries(self, workload: Workload) -> tuple[Entry, ...]:
         """Contenders in settings, each once. There are no more tasks in a batch than pictures."""
@@ -109,6 +111,7 @@ class Measuring:
         for settle in dict.fromkeys(prepared.subject.settle for prepared in ready):
             if settle is not None:
                 settle()
+        self._plan.before_timing()
         self._log.bar.set_description(f"rounds of {self._workload}")
         for prepared, timing in zip(ready, self._times([prepared.steps for prepared in ready]), strict=True):
             yield prepared.entry, self._row(prepared, timing)

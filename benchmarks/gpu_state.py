@@ -1,0 +1,111 @@
+"""What a run on a GPU keeps between its calls: the steps that ended, what they wrote, and a copy of the tree."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.gpu_process import end_leftover
+from benchmarks.provenance import ROOT
+
+_TREE = ("mtu", "mtu_kernels", "benchmarks", "tests", "pyproject.toml")
+_TABLE = Path("mtu_kernels", "triton", "tile_table.py")
+DONE, FAILED, ENDED, CUT, LATE = "done", "failed", "ended", "cut", "not started"
+
+
+class Outcome(NamedTuple):
+    """How a step ended.
+
+    Attributes:
+        status: `DONE`; `FAILED`: by itself; `ENDED`: at its budget; `CUT`: with the whole run; `LATE`: never begun.
+        seconds: that it took.
+        sentence: why, where it is not done.
+    """
+
+    status: str
+    seconds: float
+    sentence: str = ""
+
+
+class State:
+    """The state folder of a run, for one call of it at a time.
+
+    Args:
+        folder: made if it is not there.
+
+    Raises:
+        ValueError: the folder cannot be written, or another call is using it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self.tree = self.folder / "tree"
+        try:
+            for name in ("steps", "running", "outcomes"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / "lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--state must be of this call alone, but another one uses {folder} now.") from None
+        except OSError as error:
+            raise ValueError(f"--state must be a folder that can be written, got {folder}: {error.strerror}.") from None
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def end_leftovers(self) -> list[str]:
+        """Kills what a call that was killed left running. Returns the names of the steps."""
+        return [note.name for note in sorted((self.folder / "running").iterdir()) if end_leftover(note)]
+
+    def copy_tree(self) -> None:
+        """Copies the tree that this module is part of: its own stays as it is when tiles are tuned."""
+        shutil.rmtree(self.tree, ignore_errors=True)
+        skipped = shutil.ignore_patterns("__pycache__", "*.partial")
+        self.tree.mkdir()
+        for name in _TREE:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, self.tree / name, ignore=skipped)
+            else:
+                shutil.copy2(ROOT / name, self.tree / name)
+
+    def use_tuned_table(self) -> bool:
+        """Puts a tuned table into the copy of the tree. Returns whether there is one."""
+        tuned = self.step("tune") / _TABLE.name
+        if tuned.exists():
+            replace(self.tree / _TABLE, tuned.read_bytes())
+        return tuned.exists()
+
+    def step(self, name: str) -> Path:
+        """The folder of a step, made if it is not there."""
+        folder = self.folder / "steps" / name
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def note(self, name: str) -> Path:
+        """The file that says which process a step is."""
+        return self.folder / "running" / name
+
+    def outcome(self, name: str) -> Outcome | None:
+        """How a step ended, in this call or an earlier one; None if it did not, or that cannot be read."""
+        try:
+            return Outcome(**json.loads((self.folder / "outcomes" / name).read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def keep(self, name: str, outcome: Outcome) -> None:
+        replace(self.folder / "outcomes" / name, json.dumps(outcome._asdict()).encode())
+
+    def outcomes(self, names: Iterable[str]) -> dict[str, Outcome]:
+        found = {name: self.outcome(name) for name in names}
+        return {name: outcome for name, outcome in found.items() if outcome is not None}
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Writes a file as a whole: who reads it meanwhile, or after a crash, has the old one or the new one."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
