@@ -19,6 +19,10 @@ MIN_ROUNDS = 20
 MAX_ROUNDS = 1000
 # Rounds that are run and not counted: clocks, caches and page tables settle.
 WARM_ROUNDS = 2
+# The device sleeps while the host issues a graph; a host that waits for the device is not waited for in turn.
+_CALIBRATION_CYCLES = 1_000_000
+_ISSUES = 5
+_MOST_SLEEP_US = 20_000.0
 _BURST = 20
 _BURSTS = 5
 
@@ -50,12 +54,15 @@ def time_interleaved(
     seconds: float,
     at_least: int = MIN_ROUNDS,
     after_round: Call = lambda: None,
+    replaying: Sequence[bool] | None = None,
 ) -> list[Timing]:
     """Times contenders round robin, so that all of them see the same clocks and the same neighbours.
 
     On a GPU each contender runs through all its calls in a round, captured in one CUDA graph: the gap before a graph is
-    then shared among them, and none finds its inputs in the cache. The current stream must not be the default one. On
-    a CPU each runs one call in a round, the next one of its calls in the next round.
+    then shared among them, and none finds its inputs in the cache. The current stream must not be the default one. What
+    replays graphs is timed without the host's part, which is issued while the device is kept busy; what launches
+    kernels one by one is timed with it, in rounds of its own: after it the device would wait for the next graph. On a
+    CPU each runs one call in a round, the next one of its calls in the next round.
 
     Args:
         contenders: for each one its calls, on one set of inputs each; warmed up already.
@@ -64,16 +71,26 @@ def time_interleaved(
         seconds: time for each contender; 1000 rounds are run at most.
         at_least: rounds that are run whatever they take.
         after_round: called between two rounds, also those that are not counted: for progress where calls take long.
+        replaying: for each one whether its calls replay CUDA graphs of their own; None: none of them does.
     """
     if device.type != "cuda":
         turns = [itertools.cycle(calls) for calls in contenders]
-        graphs = [False] * len(contenders)
-        measure = functools.partial(_clock_round, turns)
-    else:
-        graphs, runs = _captured_runs(contenders, capturable)
-        measure = functools.partial(_events_round, runs, [len(calls) for calls in contenders])
-    times = _rounds(measure, seconds * len(contenders), at_least, after_round)
-    return [summary(column, graph) for column, graph in zip(zip(*times, strict=True), graphs, strict=True)]
+        times = _rounds(functools.partial(_clock_round, turns), seconds * len(contenders), at_least, after_round)
+        return [summary(column, graph=False) for column in zip(*times, strict=True)]
+    graphs, runs = _captured_runs(contenders, capturable)
+    if replaying is not None:
+        graphs = [captured or replays for captured, replays in zip(graphs, replaying, strict=True)]
+    timings: dict[int, Timing] = {}
+    for kind in (True, False):
+        places = [place for place, graph in enumerate(graphs) if graph == kind]
+        if places:
+            chosen, counts = [runs[place] for place in places], [len(contenders[place]) for place in places]
+            sleeps = _sleeps(chosen) if kind else [0] * len(places)
+            measure = functools.partial(_events_round, chosen, counts, sleeps)
+            times = _rounds(measure, seconds * len(places), at_least, after_round)
+            columns = zip(*times, strict=True)
+            timings |= {place: summary(column, kind) for place, column in zip(places, columns, strict=True)}
+    return [timings[place] for place in range(len(contenders))]
 
 
 def _rounds(measure: Callable[[], list[float]], seconds: float, at_least: int, after_round: Call) -> list[list[float]]:
@@ -147,12 +164,40 @@ def _captured(calls: Sequence[Call], pool: Any) -> torch.cuda.CUDAGraph | None:
     return graph
 
 
-def _events_round(runs: Sequence[Call], counts: Sequence[int]) -> list[float]:
+def _sleeps(runs: Sequence[Call]) -> list[int]:
+    """For each run the cycles that the device must be kept busy for, while the host issues the run.
+
+    An event on an idle device happens at once, and then the host's work would count: 1 to 3 ms where a whole UNet's
+    inputs are prepared for its graph.
+    """
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    # The first one loads the kernel.
+    for _ in range(2):
+        start.record()
+        torch.cuda._sleep(_CALIBRATION_CYCLES)
+        end.record()
+        torch.cuda.synchronize()
+    cycles_per_us = _CALIBRATION_CYCLES / (start.elapsed_time(end) * 1e3)
+    sleeps = []
+    for run in runs:
+        issued = []
+        for _ in range(_ISSUES):
+            torch.cuda.synchronize()
+            issued.append(_clocked(run))
+        # Hosts are slower at times, and events are issued, too.
+        sleeps.append(int(cycles_per_us * min(_MOST_SLEEP_US, 2 * statistics.median(issued) + 20)))
+    torch.cuda.synchronize()
+    return sleeps
+
+
+def _events_round(runs: Sequence[Call], counts: Sequence[int], sleeps: Sequence[int]) -> list[float]:
     # Not counted: it is what precedes the first contender in the turn, and it lets the host get ahead of the device.
     runs[-1]()
     events = []
-    for run in runs:
+    for run, sleep in zip(runs, sleeps, strict=True):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if sleep:
+            torch.cuda._sleep(sleep)
         start.record()
         run()
         end.record()

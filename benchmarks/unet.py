@@ -71,7 +71,9 @@ def run(
     Returns:
         The rows, and how many of them are missing because a contender was wrong or broke.
     """
-    rounds = len(workloads) * (WARM_ROUNDS + plan.runs)
+    # Graphs have rounds of their own.
+    kinds = {CONTENDERS[name].graphs for name in plan.names}
+    rounds = len(workloads) * len(kinds) * (WARM_ROUNDS + plan.runs)
     log = Log(sum(len(plan.entries(workload)) for workload in workloads) + rounds, unit="step")
     family = Family(workloads[0].model, workloads[0].dtype, device)
     yardstick = functools.cache(functools.partial(make_yardstick, family))

@@ -113,7 +113,7 @@ class Measuring:
                 settle()
         self._plan.before_timing()
         self._log.bar.set_description(f"rounds of {self._workload}")
-        for prepared, timing in zip(ready, self._times([prepared.steps for prepared in ready]), strict=True):
+        for prepared, timing in zip(ready, self._times(ready), strict=True):
             yield prepared.entry, self._row(prepared, timing)
 
     def _prepare(self, entry: Entry) -> Prepared:
@@ -166,21 +166,22 @@ class Measuring:
             raise Recompiled(str(error).partition("\n")[0]) from error
         return warm_up
 
-    def _times(self, contenders: Sequence[Sequence[Call]]) -> list[Timing]:
-        if not contenders:
+    def _times(self, ready: Sequence[Prepared]) -> list[Timing]:
+        if not ready:
             return []
+        steps, plan = [prepared.steps for prepared in ready], self._plan
         # Nothing is captured here: launches are part of an eager step's time; graphs are replayed by the contenders.
-        eager = [False] * len(contenders)
+        eager, replaying = [False] * len(ready), [CONTENDERS[prepared.entry.contender].graphs for prepared in ready]
         after_round = functools.partial(self._log.bar.update, 1)
         with torch.compiler.set_stance("fail_on_recompile"):
-            return time_interleaved(contenders, eager, self._device, self._plan.seconds, self._plan.runs, after_round)
+            return time_interleaved(steps, eager, self._device, plan.seconds, plan.runs, after_round, replaying)
 
     def _row(self, prepared: Prepared, timing: Timing) -> dict[str, Any]:
         graphs, subject, warm_up = CONTENDERS[prepared.entry.contender].graphs, prepared.subject, prepared.warm_up
         steps = tasks_of(self._workload.model)[0].num_inference_steps
         peak = warm_up.peak_bytes if graphs else peak_bytes(prepared.steps[0], self._device)
         switch = subject.switch
-        return timing._replace(graph=graphs)._asdict() | {
+        return timing._asdict() | {
             "peak_bytes": peak,
             "weight_bytes": subject.weight_bytes(self._device),
             "warmup_s": warm_up.seconds if warm_up is not None and self._plan.cold else None,

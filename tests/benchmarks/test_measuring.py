@@ -116,3 +116,71 @@ def test_sweeps_name_contenders_that_exist():
     for sweep in (*DEFAULT_SWEEPS["cuda"], *DEFAULT_SWEEPS["cpu"], QUICK):
         assert set(sweep.contenders) <= set(CONTENDERS)
         assert list(sweep.groups("bf16"))
+
+
+class Device:
+    """Stands for a GPU: a queue whose entries begin when the host has issued them and those before are done (µs)."""
+
+    def __init__(self):
+        self.host = self.free = 0.0
+        self.order = []
+
+    def enqueue(self, duration):
+        self.free = max(self.free, self.host) + duration
+
+    def call(self, name, host, *kernels):
+        """A call for which the host works, then launches kernels one after the other."""
+
+        def run():
+            self.order.append(name)
+            for kernel in kernels:
+                self.host += host / len(kernels)
+                self.enqueue(kernel)
+
+        return run
+
+    def synchronize(self, device=None):
+        self.host = max(self.host, self.free)
+
+    def event(self, enable_timing):
+        return Event(self)
+
+
+class Event:
+    def __init__(self, device):
+        self.device, self.time = device, None
+
+    def record(self):
+        self.device.host += 1
+        self.device.enqueue(0)
+        self.time = self.device.free
+
+    def elapsed_time(self, end):
+        return (end.time - self.time) / 1e3
+
+
+@pytest.fixture
+def device(monkeypatch):
+    device = Device()
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    monkeypatch.setattr(torch.cuda, "synchronize", device.synchronize)
+    # Two cycles a microsecond.
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: device.enqueue(cycles / 2))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr("benchmarks.timing.time.perf_counter", lambda: device.host / 1e6)
+    return device
+
+
+def test_graphs_are_timed_without_the_host_and_apart_from_what_is_launched_one_by_one(device):
+    # A graph that the host takes longer to issue than the one before it runs, after kernels that wait for the host.
+    calls = [device.call("eager", 3000, *[10] * 10), device.call("short", 20, 100), device.call("long", 900, 700)]
+    timings = time_interleaved(
+        [[call] for call in calls], [False] * 3, torch.device("cuda"), 0, replaying=[False, True, True]
+    )
+    assert [timing.graph for timing in timings] == [False, True, True]
+    assert [timing.median_us for timing in timings[1:]] == pytest.approx([100, 700])
+    # What is launched one by one takes as long as the host does, with its event.
+    assert timings[0].median_us == pytest.approx(3001)
+    first = device.order.index("eager")
+    assert "eager" not in device.order[:first]
+    assert set(device.order[first:]) == {"eager"}
