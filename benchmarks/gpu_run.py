@@ -74,7 +74,8 @@ class Run:
                     return
 
     def _stage(self, stage: Sequence[Step]) -> None:
-        self._state.use_tuned_table()
+        tuned = self._state.use_tuned_table()
+        self._rows_of = f"{self._commit}+tuned-tiles" if tuned else self._commit
         running: dict[str, tuple[Step, Group, float]] = {}
         try:
             for step in stage:
@@ -102,9 +103,7 @@ class Run:
         folder, seconds = self._state.step(step.name), min(step.seconds, self._left)
         for name in (GO, f"{GO}.ready"):
             (folder / name).unlink(missing_ok=True)
-        tuned = "+tuned-tiles" if (self._state.step("tune") / "tile_table.py").exists() else ""
-        minutes = max(1.0, seconds - _MARGIN_SECONDS) / 60
-        place = Place(folder, self._commit + tuned, self._quick, self._cuda, minutes)
+        place = Place(folder, self._rows_of, self._quick, self._cuda, max(1.0, seconds - _MARGIN_SECONDS))
         command = step.command(place)
         self._say(f"{step.name}: begins, {seconds:.0f} s at most")
         try:
@@ -166,9 +165,8 @@ class Run:
             self._say(f"The results cannot be copied out now, and stay in the state folder: {error}")
 
     def _environment(self) -> dict[str, str]:
-        caches = {
-            name: str(self._state.folder / "caches" / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-        }
+        caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+        caches = {name: str(self._state.caches / folder) for name, folder in caches.items()}
         interpreter = {} if self._cuda else {"TRITON_INTERPRET": "1"}
         return os.environ | caches | interpreter | {"PYTHONUNBUFFERED": "1"}
 
@@ -199,10 +197,10 @@ def schedule(steps: Sequence[Step], minutes: float, quick: bool, commit: str, st
             alone = (
                 "alone" if step.alone else f"beside others, then {step.timed:.0f} s alone" if step.timed else "beside"
             )
-            place = Place(state / "steps" / step.name, commit, quick, cuda, (step.seconds - _MARGIN_SECONDS) / 60)
-            yield f"{when}  {step.name}: {step.seconds:.0f} s at most, {step.least:.0f} at least, {alone}; {step.yields}"
+            place = Place(state / "steps" / step.name, commit, quick, cuda, min(step.seconds, left) - _MARGIN_SECONDS)
+            yield f"{when}  {step.name}: {step.least:.0f} to {step.seconds:.0f} s, {alone}: {step.yields}"
             yield f"        {' '.join(step.command(place))}"
-        now += max((step.seconds for step in begun), default=0) + sum(step.timed for step in begun)
+        now += min(left, max((step.seconds for step in begun), default=0)) + sum(step.timed for step in begun)
     yield f"{now:.0f} s at most, of {60 * minutes:.0f}; {_RESERVE_SECONDS:.0f} s are kept for the end."
 
 
@@ -243,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(schedule(steps, options.minutes, options.quick, commit, options.state)))
         return 0
     try:
-        state = State(options.state)
+        state = State(options.state, commit)
         output = Output(options.output, state, [step.name for step in (*STEPS, DIAGNOSIS)], commit)
     except ValueError as error:
         parser.error(str(error))

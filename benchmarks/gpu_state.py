@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.gpu_process import end_leftover
+from benchmarks.gpu_steps import TABLE, TUNE
 from benchmarks.provenance import ROOT
 
 _TREE = ("mtu", "mtu_kernels", "benchmarks", "tests", "pyproject.toml")
-_TABLE = Path("mtu_kernels", "triton", "tile_table.py")
+_TABLE = Path("mtu_kernels", "triton", TABLE)
 DONE, FAILED, ENDED, CUT, LATE = "done", "failed", "ended", "cut", "not started"
 
 
@@ -35,19 +37,21 @@ class State:
     """The state folder of a run, for one call of it at a time.
 
     Args:
-        folder: made if it is not there.
+        folder: made if it is not there. What compilers keep is shared by all commits.
+        commit: whose steps these are: what ended of another commit says nothing of this one.
 
     Raises:
         ValueError: the folder cannot be written, or another call is using it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder.resolve()
+    def __init__(self, folder: Path, commit: str) -> None:
+        self.caches, self._running = folder.resolve() / "caches", folder.resolve() / "running"
+        self.folder = folder.resolve() / re.sub(r"[^\w.+-]", "_", f"commit-{commit}")
         self.tree = self.folder / "tree"
         try:
-            for name in ("steps", "running", "outcomes"):
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / "lock").open("w")
+            for made in (self.caches, self._running, self.folder / "steps", self.folder / "outcomes"):
+                made.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / "lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"--state must be of this call alone, but another one uses {folder} now.") from None
@@ -59,7 +63,7 @@ class State:
 
     def end_leftovers(self) -> list[str]:
         """Kills what a call that was killed left running. Returns the names of the steps."""
-        return [note.name for note in sorted((self.folder / "running").iterdir()) if end_leftover(note)]
+        return [note.name for note in sorted(self._running.iterdir()) if end_leftover(note)]
 
     def copy_tree(self) -> None:
         """Copies the tree that this module is part of: its own stays as it is when tiles are tuned."""
@@ -73,8 +77,8 @@ class State:
                 shutil.copy2(ROOT / name, self.tree / name)
 
     def use_tuned_table(self) -> bool:
-        """Puts a tuned table into the copy of the tree. Returns whether there is one."""
-        tuned = self.step("tune") / _TABLE.name
+        """Puts the tuned table into the copy of the tree. Returns whether there is one."""
+        tuned = self.step(TUNE) / TABLE
         if tuned.exists():
             replace(self.tree / _TABLE, tuned.read_bytes())
         return tuned.exists()
@@ -87,7 +91,7 @@ class State:
 
     def note(self, name: str) -> Path:
         """The file that says which process a step is."""
-        return self.folder / "running" / name
+        return self._running / name
 
     def outcome(self, name: str) -> Outcome | None:
         """How a step ended, in this call or an earlier one; None if it did not, or that cannot be read."""

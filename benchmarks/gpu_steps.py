@@ -1,38 +1,52 @@
-"""The steps of `python -m benchmarks.gpu_run`, in the order of what they are worth, and how long they may take."""
+"""The steps of `python -m benchmarks.gpu_run`, in the order of what they are worth, and how long they may take.
+
+Budgets are for an H100 with 16 cores. Together they fill nine minutes; the icons get what is left in a second call.
+"""
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-# The file by which a step that holds on is told to go on.
+# The file by which a step that holds on is told to go on; it makes another one, `.ready`, when it is prepared.
 GO = "go"
+# What the tiles are tuned for is used from then on.
+TUNE, TABLE = "tune", "tile_table.py"
 _TINY = {"sd15": "tiny", "sdxl": "tiny-xl"}
+_TEST_WORKERS = 10
+# Tests that say nothing of this library's kernels, want most of the memory, or compile for a minute.
+_TESTS = "not eager-cuda and not 32_bits and not unets and not reduce-overhead"
+_ICONS_PICTURES_SECONDS = 60
 
 
 class Place(NamedTuple):
-    """Where and how the steps run.
+    """Where and how a step runs.
 
     Attributes:
         folder: of the step, for what it writes.
         commit: for the rows.
         quick: on the tiny model.
         cuda: whether there is a CUDA device.
-        minutes: that the step may take.
+        seconds: after which the step must have stopped by itself.
     """
 
     folder: Path
     commit: str
     quick: bool
     cuda: bool
-    minutes: float
+    seconds: float
 
     @property
     def device(self) -> str:
         return "cuda" if self.cuda else "cpu"
+
+    @property
+    def minutes(self) -> tuple[str, str]:
+        return "--minutes", f"{self.seconds / 60:.2f}"
 
 
 class Step(NamedTuple):
@@ -41,7 +55,7 @@ class Step(NamedTuple):
     Attributes:
         name: also of its folder.
         yields: what is known after it.
-        arguments: place → arguments of the interpreter.
+        command: place → program and arguments.
         seconds: budget, after which it is ended.
         least: seconds under which it is not worth starting.
         alone: whether nothing else may use the device meanwhile; those that need not be run beside each other.
@@ -52,7 +66,7 @@ class Step(NamedTuple):
 
     name: str
     yields: str
-    arguments: Callable[[Place], list[str]]
+    command: Callable[[Place], list[str]]
     seconds: float
     least: float
     alone: bool = True
@@ -60,82 +74,157 @@ class Step(NamedTuple):
     decides: bool = False
     stop: signal.Signals = signal.SIGTERM
 
-    def command(self, place: Place) -> list[str]:
-        return [sys.executable, *self.arguments(place)]
 
-
-def _module(name: str, *arguments: str) -> list[str]:
-    return ["-m", f"benchmarks.{name}", *arguments]
+def _python(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", *arguments]
 
 
 def _smoke(place: Place) -> list[str]:
-    return _module("gpu_smoke", *["--quick"] * place.quick)
+    return _python("benchmarks.gpu_smoke", *["--quick"] * place.quick)
 
 
 def _tune(place: Place) -> list[str]:
-    arguments = ["--products", "expert_in,expert_sum", "--routing", "dense", "--batches", "2,8"]
+    arguments = ["--products", "expert_in,expert_sum", "--routing", "dense", "--batches", "2,8", *place.minutes]
     arguments += ["--shapes", "64x64"] if place.quick else []
-    arguments += ["--minutes", f"{place.minutes:.2f}", "--table", str(place.folder / "tile_table.py")]
-    return _module("tune", *arguments, "--commit", place.commit)
+    return _python("benchmarks.tune", *arguments, "--table", str(place.folder / TABLE), "--commit", place.commit)
 
 
 def _ffn(*arguments: str) -> Callable[[Place], list[str]]:
-    def of(place: Place) -> list[str]:
+    def command(place: Place) -> list[str]:
         sizes = ["--quick", "--seconds", "0"] if place.quick else []
         # Triton's interpreter computes bfloat16 wrongly.
-        sizes += [] if place.cuda else ["--dtype", "fp16"]
-        output = place.folder / f"moe_ffn_{place.device}.csv"
-        common = ["--minutes", f"{place.minutes:.2f}", "--output", str(output), "--commit", place.commit]
-        return _module("moe_ffn", *arguments, *sizes, *common)
+        sizes += [] if place.cuda else ["--device", "cpu", "--dtype", "fp16"]
+        output = "--output", str(place.folder / f"moe_ffn_{place.device}.csv"), "--resume"
+        common = [*place.minutes, *output, "--commit", place.commit]
+        return _python("benchmarks.moe_ffn", *sizes, *arguments, *common)
 
-    return of
-
-
-def _unet(model: str, *arguments: str, wait: bool = False) -> Callable[[Place], list[str]]:
-    def of(place: Place) -> list[str]:
-        sizes = ["--model", _TINY[model], "--quick"] if place.quick else ["--model", model]
-        output = place.folder / f"unet_{place.device}.csv"
-        common = ["--warm-caches", "--output", str(output), "--commit", place.commit]
-        common += ["--wait-for", str(place.folder / GO)] if wait else ["--minutes", f"{place.minutes:.2f}"]
-        return _module("unet", *sizes, *arguments, *common)
-
-    return of
+    return command
 
 
-def _compiled_unet(model: str, batch: int) -> Step:
+def _unet(model: str, batches: str, run: str, wait: bool = False) -> Callable[[Place], list[str]]:
+    def command(place: Place) -> list[str]:
+        sizes = ["--model", _TINY[model], "--quick", "--tasks", "4"] if place.quick else ["--model", model]
+        contenders = f"stock+{run},mtu-triton+{run}" if place.cuda else "stock,mtu-eager"
+        arguments = [*sizes, "--batches", batches, "--contenders", contenders, "--device", place.device]
+        arguments += ["--warm-caches", "--resume", "--output", str(place.folder / f"unet_{place.device}.csv")]
+        arguments += ["--kernels", str(place.folder / f"step_kernels_{place.device}.csv"), "--commit", place.commit]
+        arguments += ["--wait-for", str(place.folder / GO)] if wait else place.minutes
+        return _python("benchmarks.unet", *arguments)
+
+    return command
+
+
+def _compiled_unet(model: str, batch: int, seconds: float = 130) -> Step:
+    yields = f"a step of {model}, {batch} pictures, compiled, in CUDA graphs, stock and upcycled; its kernels"
     return Step(
         f"unet-{model}-b{batch}",
-        f"a step of {model}, {batch} pictures, compiled, in CUDA graphs: stock, upcycled with one task and with four",
-        _unet(model, "--batches", str(batch), "--contenders", "stock+graphs,mtu-triton+graphs", wait=True),
-        seconds=130,
+        yields,
+        _unet(model, str(batch), "graphs", wait=True),
+        seconds,
         least=60,
         alone=False,
-        timed=20,
+        timed=15,
     )
 
 
+def _tests(place: Place) -> list[str]:
+    options = ["-m", "gpu", "-k", _TESTS, "-p", "no:cacheprovider", "-W", "default", "--tb=short"]
+    files = ["tests/mtu_kernels/test_triton_gpu.py"]
+    if place.quick:
+        return _python("pytest", *options, *files, "--collect-only", "-q")
+    return _python("pytest", *options, "-v", "-n", str(_TEST_WORKERS), *files, "tests/mtu_kernels", "tests")
+
+
+def _profile(place: Place) -> list[str]:
+    command = _python("benchmarks.product_profile", "--product", "expert_in", *["--quick"] * place.quick)
+    if place.cuda and shutil.which("ncu"):
+        # The clocks are left as they are found.
+        # Where the counters are not for everyone, times alone are better than nothing.
+        ncu = "ncu --set full --clock-control none --profile-from-start off"
+        return ["/bin/sh", "-c", f'{ncu} "$@" || "$@"', "sh", *command]
+    return command
+
+
+def _icons(place: Place) -> list[str]:
+    minutes = (place.seconds - _ICONS_PICTURES_SECONDS) / 60
+    arguments = ["--device", place.device, "--output", str(place.folder / "output")]
+    if place.quick:
+        return _python("mtu.recipes.icons", "demo", "--help")
+    return _python("mtu.recipes.icons", "demo", *arguments, "--minutes", f"{minutes:.2f}", "--steps", "1000000")
+
+
+_FORWARD = ("--pass", "forward", "--top-k", "dense")
 STEPS: tuple[Step, ...] = (
     Step("smoke", "facts of the machine; two shapes against the reference", _smoke, 40, 10, decides=True),
-    Step("tune", "tiles of the two products of dense inference", _tune, 50, 25),
+    Step(TUNE, "tiles of the two products of dense inference", _tune, 50, 25),
     Step(
         "ffn",
         "the feed-forward at six shapes and four batches, beside the bare products and the original",
-        _ffn("--batch", "1,2,4,8", "--contenders", "products,eager,mtu-triton"),
-        45,
+        _ffn(*_FORWARD, "--batch", "2,8,4,1", "--contenders", "products,eager,mtu-triton"),
+        40,
         15,
     ),
     _compiled_unet("sd15", 4),
+    _compiled_unet("sdxl", 4, seconds=150),
+    _compiled_unet("sd15", 8),
+    _compiled_unet("sd15", 2),
+    Step(
+        "tests",
+        "the kernels' tests, PyTorch's own backend, whole UNets and 32-bit sizes excepted",
+        _tests,
+        120,
+        30,
+        alone=False,
+        stop=signal.SIGINT,
+    ),
+    Step(
+        "captured-sd15",
+        "a step of sd15, uncompiled, in CUDA graphs, at four batches; its kernels",
+        _unet("sd15", "4,2,8,1", "captured"),
+        35,
+        15,
+    ),
+    Step("captured-sdxl", "the same of sdxl, at two batches", _unet("sdxl", "4,1", "captured"), 35, 20),
+    Step(
+        "ffn-compiled",
+        "the feed-forward beside the compiled folded original",
+        _ffn(*_FORWARD, "--batch", "2,8", "--contenders", "products,eager,mtu-triton,compile-folded"),
+        75,
+        20,
+    ),
+    Step("profile", "what holds the first product back, by ncu where it is installed", _profile, 30, 10),
+    Step(
+        "training",
+        "forward and backward passes",
+        _ffn(
+            "--pass",
+            "forward+backward",
+            "--top-k",
+            "dense",
+            "--batch",
+            "8,2",
+            "--contenders",
+            "products,eager,mtu-triton",
+        ),
+        40,
+        15,
+    ),
+    Step(
+        "top-2",
+        "top-2 of 8 experts beside all 8",
+        _ffn("--pass", "forward", "--experts", "8", "--top-k", "dense,2", "--contenders", "products,mtu-triton"),
+        30,
+        15,
+    ),
+    Step("icons", "the icon model of four tasks, trained as long as time is left", _icons, 1e4, 150),
 )
 
-# What is run when the first step fails.
-DIAGNOSIS = Step(
-    "diagnosis",
-    "one test of the kernels with its traceback",
-    lambda place: [
-        *("-m", "pytest", "-x", "-W", "default", "-m", "gpu", "--tb=long", "-p", "no:cacheprovider"),
-        *("tests/mtu_kernels/test_triton_gpu.py", "-k", "test_shapes_of_stable_diffusion and norm and bfloat16"),
-    ],
-    60,
-    10,
-    stop=signal.SIGINT,
-)
+
+def _diagnosis(place: Place) -> list[str]:
+    test = "test_shapes_of_stable_diffusion and norm and bfloat16 and 320"
+    options = ["-x", "-W", "default", "-m", "gpu", "--tb=long", "-p", "no:cacheprovider", "-k", test]
+    return _python("pytest", *options, "tests/mtu_kernels/test_triton_gpu.py")
+
+
+# What is run when the step that decides fails.
+DIAGNOSIS = Step("diagnosis", "one test of the kernels with its traceback", _diagnosis, 60, 10, stop=signal.SIGINT)

@@ -23,7 +23,7 @@ from benchmarks.inputs import DTYPES, Inputs, draw_shared, number_of_sets, route
 from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.peers import CONTENDERS, FFN, bind
 from benchmarks.provenance import RESULTS, command_line, provenance
-from benchmarks.recording import Log, deadline, record
+from benchmarks.recording import Log, deadline, measured, record
 from benchmarks.report import report
 from benchmarks.rows import COLUMNS, Row, check_header, read_rows
 from benchmarks.sweeps import (
@@ -163,6 +163,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     parser.add_argument("--seconds", type=float, default=_SECONDS, help=f"for each row (default: {_SECONDS})")
     parser.add_argument("--minutes", type=float, help="no group is begun after these (default: all are)")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out groups with all rows of this commit in the file"
+    )
     parser.add_argument("--output", type=Path, help="CSV to add rows to (default: results/moe_ffn_DEVICE.csv)")
     parser.add_argument("--commit", help="for the provenance, in a copy of the tree without its git directory")
     parser.add_argument("--report", type=Path, metavar="CSV", help="measure nothing: print the ratios of these rows")
@@ -209,6 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_header(output, [*COLUMNS, *source])
     except ValueError as error:
         parser.error(str(error))
+    if options.resume and output.exists():
+        done = measured(read_rows(output), source)
+        groups = [group for group in groups if not all((group.workload, entry) in done for entry in group.entries)]
     rows, failures = run(groups, device, options.seconds, output, source, until)
     print(f"{len(rows)} rows added to {output}")
     print("\n".join(report(rows, tested)))

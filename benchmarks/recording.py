@@ -6,7 +6,7 @@ import datetime
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,12 @@ from benchmarks.sweeps import Entry
 def deadline(minutes: float | None) -> float:
     """The time by `time.monotonic` in so many minutes; None: never."""
     return math.inf if minutes is None else time.monotonic() + 60 * minutes
+
+
+def measured(rows: Iterable[AnyRow], source: dict[str, str]) -> set[tuple[Any, Entry]]:
+    """Workloads and entries of the rows that were measured of the same commit."""
+    same = (row for row in rows if row.source.get("commit") == source["commit"])
+    return {(row.workload, Entry(row.contender, row.setting)) for row in same}
 
 
 class Log:

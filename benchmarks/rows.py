@@ -6,7 +6,7 @@ import csv
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
 
 from benchmarks.sweeps import Setting, Workload
 
@@ -110,7 +110,13 @@ class Row(AnyRow):
     renamed: ClassVar = {"direction": "pass"}
 
 
-def append_row(path: Path, row: AnyRow) -> None:
+class HasCells(Protocol):
+    """A row of any file."""
+
+    def cells(self) -> dict[str, str]: ...
+
+
+def append_row(path: Path, row: HasCells) -> None:
     """Adds a row to a CSV file, which gets its header with the first one. The file is closed after each row.
 
     Raises:

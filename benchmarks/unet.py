@@ -26,11 +26,12 @@ import torch.compiler.config
 
 from benchmarks.inputs import DTYPES
 from benchmarks.provenance import RESULTS, command_line, provenance
-from benchmarks.recording import Log, deadline, record
+from benchmarks.recording import Log, deadline, measured, record
 from benchmarks.report import report
-from benchmarks.rows import check_header
-from benchmarks.sweeps import DENSE, Setting, parse_choices, parse_count, parse_counts, parse_top_k
-from benchmarks.timing import MIN_ROUNDS, WARM_ROUNDS
+from benchmarks.rows import append_row, check_header
+from benchmarks.step_kernels import KernelRow, kernels_of
+from benchmarks.sweeps import DENSE, Entry, Setting, parse_choices, parse_count, parse_counts, parse_top_k
+from benchmarks.timing import MIN_ROUNDS, WARM_ROUNDS, Call
 from benchmarks.unet_contenders import CONTENDERS, default_contenders
 from benchmarks.unet_measure import Measuring, Plan
 from benchmarks.unet_models import (
@@ -106,6 +107,17 @@ def _wait_for(file: Path) -> None:
         time.sleep(_POLL_SECONDS)
 
 
+def _record_kernels(
+    path: Path, device: torch.device, source: dict[str, str], workload: Workload, entry: Entry, step: Call
+) -> None:
+    kernels = kernels_of(step, device)
+    for kernel in kernels:
+        append_row(path, KernelRow(entry, device.type, workload, kernel, source))
+    total = sum(kernel.total_us for kernel in kernels)
+    count = sum(kernel.count for kernel in kernels)
+    print(f"{workload} {entry.setting} {entry.contender}: {count} kernels, {total:.0f} µs, profiled")
+
+
 def _contenders(text: str) -> tuple[str, ...]:
     return parse_choices(text, tuple(CONTENDERS), "contender")
 
@@ -152,6 +164,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--warm-caches", action="store_true", help="let the compiler reuse what it compiled before: no warmup_s then")
     add("--minutes", type=float, help="no group is begun after these (default: all are)")
     add("--wait-for", type=Path, metavar="FILE", help="build and compile, make FILE.ready, and time when FILE is there")
+    add("--resume", action="store_true", help="leave out groups whose rows of this commit are in the file already")
+    add("--kernels", type=Path, metavar="CSV", help="add the kernels of a step of each contender, by the profiler")
     add("--quick", action="store_true", help="a smoke test: a tiny model, two runs")
     add("--output", type=Path, help="CSV to add rows to (default: results/unet_DEVICE.csv)")
     add("--commit", help="for the provenance, in a copy of the tree without its git directory")
@@ -211,6 +225,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     settings = tuple(layout._replace(tasks=tasks) for layout in layouts for tasks in options.tasks)
     plan = Plan(options.contenders, settings, options.runs, options.seconds, not options.warm_caches)
+    if options.kernels is not None:
+        plan = plan._replace(after_timing=functools.partial(_record_kernels, options.kernels, device, source))
     if options.wait_for is not None:
         plan = plan._replace(before_timing=functools.partial(_wait_for, options.wait_for))
     workloads = [
@@ -218,6 +234,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for branches in options.branches
         for B in options.batches
     ]
+    if options.resume and options.output.exists():
+        done = measured(read_rows(options.output), source)
+        workloads = [w for w in workloads if not all((w, entry) in done for entry in plan.entries(w))]
+        if not workloads:
+            print(f"All rows are in {options.output} already")
+            return 0
     rows, failures = run(workloads, device, plan, options.output, source, until)
     print(f"{len(rows)} rows added to {options.output}")
     print("\n".join(report(rows, options.tested, TARGETS)))

@@ -39,6 +39,7 @@ class Plan(NamedTuple):
         seconds: for each contender.
         cold: whether the compiler forgets what it compiled for others; or else the time that it takes means nothing.
         before_timing: called when a group is built, compiled and checked; may wait for its turn on the device.
+        after_timing: called with each entry and one of its steps, when a group's rows are there.
     """
 
     names: tuple[str, ...]
@@ -47,6 +48,7 @@ class Plan(NamedTuple):
     seconds: float
     cold: bool
     before_timing: Call = lambda: None
+    after_timing: Callable[[Workload, Entry, Call], None] = lambda workload, entry, step: None
 
     def entries(self, workload: Workload) -> tuple[Entry, ...]:
         """Contenders in settings, each once. There are no more tasks in a batch than pictures."""
@@ -115,6 +117,8 @@ class Measuring:
         self._log.bar.set_description(f"rounds of {self._workload}")
         for prepared, timing in zip(ready, self._times(ready), strict=True):
             yield prepared.entry, self._row(prepared, timing)
+        for prepared in ready:
+            self._plan.after_timing(self._workload, prepared.entry, prepared.steps[0])
 
     def _prepare(self, entry: Entry) -> Prepared:
         contender = CONTENDERS[entry.contender]
