@@ -16,6 +16,7 @@ from mtu.norm import TaskLayerNorm
 from mtu.plain_linear import is_plain_linear, is_replaced
 from mtu.router import Gathered, Router, RoutingTable
 from mtu_kernels import NormAffine, Routing
+from mtu_kernels.exporting import is_exporting
 
 __all__ = ["BlockStack", "find_stacks", "gather"]
 
@@ -67,7 +68,7 @@ def gather(stacks: Sequence[BlockStack], task_ids: Tensor, embedding: Tensor | N
     Returns:
         What was gathered; None with gradients, in exported programs, and where no layer allows it.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_exporting():
+    if torch.is_grad_enabled() or is_exporting():
         return None
     layers = [layer for stack in stacks for layer in _open_layers(stack, task_ids.device)]
     if not layers:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mtu_kernels.arguments import ExpertWeights, NormAffine
+from mtu_kernels.exporting import is_exporting
 from mtu_kernels.routing import Routing
 
 
@@ -32,7 +33,7 @@ def moe_ffn(
     (A loop over experts that picks their samples would hold none, but needs the routing on the host.)
     """
     # Exporters get the plain graph: there is no backward pass to save memory for.
-    if recompute and torch.is_grad_enabled() and not torch.compiler.is_exporting():
+    if recompute and torch.is_grad_enabled() and not is_exporting():
         tensors = (*norm, *experts[:4], *routing)
         y = checkpoint(
             _moe_ffn_flat, x, *tensors, experts.num_experts, eps, use_reentrant=False, preserve_rng_state=False

@@ -13,6 +13,7 @@ from torch import Tensor
 from mtu_kernels import cpp, eager, reference_ops, triton
 from mtu_kernels.arguments import ExpertWeights, NormAffine, check_arguments, indices_are_valid
 from mtu_kernels.autocast import has_autocast
+from mtu_kernels.exporting import is_exporting
 from mtu_kernels.ops import in_transform
 from mtu_kernels.routing import Routing
 
@@ -186,7 +187,7 @@ def _wants_plain_operators() -> bool:
     """Whether the call becomes part of an exported program, or of a derivative or transform that the fused operators
     have no rule for."""
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return is_exporting()
     return torch.jit.is_tracing() or in_transform()
 
 
