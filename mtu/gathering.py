@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mtu.norm import TaskLayerNorm
 from mtu.plain_linear import is_plain_linear, is_replaced
@@ -138,7 +139,12 @@ def _is_called_as_it_is(module: nn.Module) -> bool:
 
 def _is_at_hand(table: Tensor | None, device: torch.device) -> bool:
     # Sharding leaves tensors of another type, or flat ones.
-    return type(table) is nn.Parameter and table.device == device and table.dim() > 1
+    return (
+        isinstance(table, nn.Parameter)
+        and not is_traceable_wrapper_subclass(table)
+        and table.device == device
+        and table.dim() > 1
+    )
 
 
 def _can_route(router: nn.Module, device: torch.device) -> bool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtu
@@ -292,9 +293,10 @@ def test_a_layer_whose_call_means_more_is_called(change):
         lambda block: block.norm3.to("meta"),
         lambda block: block.ff.router.to("meta"),
         lambda block: setattr(block.norm3, "weight", nn.Parameter(block.norm3.weight.flatten())),
+        lambda block: setattr(block.norm3, "weight", nn.Parameter(TwoTensor(*[block.norm3.weight.detach()] * 2))),
         lambda block: block.norm3.register_parameter("bias", None),
     ],
-    ids=["norm elsewhere", "router elsewhere", "sharded", "taken out"],
+    ids=["norm elsewhere", "router elsewhere", "sharded", "wrapped", "taken out"],
 )
 def test_a_layer_whose_tensors_are_not_at_hand_is_left_out(hide):
     unet = upcycled_unet()
