@@ -120,3 +120,23 @@ def test_a_non_contiguous_sample():
     conv, sample = convolution(), samples().to(memory_format=torch.channels_last)
     assert_same(conv(sample, IDS), one_by_one(conv, sample))
     assert_same(conv(sample.transpose(2, 3), IDS), one_by_one(conv, sample.transpose(2, 3)))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_an_exported_convolution_takes_any_batch(channels_last):
+    class Call(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = convolution()
+
+        def forward(self, sample, task_ids):
+            return self.conv(sample, task_ids, channels_last=channels_last)
+
+    call, batch = Call(), torch.export.Dim("batch")
+    with torch.no_grad():
+        program = torch.export.export(call, (samples(), IDS), dynamic_shapes=({0: batch}, {0: batch}))
+        for count in (1, 4):
+            output = program.module()(samples()[:count], IDS[:count])
+            assert_same(output, one_by_one(call.conv, samples()[:count], IDS[:count]))
+            if count > 1:
+                assert output.is_contiguous(memory_format=torch.channels_last) == channels_last
