@@ -129,8 +129,13 @@ def user_moe_ffn(
     return F.linear(h, w_out) + (weights @ b_out)[:, None]
 
 
-def forward_and_gradients(function: Callable[..., Tensor], problem: Problem) -> list[Tensor]:
-    """y, then the gradients in the order of NAMES."""
+def forward_and_gradients(
+    function: Callable[..., Tensor], problem: Problem, *, inference: bool = False
+) -> list[Tensor]:
+    """y, then the gradients in the order of NAMES; for inference y alone."""
+    if inference:
+        with torch.no_grad():
+            return [function(*problem.arguments, eps=problem.eps)]
     problem = problem.requires_grad()
     y = function(*problem.arguments, eps=problem.eps)
     gradients = torch.autograd.grad(y, problem.tensors, problem.grad_y.detach(), allow_unused=True)
@@ -140,17 +145,21 @@ def forward_and_gradients(function: Callable[..., Tensor], problem: Problem) -> 
 
 
 def assert_as_exact_as_eager(
-    function: Callable[..., Tensor], problems: Iterable[Problem], *, residual: bool = False
+    function: Callable[..., Tensor], problems: Iterable[Problem], *, residual: bool = False, inference: bool = False
 ) -> None:
-    """``max|f − ref64| <= 2 · max|user − ref64| + ulp · max|ref64|`` over the problems, for y and every gradient."""
+    """``max|f − ref64| <= 2 · max|user − ref64| + ulp · max|ref64|`` over the problems, for y and every gradient.
+
+    For inference, without recording gradients, for y alone.
+    """
     rows = []
     ulps = []
     asked = {"residual": True} if residual else {}
     for problem in problems:
-        actual = forward_and_gradients(functools.partial(function, **asked), problem)
-        user = forward_and_gradients(functools.partial(user_moe_ffn, **asked), problem)
-        exact = forward_and_gradients(functools.partial(reference.moe_ffn, **asked), problem.map(Tensor.double))
-        stored = (problem.grad_y, *problem.tensors)
+        compute = functools.partial(forward_and_gradients, inference=inference)
+        actual = compute(functools.partial(function, **asked), problem)
+        user = compute(functools.partial(user_moe_ffn, **asked), problem)
+        exact = compute(functools.partial(reference.moe_ffn, **asked), problem.map(Tensor.double))
+        stored = (problem.grad_y, *(() if inference else problem.tensors))
         assert [(t.dtype, t.shape) for t in actual] == [(t.dtype, t.shape) for t in stored]
         rows.append(
             [[_max_abs(a - e), _max_abs(u - e), _max_abs(e)] for a, u, e in zip(actual, user, exact, strict=True)]
@@ -158,7 +167,8 @@ def assert_as_exact_as_eager(
         ulps = [torch.finfo(t.dtype).eps for t in stored]
     # Tensor.amax, and not max(), which loses NaN.
     maxima = torch.tensor(rows, dtype=torch.float64).amax(dim=0).tolist()
-    for name, (error, user_error, scale), ulp in zip(("y", *NAMES), maxima, ulps, strict=True):
+    names = ("y",) if inference else ("y", *NAMES)
+    for name, (error, user_error, scale), ulp in zip(names, maxima, ulps, strict=True):
         assert error <= 2 * user_error + ulp * scale, f"{name}: {error:.3g}, user's {user_error:.3g}, max {scale:.3g}"
 
 
