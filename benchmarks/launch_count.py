@@ -1,0 +1,263 @@
+"""`python -m benchmarks.launch_count`: the kernels that compiled blocks and UNets launch on a GPU, stock and upcycled.
+
+Counted in the code that Inductor generates, so no GPU is needed and nothing is timed. A library's call (a product, a
+convolution, attention) counts as one. Operators of this project count as what they launch: their own code is run with a
+recorder in the place of the GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import collections
+import csv
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mtu
+from benchmarks.fake_gpu import ARCH, Generated, Operator, fake_gpu, generate, to_fake_gpu
+from benchmarks.inputs import DTYPES
+from benchmarks.provenance import RESULTS, command_line, provenance
+from benchmarks.sweeps import SHAPE_SETS, parse_choices, parse_shapes
+from benchmarks.unet_models import MODELS, default_experts, default_size, tasks_of
+from mtu.config import ExpertConfig
+from mtu.ffn import CONTEXT_KEY, RoutedTransformerBlock
+from mtu.router import TaskContext
+from mtu_kernels.triton import operators
+from mtu_kernels.triton.launch import Machine
+
+STOCK = "stock"
+# The others are backends of an upcycled block.
+CONTENDERS = (STOCK, "triton", "eager")
+_TEXT_TOKENS, _TASKS, _EXPERTS, _BATCH = 77, 4, 4, 2
+
+
+class Launches(NamedTuple):
+    """Names of kernels, in the order of their launches.
+
+    Attributes:
+        generated: by Inductor.
+        library: calls of PyTorch's libraries.
+        ours: kernels of this project's operators.
+    """
+
+    generated: tuple[str, ...]
+    library: tuple[str, ...]
+    ours: tuple[str, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(map(len, self))
+
+
+class Subject(NamedTuple):
+    """What is compiled.
+
+    Attributes:
+        part: "feed-forward" (with its norm and residual), "block", or "unet" and its model.
+        contender: one of `CONTENDERS`.
+        dtype: of weights and activations.
+        width, tokens: of the block; 0 for a UNet.
+    """
+
+    part: str
+    contender: str
+    dtype: str = "bf16"
+    width: int = 0
+    tokens: int = 0
+
+
+# ------------------------------------------------------------------------------------------------------------- counting
+
+# Calls in generated code that launch nothing.
+_BOOKKEEPING = {
+    "args.clear", "assert_alignment", "assert_size_stride", "copy_if_misaligned", "empty_strided_cuda",
+    "get_raw_stream", "reinterpret_tensor", "torch.cuda._DeviceGuard", "torch.cuda.set_device",
+}  # fmt: skip
+
+
+def launches_of(code: Generated) -> Launches:
+    """What generated code launches.
+
+    Raises:
+        ValueError: it calls something of which nobody said whether it is a launch.
+    """
+    waiting: dict[str, collections.deque[Operator]] = collections.defaultdict(collections.deque)
+    for operator in code.operators:
+        waiting[operator.name].append(operator)
+    generated, library, ours = [], [], []
+    for name in _calls(code.wrapper):
+        if name in _BOOKKEEPING:
+            continue
+        if name.startswith("triton_") and name.endswith(".run"):
+            generated.append(name.removesuffix(".run"))
+        elif name.startswith(("extern_kernels.", "torch.ops.aten.")):
+            library.append(name.partition(".")[2])
+        elif name.startswith("torch.ops.mtu_kernels."):
+            ours += recorded(waiting[name.split(".")[3]].popleft())
+        else:
+            raise ValueError(f"Generated code calls {name!r}, which is neither a launch nor bookkeeping that is known.")
+    if any(waiting.values()):
+        raise ValueError(f"Generated code lacks calls of {[name for name, calls in waiting.items() if calls]}.")
+    return Launches(tuple(generated), tuple(library), tuple(ours))
+
+
+def recorded(operator: Operator) -> list[str]:
+    """The kernels that an operator of this project launches, and the library's products in it."""
+    names: list[str] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "empty" not in str(function) and not function.is_view:
+                names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    machine = Machine(ARCH, lambda launch: names.append(launch.kernel.__name__))
+    with Recorder():
+        _RECORDED[operator.name](machine, *operator.arguments)
+    return names
+
+
+def _fused(machine: Machine, *arguments: Any) -> Tensor:
+    *tensors, num_experts, eps = arguments
+    return operators.inference(operators.make_call(machine, tuple(tensors), num_experts), eps)
+
+
+_RECORDED: dict[str, Callable[..., Tensor]] = {
+    "expert_hidden_triton": operators.expert_hidden,
+    "moe_ffn_triton": _fused,
+}
+
+
+def _calls(wrapper: str) -> list[str]:
+    """Names of the functions that generated code calls each time it runs, in order."""
+    runs = [node for node in ast.walk(ast.parse(wrapper)) if isinstance(node, ast.FunctionDef) and node.name == "call"]
+    if len(runs) != 1:
+        raise ValueError(f"Generated code should have one function `call`, but has {len(runs)}.")
+    calls = [node for node in ast.walk(runs[0]) if isinstance(node, ast.Call)]
+    return [ast.unparse(node.func) for node in sorted(calls, key=lambda node: (node.lineno, node.col_offset))]
+
+
+# ------------------------------------------------------------------------------------------------------------- subjects
+
+
+def count(subject: Subject) -> Launches:
+    """What one call of a subject launches, once compiled for inference."""
+    with fake_gpu():
+        make = _whole_unet if subject.part.startswith("unet") else _block
+        function, arguments = make(subject)
+        code = generate(function, *arguments)
+    return launches_of(code)
+
+
+def _tensor(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def _block(subject: Subject) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    D, dtype = subject.width, DTYPES[subject.dtype]
+    is_xl = (D, subject.tokens) in SHAPE_SETS["sdxl"]
+    heads = D // 64 if is_xl else 8
+    context_width = 2048 if is_xl else 768
+    with torch.device("meta"):
+        block = BasicTransformerBlock(D, heads, D // heads, cross_attention_dim=context_width)
+        if subject.contender != STOCK:
+            experts = ExpertConfig(_EXPERTS, None, 1 / _EXPERTS, "task", float(_EXPERTS), context_width)
+            block = RoutedTransformerBlock(block, experts, _TASKS, routers_dropped=True)
+            block.ff.backend = subject.contender
+    to_fake_gpu(block, dtype)
+    x = _tensor(_BATCH, subject.tokens, D, dtype=dtype)
+    text = _tensor(_BATCH, _TEXT_TOKENS, context_width, dtype=dtype)
+    task_ids = _tensor(_BATCH, dtype=torch.int64)
+
+    def run_block(x: Tensor, text: Tensor, task_ids: Tensor) -> Tensor:
+        options = {} if subject.contender == STOCK else {CONTEXT_KEY: TaskContext(task_ids, None)}
+        return block(x, encoder_hidden_states=text, cross_attention_kwargs=options)
+
+    def run_feed_forward(x: Tensor, task_ids: Tensor) -> Tensor:
+        if subject.contender == STOCK:
+            return x + block.ff(block.norm3(x))
+        return block.ff(x, block.norm3(task_ids), TaskContext(task_ids, None), residual=True)
+
+    if subject.part == "block":
+        return run_block, (x, text, task_ids)
+    return run_feed_forward, (x, task_ids)
+
+
+def _whole_unet(subject: Subject) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+    model, dtype = subject.part.split()[1], DTYPES[subject.dtype]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**MODELS[model])
+        if subject.contender != STOCK:
+            options = {"num_experts": default_experts(model), "init": "paper", "backend": subject.contender}
+            unet = mtu.upcycle(unet, tasks=tasks_of(model), **options)
+            unet.drop_routers_()
+    to_fake_gpu(unet, dtype)
+    tensor = functools.partial(_tensor, dtype=dtype)
+    channels = unet.conv_in.in_channels
+    edge = default_size(model) // 8
+    inputs: dict[str, Any] = {
+        "sample": tensor(_BATCH, channels, edge, edge),
+        "timestep": _tensor(_BATCH, dtype=torch.float32),
+        "encoder_hidden_states": tensor(_BATCH, _TEXT_TOKENS, unet.config.cross_attention_dim),
+    }
+    if unet.config.addition_embed_type == "text_time":
+        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {"text_embeds": tensor(_BATCH, pooled), "time_ids": tensor(_BATCH, 6)}
+    if subject.contender != STOCK:
+        inputs["task_ids"] = _tensor(_BATCH, dtype=torch.int64)
+    return lambda inputs: unet(**inputs, return_dict=False)[0], (inputs,)
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def subjects(shapes: Sequence[tuple[int, int]], models: Sequence[str], dtype: str) -> Iterator[Subject]:
+    """All that is counted: each part for all contenders."""
+    for part in ("feed-forward", "block"):
+        for width, tokens in shapes:
+            for contender in CONTENDERS:
+                yield Subject(part, contender, dtype, width, tokens)
+    for model in models:
+        for contender in CONTENDERS:
+            yield Subject(f"unet {model}", contender, dtype)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write `results/launch_count.csv`."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.launch_count", description=__doc__.split("\n")[0])
+    parse_models = functools.partial(parse_choices, known=tuple(MODELS), noun="model")
+    parser.add_argument("--shapes", type=parse_shapes, default="sd15,sdxl", help="of blocks (default: sd15,sdxl)")
+    parser.add_argument("--unets", type=parse_models, default=(), help="whole UNets (default: none)")
+    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="(default: bf16)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "launch_count.csv")
+    parser.add_argument("--commit", help="for the provenance, in a copy of the tree without its git directory")
+    options = parser.parse_args(argv)
+    source = provenance(command_line("benchmarks.launch_count", argv), commit=options.commit)
+    with options.output.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*Subject._fields, "B", *Launches._fields, "launches", *source])
+        for subject in subjects(options.shapes, options.unets, options.dtype):
+            launches = count(subject)
+            counts = [*map(len, launches), launches.total]
+            shape = f"{subject.width}x{subject.tokens}" if subject.width else ""
+            print(
+                f"{subject.part:14} {shape:10} {subject.contender:8} {counts[3]:5} = {' + '.join(map(str, counts[:3]))}"
+            )
+            writer.writerow([*subject, _BATCH, *counts, *source.values()])
+            file.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
