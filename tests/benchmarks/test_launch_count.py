@@ -1,5 +1,7 @@
 """Kernels of compiled blocks and UNets, counted without a GPU: an upcycled block launches no more than a stock one."""
 
+import csv
+
 import pytest
 import torch
 
@@ -35,3 +37,42 @@ def test_the_block():
         norms = [name for name in launches.generated if "native_layer_norm" in name and "_per_" in name]
         assert len(norms) == 3
         assert [("add" in name) for name in norms] == [False, True, True]
+
+
+def test_an_operator_counts_as_what_it_launches():
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    x_hat, w_in, b_in, weights = empty(2, 64, 320), empty(2560, 320), empty(2560), empty(2, 4, dtype=torch.float32)
+    assert len(recorded(Operator("expert_hidden_triton", (x_hat, w_in, b_in, weights, 4)))) == 1
+    # A copy that an operator would make counts, too.
+    strided = empty(2, 320, 64).mT
+    assert "aten.clone.default" in recorded(Operator("expert_hidden_triton", (strided, w_in, b_in, weights, 4)))
+    affine = [empty(2, 320, dtype=torch.float32) for _ in range(2)]
+    fused = (x_hat, *affine, w_in, b_in, empty(320, 1280), empty(320), weights, None, 4, 1e-5)
+    norm, first, second = recorded(Operator("moe_ffn_triton", fused))
+    assert (norm, second) == ("layer_norm_kernel", "aten.addmm.out")
+    assert first.startswith("expert_in")
+
+
+def test_what_is_not_known_is_not_left_out():
+    code = "def call(args):\n    args.clear()\n    {}\n"
+    launches = launches_of(Generated(code.format("triton_poi_0.run(x); extern_kernels.mm(x)"), ()))
+    assert launches == (("triton_poi_0",), ("mm",), ())
+    with pytest.raises(ValueError, match=r"^Generated code calls 'buf0\.copy_', which is neither a launch nor"):
+        launches_of(Generated(code.format("buf0.copy_(x)"), ()))
+    with pytest.raises(ValueError, match=r"^Generated code lacks calls of \['expert_hidden_triton'\]\.$"):
+        launches_of(Generated(code.format("pass"), (Operator("expert_hidden_triton", ()),)))
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(launch_count, "count", lambda subject: launch_count.Launches(("a",) * 3, ("b",), ()))
+    output = tmp_path / "rows.csv"
+    assert launch_count.main(["--shapes", "320x4096", "--unets", "tiny", "--output", str(output)]) == 0
+    with output.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["part"] for row in rows[::3]] == ["feed-forward", "block", "unet tiny"]
+    assert [row["contender"] for row in rows[:3]] == ["stock", "triton", "eager"]
+    assert {(row["generated"], row["library"], row["ours"], row["launches"]) for row in rows} == {("3", "1", "0", "4")}
+    assert rows[0]["command"].startswith("python -m benchmarks.launch_count")
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
