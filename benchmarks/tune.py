@@ -61,8 +61,8 @@ def tasks_of(
 ) -> dict[TileKey, Task]:
     """What is measured, by the key of its row: several shapes may share one, and the first of them stands for all.
 
-    A run may be cut off anywhere, so it begins with what matters most: dense routing, and in it the inference. Keys name
-    the installed version of Triton: what another one makes of the tiles is not measured.
+    A run may be cut off anywhere, so it begins with what matters most: dense routing, and in it the inference. Keys
+    name the installed version of Triton: what another one makes of the tiles is not measured.
     """
     tasks: dict[TileKey, Task] = {}
     for routing in sorted(routings, key=list(ROUTINGS).index):

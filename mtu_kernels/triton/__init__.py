@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mtu_kernels.arguments import ExpertWeights, NormAffine
+from mtu_kernels.exporting import is_exporting
 from mtu_kernels.ops import LIBRARY, call_ops, define_ops
 from mtu_kernels.routing import Routing
 from mtu_kernels.triton import availability, inductor
@@ -34,7 +35,7 @@ def moe_ffn(
 
     The fused operators, unless a compiler can fuse more around a part of them; the log says which, once.
     """
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and not is_exporting():
         from mtu_kernels.triton import constant_answers
 
         if inductor.serves(x, norm, experts, routing):
