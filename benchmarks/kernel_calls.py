@@ -58,9 +58,7 @@ class Block(NamedTuple):
 
 def block_of(launch: Launch) -> Block:
     """The tile of a product's launch."""
-    rows, columns, step = (launch.constants[f"BLOCK_{name}"] for name in "MNK")
-    # A second accumulator holds half as many columns again.
-    return Block(rows, columns * 3 // 2 if "wide" in launch.kernel.__name__ else columns, step)
+    return Block(*(launch.constants[f"BLOCK_{name}"] for name in "MNK"))
 
 
 def by_descriptor(launch: Launch) -> bool:

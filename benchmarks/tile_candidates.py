@@ -21,8 +21,12 @@ _WITH_DESCRIPTORS = ("expert_in", "expert_in_train", "expert_sum", "expert_in_ba
 # Depth of a step, and stages.
 _PIPELINES = ((32, 3), (32, 4), (64, 2), (64, 3), (64, 4))
 _MOST_ACCUMULATORS = 128
-# Two accumulators, which no other product has.
-_WIDE = tuple(TileConfig(256, 96, 64, 8, stages, True) for stages in (2, 3))
+# Two accumulators, which no other product has. Of 128 rows, two programs share a multiprocessor: one hides the other's
+# epilogue. Of 256 rows, fewer bytes are read.
+_WIDE = (
+    *(TileConfig(128, 96, step, 4, stages, True) for step, stages in ((32, 3), (32, 4), (64, 2))),
+    *(TileConfig(256, 96, 64, 8, stages, True) for stages in (2, 3)),
+)
 
 
 def candidates(key: TileKey) -> tuple[TileConfig | Library, ...]:

@@ -27,7 +27,7 @@ def render(rows: Iterable[TableRow]) -> str:
         if row.key.arch != arch:
             arch = row.key.arch
             lines.append(f"    # {arch}")
-        lines.append(f"    TableRow({_call(row.key)}, {_tile(row.tile)}, {_quoted(row.source)}),")
+        lines.append(f"    TableRow({_text(row.key)}, {_text(row.tile)}, {_quoted(row.source)}),")
     return "\n".join([*lines, ")", ""])
 
 
@@ -63,14 +63,18 @@ def _order(row: TableRow) -> tuple:
     return family, int(number or 0), arch, PRODUCTS.index(product), bits, grouped, width, tokens, numbers
 
 
-def _call(key: TileKey) -> str:
-    values = key if key.triton else key[:-1]
-    arguments = (_quoted(value) if isinstance(value, str) else repr(value) for value in values)
-    return f"TileKey({', '.join(arguments)})"
+# Fields that every row shows. Those after them are left out where they are what they are by default.
+_SHOWN = {TileKey: 6, TileConfig: 7}
 
 
-def _tile(tile: TileConfig | Library) -> str:
-    return "LIBRARY" if isinstance(tile, Library) else f"TileConfig({', '.join(map(repr, tile))})"
+def _text(value: TileKey | TileConfig | Library) -> str:
+    if isinstance(value, Library):
+        return "LIBRARY"
+    fields = list(value._asdict().items())
+    while len(fields) > _SHOWN[type(value)] and fields[-1][1] == value._field_defaults[fields[-1][0]]:
+        fields.pop()
+    arguments = (_quoted(field) if isinstance(field, str) else repr(field) for _, field in fields)
+    return f"{type(value).__name__}({', '.join(arguments)})"
 
 
 def _quoted(text: str) -> str:
