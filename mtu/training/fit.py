@@ -35,7 +35,7 @@ class FitConfig:
         checkpoint_every: steps from one checkpoint to the next.
         log_every: steps from one logged loss to the next.
         minutes: wall-clock limit; the cosine schedule then follows the clock, so that the rate still ends at zero.
-        seed: seeds torch's global generator before the first step and is kept in the checkpoint.
+        seed: seeds torch's global generators before the first step and is kept in the checkpoint.
     """
 
     steps: int
@@ -133,6 +133,7 @@ class Training:
             lr=config.learning_rate,
             betas=config.betas,
         )
+        self.device = next(iter(self.trained.values())).device
         averaged = config.ema_decay is not None
         self.average = {name: p.detach().clone() for name, p in self.trained.items()} if averaged else {}
         self.step = 0
@@ -162,6 +163,8 @@ class Training:
             state = self.optimizer.state.get(parameter, {})
             held |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
         held["random"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            held["random.cuda"] = torch.cuda.get_rng_state(self.device)
         return held
 
     def save(self, directory: Path) -> None:
@@ -194,6 +197,9 @@ class Training:
                 k: v if k == "step" else torch.empty_like(parameter).copy_(v) for k, v in found.items()
             }
         torch.set_rng_state(tensors["random"])
+        # A training that comes from another kind of device has none, and goes on from the seed's.
+        if self.device.type == "cuda" and "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
 
     def use_average(self) -> None:
@@ -271,7 +277,7 @@ def fit(
         parameters: those of the modules' parameters to train.
         config: how to train.
         directory: where the checkpoint and `log.jsonl` go; None keeps neither.
-        resume: continue from the directory's checkpoint.
+        resume: continue from the directory's checkpoint, also on another device than it was made on.
         description: shown beside the progress bar.
 
     Returns:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from mtu.pipelines import MTUPipeline
 from mtu.pipelines.inputs import condition_image
 from mtu.tasks import TaskSpec
+from mtu.training import precision
 from mtu.training.shards import sharded_loss
 from mtu.training.weights import timestep_weights
 
@@ -191,10 +192,7 @@ class MultiTaskLoss:
 
     def _loss(self, sample: Tensor, timesteps: Tensor, prompt: Tensor, task_ids: Tensor, wanted: Tensor) -> Tensor:
         """The weighted loss of a batch that has equally many examples of each task, task by task."""
-        autocast, kind = self.config.autocast, sample.device.type
-        # Threads would share the cache of converted weights.
-        cached = self.config.shards == 1
-        with torch.autocast(kind, autocast, enabled=autocast is not None, cache_enabled=cached):
+        with precision.autocast(sample.device.type, self.config.autocast, cached=self.config.shards == 1):
             predicted = self.unet(sample, timesteps, prompt, task_ids=task_ids).sample
         error = (predicted.float() - wanted).square().mean(dim=(1, 2, 3))
         weighed = error * self.weights.to(error.device)[timesteps]
@@ -223,7 +221,7 @@ def _encode(
     vae = pipeline.vae
 
     def latents(pictures: list[Tensor]) -> Tensor:
-        with torch.autocast(vae.device.type, autocast, enabled=autocast is not None, cache_enabled=False):
+        with precision.autocast(vae.device.type, autocast, cached=False):
             pixels = torch.stack(pictures).to(vae.device, vae.dtype)
             return vae.encode(pixels).latent_dist.mode().float().cpu()
 

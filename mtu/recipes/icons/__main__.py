@@ -1,14 +1,16 @@
 """`python -m mtu.recipes.icons`: everything about the icon models that can be run."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from mtu.data.catalogue import OUTLINE, caption_names
 from mtu.recipes.icons.base import BaseConfig, save_model, train_base
 from mtu.recipes.icons.card import write_card
 from mtu.recipes.icons.demo import BASE_MODEL, DemoConfig, run_demo
+from mtu.recipes.icons.device import describe
 from mtu.recipes.icons.score import ScoreConfig, score_model
 
 
@@ -18,6 +20,8 @@ def add_base(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints, logs and the model")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in the output folder")
     parser.add_argument("--minutes", type=float, help="limit of both trainings together, in minutes")
+    parser.add_argument("--steps", type=int, help="limit of each training, in optimizer steps")
+    parser.add_argument("--device", default="cpu", help="where to train; may change at --resume (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, data and noise")
     parser.set_defaults(run=run_base)
 
@@ -25,14 +29,32 @@ def add_base(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 def run_base(arguments: argparse.Namespace) -> None:
     """Train, save, score and describe the base model; the model comes to `OUTPUT/model`."""
     command = f"python -m mtu.recipes.icons base --output DIR --seed {arguments.seed}"
-    config = BaseConfig(seed=arguments.seed)
+    config = BaseConfig(seed=arguments.seed).limited(arguments.minutes, arguments.steps)
     if arguments.minutes is not None:
-        config = config.limited(arguments.minutes)
         command += f" --minutes {arguments.minutes:g}"
-    make_base(arguments.output, config, ScoreConfig(), command=command, resume=arguments.resume)
+    if arguments.steps is not None:
+        command += f" --steps {arguments.steps}"
+    if arguments.device != "cpu":
+        command += f" --device {arguments.device}"
+    make_base(
+        arguments.output,
+        config,
+        ScoreConfig(),
+        command=command,
+        resume=arguments.resume,
+        device=arguments.device,
+    )
 
 
-def make_base(output: Path, config: BaseConfig, score: ScoreConfig, *, command: str, resume: bool = False) -> None:
+def make_base(
+    output: Path,
+    config: BaseConfig,
+    score: ScoreConfig,
+    *,
+    command: str,
+    resume: bool = False,
+    device: str | torch.device = "cpu",
+) -> None:
     """Train, save, score and describe the base model.
 
     Args:
@@ -40,17 +62,22 @@ def make_base(output: Path, config: BaseConfig, score: ScoreConfig, *, command: 
         config: what to train, and how.
         score: how to score.
         command: what was run, for the model card.
-        resume: continue from the checkpoints in the output folder.
+        resume: continue from the checkpoints in the output folder, whatever device they were made on.
+        device: where to train and score.
+
+    Raises:
+        FileNotFoundError: `resume` is true, but there is no checkpoint.
+        ValueError: the device cannot be used.
     """
-    pipeline, history = train_base(output, config, resume=resume)
+    pipeline, history = train_base(output, config, resume=resume, device=device)
     folder = output / "model"
     save_model(pipeline, folder)
-    metrics = score_model(folder, score)
+    metrics = score_model(folder, score, device)
     prompts = config.denoiser.prompts
     provenance = {
         "command": command,
         "seed": config.seed,
-        "machine": f"{os.cpu_count()} CPU cores",
+        "machine": describe(pipeline.device),
         "names": len(caption_names()),
         "all_icons": sum(len((name, name + OUTLINE)) for name in caption_names()),
         "vae_minutes": history["vae"][-1].seconds / 60,
@@ -75,13 +102,18 @@ def add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.add_argument("--base", type=Path, default=BASE_MODEL, help="folder of the base model (default: the shipped)")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for pictures, tables, model")
     parser.add_argument("--minutes", type=float, default=defaults.minutes, help="of training")
+    parser.add_argument(
+        "--steps", type=int, default=defaults.steps, help="of the optimizer, at most (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="where to train and generate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of data, initialisation and noise")
     parser.set_defaults(run=run_demo_command)
 
 
 def run_demo_command(arguments: argparse.Namespace) -> None:
     """Run the demo."""
-    run_demo(arguments.base, arguments.output, DemoConfig(minutes=arguments.minutes, seed=arguments.seed))
+    config = DemoConfig(minutes=arguments.minutes, steps=arguments.steps, seed=arguments.seed)
+    run_demo(arguments.base, arguments.output, config, arguments.device)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

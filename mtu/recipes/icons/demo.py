@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from mtu.data.icons import TASKS, IconExample, Icons
 from mtu.inspection import compare, format_comparison
 from mtu.pipelines import MTUPipeline
+from mtu.recipes.icons.device import autocast_dtype, describe, usable_device
 from mtu.recipes.icons.heldout import format_measurements, generate, held_out, measure, picture_grid, write_csv
 from mtu.tasks import EDIT, REMOVE, SUPER_RESOLUTION, TEXT_TO_IMAGE, TaskSpec
 from mtu.training import FitConfig, fit
@@ -42,7 +43,7 @@ class DemoConfig:
 
     Args:
         minutes: of training.
-        steps: at most; reached only by a fast machine.
+        steps: at most. A CPU does not reach them; a GPU that trains for long needs more.
         examples: training examples of each task.
         per_row: held-out examples of each row of the metrics table.
         batch_per_task: training examples of each task in a step.
@@ -64,13 +65,14 @@ class DemoConfig:
     seed: int = 0
 
 
-def run_demo(base: Path, output: Path, config: DemoConfig) -> None:
-    """Upcycle the model in `base`, train it, and leave pictures, tables and the model in `output`.
+def run_demo(base: Path, output: Path, config: DemoConfig, device: str | torch.device = "cpu") -> None:
+    """Upcycle the model in `base`, train it on a device, and leave pictures, tables and the model in `output`.
 
     Raises:
-        ValueError: `base` holds no Stable Diffusion pipeline.
+        ValueError: `base` holds no Stable Diffusion pipeline, or the device cannot be used.
     """
     started = time.monotonic()
+    device = usable_device(device)
     if not (base / "model_index.json").is_file():
         raise ValueError(f"{base} holds no model_index.json: expected a folder in Stable Diffusion's layout.")
     torch.manual_seed(config.seed)
@@ -80,13 +82,15 @@ def run_demo(base: Path, output: Path, config: DemoConfig) -> None:
     table = format_comparison(compare(base, num_experts=4, size=64))
     print(table, flush=True)
     output.mkdir(parents=True, exist_ok=True)
-    pipeline = upcycle(stock, ICON_TASKS, num_experts=4, seed=config.seed)
-    # At these head widths two plain batched products are faster on a CPU than the fused attention that is the default.
-    pipeline.unet.set_attn_processor(AttnProcessor())
+    pipeline = upcycle(stock, ICON_TASKS, num_experts=4, seed=config.seed).to(device)
+    on_cpu = device.type == "cpu"
+    if on_cpu:
+        # At these head widths two plain batched products are faster there than the fused attention, the default.
+        pipeline.unet.set_attn_processor(AttnProcessor())
 
     examples = held_out(config.per_row, config.seed)
     before = generate(pipeline, examples, config.seed, "held-out, before training", config.inference_steps)
-    cores = torch.get_num_threads()
+    cores = torch.get_num_threads() if on_cpu else 1
     # A small model's operations are too short to split over cores: each core gets its own part of the batch.
     with operation_threads(1):
         train(pipeline, config, output / "training", cores)
@@ -94,12 +98,12 @@ def run_demo(base: Path, output: Path, config: DemoConfig) -> None:
 
     rows = measure(pipeline, examples, before, after)
     provenance = {
-        "command": f"python -m mtu.recipes.icons demo --minutes {config.minutes:g} --seed {config.seed}",
+        "command": _command(config, device),
         "seconds": round(time.monotonic() - started),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "threads": torch.get_num_threads(),
-        "device": platform.machine(),
+        "device": platform.machine() if on_cpu else describe(device),
     }
     write_csv(output / "metrics.csv", rows, provenance)
     (output / "metrics.md").write_text(format_measurements(rows) + "\n")
@@ -110,12 +114,21 @@ def run_demo(base: Path, output: Path, config: DemoConfig) -> None:
     print(f"Pictures, tables and the model are in {output} ({time.monotonic() - started:.0f} s in all).")
 
 
+def _command(config: DemoConfig, device: torch.device) -> str:
+    """The command line that runs this demo."""
+    command = f"python -m mtu.recipes.icons demo --minutes {config.minutes:g} --seed {config.seed}"
+    if config.steps != DemoConfig.steps:
+        command += f" --steps {config.steps}"
+    return command if device.type == "cpu" else f"{command} --device {device}"
+
+
 def train(pipeline: MTUPipeline, config: DemoConfig, directory: Path, cores: int) -> None:
     """Train the upcycled parts of a pipeline on the four icon tasks, each batch in equal parts on several cores."""
+    autocast = autocast_dtype(pipeline.unet.device)
     icons = Icons("train", config.seed)
     examples: dict[str, Sequence[IconExample]] = {task: icons.batch(task, range(config.examples)) for task in TASKS}
     data = encode_examples(
-        pipeline, examples, autocast=torch.bfloat16, threads=cores, description="encoding the training images"
+        pipeline, examples, autocast=autocast, threads=cores, description="encoding the training images"
     )
     loss = MultiTaskLoss(
         pipeline,
@@ -124,7 +137,7 @@ def train(pipeline: MTUPipeline, config: DemoConfig, directory: Path, cores: int
             batch_per_task=config.batch_per_task,
             snr_gamma=config.snr_gamma,
             noise_weight=config.noise_weight,
-            autocast=torch.bfloat16,
+            autocast=autocast,
             shards=math.gcd(cores, config.batch_per_task),
             seed=config.seed,
         ),

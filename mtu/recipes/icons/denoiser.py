@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from mtu.data.degrade import to_tensor
+from mtu.recipes.icons.device import mixed_precision
 from mtu.recipes.icons.prompts import IconPicture, PromptConfig, ScenePicture, icon_pictures, prompt_of, scene_pictures
 from mtu.recipes.icons.text import token_ids
 from mtu.recipes.icons.vae import encode
@@ -38,7 +39,7 @@ class DenoiserConfig:
         heads: attention heads of every transformer block.
         norm_num_groups: groups of each group norm.
         batch_size: pictures per step.
-        shards: equal parts of the batch, each computed by its own thread.
+        shards: equal parts of the batch on a CPU, each computed by its own thread.
         snr_gamma: cap of the signal-to-noise ratio in the loss weights.
         noise_weight: cap of the weight, one over the signal-to-noise ratio, that noisy timesteps get besides.
         prompts: parts of the training examples.
@@ -147,15 +148,18 @@ class DenoiserLoss:
         noise = torch.randn(latents.shape, generator=generator)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         tokens = token_ids(self.tokenizer, prompts)
+        batch = [tensor.to(self.unet.device) for tensor in (noisy, noise, timesteps, tokens)]
+        if self.unet.device.type != "cpu":
+            return self._loss(*batch)
         rows = torch.arange(count).chunk(self.config.shards)
-        shards = [partial(self._loss, noisy[r], noise[r], timesteps[r], tokens[r]) for r in rows]
+        shards = [partial(self._loss, *(tensor[part] for tensor in batch)) for part in rows]
         return sharded_loss(shards, self.parameters)
 
     def _loss(self, noisy: Tensor, noise: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
         """Return the weighted loss of a part of the batch."""
         # Each weight is used once, so autocast's cache of converted weights, which threads would share, gains nothing.
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        with mixed_precision(noisy.device, cached=False):
             states = self.text_encoder(tokens)[0]
             predicted = self.unet(noisy, timesteps, states).sample
         error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
-        return (error * self.weights[timesteps]).mean()
+        return (error * self.weights.to(error.device)[timesteps]).mean()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mtu.data.catalogue import BACKGROUNDS, FOREGROUNDS, OFF, OUTLINE, Split, caption, caption_names
 from mtu.data.icons import IMAGE_SIZE, paint_icon
+from mtu.recipes.icons.device import usable_device
 from mtu.recipes.icons.prompts import IconPicture, icon_pictures
 from mtu.recipes.icons.vae import reconstruction_psnr
 
@@ -65,7 +66,7 @@ def generate(
         output = pipeline(
             prompts, num_inference_steps=steps, guidance_scale=scale, generator=generator, output_type="pt"
         )
-        images.append(output.images)
+        images.append(output.images.cpu())
     return torch.cat(images).permute(0, 2, 3, 1).numpy() * 255
 
 
@@ -172,17 +173,22 @@ def sample_grid(images: np.ndarray, pictures: Sequence[IconPicture], columns: in
     return grid
 
 
-def score_model(folder: Path, config: ScoreConfig) -> dict[str, object]:
+def score_model(folder: Path, config: ScoreConfig, device: str | torch.device = "cpu") -> dict[str, object]:
     """Score the model in a folder; writes `metrics.json` and `samples.png` beside it.
 
     Args:
         folder: a folder in diffusers' layout.
         config: how to score.
+        device: where the model runs.
 
     Returns:
         What `metrics.json` holds.
+
+    Raises:
+        ValueError: the device cannot be used.
     """
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    device = usable_device(device)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32).to(device)
     scale, by_scale = choose_guidance(pipeline, config)
     pictures = requests("test", config.samples, config.seed)
     scores, images = text_to_image_scores(pipeline, pictures, scale, config)

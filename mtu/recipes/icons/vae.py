@@ -13,6 +13,7 @@ from mtu.data.catalogue import BACKGROUNDS, FOREGROUNDS, combination_split, icon
 from mtu.data.degrade import degrade, psnr, to_tensor, upsample
 from mtu.data.font import glyph_rows, masks
 from mtu.data.icons import EDIT_KINDS, IMAGE_SIZE, IconExample, Icons, paint
+from mtu.recipes.icons.device import mixed_precision
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,8 @@ class VAELoss:
     def __call__(self, step: int) -> Tensor:
         rng = np.random.default_rng([self.seed, 1, step])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        pictures = training_pictures(rng, self.config)
-        with torch.autocast("cpu", torch.bfloat16):
+        pictures = training_pictures(rng, self.config).to(self.vae.device)
+        with mixed_precision(self.vae.device):
             posterior = self.vae.encode(pictures).latent_dist
             decoded = self.vae.decode(posterior.sample(generator=generator)).sample
         error = decoded.float() - pictures
@@ -131,11 +132,11 @@ class VAELoss:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Return the unscaled latents of pictures: (n, 3, 64, 64) in [-1, 1] to (n, 4, 16, 16) float32."""
+    """Return the unscaled latents of pictures: (n, 3, 64, 64) in [-1, 1] to (n, 4, 16, 16) float32, both on the CPU."""
     batches = []
     for chunk in pictures.split(64):
-        with torch.autocast("cpu", torch.bfloat16):
-            batches.append(vae.encode(chunk).latent_dist.mode().float())
+        with mixed_precision(vae.device):
+            batches.append(vae.encode(chunk.to(vae.device)).latent_dist.mode().float().cpu())
     return torch.cat(batches)
 
 
@@ -169,7 +170,7 @@ def reconstruction_psnr(vae: AutoencoderKL, count: int = 48) -> Mapping[str, flo
     """Measure the reconstruction of pictures of test icons, never seen in training in any variant.
 
     Args:
-        vae: the trained autoencoder, in any dtype that the CPU runs.
+        vae: the trained autoencoder, in any dtype that its device runs.
         count: pictures per kind.
 
     Returns:
@@ -177,7 +178,8 @@ def reconstruction_psnr(vae: AutoencoderKL, count: int = 48) -> Mapping[str, flo
     """
     values = {}
     for kind, examples in reconstruction_examples(count).items():
-        pictures = torch.stack([example.target for example in examples]).to(vae.dtype)
-        values[kind] = psnr(vae.decode(vae.encode(pictures).latent_dist.mode()).sample.float(), pictures.float())
+        pictures = torch.stack([example.target for example in examples]).to(vae.device, vae.dtype)
+        decoded = vae.decode(vae.encode(pictures).latent_dist.mode()).sample
+        values[kind] = psnr(decoded.float(), pictures.float()).cpu()
     medians = {kind: float(value.median()) for kind, value in values.items()}
     return medians | {"all": float(torch.cat(list(values.values())).median())}

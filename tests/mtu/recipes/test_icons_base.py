@@ -176,8 +176,8 @@ def test_miniature_run_from_end_to_end_resumes_and_describes_itself(tmp_path: Pa
     assert "{" not in card.replace("{}", "")
     assert (model / "samples.png").is_file()
     first = {path.name: path.read_bytes() for path in model.rglob("*.safetensors")}
-    # Resuming a finished run trains nothing, and comes to the same weights.
-    make_base(tmp_path, MINIATURE, SCORE, command="the command", resume=True)
+    # Resuming a finished run trains nothing, and comes to the same weights; also under another name of the device.
+    make_base(tmp_path, MINIATURE, SCORE, command="the command", resume=True, device="cpu:0")
     assert {path.name: path.read_bytes() for path in model.rglob("*.safetensors")} == first
     pipeline = StableDiffusionPipeline.from_pretrained(model)
     assert {m.dtype for m in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}

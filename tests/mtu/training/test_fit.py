@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mtu.training import FitConfig, LogEntry, fit
 from mtu.training.checkpoint import load_checkpoint
-from mtu.training.fit import learning_rate_at, parameter_groups
+from mtu.training.fit import Training, learning_rate_at, parameter_groups
 
 CONFIG = FitConfig(steps=10, learning_rate=1e-2, warmup_steps=2, ema_decay=0.9, checkpoint_every=5, log_every=1)
 
@@ -63,6 +63,21 @@ def test_resumed_training_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> No
     assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
     lines = (tmp_path / "broken" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 11))
+
+
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter in the checkpoint to a meta parameter")
+def test_a_checkpoint_goes_on_where_the_modules_are(tmp_path: Path) -> None:
+    """On the meta device, whose tensors do not mix with the CPU's."""
+    train(directory=tmp_path)
+    model = Model().to("meta")
+    training = Training({"model": model}, model.parameters(), CONFIG)
+    training.load(tmp_path)
+    where = {name: tensor.device.type for name, tensor in training.tensors().items()}
+    # AdamW counts its steps on the host, where the generator of the batches is, too.
+    on_host = {name for name in where if name == "random" or name.startswith("optimizer.step.")}
+    assert where == {name: "cpu" if name in on_host else "meta" for name in where}
+    training.advance(model.linear(torch.ones(3, 4, device="meta")).square().mean() + model.embedding.weight.mean())
+    assert training.step == 11
 
 
 def test_resuming_a_finished_training_changes_nothing(tmp_path: Path) -> None:
