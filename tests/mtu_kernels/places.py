@@ -101,3 +101,16 @@ def cases(*precisions, halved=False):
             name = f"{param.id}-{str(dtype).removeprefix('torch.')}-{'expert_norm' if expert_norm else 'norm'}"
             params.append(pytest.param(place, dtype, expert_norm, id=name, marks=param.marks))
     return pytest.mark.parametrize(("place", "dtype", "expert_norm"), params)
+
+
+def why_not_most_of_a_gpu(workers: str, memory: Callable[[], tuple[int, int]]) -> str | None:
+    """What keeps a test from taking 32 GiB of a GPU, as a sentence; or None.
+
+    Args:
+        workers: how many workers of pytest-xdist there are, which share the GPU.
+        memory: gives the free and the whole memory of the GPU in bytes; only one worker asks.
+    """
+    if workers != "1":
+        return f"It takes 32 GiB of a GPU, which {workers} workers share: run it without -n."
+    free, _ = memory()
+    return None if free >= 32 * 2**30 else f"It takes 32 GiB of a GPU, of which {free / 2**30:.0f} GiB are free."

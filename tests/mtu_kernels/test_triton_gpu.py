@@ -1,5 +1,6 @@
 """What only a GPU can show: `python -m pytest tests/mtu_kernels -m gpu`, from a plain checkout."""
 
+import os
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from mtu_kernels.triton.launch import execute
 from mtu_kernels.triton.tiles import TileConfig
 
 from .moe_ffn_cases import Problem, Sizes, assert_as_exact_as_eager, make_problem
-from .places import Place
+from .places import Place, why_not_most_of_a_gpu
 
 pytestmark = pytest.mark.gpu
 TRITON = Place("triton", "cuda")
@@ -94,6 +95,18 @@ def test_the_host_never_waits(K):
         torch.cuda.set_sync_debug_mode(before)
 
 
+@pytest.fixture
+def most_of_a_gpu():
+    def memory():
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()
+
+    reason = why_not_most_of_a_gpu(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"), memory)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.usefixtures("most_of_a_gpu")
 @pytest.mark.parametrize("K", [None, 1], ids=["dense", "top1"])
 def test_more_elements_than_32_bits_count(K):
     """z has 2^32 elements: rows at its end are as right as they are alone."""
