@@ -11,7 +11,11 @@ from pathlib import Path
 
 from benchmarks.gpu_state import Outcome, State, replace
 
+RUN = "benchmarks.gpu_run"
 RESULTS, SUMMARY, FACTS = "results.zip", "summary.md", "summary.json"
+# Of a step that trains: the folder of its model, which is a file of its own.
+MODEL = Path("output", "model")
+_PACKED = (".txt", ".csv", ".py", ".json", ".md", ".png")
 # Of one log, its end: a compiler may fill megabytes.
 _LOG_BYTES = 2**19
 _TAIL_LINES = 40
@@ -45,15 +49,31 @@ class Output:
         packed = io.BytesIO()
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
             for name in self._names:
-                folder = self._state.folder / "steps" / name
-                for file in sorted(folder.rglob("*")) if folder.exists() else ():
-                    if file.is_file() and file.suffix in (".txt", ".csv", ".py", ".json"):
-                        archive.writestr(f"{name}/{file.relative_to(folder)}", _end_of(file))
+                self._add(archive, name, self._state.folder / "steps" / name)
         replace(self._folder / RESULTS, packed.getvalue())
         replace(self._folder / SUMMARY, self.summary(tails=True).encode())
-        outcomes = {name: outcome._asdict() for name, outcome in self._outcomes().items()}
-        facts = {"run": "benchmarks.gpu_run", "commit": self._commit, "steps": outcomes}
+        outcomes = self._outcomes()
+        facts = {"run": RUN, "commit": self._commit, "steps": {n: outcome._asdict() for n, outcome in outcomes.items()}}
         replace(self._folder / FACTS, json.dumps(facts, indent=1).encode())
+        for name in outcomes:
+            model = self._state.folder / "steps" / name / MODEL
+            if model.exists():
+                self._pack_model(model, self._folder / f"{name}-model.zip")
+
+    def _add(self, archive: zipfile.ZipFile, name: str, folder: Path) -> None:
+        for file in sorted(folder.rglob("*")) if folder.exists() else ():
+            path = file.relative_to(folder)
+            if file.is_file() and file.suffix in _PACKED and not path.is_relative_to(MODEL):
+                archive.writestr(f"{name}/{path}", _end_of(file))
+
+    def _pack_model(self, model: Path, packed: Path) -> None:
+        # Written once: a trained model is megabytes.
+        if not packed.exists():
+            content = io.BytesIO()
+            with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+                for file in sorted(model.rglob("*")):
+                    archive.write(file, file.relative_to(model))
+            replace(packed, content.getvalue())
 
     def summary(self, tails: bool = False) -> str:
         """A table of the steps for people; with the ends of their logs."""

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -62,20 +62,17 @@ class Group:
         if self.code is None:
             with suppress(ProcessLookupError):
                 self._process.send_signal(how)
-            wait(lambda: self.code is not None, grace)
+            until = time.monotonic() + grace
+            while self.code is None and time.monotonic() < until:
+                pause()
         _kill_group(self._process.pid)
         self._process.wait()
         self.note.unlink(missing_ok=True)
 
 
-def wait(condition: Callable[[], bool], seconds: float) -> bool:
-    """Waits until a condition holds, for so long at most. Returns whether it does."""
-    until = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() >= until:
-            return False
-        time.sleep(_POLL_SECONDS)
-    return True
+def pause() -> None:
+    """Lets the processes run for a moment."""
+    time.sleep(_POLL_SECONDS)
 
 
 def end_leftover(note: Path) -> bool:

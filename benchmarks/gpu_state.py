@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,11 +53,13 @@ class State:
             for made in (self.caches, self._running, self.folder / "steps", self.folder / "outcomes"):
                 made.mkdir(parents=True, exist_ok=True)
             self._lock = (folder / "lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--state must be of this call alone, but another one uses {folder} now.") from None
         except OSError as error:
             raise ValueError(f"--state must be a folder that can be written, got {folder}: {error.strerror}.") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise ValueError(f"--state must be of this call alone, but another one uses {folder} now.") from None
 
     def close(self) -> None:
         self._lock.close()
@@ -111,5 +114,10 @@ class State:
 def replace(path: Path, content: bytes) -> None:
     """Writes a file as a whole: who reads it meanwhile, or after a crash, has the old one or the new one."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise

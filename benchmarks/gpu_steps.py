@@ -80,7 +80,7 @@ def _python(*arguments: str) -> list[str]:
 
 
 def _smoke(place: Place) -> list[str]:
-    return _python("benchmarks.gpu_smoke", *["--quick"] * place.quick)
+    return _python("benchmarks.gpu_smoke", *["--quick"] * place.quick, "--commit", place.commit)
 
 
 def _tune(place: Place) -> list[str]:
@@ -89,14 +89,24 @@ def _tune(place: Place) -> list[str]:
     return _python("benchmarks.tune", *arguments, "--table", str(place.folder / TABLE), "--commit", place.commit)
 
 
-def _ffn(*arguments: str) -> Callable[[Place], list[str]]:
+def _ffn(contenders: str, batches: str, *sweep: str) -> Callable[[Place], list[str]]:
     def command(place: Place) -> list[str]:
-        sizes = ["--quick", "--seconds", "0"] if place.quick else []
-        # Triton's interpreter computes bfloat16 wrongly.
-        sizes += [] if place.cuda else ["--device", "cpu", "--dtype", "fp16"]
-        output = "--output", str(place.folder / f"moe_ffn_{place.device}.csv"), "--resume"
-        common = [*place.minutes, *output, "--commit", place.commit]
-        return _python("benchmarks.moe_ffn", *sizes, *arguments, *common)
+        sizes = ["--quick", "--seconds", "0"] if place.quick else ["--batch", batches]
+        # Triton's interpreter and compilers for CPUs take their time.
+        names = contenders if place.cuda else "products,eager,mtu-eager"
+        arguments = [
+            *sizes,
+            *sweep,
+            "--device",
+            place.device,
+            "--contenders",
+            names,
+            *place.minutes,
+            "--resume",
+            "--commit",
+            place.commit,
+        ]
+        return _python("benchmarks.moe_ffn", *arguments, "--output", str(place.folder / f"moe_ffn_{place.device}.csv"))
 
     return command
 
@@ -105,7 +115,15 @@ def _unet(model: str, batches: str, run: str, wait: bool = False) -> Callable[[P
     def command(place: Place) -> list[str]:
         sizes = ["--model", _TINY[model], "--quick", "--tasks", "4"] if place.quick else ["--model", model]
         contenders = f"stock+{run},mtu-triton+{run}" if place.cuda else "stock,mtu-eager"
-        arguments = [*sizes, "--batches", batches, "--contenders", contenders, "--device", place.device]
+        arguments = [
+            *sizes,
+            "--batches",
+            batches.split(",")[0] if place.quick else batches,
+            "--contenders",
+            contenders,
+            "--device",
+            place.device,
+        ]
         arguments += ["--warm-caches", "--resume", "--output", str(place.folder / f"unet_{place.device}.csv")]
         arguments += ["--kernels", str(place.folder / f"step_kernels_{place.device}.csv"), "--commit", place.commit]
         arguments += ["--wait-for", str(place.folder / GO)] if wait else place.minutes
@@ -153,14 +171,15 @@ def _icons(place: Place) -> list[str]:
     return _python("mtu.recipes.icons", "demo", *arguments, "--minutes", f"{minutes:.2f}", "--steps", "1000000")
 
 
-_FORWARD = ("--pass", "forward", "--top-k", "dense")
+_DENSE = ("--top-k", "dense", "--pass")
+_MEASURED = "products,eager,mtu-triton"
 STEPS: tuple[Step, ...] = (
     Step("smoke", "facts of the machine; two shapes against the reference", _smoke, 40, 10, decides=True),
     Step(TUNE, "tiles of the two products of dense inference", _tune, 50, 25),
     Step(
         "ffn",
         "the feed-forward at six shapes and four batches, beside the bare products and the original",
-        _ffn(*_FORWARD, "--batch", "2,8,4,1", "--contenders", "products,eager,mtu-triton"),
+        _ffn(_MEASURED, "2,8,4,1", *_DENSE, "forward"),
         40,
         15,
     ),
@@ -188,7 +207,7 @@ STEPS: tuple[Step, ...] = (
     Step(
         "ffn-compiled",
         "the feed-forward beside the compiled folded original",
-        _ffn(*_FORWARD, "--batch", "2,8", "--contenders", "products,eager,mtu-triton,compile-folded"),
+        _ffn(f"{_MEASURED},compile-folded", "2,8", *_DENSE, "forward"),
         75,
         20,
     ),
@@ -196,23 +215,14 @@ STEPS: tuple[Step, ...] = (
     Step(
         "training",
         "forward and backward passes",
-        _ffn(
-            "--pass",
-            "forward+backward",
-            "--top-k",
-            "dense",
-            "--batch",
-            "8,2",
-            "--contenders",
-            "products,eager,mtu-triton",
-        ),
+        _ffn(_MEASURED, "8,2", *_DENSE, "forward+backward"),
         40,
         15,
     ),
     Step(
         "top-2",
         "top-2 of 8 experts beside all 8",
-        _ffn("--pass", "forward", "--experts", "8", "--top-k", "dense,2", "--contenders", "products,mtu-triton"),
+        _ffn("products,mtu-triton", "8", "--experts", "8", "--top-k", "dense,2", "--pass", "forward"),
         30,
         15,
     ),

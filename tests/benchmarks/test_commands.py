@@ -57,6 +57,19 @@ def test_a_run_from_start_to_picture(tmp_path, capsys, no_compiler):
     assert (images / "moe_ffn_cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_goes_on_where_it_was_cut_off(tmp_path, capsys):
+    output = tmp_path / "rows.csv"
+    arguments = [*QUICKLY, "--output", str(output), "--contenders", "products", "--pass", "forward,backward"]
+    assert moe_ffn.main([*arguments, "--minutes", "-1"]) == 0
+    assert "out of time: 2 of 2 groups are left" in capsys.readouterr().err
+    assert not output.exists()
+    assert moe_ffn.main([*arguments[:-1], "backward"]) == 0
+    assert moe_ffn.main([*arguments, "--resume"]) == 0
+    assert [row.workload.direction for row in read_rows(output)] == ["backward"] * 2 + ["forward"] * 2
+    assert moe_ffn.main([*arguments, "--resume"]) == 0
+    assert "0 rows added" in capsys.readouterr().out
+
+
 def test_refusals_are_said_once_and_failures_end_in_an_error(tmp_path, capsys, monkeypatch):
     def refuse(*arguments):
         raise RuntimeError("Nothing of the kind runs here.\nAnd more.")

@@ -84,6 +84,16 @@ def test_shapes_of_one_key_are_measured_once():
     assert tasks.keys() == keys
 
 
+def test_what_all_inference_runs_is_measured_first():
+    tasks = list(tune.tasks_of(PRODUCTS, ((640, 1024),), "sm_90", batches=(2,)).values())
+    dense = [task.product for task in tasks if task.shape.K is None]
+    assert [task.shape.K for task in tasks] == [None] * len(PRODUCTS) + [2] * len(PRODUCTS)
+    assert dense[:2] == ["expert_in", "expert_sum"]
+    assert sorted(dense) == sorted(PRODUCTS)
+    only = tune.tasks_of(PRODUCTS, ((640, 1024),), "sm_90", (2, 8), ("top-2",))
+    assert {(task.shape.E, task.shape.K) for task in only.values()} == {(8, 2)}
+
+
 def measured(tokens, **times):
     tiles = {"small": SMALL, "large": LARGE, "wide": WIDE, "library": LIBRARY}
     return tune.Measurement(KEY._replace(tokens=tokens), {tiles[name]: time for name, time in times.items()}, SMALL)
@@ -184,6 +194,8 @@ def test_the_library_has_no_product_by_expert():
     ("arguments", "message"),
     [
         (["--products", "norm"], "unknown product 'norm': expected some of expert_in, "),
+        (["--routing", "sparse"], "unknown routing 'sparse': expected some of dense, top-2."),
+        (["--batches", "0"], "expected positive whole numbers such as 1,8, got '0'."),
         (["--shapes", "320"], "unknown shape '320': expected DxL as in 320x4096"),
         (["--table", "table.csv"], "--table must be a Python file, got table.csv."),
     ],

@@ -180,9 +180,52 @@ def test_what_is_compiled_again_for_other_tasks_is_not_timed(tmp_path, capsys, m
     assert warm.warmup_s is None
 
 
+def test_a_group_that_is_prepared_waits_for_its_turn_and_its_kernels_are_counted(tmp_path, monkeypatch, capsys):
+    go, output, kernels = tmp_path / "go", tmp_path / "rows.csv", tmp_path / "kernels.csv"
+    seen = []
+
+    def sleep(seconds):
+        seen.append((go.with_name("go.ready").exists(), output.exists()))
+        go.touch()
+
+    monkeypatch.setattr("benchmarks.unet.time.sleep", sleep)
+    assert run_quickly(output, "--wait-for", str(go), "--tasks", "4", "--kernels", str(kernels))[0] == 0
+    assert seen == [(True, False)]
+    assert len(read_rows(output)) == 2
+    with kernels.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["contender"], row["model"], row["tasks"]) for row in rows} == {
+        ("stock", "tiny", "1"),
+        ("mtu-eager", "tiny", "4"),
+    }
+    convolutions = [int(row["count"]) for row in rows if row["kernel"] == "aten::conv2d"]
+    assert len(convolutions) == 2
+    assert f"stock: {sum(int(row['count']) for row in rows if row['contender'] == 'stock')} kernels" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_run_goes_on_where_it_was_cut_off(tmp_path, capsys):
+    output = tmp_path / "rows.csv"
+    arguments = ["--batches", "2,1", "--tasks", "1", "--commit", "abc1234"]
+    assert run_quickly(output, *arguments, "--minutes", "-1", contenders="stock")[0] == 0
+    assert "out of time: 2 of 2 groups are left" in capsys.readouterr().err
+    assert not output.exists()
+    assert run_quickly(output, *arguments[2:], "--batches", "1", contenders="stock")[0] == 0
+    assert run_quickly(output, *arguments, "--resume", contenders="stock")[0] == 0
+    assert [row.workload.B for row in read_rows(output)] == [1, 2]
+    assert run_quickly(output, *arguments, "--resume", contenders="stock")[0] == 0
+    assert len(read_rows(output)) == 2
+    # Rows of another commit are no rows of this one.
+    other = [*arguments[:-1], "def5678", "--resume"]
+    assert run_quickly(output, *other, contenders="stock")[0] == 0
+    assert len(read_rows(output)) == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--wait-for", "go", "--batches", "1,2"], "--wait-for is for one batch of one number of branches, got "),
         (["--contenders", "eager"], "unknown contender 'eager': expected some of stock, stock+channels-last, "),
         (["--size", "100"], "expected a positive multiple of 8 pixels, got '100'."),
         (["--runs", "1"], "expected a whole number from 2 on, got '1'."),

@@ -1,0 +1,134 @@
+"""What `python -m benchmarks.gpu_run` brought back, put in place: the table of tiles, CSV files; plots and page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks import page, plot, tune
+from benchmarks.gpu_output import FACTS, RESULTS, RUN
+from benchmarks.gpu_steps import TABLE
+from benchmarks.provenance import RESULTS as PLACE
+from benchmarks.rows import append_row, check_header
+from benchmarks.tile_rows import merge, read, write
+from mtu_kernels.triton.tiles import TableRow
+
+# How a row of a tuned table says that it is none of the shipped ones.
+_MEASURED = "measured on "
+
+
+class Places(NamedTuple):
+    """Where things are put: the table of tiles, and the folder of the CSV files."""
+
+    table: Path = tune.SHIPPED
+    results: Path = PLACE
+
+
+class Found(NamedTuple):
+    """What a folder holds: rows of tuned tiles, and of each CSV file's name the rows of all steps."""
+
+    tiles: tuple[TableRow, ...]
+    files: dict[str, list[dict[str, str]]]
+
+
+class _Cells(NamedTuple):
+    text: dict[str, str]
+
+    def cells(self) -> dict[str, str]:
+        return self.text
+
+
+def collect(folder: Path, places: Places | None = None) -> list[str]:
+    """Puts returned files in their places. Rows that are there already are left out.
+
+    Args:
+        folder: what was the output folder of a run.
+        places: the package's own by default.
+
+    Returns:
+        Lines that say what was put where.
+
+    Raises:
+        ValueError: the folder holds no result of a run, or rows of other columns; nothing is changed then.
+    """
+    places = places or Places()
+    found = _found(folder)
+    for name, rows in found.files.items():
+        check_header(places.results / name, list(rows[0]))
+    lines = []
+    if found.tiles:
+        old = read(places.table)
+        # A tuned width says what all its numbers of tokens run with: what was chosen before it is gone.
+        widths = {row.key._replace(tokens=0) for row in found.tiles}
+        stale = [row.key for row in old if row.key._replace(tokens=0) in widths]
+        write(places.table, merge(old, found.tiles, measured=stale))
+        lines.append(f"{len(found.tiles)} rows of tiles into {places.table}")
+    for name, rows in found.files.items():
+        new = _without_known(rows, places.results / name)
+        for row in new:
+            append_row(places.results / name, _Cells(row))
+        lines.append(f"{len(new)} rows into {places.results / name}, {len(rows) - len(new)} were there")
+    return lines
+
+
+def _found(folder: Path) -> Found:
+    refusal = f"--collect must be the output folder of a run, got {folder}"
+    try:
+        facts = json.loads((folder / FACTS).read_text())
+        if facts["run"] != RUN:
+            raise ValueError(f"{FACTS} is of {facts['run']!r}")
+        with zipfile.ZipFile(folder / RESULTS) as archive:
+            if archive.testzip() is not None:
+                raise ValueError(f"{RESULTS} is damaged")
+            contents = {name: archive.read(name).decode() for name in archive.namelist()}
+        return Found(tuple(_tiles(contents)), _rows(contents))
+    except (OSError, ValueError, KeyError, TypeError, SyntaxError, ImportError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{refusal}: {' '.join(str(error).split())}.") from None
+
+
+def _tiles(contents: dict[str, str]) -> Iterator[TableRow]:
+    for name, text in contents.items():
+        if name.endswith(f"/{TABLE}"):
+            with tempfile.TemporaryDirectory() as scratch:
+                path = Path(scratch, TABLE)
+                path.write_text(text)
+                yield from (row for row in read(path) if row.source.startswith(_MEASURED))
+
+
+def _rows(contents: dict[str, str]) -> dict[str, list[dict[str, str]]]:
+    files: dict[str, list[dict[str, str]]] = {}
+    for path, text in contents.items():
+        # What training writes besides is not one of the benchmarks' files.
+        step, _, name = path.partition("/")
+        if name.endswith(".csv") and "/" not in name:
+            header, *lines = csv.reader(io.StringIO(text))
+            rows = [dict(zip(header, line, strict=True)) for line in lines if len(line) == len(header)]
+            files.setdefault(name, []).extend(rows)
+            if any(row.keys() != files[name][0].keys() for row in rows):
+                raise ValueError(f"the rows of {name} have other columns in the step {step}")
+    return {name: rows for name, rows in files.items() if rows}
+
+
+def _without_known(rows: Sequence[dict[str, str]], file: Path) -> list[dict[str, str]]:
+    if not file.exists():
+        return list(rows)
+    with file.open(newline="") as opened:
+        known = [tuple(row.values()) for row in csv.DictReader(opened)]
+    return [row for row in rows if tuple(row.values()) not in set(known)]
+
+
+def collect_and_redraw(folder: Path) -> int:
+    """The command `--collect`: puts files in their places, then makes plots and the page anew."""
+    print("\n".join(collect(folder)))
+    try:
+        plot.main([])
+    except SystemExit:
+        print("Some pictures could not be drawn; the page is made with those that are there.", file=sys.stderr)
+    return page.main([])

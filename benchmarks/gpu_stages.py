@@ -1,0 +1,208 @@
+"""Steps of a run on a GPU one after another, or beside each other, each within its budget, all within the run's."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from benchmarks.gpu_output import Output
+from benchmarks.gpu_process import GRACE_SECONDS, Group, pause
+from benchmarks.gpu_state import CUT, DONE, ENDED, FAILED, LATE, Outcome, State
+from benchmarks.gpu_steps import DIAGNOSIS, GO, Place, Step
+
+# For the last results to be packed, and for what is still running to end.
+RESERVE_SECONDS = 2 * GRACE_SECONDS
+# A step that stops by itself does so before it is ended.
+MARGIN_SECONDS = 5.0
+# How often results are packed while steps run: the run may be killed at any time.
+_PACK_SECONDS = 15.0
+# Lines of a log that say what went wrong, however much comes after them.
+_TELLING = ("FAILED", "skipped ")
+_MOST_LETTERS = 300
+
+
+class Interrupted(Exception):
+    """The run was told to end."""
+
+
+@dataclasses.dataclass
+class _Running:
+    """A step that was begun.
+
+    Attributes:
+        until: time by `time.monotonic` at which it is ended, unless it holds on.
+        released: whether it may go on to what it does alone.
+    """
+
+    step: Step
+    group: Group
+    until: float
+    released: bool = False
+
+
+class Run:
+    """One call.
+
+    Args:
+        state: of this call and earlier ones.
+        output: where results go.
+        until: time by `time.monotonic` at which everything must have ended.
+        commit: for the rows.
+        quick: on the tiny model.
+    """
+
+    def __init__(self, state: State, output: Output, until: float, commit: str, quick: bool) -> None:
+        self._state, self._output, self._commit, self._quick = state, output, commit, quick
+        self._until = until - RESERVE_SECONDS
+        self._cuda = torch.cuda.is_available()
+        self._packed = time.monotonic()
+
+    def run(self, steps: Sequence[Step]) -> None:
+        """Runs steps as long as there is time. What is done is skipped; what failed in an earlier call comes last.
+
+        Raises:
+            Interrupted: the run was told to end; what ran is ended then, and noted.
+        """
+        before = self._state.outcomes(step.name for step in steps)
+        failed = {name for name, outcome in before.items() if outcome.status in (FAILED, ENDED)}
+        todo = [step for step in steps if step.name not in before or before[step.name].status != DONE]
+        first = [step for step in todo if step.name not in failed or step.decides]
+        for stage in stages([*first, *(step for step in todo if step not in first)]):
+            self._stage(stage)
+            for outcome in (self._state.outcome(step.name) for step in stage if step.decides):
+                if outcome is None or outcome.status != DONE:
+                    if self._cuda and outcome is not None and outcome.status in (FAILED, ENDED):
+                        self._stage([DIAGNOSIS])
+                    _say("The rest of the time is kept: nothing else is worth measuring before this is right.")
+                    return
+
+    def _stage(self, stage: Sequence[Step]) -> None:
+        running: dict[str, _Running] = {}
+        rows_of = self._commit_of_rows()
+        try:
+            for step in stage:
+                left, least = self._until - time.monotonic(), step.least + step.timed
+                if left < least and not self._quick:
+                    self._note(step, Outcome(LATE, 0, f"{max(0.0, left):.0f} s were left, and it needs {least:.0f}."))
+                elif (begun := self._begin(step, rows_of, left)) is not None:
+                    running[step.name] = begun
+            while not all(self._holds_on(begun) for begun in running.values()):
+                self._look_after(running)
+            for name in list(running):
+                # These are prepared and hold on: now each has the device to itself.
+                self._release(running[name])
+                while name in running:
+                    self._look_after(running)
+        except Interrupted:
+            for begun in running.values():
+                self._end(begun, CUT, "The run was told to end.")
+            raise
+
+    def _commit_of_rows(self) -> str:
+        """What rows say that they were measured of, once the tuned tiles are in their place."""
+        try:
+            return f"{self._commit}+tuned-tiles" if self._state.use_tuned_table() else self._commit
+        except OSError as error:
+            _say(f"The tuned tiles cannot be put into the copy of the tree, and are not used: {error}")
+            return self._commit
+
+    def _begin(self, step: Step, commit: str, left: float) -> _Running | None:
+        seconds = min(step.seconds, left)
+        _say(f"{step.name}: begins, {seconds:.0f} s at most")
+        try:
+            folder = self._state.step(step.name)
+            for name in (GO, f"{GO}.ready"):
+                (folder / name).unlink(missing_ok=True)
+            place = Place(folder, commit, self._quick, self._cuda, max(1.0, seconds - MARGIN_SECONDS))
+            log, note = folder / "log.txt", self._state.note(step.name)
+            group = Group(step.command(place), note, log, self._state.tree, self._environment())
+        except OSError as error:
+            self._note(step, Outcome(FAILED, 0, f"It could not be started: {error}."))
+            return None
+        return _Running(step, group, time.monotonic() + seconds)
+
+    def _holds_on(self, begun: _Running) -> bool:
+        ready = self._state.step(begun.step.name) / f"{GO}.ready"
+        return bool(begun.step.timed) and not begun.released and ready.exists()
+
+    def _release(self, begun: _Running) -> None:
+        begun.released = True
+        begun.until = min(self._until, time.monotonic() + begun.step.timed)
+        try:
+            (self._state.step(begun.step.name) / GO).touch()
+        except OSError as error:
+            _say(f"{begun.step.name} cannot be told to go on: {error}")
+
+    def _look_after(self, running: dict[str, _Running]) -> None:
+        """Takes those that ended, or must end, out of what runs; packs now and then."""
+        pause()
+        for name, begun in list(running.items()):
+            late = time.monotonic() > begun.until and not self._holds_on(begun)
+            if begun.group.code is None and not late:
+                continue
+            if begun.group.code is not None:
+                ended = self._verdict(begun.step, begun.group.code)
+            elif time.monotonic() > self._until:
+                ended = CUT, "The time of the run was over."
+            else:
+                ended = ENDED, f"It still ran after {begun.group.seconds:.0f} s."
+            self._end(begun, *ended)
+            del running[name]
+        if time.monotonic() > self._packed + _PACK_SECONDS:
+            self._pack()
+
+    def _verdict(self, step: Step, code: int) -> tuple[str, str]:
+        text = (self._state.step(step.name) / "log.txt").read_text(errors="replace")
+        lines = [line.rpartition("\r")[2].strip() for line in text.splitlines()]
+        telling = [line for line in lines if line.startswith(_TELLING)]
+        if code == 0:
+            return DONE, "".join(telling[-1:])[:_MOST_LETTERS]
+        last = [line for line in lines if line][-1:] or ["it said nothing"]
+        how = f"Signal {signal.Signals(-code).name} ended it" if code < 0 else f"It returned {code}"
+        return FAILED, f"{how}: {(telling or last)[-1][:_MOST_LETTERS]}"
+
+    def _end(self, begun: _Running, status: str, sentence: str) -> None:
+        begun.group.end(begun.step.stop)
+        self._note(begun.step, Outcome(status, round(begun.group.seconds, 1), sentence))
+
+    def _note(self, step: Step, outcome: Outcome) -> None:
+        _say(f"{step.name}: {outcome.status}, {outcome.seconds:.0f} s. {outcome.sentence}")
+        try:
+            self._state.keep(step.name, outcome)
+        except OSError as error:
+            _say(f"The state folder cannot be written, so that the next call will run {step.name} again: {error}")
+        self._pack()
+
+    def _pack(self) -> None:
+        self._packed = time.monotonic()
+        try:
+            self._output.pack()
+        except OSError as error:
+            _say(f"The results cannot be copied out now, and stay in the state folder: {error}")
+
+    def _environment(self) -> dict[str, str]:
+        folders = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+        caches = {name: str(self._state.caches / folder) for name, folder in folders.items()}
+        interpreter = {} if self._cuda else {"TRITON_INTERPRET": "1"}
+        return os.environ | caches | interpreter | {"PYTHONUNBUFFERED": "1"}
+
+
+def stages(steps: Sequence[Step]) -> Iterator[list[Step]]:
+    """Steps that follow each other and need not be alone run together."""
+    stage: list[Step] = []
+    for step in steps:
+        if stage and (step.alone or stage[-1].alone):
+            yield stage
+            stage = []
+        stage.append(step)
+    if stage:
+        yield stage
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,143 @@
+"""What a run on a GPU brought back, put in its places."""
+
+import json
+import shutil
+import time
+import zipfile
+
+import pytest
+
+from benchmarks import gpu_run, plot, tile_rows, tune
+from benchmarks.gpu_collect import Places, collect
+from benchmarks.gpu_output import FACTS, RESULTS, Output
+from benchmarks.gpu_stages import RESERVE_SECONDS, Run
+from benchmarks.gpu_state import State
+from benchmarks.gpu_steps import TABLE, TUNE, Step
+from benchmarks.rows import append_row, read_rows
+from mtu_kernels.triton.tile_table import ROWS
+from mtu_kernels.triton.tiles import TableRow, TileConfig, TileKey
+
+from .rows_cases import make_row
+
+KEY = TileKey("expert_in", "sm_90", 16, False, 640, 0)
+TUNED = TableRow(KEY, TileConfig(128, 64, 64, 8, 3, True), "measured on a GPU: 24.0 µs at 2048 tokens, before 29.0")
+
+
+@pytest.fixture
+def places(tmp_path):
+    table = tmp_path / "places" / TABLE
+    table.parent.mkdir()
+    shutil.copy(tune.SHIPPED, table)
+    return Places(table, tmp_path / "places" / "results")
+
+
+@pytest.fixture
+def returned(tmp_path):
+    """The output folder of a run that tuned a tile, and measured rows in two steps."""
+    files = tmp_path / "measured"
+    files.mkdir()
+    tile_rows.write(files / TABLE, tile_rows.merge(ROWS, [TUNED]))
+    for name, contenders in (("a", ("products", "eager")), ("b", ("mtu-triton",))):
+        for place, contender in enumerate(contenders):
+            append_row(files / f"{name}.csv", make_row(contender, 10.0 + place))
+
+    def copy(name, source, target):
+        return Step(name, "", lambda place: ["cp", str(files / source), str(place.folder / target)], 30, 0)
+
+    steps = [copy(TUNE, TABLE, TABLE), copy("a", "a.csv", "moe_ffn_cuda.csv"), copy("b", "b.csv", "moe_ffn_cuda.csv")]
+    state = State(tmp_path / "state", "abc1234")
+    state.copy_tree()
+    output = Output(tmp_path / "output", state, [step.name for step in steps], "abc1234")
+    Run(state, output, time.monotonic() + 60 + RESERVE_SECONDS, "abc1234", quick=True).run(steps)
+    # The tree that runs has the tuned table, and its own keeps the shipped one.
+    assert TUNED in tile_rows.read(state.tree / "mtu_kernels" / "triton" / TABLE)
+    assert TUNED not in tile_rows.read(tune.SHIPPED)
+    state.close()
+    return tmp_path / "output"
+
+
+def contents(places):
+    files = [places.table, *places.results.glob("*")] if places.results.exists() else [places.table]
+    return {file: file.read_text() for file in files}
+
+
+def test_rows_and_tiles_come_to_their_places_once(returned, places):
+    file = places.results / "moe_ffn_cuda.csv"
+    append_row(file, make_row("loop", 99.0))
+    assert collect(returned, places)[-1] == f"3 rows into {file}, 0 were there"
+    assert [row.contender for row in read_rows(file)] == ["loop", "products", "eager", "mtu-triton"]
+    table = tile_rows.read(places.table)
+    assert TUNED in table
+    # Other widths, products and architectures stay; what was chosen for this width is gone.
+    same = {row for row in ROWS if row.key._replace(tokens=0) == KEY}
+    assert set(table) == (set(ROWS) - same) | {TUNED}
+    before = contents(places)
+    assert collect(returned, places)[-1] == f"0 rows into {file}, 3 were there"
+    assert contents(places) == before
+
+
+def _without_facts(folder):
+    (folder / FACTS).unlink()
+
+
+def _of_something_else(folder):
+    (folder / FACTS).write_text(json.dumps({"run": "other"}))
+
+
+def _cut_off(folder):
+    (folder / RESULTS).write_bytes((folder / RESULTS).read_bytes()[:-100])
+
+
+def _with_other_columns(folder):
+    with zipfile.ZipFile(folder / RESULTS, "a") as archive:
+        archive.writestr("c/moe_ffn_cuda.csv", "model,time\nx,1\n")
+
+
+def _with_a_broken_table(folder):
+    with zipfile.ZipFile(folder / RESULTS, "a") as archive:
+        archive.writestr(f"again/{TABLE}", "ROWS = (")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (_without_facts, "No such file"),
+        (_of_something_else, "summary.json is of 'other'"),
+        (_cut_off, "File is not a zip file"),
+        (_with_other_columns, "the rows of moe_ffn_cuda.csv have other columns in the step c"),
+        (_with_a_broken_table, "was never closed"),
+    ],
+)
+def test_a_folder_that_is_no_result_is_refused_before_anything_changes(spoil, reason, returned, places):
+    spoil(returned)
+    before = contents(places)
+    with pytest.raises(ValueError, match="--collect must be the output folder of a run, got ") as error:
+        collect(returned, places)
+    assert reason in str(error.value)
+    assert str(error.value).count("\n") == 0
+    assert contents(places) == before
+
+
+def test_a_file_of_older_columns_is_refused_before_anything_changes(returned, places):
+    places.results.mkdir()
+    (places.results / "moe_ffn_cuda.csv").write_text("model\n")
+    before = contents(places)
+    with pytest.raises(ValueError, match="must have the columns"):
+        collect(returned, places)
+    assert contents(places) == before
+
+
+def test_the_command_draws_and_writes_the_page_anew(returned, monkeypatch, capsys):
+    called = []
+    monkeypatch.setattr("benchmarks.gpu_collect.collect", lambda folder: [f"rows of {folder}"])
+    monkeypatch.setattr(plot, "main", lambda argv: called.append("plot"))
+    monkeypatch.setattr("benchmarks.page.main", lambda argv: called.append("page") or 0)
+    assert gpu_run.main(["--collect", str(returned)]) == 0
+    assert called == ["plot", "page"]
+    assert capsys.readouterr().out == f"rows of {returned}\n"
+
+
+def test_the_command_refuses_in_one_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gpu_run.main(["--collect", str(tmp_path)])
+    assert f"error: --collect must be the output folder of a run, got {tmp_path}: " in capsys.readouterr().err

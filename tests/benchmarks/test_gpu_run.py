@@ -1,0 +1,300 @@
+"""A run on a GPU without one: steps that stand in for its own, and all of its own on the tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_run
+from benchmarks.gpu_output import FACTS, RESULTS, SUMMARY, Output
+from benchmarks.gpu_process import end_leftover
+from benchmarks.gpu_stages import RESERVE_SECONDS, Run, stages
+from benchmarks.gpu_state import CUT, DONE, ENDED, FAILED, LATE, State
+from benchmarks.gpu_steps import GO, STEPS, Step
+from benchmarks.provenance import ROOT
+
+COMMIT = "abc1234"
+
+
+def shell(name, script, seconds=30.0, least=0.0, **options):
+    """A step that runs a script in its folder."""
+
+    def command(place):
+        return ["/bin/sh", "-c", f"cd {place.folder}; {script}"]
+
+    return Step(name, "nothing", command, seconds, least, **options)
+
+
+class Folders:
+    """The folders of a run, and calls of it."""
+
+    def __init__(self, path):
+        self.state, self.output = path / "state", path / "output"
+
+    def call(self, *steps, seconds=30.0):
+        """Runs steps, and returns how each of them ended, by name."""
+        state = State(self.state, COMMIT)
+        state.end_leftovers()
+        state.tree.mkdir(exist_ok=True)
+        names = [step.name for step in steps]
+        try:
+            output = Output(self.output, state, names, COMMIT)
+            Run(state, output, time.monotonic() + seconds + RESERVE_SECONDS, COMMIT, quick=False).run(steps)
+            return {name: outcome.status for name, outcome in state.outcomes(names).items()}
+        finally:
+            state.close()
+
+    def sentence(self, name):
+        return json.loads((self.output / FACTS).read_text())["steps"][name]["sentence"]
+
+    def packed(self):
+        with zipfile.ZipFile(self.output / RESULTS) as archive:
+            return {name: archive.read(name).decode() for name in archive.namelist()}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return Folders(tmp_path)
+
+
+def runs(pid):
+    """Whether a process is there and is no zombie."""
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------------- budgets and failures
+
+
+def test_results_are_out_after_each_step_and_what_is_done_is_not_run_again(folders):
+    peek = f"{sys.executable} -m zipfile -l {folders.output / RESULTS} > listing.txt"
+    steps = [shell("first", "echo a,b >> rows.csv; echo 'skipped x: no room'"), shell("second", peek)]
+    assert folders.call(*steps) == {"first": DONE, "second": DONE}
+    packed = folders.packed()
+    assert packed["first/rows.csv"] == "a,b\n"
+    assert "first/rows.csv" in packed["second/listing.txt"]
+    assert folders.sentence("first") == "skipped x: no room"
+    assert "| first | done | 0 | skipped x: no room |" in (folders.output / SUMMARY).read_text()
+    assert {file.name for file in folders.output.iterdir()} == {RESULTS, SUMMARY, FACTS}
+    assert folders.call(*steps) == {"first": DONE, "second": DONE}
+    assert folders.packed() == packed
+
+
+def test_a_step_that_hangs_or_crashes_costs_no_other(folders):
+    child = "(trap '' TERM; sleep 60) & echo $! > child.txt"
+    steps = [
+        shell("hangs", f"{child}; sleep 60", seconds=0.5),
+        shell("crashes", "echo begun; kill -SEGV $$"),
+        shell("fails", "echo 'ValueError: no such tile'; exit 3"),
+        shell("absent", "no-such-program"),
+        shell("works", "echo 1 > rows.csv"),
+    ]
+    statuses = {"hangs": ENDED, "crashes": FAILED, "fails": FAILED, "absent": FAILED, "works": DONE}
+    assert folders.call(*steps) == statuses
+    assert folders.sentence("hangs").startswith("It still ran after ")
+    assert folders.sentence("crashes") == "Signal SIGSEGV ended it: begun"
+    assert folders.sentence("fails") == "It returned 3: ValueError: no such tile"
+    assert folders.sentence("absent").startswith("It returned 127: ")
+    assert not runs(int(folders.packed()["hangs/child.txt"]))
+    # What failed is run again, after what was not run yet.
+    again = [shell("fails", "date +%s%N > rows.csv"), shell("new", "date +%s%N > rows.csv")]
+    assert folders.call(*again) == {"fails": DONE, "new": DONE}
+    assert folders.packed()["new/rows.csv"] < folders.packed()["fails/rows.csv"]
+
+
+def test_the_run_ends_in_time_and_the_next_call_goes_on(folders):
+    steps = [
+        shell("long", "echo x >> rows.csv; test $(wc -l < rows.csv) = 2 || sleep 60"),
+        shell("late", "true", least=5),
+    ]
+    start = time.monotonic()
+    assert folders.call(*steps, seconds=1) == {"long": CUT, "late": LATE}
+    assert time.monotonic() - start < 1 + RESERVE_SECONDS
+    assert folders.packed()["long/rows.csv"] == "x\n"
+    assert folders.call(*steps) == {"long": DONE, "late": DONE}
+    assert folders.packed()["long/rows.csv"] == "x\nx\n"
+
+
+def test_nothing_is_measured_before_the_first_step_is_right(folders, capsys):
+    steps = [shell("smoke", "echo 'y must be within 1'; exit 1", decides=True), shell("other", "true")]
+    assert folders.call(*steps) == {"smoke": FAILED}
+    assert "The rest of the time is kept" in capsys.readouterr().out
+    assert folders.call(steps[0]._replace(command=lambda place: ["true"]), steps[1]) == {"smoke": DONE, "other": DONE}
+
+
+def test_steps_that_compile_do_so_beside_others_and_are_timed_alone(folders):
+    clock = "date +%s%N >"
+    hold = f"touch {GO}.ready; while ! test -e {GO}; do sleep 0.02; done; {clock} begin.txt; sleep 0.2; {clock} end.txt"
+    steps = [
+        shell("one", f"sleep 0.3; {hold}", alone=False, timed=5),
+        shell("two", hold, alone=False, timed=5, seconds=0.2),
+        shell("beside", f"sleep 0.5; {clock} end.txt", alone=False),
+        shell("stuck", "sleep 60", alone=False, timed=5, seconds=0.4),
+    ]
+    assert folders.call(*steps) == {"one": DONE, "two": DONE, "beside": DONE, "stuck": ENDED}
+    times = {name: int(text) for name, text in folders.packed().items() if name.endswith(("begin.txt", "end.txt"))}
+    assert times["beside/end.txt"] < times["one/begin.txt"] < times["one/end.txt"] < times["two/begin.txt"]
+
+
+def test_only_steps_that_follow_each_other_run_together():
+    a, b, c, d, e = (shell(name, "true", alone=name in "ad") for name in "abcde")
+    assert list(stages([a, b, c, d, e])) == [[a], [b, c], [d], [e]]
+
+
+# ------------------------------------------------------------------------------------------------- killed at any moment
+
+RUNNER = """
+import sys
+from pathlib import Path
+from tests.benchmarks.test_gpu_run import Folders, interrupted_steps
+Folders(Path(sys.argv[1])).call(*interrupted_steps())
+"""
+
+
+def interrupted_steps():
+    first = shell("first", "echo x >> rows.csv")
+    return first, shell("second", "echo $$ > process.txt; echo x >> rows.csv; test $(wc -l < rows.csv) = 2 || sleep 60")
+
+
+def test_a_run_that_is_killed_loses_nothing_and_what_it_left_is_ended(folders):
+    runner = subprocess.Popen([sys.executable, "-c", RUNNER, str(folders.state.parent)], cwd=ROOT)
+    file = folders.state / f"commit-{COMMIT}" / "steps" / "second" / "rows.csv"
+    until = time.monotonic() + 60
+    while not file.exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    runner.kill()
+    runner.wait()
+    left = int(file.with_name("process.txt").read_text())
+    assert runs(left)
+    assert folders.packed()["first/rows.csv"] == "x\n"
+    assert folders.call(*interrupted_steps()) == {"first": DONE, "second": DONE}
+    assert not runs(left)
+    assert folders.packed()["first/rows.csv"] == "x\n"
+    assert folders.packed()["second/rows.csv"] == "x\nx\n"
+
+
+def test_a_process_that_got_a_number_anew_is_left_alone(tmp_path):
+    other = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        note = tmp_path / "note"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        line = Path(f"/proc/{other.pid}/stat").read_text()
+        fields = line.split()
+        fields[21] = str(int(fields[21]) - 1)
+        for text in (boot + " ".join(fields), f"another boot\n{line}", boot, ""):
+            note.write_text(text)
+            assert not end_leftover(note)
+            assert not note.exists()
+        assert other.poll() is None
+        note.write_text(boot + line)
+        assert end_leftover(note)
+        assert other.wait() == -signal.SIGKILL
+    finally:
+        other.kill()
+
+
+def test_a_note_or_an_outcome_that_is_only_half_there_is_none(folders):
+    assert folders.call(shell("one", "echo x >> rows.csv")) == {"one": DONE}
+    (folders.state / f"commit-{COMMIT}" / "outcomes" / "one").write_text('{"status": "do')
+    assert folders.call(shell("one", "echo x >> rows.csv")) == {"one": DONE}
+    assert folders.packed()["one/rows.csv"] == "x\nx\n"
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize("option", ["--state", "--output"])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(option, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    given = {"--state": str(tmp_path / "state"), "--output": str(tmp_path / "output")}
+    given[option] = str(tmp_path / "file" / "folder")
+    with pytest.raises(SystemExit, match="2"):
+        gpu_run.main([part for pair in given.items() for part in pair] + ["--commit", COMMIT])
+    expected = f"{option} must be a folder that can be written, got {given[option]}: Not a directory."
+    assert expected in capsys.readouterr().err
+
+
+def test_one_call_at_a_time_uses_a_state_folder(folders):
+    state = State(folders.state, COMMIT)
+    with pytest.raises(ValueError, match=f"--state must be of this call alone, but another one uses {folders.state}"):
+        folders.call()
+    state.close()
+    assert folders.call() == {}
+
+
+def test_results_that_cannot_be_copied_out_stay_and_the_rest_goes_on(folders, capsys):
+    swap = f"rm -r {folders.output}; touch {folders.output}; echo 1 > rows.csv"
+    steps = shell("one", swap), shell("two", "echo 2 > rows.csv")
+    assert folders.call(*steps) == {"one": DONE, "two": DONE}
+    assert "The results cannot be copied out now, and stay in the state folder" in capsys.readouterr().out
+    folders.output.unlink()
+    folders.call(*steps)
+    assert {"one/rows.csv", "two/rows.csv"} <= folders.packed().keys()
+
+
+def test_what_ended_of_another_commit_says_nothing_of_this_one(folders):
+    assert folders.call(shell("one", "true")) == {"one": DONE}
+    state = State(folders.state, "def5678+tuned/../x")
+    assert state.outcome("one") is None
+    assert state.folder.parent == folders.state.resolve()
+    state.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--only", "dinner"], "unknown step 'dinner': expected some of smoke, tune, "),
+        (["--minutes", "0.1"], "--minutes must be more than the 8 s at the end, got 0.1."),
+    ],
+)
+def test_wrong_arguments(arguments, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gpu_run.main(arguments)
+    assert words in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------- its own steps
+
+
+def test_a_dry_run_says_when_each_step_begins_and_how_to_make_it(tmp_path, capsys):
+    arguments = ["--dry-run", "--state", str(tmp_path / "state"), "--output", str(tmp_path / "output")]
+    assert gpu_run.main([*arguments, "--commit", COMMIT, "--skip", "icons"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("   0 s  smoke: 10 to 40 s, alone: ")
+    assert [line.split(":")[0].split()[-1] for line in lines[:-1:2]] == [step.name for step in STEPS[:-1]]
+    assert all(f" -m {'pytest' if ' pytest ' in line else 'benchmarks.'}" in line for line in lines[1:-1:2])
+    assert lines[-1].endswith("s at most, of 540; 8 s are kept for the end.")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_all_commands_on_the_tiny_model(tmp_path):
+    """Those of other batches, which differ in a number, are left out."""
+    skipped = "unet-sdxl-b4,unet-sd15-b8,unet-sd15-b2,captured-sdxl,ffn-compiled"
+    folders = Folders(tmp_path)
+    command = [sys.executable, "-m", "benchmarks.gpu_run", "--quick", "--skip", skipped, "--commit", COMMIT]
+    command += ["--output", str(folders.output), "--state", str(folders.state)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
+    outcomes = json.loads((folders.output / FACTS).read_text())["steps"]
+    expected = {step.name: DONE for step in STEPS if step.name not in skipped.split(",")} | {"tune": FAILED}
+    assert {name: outcome["status"] for name, outcome in outcomes.items()} == expected, ended.stdout
+    assert ended.returncode == 1
+    assert "error: Tiles are measured on a CUDA device, and torch finds none." in folders.sentence("tune")
+    packed = folders.packed()
+    for name in ("ffn", "training", "top-2"):
+        assert packed[f"{name}/moe_ffn_cpu.csv"].count(COMMIT) > 2
+    for name in ("unet-sd15-b4", "captured-sd15"):
+        assert packed[f"{name}/unet_cpu.csv"].count(COMMIT) == 2
+        assert "aten::addmm" in packed[f"{name}/step_kernels_cpu.csv"]
+    assert "test_shapes_of_stable_diffusion" in packed["tests/log.txt"]
+    assert "TFLOP/s" in packed["profile/log.txt"]

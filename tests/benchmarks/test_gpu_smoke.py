@@ -1,0 +1,54 @@
+"""The first step of a run on a GPU: what it says of a machine that is unfit, and of results that are wrong."""
+
+import pytest
+import torch
+
+from benchmarks import gpu_smoke, product_profile
+from mtu_kernels import moe_ffn
+from mtu_kernels.triton.launch import interpreted
+
+pytestmark = pytest.mark.skipif(not interpreted(), reason="kernels are not interpreted here")
+
+
+def test_facts_and_two_passes_that_are_right(capsys):
+    assert gpu_smoke.main(["--quick", "--commit", "abc1234"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "commit: abc1234" in lines
+    assert f"torch: {torch.__version__}" in lines
+    assert lines[-2:] == ["32x16 B=2 fp16 forward: right", "32x16 B=2 fp16 forward+backward: right"]
+
+
+def test_wrong_results_are_said_in_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_smoke, "moe_ffn", lambda *args, backend, **options: moe_ffn(*args, **options) * 1.1)
+    assert gpu_smoke.main(["--quick"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("y must be torch.float16 within ")
+    assert error.count("\n") == 1
+
+
+def test_a_machine_without_a_gpu_or_a_compiler_is_unfit(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_smoke.main([]) == 1
+    assert capsys.readouterr().err == "A CUDA device is needed, and torch finds none.\n"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_smoke, "facts", lambda commit: ["commit: abc1234"])
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert gpu_smoke.main([]) == 1
+    expected = "Triton needs a C compiler for the launchers of its kernels, and finds neither gcc nor clang.\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_product_is_profiled_alone(capsys, monkeypatch):
+    assert product_profile.main(["--quick"]) == 0
+    assert "expert_in 32x16 B=2 dense E=4 F=32 fp16: TileConfig(" in capsys.readouterr().out
+    monkeypatch.setattr("benchmarks.tile_measure.check", _refuse)
+    assert product_profile.main(["--quick"]) == 1
+    assert "must run with its tile TileConfig(" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        product_profile.main([])
+    assert "Products are profiled on a CUDA device, and torch finds none." in capsys.readouterr().err
+
+
+def _refuse(*arguments):
+    raise AssertionError("h must be within 1 of the reference, got 2 off")
