@@ -132,7 +132,7 @@ def _unet(model: str, batches: str, run: str, wait: bool = False) -> Callable[[P
     return command
 
 
-def _compiled_unet(model: str, batch: int, seconds: float = 130) -> Step:
+def _compiled_unet(model: str, batch: int, seconds: float = 130, timed: float = 15) -> Step:
     yields = f"a step of {model}, {batch} pictures, compiled, in CUDA graphs, stock and upcycled; its kernels"
     return Step(
         f"unet-{model}-b{batch}",
@@ -141,7 +141,7 @@ def _compiled_unet(model: str, batch: int, seconds: float = 130) -> Step:
         seconds,
         least=60,
         alone=False,
-        timed=15,
+        timed=timed,
     )
 
 
@@ -184,7 +184,7 @@ STEPS: tuple[Step, ...] = (
         15,
     ),
     _compiled_unet("sd15", 4),
-    _compiled_unet("sdxl", 4, seconds=150),
+    _compiled_unet("sdxl", 4, seconds=150, timed=20),
     _compiled_unet("sd15", 8),
     _compiled_unet("sd15", 2),
     Step(
@@ -200,7 +200,7 @@ STEPS: tuple[Step, ...] = (
         "captured-sd15",
         "a step of sd15, uncompiled, in CUDA graphs, at four batches; its kernels",
         _unet("sd15", "4,2,8,1", "captured"),
-        35,
+        45,
         15,
     ),
     Step("captured-sdxl", "the same of sdxl, at two batches", _unet("sdxl", "4,1", "captured"), 35, 20),

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_run
+from benchmarks import gpu_run, moe_ffn, tune, unet
 from benchmarks.gpu_output import FACTS, RESULTS, SUMMARY, Output
 from benchmarks.gpu_process import end_leftover
 from benchmarks.gpu_stages import RESERVE_SECONDS, Run, stages
 from benchmarks.gpu_state import CUT, DONE, ENDED, FAILED, LATE, State
-from benchmarks.gpu_steps import GO, STEPS, Step
+from benchmarks.gpu_steps import GO, STEPS, Place, Step
 from benchmarks.provenance import ROOT
 
 COMMIT = "abc1234"
@@ -275,6 +275,26 @@ def test_a_dry_run_says_when_each_step_begins_and_how_to_make_it(tmp_path, capsy
     assert all(f" -m {'pytest' if ' pytest ' in line else 'benchmarks.'}" in line for line in lines[1:-1:2])
     assert lines[-1].endswith("s at most, of 540; 8 s are kept for the end.")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize(
+    "step", [s for s in STEPS if s.name not in ("smoke", "tests", "profile", "icons")], ids=lambda step: step.name
+)
+def test_commands_for_a_gpu_are_understood(step, quick, tmp_path):
+    place = Place(tmp_path, COMMIT, quick, True, step.seconds)
+    python, flag, module, *arguments = step.command(place)
+    assert (python, flag) == (sys.executable, "-m")
+    modules = {f"benchmarks.{known.__name__.rpartition('.')[2]}": known for known in (moe_ffn, unet, tune)}
+    options = modules[module]._parser().parse_args(arguments)
+    assert options.commit == COMMIT
+    if module != "benchmarks.tune":
+        assert options.device == "cuda"
+        assert options.output.name in ("moe_ffn_cuda.csv", "unet_cuda.csv")
+        assert options.resume
+    # What is timed alone waits for its turn; everything else stops by itself.
+    assert bool(step.timed) == (getattr(options, "wait_for", None) is not None)
+    assert step.timed or 60 * options.minutes == pytest.approx(step.seconds, abs=0.5)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
