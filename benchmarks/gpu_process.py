@@ -37,6 +37,7 @@ class Group:
         self, command: Sequence[str], note: Path, log: Path, cwd: Path, environment: Mapping[str, str]
     ) -> None:
         self.note, self.started = note, time.monotonic()
+        self._asked: float | None = None
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 ["/bin/sh", "-c", _START, str(note), *command],
@@ -57,13 +58,18 @@ class Group:
     def seconds(self) -> float:
         return time.monotonic() - self.started
 
-    def end(self, how: signal.Signals = signal.SIGTERM, grace: float = GRACE_SECONDS) -> None:
-        """Asks the command to stop, waits, and kills what is left of its group; also after it ended by itself."""
-        if self.code is None:
+    def ask(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """Asks the command to stop; those that are to stop together are asked together, and then ended."""
+        if self._asked is None:
+            self._asked = time.monotonic()
             with suppress(ProcessLookupError):
                 self._process.send_signal(how)
-            until = time.monotonic() + grace
-            while self.code is None and time.monotonic() < until:
+
+    def end(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """Asks the command to stop, waits a while, and kills what is left of its group; also after it has ended."""
+        if self.code is None:
+            self.ask(how)
+            while self.code is None and time.monotonic() < self._asked + GRACE_SECONDS:
                 pause()
         _kill_group(self._process.pid)
         self._process.wait()

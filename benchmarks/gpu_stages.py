@@ -100,6 +100,8 @@ class Run:
                     self._look_after(running)
         except Interrupted:
             for begun in running.values():
+                begun.group.ask(begun.step.stop)
+            for begun in running.values():
                 self._end(begun, CUT, "The run was told to end.")
             raise
 
@@ -142,13 +144,16 @@ class Run:
     def _look_after(self, running: dict[str, _Running]) -> None:
         """Takes those that ended, or must end, out of what runs; packs now and then."""
         pause()
+        now = time.monotonic()
+        late = {name for name, begun in running.items() if now > begun.until and not self._holds_on(begun)}
+        for name in late:
+            running[name].group.ask(running[name].step.stop)
         for name, begun in list(running.items()):
-            late = time.monotonic() > begun.until and not self._holds_on(begun)
-            if begun.group.code is None and not late:
+            if begun.group.code is None and name not in late:
                 continue
-            if begun.group.code is not None:
+            if name not in late:
                 ended = self._verdict(begun.step, begun.group.code)
-            elif time.monotonic() > self._until:
+            elif now > self._until:
                 ended = CUT, "The time of the run was over."
             else:
                 ended = ENDED, f"It still ran after {begun.group.seconds:.0f} s."
@@ -190,7 +195,9 @@ class Run:
         folders = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
         caches = {name: str(self._state.caches / folder) for name, folder in folders.items()}
         interpreter = {} if self._cuda else {"TRITON_INTERPRET": "1"}
-        return os.environ | caches | interpreter | {"PYTHONUNBUFFERED": "1"}
+        # Several compile at once.
+        threads = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, (os.cpu_count() or 1) // 4))}
+        return os.environ | caches | interpreter | threads | {"PYTHONUNBUFFERED": "1"}
 
 
 def stages(steps: Sequence[Step]) -> Iterator[list[Step]]:

@@ -111,6 +111,11 @@ def _ffn(contenders: str, batches: str, *sweep: str) -> Callable[[Place], list[s
     return command
 
 
+def _machine(place: Place) -> list[str]:
+    arguments = ["--output", str(place.folder / "machine.csv"), "--commit", place.commit, *["--quick"] * place.quick]
+    return _python("benchmarks.machine", "--device", place.device, *arguments)
+
+
 def _unet(model: str, batches: str, run: str, wait: bool = False) -> Callable[[Place], list[str]]:
     def command(place: Place) -> list[str]:
         sizes = ["--model", _TINY[model], "--quick", "--tasks", "4"] if place.quick else ["--model", model]
@@ -183,6 +188,7 @@ STEPS: tuple[Step, ...] = (
         40,
         15,
     ),
+    Step("machine", "the two roofs: rates of products and of memory", _machine, 20, 10),
     _compiled_unet("sd15", 4),
     _compiled_unet("sdxl", 4, seconds=150, timed=20),
     _compiled_unet("sd15", 8),
