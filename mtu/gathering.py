@@ -67,9 +67,10 @@ def gather(stacks: Sequence[BlockStack], task_ids: Tensor, embedding: Tensor | N
         embedding: (T, W) task embeddings; None once the routers are dropped.
 
     Returns:
-        What was gathered; None with gradients, in exported programs, and where no layer allows it.
+        What was gathered; None with gradients, in exported and traced programs, and where no layer allows it.
     """
-    if torch.is_grad_enabled() or is_exporting():
+    # Of a program that is traced for any batch, the strides of one would become part.
+    if torch.is_grad_enabled() or is_exporting() or torch.jit.is_tracing():
         return None
     layers = [layer for stack in stacks for layer in _open_layers(stack, task_ids.device)]
     if not layers:

@@ -187,6 +187,20 @@ def test_nothing_is_gathered_where_gradients_are_wanted():
     assert gather(unet._stacks, task_ids, unet.embedding_table(task_ids.device)) is None
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_nothing_is_gathered_in_a_traced_program():
+    """It would hold the strides of the batch that it was traced with."""
+    unet = upcycled_unet()
+    found = []
+
+    def call(task_ids):
+        found.append(gathered_by(unet, task_ids))
+        return task_ids + 1
+
+    torch.jit.trace(call, (unet.task_ids(NAMES),), check_trace=False)
+    assert found == [None]
+
+
 @pytest.mark.parametrize(
     "twin_of", [copy.deepcopy, lambda unet: pickle.loads(pickle.dumps(unet))], ids=["copy", "pickle"]
 )
