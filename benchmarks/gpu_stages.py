@@ -145,7 +145,11 @@ class Run:
         """Takes those that ended, or must end, out of what runs; packs now and then."""
         pause()
         now = time.monotonic()
-        late = {name for name, begun in running.items() if now > begun.until and not self._holds_on(begun)}
+        late = {
+            name
+            for name, begun in running.items()
+            if begun.group.code is None and now > begun.until and not self._holds_on(begun)
+        }
         for name in late:
             running[name].group.ask(running[name].step.stop)
         for name, begun in list(running.items()):

@@ -15,7 +15,7 @@ import torch
 from benchmarks import gpu_run, moe_ffn, tune, unet
 from benchmarks.gpu_output import FACTS, RESULTS, SUMMARY, Output
 from benchmarks.gpu_process import end_leftover
-from benchmarks.gpu_stages import RESERVE_SECONDS, Run, stages
+from benchmarks.gpu_stages import RESERVE_SECONDS, Interrupted, Run, stages
 from benchmarks.gpu_state import CUT, DONE, ENDED, FAILED, LATE, State
 from benchmarks.gpu_steps import GO, STEPS, Place, Step
 from benchmarks.provenance import ROOT
@@ -123,6 +123,29 @@ def test_the_run_ends_in_time_and_the_next_call_goes_on(folders):
     assert folders.packed()["long/rows.csv"] == "x\n"
     assert folders.call(*steps) == {"long": DONE, "late": DONE}
     assert folders.packed()["long/rows.csv"] == "x\nx\n"
+
+
+def test_steps_that_do_not_stop_are_waited_for_together(folders, monkeypatch):
+    monkeypatch.setattr("benchmarks.gpu_process.GRACE_SECONDS", 1.0)
+    steps = [shell(name, "trap '' TERM; sleep 60; sleep 60", alone=False) for name in "abcde"]
+    start = time.monotonic()
+    assert set(folders.call(*steps, seconds=0.5).values()) == {CUT}
+    assert time.monotonic() - start < 4
+
+
+def test_a_run_that_is_told_to_end_notes_what_it_cut(folders, monkeypatch):
+    steps = shell("one", "true"), shell("two", "echo x > rows.csv; sleep 60")
+    file = folders.state / f"commit-{COMMIT}" / "steps" / "two" / "rows.csv"
+
+    def interrupt():
+        if file.exists():
+            raise Interrupted
+
+    monkeypatch.setattr("benchmarks.gpu_stages.pause", interrupt)
+    with pytest.raises(Interrupted):
+        folders.call(*steps)
+    assert folders.sentence("two") == "The run was told to end."
+    assert folders.packed()["two/rows.csv"] == "x\n"
 
 
 def test_nothing_is_measured_before_the_first_step_is_right(folders, capsys):
