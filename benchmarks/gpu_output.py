@@ -11,6 +11,8 @@ from pathlib import Path
 
 from benchmarks.gpu_state import Outcome, State, replace
 
+# Of each step: what its command said.
+LOG = "log.txt"
 RUN = "benchmarks.gpu_run"
 RESULTS, SUMMARY, FACTS = "results.zip", "summary.md", "summary.json"
 # Of a step that trains: the folder of its model, which is a file of its own.
@@ -81,7 +83,7 @@ class Output:
         lines = [f"# Run on a GPU, commit {self._commit}", "", "| step | | s | why |", "|---|---|---|---|"]
         lines += [f"| {name} | {o.status} | {o.seconds:.0f} | {o.sentence} |" for name, o in outcomes.items()]
         for name in outcomes if tails else ():
-            log = self._state.folder / "steps" / name / "log.txt"
+            log = self._state.folder / "steps" / name / LOG
             if log.exists():
                 text = _end_of(log).decode(errors="replace")
                 kept = [line.rpartition("\r")[2] for line in text.splitlines()][-_TAIL_LINES:]
@@ -94,6 +96,6 @@ class Output:
 
 def _end_of(file: Path) -> bytes:
     with file.open("rb") as opened:
-        if file.name == "log.txt":
+        if file.name == LOG:
             opened.seek(max(0, opened.seek(0, os.SEEK_END) - _LOG_BYTES))
         return opened.read()

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from benchmarks.gpu_output import Output
+from benchmarks.gpu_output import LOG, Output
 from benchmarks.gpu_process import GRACE_SECONDS, Group, pause
 from benchmarks.gpu_state import CUT, DONE, ENDED, FAILED, LATE, Outcome, State
 from benchmarks.gpu_steps import DIAGNOSIS, GO, Place, Step
@@ -36,12 +36,14 @@ class _Running:
 
     Attributes:
         until: time by `time.monotonic` at which it is ended, unless it holds on.
+        said: bytes of its log that are of earlier calls.
         released: whether it may go on to what it does alone.
     """
 
     step: Step
     group: Group
     until: float
+    said: int
     released: bool = False
 
 
@@ -122,12 +124,13 @@ class Run:
             for name in (GO, f"{GO}.ready"):
                 (folder / name).unlink(missing_ok=True)
             place = Place(folder, commit, self._quick, self._cuda, max(1.0, seconds - MARGIN_SECONDS))
-            log, note = folder / "log.txt", self._state.note(step.name)
+            log, note = folder / LOG, self._state.note(step.name)
+            said = log.stat().st_size if log.exists() else 0
             group = Group(step.command(place), note, log, self._state.tree, self._environment())
         except OSError as error:
             self._note(step, Outcome(FAILED, 0, f"It could not be started: {error}."))
             return None
-        return _Running(step, group, time.monotonic() + seconds)
+        return _Running(step, group, time.monotonic() + seconds, said)
 
     def _holds_on(self, begun: _Running) -> bool:
         ready = self._state.step(begun.step.name) / f"{GO}.ready"
@@ -156,19 +159,22 @@ class Run:
             if begun.group.code is None and name not in late:
                 continue
             if name not in late:
-                ended = self._verdict(begun.step, begun.group.code)
+                ended = self._verdict(begun)
             elif now > self._until:
                 ended = CUT, "The time of the run was over."
             else:
                 ended = ENDED, f"It still ran after {begun.group.seconds:.0f} s."
-            self._end(begun, *ended)
+            # First: who is told to end meanwhile must not take it for one that was cut.
             del running[name]
+            self._end(begun, *ended)
         if time.monotonic() > self._packed + _PACK_SECONDS:
             self._pack()
 
-    def _verdict(self, step: Step, code: int) -> tuple[str, str]:
-        text = (self._state.step(step.name) / "log.txt").read_text(errors="replace")
-        lines = [line.rpartition("\r")[2].strip() for line in text.splitlines()]
+    def _verdict(self, begun: _Running) -> tuple[str, str]:
+        code, log = begun.group.code, self._state.step(begun.step.name) / LOG
+        # What was said in an earlier call is in there, too.
+        text = log.read_bytes()[begun.said :].decode(errors="replace")
+        lines = [line.rpartition("\r")[2].strip() for line in text.split("\n")]
         telling = [line for line in lines if line.startswith(_TELLING)]
         if code == 0:
             return DONE, "".join(telling[-1:])[:_MOST_LETTERS]

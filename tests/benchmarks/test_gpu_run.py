@@ -1,5 +1,7 @@
 """A run on a GPU without one: steps that stand in for its own, and all of its own on the tiny model."""
 
+import csv
+import io
 import json
 import os
 import signal
@@ -95,7 +97,7 @@ def test_a_step_that_hangs_or_crashes_costs_no_other(folders):
     steps = [
         shell("hangs", f"{child}; sleep 60", seconds=0.5),
         shell("crashes", "echo begun; kill -SEGV $$"),
-        shell("fails", "echo 'ValueError: no such tile'; exit 3"),
+        shell("fails", "echo 'FAILED, not timed: eager'; echo 1 row; exit 3"),
         shell("absent", "no-such-program"),
         shell("works", "echo 1 > rows.csv"),
     ]
@@ -103,12 +105,14 @@ def test_a_step_that_hangs_or_crashes_costs_no_other(folders):
     assert folders.call(*steps) == statuses
     assert folders.sentence("hangs").startswith("It still ran after ")
     assert folders.sentence("crashes") == "Signal SIGSEGV ended it: begun"
-    assert folders.sentence("fails") == "It returned 3: ValueError: no such tile"
+    assert folders.sentence("fails") == "It returned 3: FAILED, not timed: eager"
     assert folders.sentence("absent").startswith("It returned 127: ")
     assert not runs(int(folders.packed()["hangs/child.txt"]))
     # What failed is run again, after what was not run yet.
-    again = [shell("fails", "date +%s%N > rows.csv"), shell("new", "date +%s%N > rows.csv")]
+    again = [shell("fails", "echo right; date +%s%N > rows.csv"), shell("new", "date +%s%N > rows.csv")]
     assert folders.call(*again) == {"fails": DONE, "new": DONE}
+    assert folders.sentence("fails") == ""
+    assert folders.packed()["fails/log.txt"] == "FAILED, not timed: eager\n1 row\nright\n"
     assert folders.packed()["new/rows.csv"] < folders.packed()["fails/rows.csv"]
 
 
@@ -336,11 +340,19 @@ def test_all_commands_on_the_tiny_model(tmp_path):
     assert ended.returncode == 1
     assert "error: Tiles are measured on a CUDA device, and torch finds none." in folders.sentence("tune")
     packed = folders.packed()
-    for name in ("ffn", "training", "top-2"):
-        assert packed[f"{name}/moe_ffn_cpu.csv"].count(COMMIT) > 2
+    rows = {name: list(csv.DictReader(io.StringIO(text))) for name, text in packed.items() if name.endswith(".csv")}
+    assert {name: len(found) for name, found in rows.items() if "kernels" not in name} == {
+        "ffn/moe_ffn_cpu.csv": 3,
+        "machine/machine.csv": 2,
+        "unet-sd15-b4/unet_cpu.csv": 2,
+        "captured-sd15/unet_cpu.csv": 2,
+        "training/moe_ffn_cpu.csv": 3,
+        # Of the products and the upcycled feed-forward with both routings, the original without.
+        "top-2/moe_ffn_cpu.csv": 5,
+    }
+    assert {row["commit"] for found in rows.values() for row in found} == {COMMIT}
     for name in ("unet-sd15-b4", "captured-sd15"):
-        assert packed[f"{name}/unet_cpu.csv"].count(COMMIT) == 2
-        assert "aten::addmm" in packed[f"{name}/step_kernels_cpu.csv"]
-    assert packed["machine/machine.csv"].count(COMMIT) == 2
+        kernels = {row["contender"] for row in rows[f"{name}/step_kernels_cpu.csv"] if row["kernel"] == "aten::conv2d"}
+        assert kernels == {"stock", "mtu-eager"}
     assert "test_shapes_of_stable_diffusion" in packed["tests/log.txt"]
     assert "TFLOP/s" in packed["profile/log.txt"]
