@@ -81,7 +81,10 @@ class Output:
         """A table of the steps for people; with the ends of their logs."""
         outcomes = self._outcomes()
         lines = [f"# Run on a GPU, commit {self._commit}", "", "| step | | s | why |", "|---|---|---|---|"]
-        lines += [f"| {name} | {o.status} | {o.seconds:.0f} | {o.sentence} |" for name, o in outcomes.items()]
+        lines += [
+            f"| {name} | {o.status} | {o.seconds:.0f} | {o.sentence.replace('|', '/')} |"
+            for name, o in outcomes.items()
+        ]
         for name in outcomes if tails else ():
             log = self._state.folder / "steps" / name / LOG
             if log.exists():

@@ -13,7 +13,9 @@ import torch
 from torch.autograd import DeviceType
 
 from benchmarks.sweeps import Entry
+from benchmarks.unet_rows import Workload
 
+KERNEL_COLUMNS = ("contender", "device", *Workload._fields, "E", "K", "tasks", "kernel", "count", "total_us")
 _DEVICES = {"cuda": DeviceType.CUDA, "cpu": DeviceType.CPU}
 
 
@@ -30,7 +32,7 @@ class KernelRow(NamedTuple):
 
     entry: Entry
     device: str
-    workload: Any
+    workload: Workload
     kernel: Kernel
     source: dict[str, str]
 

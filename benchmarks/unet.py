@@ -29,7 +29,7 @@ from benchmarks.provenance import RESULTS, command_line, provenance
 from benchmarks.recording import Log, deadline, measured, record
 from benchmarks.report import report
 from benchmarks.rows import append_row, check_header
-from benchmarks.step_kernels import KernelRow, kernels_of
+from benchmarks.step_kernels import KERNEL_COLUMNS, KernelRow, kernels_of
 from benchmarks.sweeps import DENSE, Entry, Setting, parse_choices, parse_count, parse_counts, parse_top_k
 from benchmarks.timing import MIN_ROUNDS, WARM_ROUNDS, Call
 from benchmarks.unet_contenders import CONTENDERS, default_contenders
@@ -224,12 +224,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         _fill_in(options)
         if options.wait_for is not None and len(options.batches) * len(options.branches) > 1:
             raise ValueError(f"--wait-for is for one batch of one number of branches, got {argv}.")
+        if options.wait_for is not None and not options.wait_for.parent.is_dir():
+            raise ValueError(f"--wait-for must be in a folder that is there, got {options.wait_for}.")
         device = torch.device(options.device)
         layouts = [Setting(E, K) for E in options.experts for K in options.top_k]
         for layout in layouts:
             check_setting(options.model, layout)
         source = provenance(command_line("benchmarks.unet", argv), device, options.commit)
         check_header(options.output, [*COLUMNS, *source])
+        if options.kernels is not None:
+            check_header(options.kernels, [*KERNEL_COLUMNS, *source])
     except ValueError as error:
         parser.error(str(error))
     settings = tuple(layout._replace(tasks=tasks) for layout in layouts for tasks in options.tasks)

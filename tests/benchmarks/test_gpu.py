@@ -68,6 +68,7 @@ def test_a_quick_run(tmp_path):
 @pytest.mark.parametrize("model", ["tiny", "tiny-xl"])
 def test_whole_unets(model, tmp_path, capfd):
     names = ["stock", "stock+graphs", "stock-recipe+compile", "stock-recipe+graphs", "mtu-eager+graphs", "mtu-triton"]
+    names += ["stock+captured", "mtu-triton+captured"]
     names += ["mtu-triton+graphs", "mtu-triton+graphs@each", "mtu-triton+graphs@routers", "mtu-triton-folded+graphs"]
     names += ["four-unets", "swapped-unets", "swapped-unets+graphs", "lora-hotswap+graphs", "lora-per-sample"]
     output = tmp_path / "rows.csv"
@@ -78,7 +79,7 @@ def test_whole_unets(model, tmp_path, capfd):
     assert list(rows) == names
     assert "without a CUDA graph" not in capfd.readouterr().err
     for name, row in rows.items():
-        assert row.graph == ("+graphs" in name)
+        assert row.graph == ("+graphs" in name or "+captured" in name)
         assert row.peak_bytes > 0
         assert row.source["processor"] == torch.cuda.get_device_name()
     # Sources of the swap are in the host's memory.

@@ -129,7 +129,9 @@ def test_contenders_that_are_missing_are_skipped_and_wrong_ones_end_in_an_error(
 
 def test_graphs_are_refused_off_cuda(tmp_path, capsys):
     names = [name for name, contender in CONTENDERS.items() if contender.graphs]
-    assert {"stock+graphs", "stock-recipe+max", "mtu-triton+graphs@each", "four-unets+graphs"} <= set(names)
+    assert {"stock+graphs", "stock+captured", "stock-recipe+max", "mtu-triton+graphs@each", "four-unets+graphs"} <= set(
+        names
+    )
     assert run_quickly(tmp_path / "rows.csv", contenders=",".join(names))[0] == 0
     error = capsys.readouterr().err
     for name in names:
@@ -226,6 +228,7 @@ def test_a_run_goes_on_where_it_was_cut_off(tmp_path, capsys):
     ("arguments", "words"),
     [
         (["--wait-for", "go", "--batches", "1,2"], "--wait-for is for one batch of one number of branches, got "),
+        (["--wait-for", "no/go"], "--wait-for must be in a folder that is there, got no/go."),
         (["--contenders", "eager"], "unknown contender 'eager': expected some of stock, stock+channels-last, "),
         (["--size", "100"], "expected a positive multiple of 8 pixels, got '100'."),
         (["--runs", "1"], "expected a whole number from 2 on, got '1'."),
@@ -255,9 +258,10 @@ def test_a_file_of_other_columns_is_refused_before_anything_is_built(tmp_path, c
     monkeypatch.setattr(unet, "run", None)
     output = tmp_path / "rows.csv"
     output.write_text("model\n")
-    with pytest.raises(SystemExit, match="2"):
-        run_quickly(output)
-    assert "must have the columns" in capsys.readouterr().err
+    for arguments in ((output,), (tmp_path / "new.csv", "--kernels", str(output))):
+        with pytest.raises(SystemExit, match="2"):
+            run_quickly(*arguments)
+        assert "must have the columns" in capsys.readouterr().err
     assert output.read_text() == "model\n"
 
 
