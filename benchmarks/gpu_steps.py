@@ -89,6 +89,13 @@ def _tune(place: Place) -> list[str]:
     return _python("benchmarks.tune", *arguments, "--table", str(place.folder / TABLE), "--commit", place.commit)
 
 
+def _persistent(place: Place) -> list[str]:
+    # Not the name that is collected: a kernel that runs for the first time is looked at before it is shipped.
+    table = str(place.folder / "with_persistent.py")
+    arguments = ["--persistent", "--batches", "2,8", *place.minutes, *["--shapes", "64x64"] * place.quick]
+    return _python("benchmarks.tune", *arguments, "--table", table, "--commit", place.commit)
+
+
 def _ffn(contenders: str, batches: str, *sweep: str) -> Callable[[Place], list[str]]:
     def command(place: Place) -> list[str]:
         sizes = ["--quick", "--seconds", "0"] if place.quick else ["--batch", batches]
@@ -229,6 +236,13 @@ STEPS: tuple[Step, ...] = (
         "top-2",
         "top-2 of 8 experts beside all 8",
         _ffn("products,mtu-triton", "8", "--experts", "8", "--top-k", "dense,2", "--pass", "forward"),
+        30,
+        15,
+    ),
+    Step(
+        "persistent",
+        "the first product by the kernel in Gluon: whether it is right, and its times",
+        _persistent,
         30,
         15,
     ),

@@ -27,6 +27,8 @@ _WIDE = (
     *(TileConfig(128, 96, step, 4, stages, True) for step, stages in ((32, 3), (32, 4), (64, 2))),
     *(TileConfig(256, 96, 64, 8, stages, True) for stages in (2, 3)),
 )
+# No GPU has shown yet that its kernel is right: tried where it is asked for, and never beside those of the table.
+PERSISTENT = TileConfig(128, 64, 64, 4, 5, descriptors=True, persistent=True)
 
 
 def candidates(key: TileKey) -> tuple[TileConfig | Library, ...]:

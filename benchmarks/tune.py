@@ -23,7 +23,7 @@ from benchmarks.kernel_calls import SD_SHAPES
 from benchmarks.products import Shape
 from benchmarks.provenance import command_line, provenance
 from benchmarks.sweeps import parse_choices, parse_counts, parse_shapes
-from benchmarks.tile_candidates import candidates
+from benchmarks.tile_candidates import PERSISTENT, candidates
 from benchmarks.tile_measure import Task, Tile, Timer, compile_ahead
 from benchmarks.tile_rows import merge, read, write
 from mtu_kernels.triton import tile_table
@@ -77,7 +77,14 @@ def tasks_of(
 
 
 def tune(
-    tasks: dict[TileKey, Task], measure: Measure, table: Path, source: str, *, refused: Iterable = (), until: float
+    tasks: dict[TileKey, Task],
+    measure: Measure,
+    table: Path,
+    source: str,
+    *,
+    tried: Callable[[TileKey], Sequence[Tile]] = candidates,
+    refused: Iterable = (),
+    until: float,
 ) -> list[Measurement]:
     """Measures tasks one after the other and rewrites the table after each one.
 
@@ -86,6 +93,7 @@ def tune(
         measure: task, candidates, those to time with care → times in µs.
         table: file; rows of other architectures and of shapes that are not reached stay.
         source: where the times come from, for the rows.
+        tried: of each key the candidates.
         refused: pairs of a task and a tile that are known not to be worth it.
         until: time by `time.monotonic` after which no task is begun.
     """
@@ -99,7 +107,7 @@ def tune(
             break
         bar.set_description(str(task))
         before = find_tile(key)
-        tiles = [tile for tile in candidates(key) if (task, tile) not in left_out]
+        tiles = [tile for tile in tried(key) if (task, tile) not in left_out]
         times = measure(task, tiles, (before,))
         if not times:
             bar.write(f"{task}: no candidate computed it rightly", sys.stderr)
@@ -107,6 +115,11 @@ def tune(
         done.append(Measurement(key, times, before))
         write(table, merge(old, choose(done, source), measured=_keys(done)))
     return done
+
+
+def with_persistent(key: TileKey) -> tuple[Tile, ...]:
+    """The tile of the table, and that of the persistent kernel."""
+    return find_tile(key), PERSISTENT
 
 
 def choose(measurements: Sequence[Measurement], source: str) -> list[TableRow]:
@@ -175,6 +188,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--routing", type=_routings, default=tuple(ROUTINGS), help="dense, top-2, or all (default: all)"
     )
+    parser.add_argument(
+        "--persistent",
+        action="store_true",
+        help="the first product with dense routing alone, by the kernel for sm_90 that no GPU has run yet, beside the "
+        "tiles of the table",
+    )
     parser.add_argument("--minutes", type=float, default=6.0, help="no shape is begun after these (default: 6)")
     parser.add_argument("--table", type=Path, default=SHIPPED, help="file to write (default: the package's own)")
     parser.add_argument("--commit", help="for the rows, in a copy of the tree without its git directory")
@@ -200,13 +219,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"measured on {facts['processor']}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, torch {facts['torch']}, "
     )
     source += f"triton {facts['triton']}, commit {facts['commit']}"
-    tasks = tasks_of(options.products, options.shapes, arch, options.batches, options.routing)
-    tiles = {task: candidates(key) for key, task in tasks.items()}
+    if options.persistent and arch != "sm_90":
+        parser.error(f"--persistent needs a GPU of sm_90, got one of {arch}.")
+    products, routings = (("expert_in",), ("dense",)) if options.persistent else (options.products, options.routing)
+    tasks = tasks_of(products, options.shapes, arch, options.batches, routings)
+    tried = with_persistent if options.persistent else candidates
+    tiles = {task: tried(key) for key, task in tasks.items()}
     refused = compile_ahead(tiles, arch)
     number = sum(map(len, tiles.values())) - len(refused)
     print(f"{number} candidates for {len(tasks)} shapes; {len(refused)} more spill or do not fit.")
     with Timer(device) as timer:
-        done = tune(tasks, timer.measure, options.table, source, refused=refused, until=until)
+        done = tune(tasks, timer.measure, options.table, source, tried=tried, refused=refused, until=until)
     for (task, tile), reason in timer.refused.items():
         print(f"left out: {task}, {tile}: {reason}", file=sys.stderr)
     gains = [math.log(one.times[one.before] / min(one.times.values())) for one in done if one.before in one.times]
