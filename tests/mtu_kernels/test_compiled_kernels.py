@@ -45,7 +45,7 @@ CHECKER = """
 from benchmarks.compiled_kernels import compile_all, rows_of, uncovered, violations
 from benchmarks.kernel_calls import record_rows
 from benchmarks.kernel_model import GPUS
-from benchmarks.prediction import kernel_cells, kernels
+from benchmarks.prediction import dense_firsts, kernel_cells, kernels
 from mtu_kernels.triton.tiles import TableRow, TileConfig, TileKey
 
 def show(arch, product, *tile):
@@ -62,8 +62,10 @@ waits = tuple(i for i in code.main_loop if i.name.startswith("WARPGROUP.DEPBAR")
 serialised = code._replace(main_loop=(*code.main_loop, *waits))
 print(len(waits), *violations(result), *violations(result._replace(compiled=result.compiled._replace(code=serialised))))
 for rates in GPUS.values():
-    for kernel in kernels(rates, ((640, 1024),)):
+    found = kernels(rates, ((640, 1024),))
+    for kernel in found:
         print(kernel_cells(kernel, rates))
+    print(*((str(tokens), first.programs, first.early) for tokens, first in dense_firsts(found).items()))
 print(*uncovered("sm_80", [], (TableRow(TileKey("expert_in", "sm_80", 16, True), TileConfig(64, 64, 64, 4, 3), ""),)))
 """
 
@@ -78,7 +80,9 @@ def test_the_check_rejects_spills_and_what_does_not_fit_and_loads_and_products_t
     assert right == "128 | 64 | 64 | 4 | 3 | True"
     assert serialised == "1 the main loop must wait once for its products, got 2 WARPGROUP.DEPBAR, which serialise them"
     # Dense: the first product alone is the package's. The second one is the library's.
-    cells = [ast.literal_eval(line) for line in predicted]
+    firsts = [ast.literal_eval(line) for line in predicted if line.startswith("(")]
+    assert firsts == [("640x1024 B=2", 640, True), ("640x1024 B=2", 640, False)]
+    cells = [ast.literal_eval(line) for line in predicted if line.startswith("{")]
     assert [(row["gpu"][:4], row["call"].split()[2]) for row in cells] == [
         (gpu, routing) for gpu in ("H100", "A100") for routing in ("dense", "top-2", "top-2")
     ]
@@ -197,6 +201,25 @@ def test_the_main_loop_is_the_shortest_around_the_product():
     assert count(instructions, "LDGSTS", "STG") == 2
     by_address = LISTING.replace("`(.L_x_0)", "0x30").replace("`(.L_x_1)", "0x10").replace("`(.L_x_2)", "0x60")
     assert parse(by_address) == instructions
+
+
+CANDIDATES = ["expert_sum", "--arch", "sm_80", "--top-k", "--shapes", "1280x1024"]
+
+
+def test_candidates_are_listed_with_what_is_wrong_with_them_and_the_fastest_first():
+    tiles = ["128x128x128x8x4", "64x64x64x4x3", "128x64x64x4x3x4"]
+    result = python("-m", "benchmarks.compiled_candidates", *CANDIDATES, "--tiles", *tiles)
+    assert result.returncode == 0, result.stderr
+    head, _, *lines = result.stdout.splitlines()
+    assert head.endswith("µs predicted for one A100 SXM 80GB, not measured")
+    names = ["128x64x64 warps=4 stages=3 group_m=4", "64x64x64 warps=4 stages=3 group_m=8"]
+    assert [line[:38].rstrip() for line in lines[:2]] == names
+    # Registers, shared memory, programs, instructions of the loop, its waits, and of what follows; and the time.
+    numbers = [[float(number) for number in line[38:].split()] for line in lines[:2]]
+    assert all(len(row) == 7 and row[4] == 0 for row in numbers)
+    assert numbers[0][6] < numbers[1][6]
+    assert lines[2].startswith("128x128x128 warps=8 stages=4")
+    assert lines[2].endswith("shared memory must be at most 166912 bytes, got 196608")
 
 
 @pytest.mark.skipif(not interpreted(), reason="kernels are not interpreted here")
