@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import page, plot, tune
+from benchmarks import tune
 from benchmarks.gpu_output import FACTS, RESULTS, RUN
 from benchmarks.gpu_steps import TABLE
 from benchmarks.provenance import RESULTS as PLACE
@@ -126,6 +126,9 @@ def _without_known(rows: Sequence[dict[str, str]], file: Path) -> list[dict[str,
 
 def collect_and_redraw(folder: Path) -> int:
     """The command `--collect`: puts files in their places, then makes plots and the page anew."""
+    # They need matplotlib, which a machine that measures may lack.
+    from benchmarks import page, plot
+
     print("\n".join(collect(folder)))
     try:
         plot.main([])

@@ -148,7 +148,8 @@ def test_arguments_choose_between_the_default_sweep_and_all_combinations():
 def test_measuring_needs_neither_diffusers_nor_matplotlib_nor_the_installed_package():
     code = (
         "import sys; sys.modules['diffusers'] = sys.modules['matplotlib'] = sys.modules['mtu'] = None; "
-        "import benchmarks.moe_ffn, benchmarks.provenance; print(benchmarks.provenance.provenance('x')['commit'])"
+        "import benchmarks.gpu_run, benchmarks.gpu_smoke, benchmarks.moe_ffn, benchmarks.tune, benchmarks.provenance; "
+        "print(benchmarks.provenance.provenance('x')['commit'])"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == provenance("x")["commit"]
