@@ -67,6 +67,7 @@ TARGETS: dict[str, tuple[Target, ...]] = {
         Target("forward / two bare products, any shape", 1.15, to="products"),
         Target("forward / eager", 0.82, to="eager", mean=True),
         Target("forward / eager at 320x4096", 0.65, to="eager", where=_shape(320, 4096)),
+        Target("forward / compile-folded", 0.92, to="compile-folded", mean=True),
         Target("forward / compile-folded-max", 0.92, to="compile-folded-max", mean=True),
         Target("forward / compile-folded-max, any shape", 1.02, to="compile-folded-max"),
         Target("top-2 of 8 / dense of 8, D <= 640 and L >= 1024", 0.30, **_TOP_2, where=_large),
