@@ -20,8 +20,8 @@ import torch
 
 from benchmarks.gpu_collect import collect_and_redraw
 from benchmarks.gpu_output import Output
-from benchmarks.gpu_stages import MARGIN_SECONDS, RESERVE_SECONDS, Interrupted, Run, stages
-from benchmarks.gpu_state import ENDED, FAILED, State
+from benchmarks.gpu_stages import MARGIN_SECONDS, RESERVE_SECONDS, Interrupted, Run, fitting, stages
+from benchmarks.gpu_state import ENDED, FAILED, State, folder_of
 from benchmarks.gpu_steps import DIAGNOSIS, STEPS, Place, Step
 from benchmarks.provenance import provenance
 from benchmarks.sweeps import parse_choices
@@ -29,19 +29,20 @@ from benchmarks.sweeps import parse_choices
 
 def schedule(steps: Sequence[Step], minutes: float, quick: bool, commit: str, state: Path) -> Iterator[str]:
     """Lines that say what a run would do, and when at the latest."""
-    now, left = 0.0, 60 * minutes - RESERVE_SECONDS
-    cuda = torch.cuda.is_available()
+    now, end = 0.0, 60 * minutes - RESERVE_SECONDS
+    cuda, folder = torch.cuda.is_available(), folder_of(state, commit) / "steps"
     for stage in stages(steps):
-        begun = [step for step in stage if now + step.least + step.timed <= left]
+        begun = fitting(stage, end - now)
+        timed = sum(step.timed for step in begun)
         for step in stage:
             when = f"{now:4.0f} s" if step in begun else "  late"
-            alone = (
-                "alone" if step.alone else f"beside others, then {step.timed:.0f} s alone" if step.timed else "beside"
-            )
-            place = Place(state / "steps" / step.name, commit, quick, cuda, min(step.seconds, left) - MARGIN_SECONDS)
+            alone = f"beside others, then {step.timed:.0f} s alone" if step.timed else "beside others"
+            seconds = min(step.seconds, end - now - timed)
+            place = Place(folder / step.name, commit, quick, cuda, max(1.0, seconds - MARGIN_SECONDS))
+            alone = "alone" if step.alone else alone
             yield f"{when}  {step.name}: {step.least:.0f} to {step.seconds:.0f} s, {alone}: {step.yields}"
             yield f"        {shlex.join(step.command(place))}"
-        now += min(left, max((step.seconds for step in begun), default=0)) + sum(step.timed for step in begun)
+        now += min(max((step.seconds for step in begun), default=0.0), end - now - timed) + timed
     yield f"{now:.0f} s at most, of {60 * minutes:.0f}; {RESERVE_SECONDS:.0f} s are kept for the end."
 
 

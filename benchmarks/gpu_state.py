@@ -47,7 +47,7 @@ class State:
 
     def __init__(self, folder: Path, commit: str) -> None:
         self.caches, self._running = folder.resolve() / "caches", folder.resolve() / "running"
-        self.folder = folder.resolve() / re.sub(r"[^\w.+-]", "_", f"commit-{commit}")
+        self.folder = folder_of(folder.resolve(), commit)
         self.tree = self.folder / "tree"
         try:
             for made in (self.caches, self._running, self.folder / "steps", self.folder / "outcomes"):
@@ -109,6 +109,11 @@ class State:
     def outcomes(self, names: Iterable[str]) -> dict[str, Outcome]:
         found = {name: self.outcome(name) for name in names}
         return {name: outcome for name, outcome in found.items() if outcome is not None}
+
+
+def folder_of(state: Path, commit: str) -> Path:
+    """What a state folder has of one commit."""
+    return state / re.sub(r"[^\w.+-]", "_", f"commit-{commit}")
 
 
 def replace(path: Path, content: bytes) -> None:

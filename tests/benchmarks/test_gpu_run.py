@@ -17,7 +17,7 @@ import torch
 from benchmarks import gpu_run, moe_ffn, tune, unet
 from benchmarks.gpu_output import FACTS, RESULTS, SUMMARY, Output
 from benchmarks.gpu_process import end_leftover
-from benchmarks.gpu_stages import RESERVE_SECONDS, Interrupted, Run, stages
+from benchmarks.gpu_stages import RESERVE_SECONDS, Interrupted, Run, fitting, stages
 from benchmarks.gpu_state import CUT, DONE, ENDED, FAILED, LATE, State
 from benchmarks.gpu_steps import GO, STEPS, Place, Step
 from benchmarks.provenance import ROOT
@@ -176,6 +176,26 @@ def test_steps_that_compile_do_so_beside_others_and_are_timed_alone(folders):
 def test_only_steps_that_follow_each_other_run_together():
     a, b, c, d, e = (shell(name, "true", alone=name in "ad") for name in "abcde")
     assert list(stages([a, b, c, d, e])) == [[a], [b, c], [d], [e]]
+
+
+def test_what_is_timed_alone_must_fit_beside_what_else_is():
+    a, b, c = (Step(name, "", lambda place: [], 100, 40, alone=False, timed=20) for name in "abc")
+    beside = Step("beside", "", lambda place: [], 100, 30, alone=False)
+    stage = [a, b, c, beside]
+    assert [fitting(stage, left) for left in (100, 99, 60, 59, 29)] == [
+        stage,
+        [a, b, beside],
+        [a, beside],
+        [beside],
+        [],
+    ]
+
+
+def test_compiling_leaves_time_for_timing(folders):
+    hold = f"touch {GO}.ready; while ! test -e {GO}; do sleep 0.02; done; sleep 0.5; echo x > rows.csv"
+    steps = shell("one", hold, alone=False, timed=1), shell("stuck", "sleep 60", alone=False, timed=1)
+    assert folders.call(*steps, seconds=3) == {"one": DONE, "stuck": ENDED}
+    assert folders.packed()["one/rows.csv"] == "x\n"
 
 
 # ------------------------------------------------------------------------------------------------- killed at any moment
