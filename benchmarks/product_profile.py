@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not on_gpu and not (options.quick and interpreted()):
         parser.error("Products are profiled on a CUDA device, and torch finds none.")
     device = torch.device("cuda" if on_gpu else "cpu")
-    for D, L in ((32, 16),) if options.quick else options.shapes:
+    for D, L in ((16, 16),) if options.quick else options.shapes:
         # The interpreter computes bfloat16 wrongly.
         task = Task(options.product, Shape(D, L, options.batch, 4, None, D), "bf16" if on_gpu else "fp16")
         try:

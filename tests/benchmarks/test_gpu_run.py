@@ -377,4 +377,5 @@ def test_all_commands_on_the_tiny_model(tmp_path):
         kernels = {row["contender"] for row in rows[f"{name}/step_kernels_cpu.csv"] if row["kernel"] == "aten::conv2d"}
         assert kernels == {"stock", "mtu-eager"}
     assert "test_shapes_of_stable_diffusion" in packed["tests/log.txt"]
+    assert "expert_in 16x16 B=2 dense E=4 F=16 fp16: TileConfig(" in packed["profile/log.txt"]
     assert "TFLOP/s" in packed["profile/log.txt"]
