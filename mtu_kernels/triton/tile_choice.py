@@ -64,7 +64,8 @@ def default_tile(key: TileKey) -> TileConfig | Library:
         # The gradient of the activation leaves its product so few registers that small tiles cost more than they save.
         return LIBRARY
     if key.bits == 32:
-        return TileConfig(32, 32, 32, 4, 2)
+        # Value-gate pairs are twice as many columns: longer steps of them spill.
+        return TileConfig(32, 32, 16 if key.product in PAIR_PRODUCTS else 32, 4, 2)
     return TileConfig(64, 32 if key.product in PAIR_PRODUCTS else 64, 32, 4, 2)
 
 

@@ -50,7 +50,7 @@ class ElementwiseTile(NamedTuple):
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
 
 
-ELEMENTWISE_TILE = ElementwiseTile(64, 64, 4)
+ELEMENTWISE_TILE = ElementwiseTile(64, 64, 8)
 
 # Products, by what they compute. "Grouped" products pick weights by expert and have no library form.
 PRODUCTS = ("expert_in", "expert_in_train", "expert_sum", "expert_out_backward", "expert_in_backward", "expert_weights")
