@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mtu.norm import TaskLayerNorm
@@ -69,8 +69,9 @@ def gather(stacks: Sequence[BlockStack], task_ids: Tensor, embedding: Tensor | N
     Returns:
         What was gathered; None with gradients, in exported and traced programs, and where no layer allows it.
     """
-    # Of a program that is traced for any batch, the strides of one would become part.
-    if torch.is_grad_enabled() or is_exporting() or torch.jit.is_tracing():
+    # Of a program that is traced for any batch, the strides of one would become part. Hooks of all modules, which
+    # profilers and counters set, are shown each module in its turn.
+    if torch.is_grad_enabled() or is_exporting() or torch.jit.is_tracing() or _has_any_global_hook():
         return None
     layers = [layer for stack in stacks for layer in _open_layers(stack, task_ids.device)]
     if not layers:
@@ -98,8 +99,11 @@ def _rows(tables: Sequence[Tensor], task_ids: Tensor) -> list[Tensor]:
         stacked = torch.stack([tables[i] for i in places])
         # With so many rows that each layer's start at a multiple of 16 bytes.
         unit = _ALIGNMENT // math.gcd(math.prod(stacked.shape[2:]), _ALIGNMENT)
-        beyond = -task_ids.shape[0] % unit
-        ids = F.pad(task_ids, (0, beyond)) if beyond else task_ids
+        ids = task_ids
+        if unit > 1:
+            # Without a branch on the batch, for each remainder of which a compiler would make a program.
+            numbers = torch.arange(-(-task_ids.shape[0] // unit) * unit, device=task_ids.device)
+            ids = task_ids[numbers.clamp(max=task_ids.shape[0] - 1)]
         gathered = stacked.index_select(1, ids)
         gathered = gathered.float() if gathered.is_floating_point() else gathered
         # A compiler would gather again for each layer. What is read by strides it must have in memory.
@@ -116,9 +120,11 @@ def _open_layers(stack: BlockStack, device: torch.device) -> Iterator[_Layer]:
     for block in stack.blocks:
         # Not by attribute: that takes five times as long, and there are seventy of these in every step.
         norm, feed_forward = block._modules["norm3"], block._modules["ff"]
-        router = feed_forward._modules["router"]
+        router = feed_forward._modules.get("router")
         if (
             type(norm) is TaskLayerNorm
+            # What wraps the network (a compiler, an adapter) has no router of its own.
+            and router is not None
             and all(map(_is_called_as_it_is, (block, norm, feed_forward, router)))
             and _is_at_hand(norm._parameters.get("weight"), device)
             and _is_at_hand(norm._parameters.get("bias"), device)

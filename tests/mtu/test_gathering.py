@@ -301,6 +301,37 @@ def test_a_layer_whose_call_means_more_is_called(change):
     assert torch.equal(unet(**given, task_ids=unet.task_ids(NAMES)).sample, after)
 
 
+def test_a_wrapped_network_gathers_for_itself():
+    """As compilers and adapters wrap it: the wrapper has no router."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, *args, **kwargs):
+            return self.network(*args, **kwargs)
+
+    unet = upcycled_unet()
+    given = inputs(unet)
+    before = predict(unet, given, *NAMES)
+    wrapped, *others = blocks_of(unet)
+    wrapped.ff = Wrapper(wrapped.ff)
+    assert torch.equal(predict(unet, given, *NAMES), before)
+    assert gathered_by(unet, unet.task_ids(NAMES)).routings.keys() == {block.ff.router for block in others}
+
+
+def test_hooks_of_all_modules_see_every_layer():
+    unet = upcycled_unet()
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        predict(unet, inputs(unet), *NAMES)
+    finally:
+        handle.remove()
+    assert {block.norm3 for block in blocks_of(unet)} <= set(seen)
+
+
 @pytest.mark.parametrize(
     "hide",
     [

@@ -237,9 +237,10 @@ def test_recompute_saves_inputs_only(op):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()), lambda _: None):
         op(*problem.arguments, recompute=True)
-        assert set(saved) <= inputs
+        # At 0 lie tensors without elements, by which torch 2.11 marks what is computed again.
+        assert set(saved) - {0} <= inputs
         op(*problem.arguments)
-        assert not set(saved) <= inputs
+        assert not set(saved) - {0} <= inputs
 
 
 @pytest.mark.parametrize("frozen", ["x", "norm", "experts", "routing"])
