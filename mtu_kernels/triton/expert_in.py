@@ -165,21 +165,20 @@ def expert_in_descriptor_kernel(
 
 @triton.jit
 def expert_in_wide_descriptor_kernel(
-    x_hat_desc, w_in_desc, w_in_rest_desc, b_in_ptr, weights_ptr, h_desc, h_rest_desc, matrices, rows, D, F, E,
+    x_hat_desc, w_in_desc, w_in_rest_desc, b_in_ptr, weights_ptr, h_desc, h_rest_desc, rows, L, D, F, E,
     OVERLAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """The same for dense routing, with tiles one half wider than a power of two, which read less per product.
 
     A tile has two accumulators that read the same rows: one of FRONT columns from the front of the hidden units, one of
-    half as many from the rest. FRONT divides F, and a tile has one sample.
+    half as many from the rest. FRONT divides F. Rows are those of all samples.
     """
     FRONT: tl.constexpr = BLOCK_N // 3 * 2
     REST: tl.constexpr = BLOCK_N // 3
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = tl.cdiv(E * F, BLOCK_N)
-    tile_m, tile_n = program_tile(matrices * tiles_m, tiles_n, GROUP_M)
-    matrix = tile_m // tiles_m
-    row = (tile_m % tiles_m) * BLOCK_M
+    tile_m, tile_n = program_tile(tiles_m, tiles_n, GROUP_M)
+    row = tile_m * BLOCK_M
     column = tile_n * FRONT
     rest = tiles_n * FRONT + tile_n * REST
     pair_P = tl.arange(0, 2 * FRONT)
@@ -189,30 +188,30 @@ def expert_in_wide_descriptor_kernel(
     if OVERLAP:
         gdc_wait()
     for k in range(0, D, BLOCK_K):
-        x_hat_MK = x_hat_desc.load([matrix, row, k]).reshape(BLOCK_M, BLOCK_K)
+        x_hat_MK = x_hat_desc.load([0, row, k]).reshape(BLOCK_M, BLOCK_K)
         w_in_PK = w_in_desc.load([0, column, k]).reshape(2 * FRONT, BLOCK_K)
         w_in_RK = w_in_rest_desc.load([0, rest, k]).reshape(2 * REST, BLOCK_K)
         z_MP = tl.dot(x_hat_MK, w_in_PK.T, z_MP)
         z_MR = tl.dot(x_hat_MK, w_in_RK.T, z_MR)
-    weights_ptr += matrix.to(tl.int64) * E
-    store_activations(z_MP, h_desc, weights_ptr, matrix, row, column, F, E, BLOCK_M, FRONT)
+    store_activations(z_MP, h_desc, weights_ptr, rows, L, row, column, F, E, BLOCK_M, FRONT)
     # Added here, as registers run out before. Past the last hidden unit, where nothing is stored, the bias is zero.
     pair_R = tl.arange(0, 2 * REST)
     unit_R = rest + pair_R % REST
     bias_R = tl.load(b_in_ptr + unit_R + (pair_R // REST) * (E * F), mask=unit_R < E * F, other=0.0)
     z_MR += bias_R.to(tl.float32)[None, :]
-    store_activations(z_MR, h_rest_desc, weights_ptr, matrix, row, rest, F, E, BLOCK_M, REST)
+    store_activations(z_MR, h_rest_desc, weights_ptr, rows, L, row, rest, F, E, BLOCK_M, REST)
 
 
 @triton.jit
 def store_activations(
-    z_MP, h_desc, weights_ptr, matrix, row, column, F, E, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    z_MP, h_desc, weights_ptr, rows, L, row, column, F, E, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """h = w · u · gelu(g) of one expert's columns, which start at `column`, for rows of one sample."""
-    w = tl.load(weights_ptr + tl.minimum(column // F, E - 1)).to(tl.float32)
+    """h = w · u · gelu(g) of one expert's columns, which start at `column`, for rows of all samples."""
+    row_M = tl.minimum(row + tl.arange(0, BLOCK_M), rows - 1)
+    w = load_row_weights(weights_ptr, row_M, tl.minimum(column // F, E - 1), L, E)[:, None]
     u_MN, g_MN = tl.split(tl.permute(tl.reshape(z_MP, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
     h_MN = geglu(u_MN, g_MN, False) * w
-    h_desc.store([matrix, row, column], h_MN.to(h_desc.dtype).reshape(1, BLOCK_M, BLOCK_N))
+    h_desc.store([0, row, column], h_MN.to(h_desc.dtype).reshape(1, BLOCK_M, BLOCK_N))
 
 
 class Hidden(NamedTuple):
@@ -297,7 +296,7 @@ def _launch_wide(
     B, L, D = x_hat.shape
     E = experts.num_experts
     front = floor_power_of_2(tile.block_n)
-    block_m = min(tile.block_m, max(16, next_power_of_2(L)))
+    block_m = min(tile.block_m, max(16, next_power_of_2(B * L)))
     w_in = experts.w_in.view(2, -1, D)
     constants = {
         "OVERLAP": overlap,
@@ -307,14 +306,14 @@ def _launch_wide(
         "GROUP_M": tile.group_m,
     }
     arguments = (
-        describe(x_hat, (1, block_m, tile.block_k)),
+        describe(x_hat.view(1, B * L, D), (1, block_m, tile.block_k)),
         *(describe(w_in, (2, width, tile.block_k)) for width in (front, front // 2)),
         experts.b_in,
         routing.weights,
-        *(describe(h, (1, block_m, width)) for width in (front, front // 2)),
-        *(B, L, D, w_in.shape[1] // E, E),
+        *(describe(h.view(1, B * L, -1), (1, block_m, width)) for width in (front, front // 2)),
+        *(B * L, L, D, w_in.shape[1] // E, E),
     )
-    programs = B * ceil_div(L, block_m) * ceil_div(w_in.shape[1], tile.block_n)
+    programs = ceil_div(B * L, block_m) * ceil_div(w_in.shape[1], tile.block_n)
     return Launch(
         expert_in_wide_descriptor_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages, overlap
     )

@@ -231,7 +231,7 @@ def test_interpreted_kernels_are_refused(capsys):
 
 EARLY = """
 from benchmarks.ahead_of_time import compile_launch
-from benchmarks.kernel_calls import dense
+from benchmarks.kernel_calls import Call, dense, record
 from benchmarks.products import draw_operands
 from benchmarks.sass import count_waits
 from mtu_kernels.triton.expert_in import Hidden, launch_expert_in
@@ -251,6 +251,8 @@ for tile in (
     first_load = min(names.index(name) for name in ("LDGSTS", "UTMALDG") if name in names)
     early = names.index("ACQBULK") < first_load
     print(launch.kernel.__name__, code.stack, count_waits(code.main_loop), early)
+for arch in "sm_80", "sm_90":
+    print(*(named.launch.overlaps for named in record(Call(dense(640, 1024)), arch) if "inference" in named.name))
 """
 
 
@@ -260,4 +262,7 @@ def test_a_product_that_starts_early_waits_before_it_loads():
     assert result.returncode == 0, result.stderr
     kernels = "expert_in_kernel", "expert_in_descriptor_kernel", "expert_in_wide_descriptor_kernel"
     # No register spills, and the main loop waits once for the products that are under way.
-    assert result.stdout.splitlines() == [f"{name} 0 1 True" for name in (*kernels, "expert_in_persistent_kernel")]
+    *compiled, before, after = result.stdout.splitlines()
+    assert compiled == [f"{name} 0 1 True" for name in (*kernels, "expert_in_persistent_kernel")]
+    # Of LayerNorm and the first product, the second starts early, where there is such a launch.
+    assert (before, after) == ("False False", "False True")

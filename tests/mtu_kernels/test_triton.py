@@ -218,7 +218,7 @@ def test_the_activation_is_exact_to_storage():
     """Below float16's half ulp at 1, 2^-12 = 2.4e-4, and float32's at 1, 6e-8 (times 30 for gelu at |g| = 30)."""
     cdf, gelu = cdf_errors(torch.float16)
     assert cdf <= 2.8e-5
-    assert gelu <= 4.0e-5
+    assert gelu <= 4.2e-5
     cdf, gelu = cdf_errors(torch.float32)
     assert cdf <= 2**-23
     assert gelu <= 30 * 2**-23
