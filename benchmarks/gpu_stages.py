@@ -6,14 +6,14 @@ import dataclasses
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from benchmarks.gpu_output import LOG, Output
 from benchmarks.gpu_process import GRACE_SECONDS, Group, pause
 from benchmarks.gpu_state import CUT, DONE, ENDED, FAILED, LATE, Outcome, State
-from benchmarks.gpu_steps import DIAGNOSIS, GO, Place, Step
+from benchmarks.gpu_steps import DIAGNOSIS, GO, TUNE, Place, Step
 
 # For the last results to be packed, and for what is still running to end.
 RESERVE_SECONDS = 2 * GRACE_SECONDS
@@ -65,16 +65,12 @@ class Run:
         self._packed = time.monotonic()
 
     def run(self, steps: Sequence[Step]) -> None:
-        """Runs steps as long as there is time. What is done is skipped; what failed in an earlier call comes last.
+        """Runs steps as long as there is time. What is done is skipped; what failed in an earlier call comes later.
 
         Raises:
             Interrupted: the run was told to end; what ran is ended then, and noted.
         """
-        before = self._state.outcomes(step.name for step in steps)
-        failed = {name for name, outcome in before.items() if outcome.status in (FAILED, ENDED)}
-        todo = [step for step in steps if step.name not in before or before[step.name].status != DONE]
-        first = [step for step in todo if step.name not in failed or step.decides]
-        for stage in stages([*first, *(step for step in todo if step not in first)]):
+        for stage in stages(in_turn(steps, self._state.outcomes(step.name for step in steps))):
             self._stage(stage)
             for outcome in (self._state.outcome(step.name) for step in stage if step.decides):
                 if outcome is None or outcome.status != DONE:
@@ -212,6 +208,21 @@ class Run:
         # Several compile at once.
         threads = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, (os.cpu_count() or 1) // 4))}
         return os.environ | caches | interpreter | threads | {"PYTHONUNBUFFERED": "1"}
+
+
+def in_turn(steps: Sequence[Step], before: Mapping[str, Outcome]) -> list[Step]:
+    """The steps that are not done: those that failed in an earlier call after the others, and last what fills the time.
+
+    Of those that failed the tiles are tuned last: they need a long while again, and what was not measured with them in
+    the earlier call can be measured without them.
+    """
+
+    def place(step: Step) -> tuple[bool, bool, bool]:
+        failed = step.name in before and before[step.name].status in (FAILED, ENDED) and not step.decides
+        return step.fills, failed, failed and step.name == TUNE
+
+    todo = [step for step in steps if step.name not in before or before[step.name].status != DONE]
+    return sorted(todo, key=place)
 
 
 def stages(steps: Sequence[Step]) -> Iterator[list[Step]]:

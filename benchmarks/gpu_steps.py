@@ -20,7 +20,8 @@ _TINY = {"sd15": "tiny", "sdxl": "tiny-xl"}
 _TEST_WORKERS = 10
 # Tests that say nothing of this library's kernels, want most of the memory, or compile for a minute.
 _TESTS = "not eager-cuda and not 32_bits and not unets and not reduce-overhead"
-_ICONS_PICTURES_SECONDS = 60
+# After the training: pictures of four tasks, and the model is saved.
+_ICONS_PICTURES_SECONDS = 120
 
 
 class Place(NamedTuple):
@@ -61,6 +62,7 @@ class Step(NamedTuple):
         alone: whether nothing else may use the device meanwhile; those that need not be run beside each other.
         timed: of a step that compiles beside others and holds on when it is ready, the seconds that it then gets alone.
         decides: whether all others are pointless if it fails.
+        fills: whether it takes whatever time is left, so that it comes after all others, those that failed too.
         stop: signal that asks the command to end.
     """
 
@@ -72,6 +74,7 @@ class Step(NamedTuple):
     alone: bool = True
     timed: float = 0.0
     decides: bool = False
+    fills: bool = False
     stop: signal.Signals = signal.SIGTERM
 
 
@@ -246,7 +249,7 @@ STEPS: tuple[Step, ...] = (
         30,
         15,
     ),
-    Step("icons", "the icon model of four tasks, trained as long as time is left", _icons, 1e4, 150),
+    Step("icons", "the icon model of four tasks, trained as long as time is left", _icons, 1e4, 300, fills=True),
 )
 
 

@@ -17,8 +17,8 @@ import torch
 from benchmarks import gpu_run, moe_ffn, tune, unet
 from benchmarks.gpu_output import FACTS, RESULTS, SUMMARY, Output
 from benchmarks.gpu_process import end_leftover
-from benchmarks.gpu_stages import RESERVE_SECONDS, Interrupted, Run, fitting, stages
-from benchmarks.gpu_state import CUT, DONE, ENDED, FAILED, LATE, State
+from benchmarks.gpu_stages import RESERVE_SECONDS, Interrupted, Run, fitting, in_turn, stages
+from benchmarks.gpu_state import CUT, DONE, ENDED, FAILED, LATE, Outcome, State
 from benchmarks.gpu_steps import GO, STEPS, Place, Step
 from benchmarks.provenance import ROOT
 
@@ -114,6 +114,15 @@ def test_a_step_that_hangs_or_crashes_costs_no_other(folders):
     assert folders.sentence("fails") == ""
     assert folders.packed()["fails/log.txt"] == "FAILED, not timed: eager\n1 row\nright\n"
     assert folders.packed()["new/rows.csv"] < folders.packed()["fails/rows.csv"]
+
+
+def test_what_fills_the_time_comes_after_what_is_tried_again_and_tuning_is_tried_again_last():
+    names = ["smoke", "tune", "ffn", "unet", "icons", "new", "cut", "done"]
+    steps = [shell(name, "true", decides=name == "smoke", fills=name == "icons") for name in names]
+    before = {"smoke": FAILED, "tune": ENDED, "ffn": FAILED, "unet": ENDED, "cut": CUT, "icons": LATE, "done": DONE}
+    todo = in_turn(steps, {name: Outcome(status, 1) for name, status in before.items()})
+    assert [step.name for step in todo] == ["smoke", "new", "cut", "ffn", "unet", "tune", "icons"]
+    assert [step.name for step in STEPS if step.fills] == ["icons"]
 
 
 def test_the_run_ends_in_time_and_the_next_call_goes_on(folders):
