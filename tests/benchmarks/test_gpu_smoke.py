@@ -26,6 +26,23 @@ def test_wrong_results_are_said_in_one_sentence(monkeypatch, capsys):
     assert error.count("\n") == 1
 
 
+def test_gradients_that_are_wrong_are_said_and_do_not_decide(monkeypatch, capsys):
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, d_y):
+            return 1.1 * d_y
+
+    monkeypatch.setattr(gpu_smoke, "moe_ffn", lambda *args, **options: Scaled.apply(moe_ffn(*args, **options)))
+    assert gpu_smoke.main(["--quick"]) == 0
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert last[0] == "32x16 B=2 fp16 forward: right"
+    assert last[1].startswith("FAILED, gradients at 32x16: the gradient of x must be ")
+
+
 def test_a_machine_without_a_gpu_or_a_compiler_is_unfit(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_smoke.main([]) == 1
