@@ -84,6 +84,8 @@ def _found(folder: Path) -> Found:
         facts = json.loads((folder / FACTS).read_text())
         if facts["run"] != RUN:
             raise ValueError(f"{FACTS} is of {facts['run']!r}")
+        if facts["quick"]:
+            raise ValueError("the run was a smoke test of tiny models, whose times are no results")
         with zipfile.ZipFile(folder / RESULTS) as archive:
             if archive.testzip() is not None:
                 raise ValueError(f"{RESULTS} is damaged")
@@ -113,6 +115,8 @@ def _rows(contents: dict[str, str]) -> dict[str, list[dict[str, str]]]:
             files.setdefault(name, []).extend(rows)
             if any(row.keys() != files[name][0].keys() for row in rows):
                 raise ValueError(f"the rows of {name} have other columns in the step {step}")
+            if any("--quick" in row.get("command", "").split() for row in rows):
+                raise ValueError(f"rows of {name} in the step {step} are of a smoke test, whose times are no results")
     return {name: rows for name, rows in files.items() if rows}
 
 

@@ -31,20 +31,20 @@ class Output:
         state: of the run.
         names: of the steps, in order.
         commit: that is measured.
+        quick: whether the steps are of the tiny model, and no results.
 
     Raises:
         ValueError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, state: State, names: Sequence[str], commit: str) -> None:
-        self._folder, self._state, self._names, self._commit = folder.resolve(), state, names, commit
+    def __init__(self, folder: Path, state: State, names: Sequence[str], commit: str, quick: bool = False) -> None:
+        check_writable(folder)
+        self._folder, self._state, self._names = folder.resolve(), state, names
+        self._commit, self._quick = commit, quick
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
             self.pack()
         except OSError as error:
-            raise ValueError(
-                f"--output must be a folder that can be written, got {folder}: {error.strerror}."
-            ) from None
+            raise ValueError(_refusal(folder, error)) from None
 
     def pack(self) -> None:
         """Writes the results and the summary as they are now."""
@@ -55,7 +55,8 @@ class Output:
         replace(self._folder / RESULTS, packed.getvalue())
         replace(self._folder / SUMMARY, self.summary(tails=True).encode())
         outcomes = self._outcomes()
-        facts = {"run": RUN, "commit": self._commit, "steps": {n: outcome._asdict() for n, outcome in outcomes.items()}}
+        facts = {"run": RUN, "commit": self._commit, "quick": self._quick}
+        facts["steps"] = {name: outcome._asdict() for name, outcome in outcomes.items()}
         replace(self._folder / FACTS, json.dumps(facts, indent=1).encode())
         for name in outcomes:
             model = self._state.folder / "steps" / name / MODEL
@@ -95,6 +96,25 @@ class Output:
 
     def _outcomes(self) -> dict[str, Outcome]:
         return self._state.outcomes(self._names)
+
+
+def check_writable(folder: Path) -> None:
+    """Makes the folder if it is not there.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    probe = folder / f"{SUMMARY}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(_refusal(folder, error)) from None
+
+
+def _refusal(folder: Path, error: OSError) -> str:
+    return f"--output must be a folder that can be written, got {folder}: {error.strerror}."
 
 
 def _end_of(file: Path) -> bytes:

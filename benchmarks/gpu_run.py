@@ -19,7 +19,7 @@ from types import FrameType
 import torch
 
 from benchmarks.gpu_collect import collect_and_redraw
-from benchmarks.gpu_output import Output
+from benchmarks.gpu_output import Output, check_writable
 from benchmarks.gpu_stages import MARGIN_SECONDS, RESERVE_SECONDS, Interrupted, Run, fitting, stages
 from benchmarks.gpu_state import ENDED, FAILED, State, folder_of
 from benchmarks.gpu_steps import DIAGNOSIS, STEPS, Place, Step
@@ -30,7 +30,7 @@ from benchmarks.sweeps import parse_choices
 def schedule(steps: Sequence[Step], minutes: float, quick: bool, commit: str, state: Path) -> Iterator[str]:
     """Lines that say what a run would do, and when at the latest."""
     now, end = 0.0, 60 * minutes - RESERVE_SECONDS
-    cuda, folder = torch.cuda.is_available(), folder_of(state, commit) / "steps"
+    cuda, folder = torch.cuda.is_available(), folder_of(state, commit + "+quick" * quick) / "steps"
     for stage in stages(steps):
         begun = fitting(stage, end - now)
         timed = sum(step.timed for step in begun)
@@ -84,7 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     until += 60 * options.minutes
     steps = [s for s in STEPS if (not options.only or s.name in options.only) and s.name not in options.skip]
     commit = options.commit or provenance("")["commit"]
+    # What a smoke test did is not done for a run.
+    steps_of = commit + "+quick" * options.quick
     try:
+        if options.commit is not None and not options.commit.strip():
+            raise ValueError(f"--commit must name a commit, got {options.commit!r}.")
         if options.collect is not None:
             return collect_and_redraw(options.collect)
         if not 60 * options.minutes > RESERVE_SECONDS:
@@ -94,11 +98,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.dry_run:
             print("\n".join(schedule(steps, options.minutes, options.quick, commit, options.state)))
             return 0
-        state = State(options.state, commit)
+        check_writable(options.output)
+        state = State(options.state, steps_of)
     except ValueError as error:
         parser.error(str(error))
     try:
-        output = Output(options.output, state, [step.name for step in (*STEPS, DIAGNOSIS)], commit)
+        output = Output(options.output, state, [step.name for step in (*STEPS, DIAGNOSIS)], commit, options.quick)
     except ValueError as error:
         state.close()
         parser.error(str(error))
@@ -107,11 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in state.end_leftovers():
         print(f"{name}: an earlier call left it running, and it was ended.", flush=True)
     try:
-        state.copy_tree()
+        try:
+            state.copy_tree()
+        except OSError as error:
+            print(f"The copy of the tree cannot be written: {error}", file=sys.stderr)
+            return 1
         Run(state, output, until, commit, options.quick).run(steps)
-    except OSError as error:
-        print(f"The copy of the tree cannot be written: {error}", file=sys.stderr)
-        return 1
     except Interrupted:
         print("The run was told to end.")
     finally:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -17,8 +18,8 @@ from benchmarks.gpu_steps import DIAGNOSIS, GO, TUNE, Place, Step
 
 # For the last results to be packed, and for what is still running to end.
 RESERVE_SECONDS = 2 * GRACE_SECONDS
-# A step that stops by itself does so before it is ended.
-MARGIN_SECONDS = 5.0
+# A step that stops by itself does so before it is ended: its imports, and the group that it is in, come on top.
+MARGIN_SECONDS = 12.0
 # How often results are packed while steps run: the run may be killed at any time.
 _PACK_SECONDS = 15.0
 # Lines of a log that say what went wrong, however much comes after them.
@@ -88,7 +89,7 @@ class Run:
             for step in stage:
                 if step in chosen:
                     # What compiles must leave time for what is then timed.
-                    begun = self._begin(step, rows_of, left - sum(one.timed for one in chosen))
+                    begun = self._begin(step, rows_of, left - sum(one.timed for one in chosen), len(chosen))
                     running |= {} if begun is None else {step.name: begun}
                 else:
                     needed = step.least + step.timed
@@ -115,7 +116,7 @@ class Run:
             _say(f"The tuned tiles cannot be put into the copy of the tree, and are not used: {error}")
             return self._commit
 
-    def _begin(self, step: Step, commit: str, left: float) -> _Running | None:
+    def _begin(self, step: Step, commit: str, left: float, beside: int) -> _Running | None:
         # A smoke test is of commands, not of budgets, which are a GPU's.
         seconds = left if self._quick else min(step.seconds, left)
         _say(f"{step.name}: begins, {seconds:.0f} s at most")
@@ -126,7 +127,7 @@ class Run:
             place = Place(folder, commit, self._quick, self._cuda, max(1.0, seconds - MARGIN_SECONDS))
             log, note = folder / LOG, self._state.note(step.name)
             said = log.stat().st_size if log.exists() else 0
-            group = Group(step.command(place), note, log, self._state.tree, self._environment())
+            group = Group(step.command(place), note, log, self._state.tree, self._environment(beside))
         except OSError as error:
             self._note(step, Outcome(FAILED, 0, f"It could not be started: {error}."))
             return None
@@ -201,13 +202,16 @@ class Run:
         except OSError as error:
             _say(f"The results cannot be copied out now, and stay in the state folder: {error}")
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, beside: int) -> dict[str, str]:
         folders = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
         caches = {name: str(self._state.caches / folder) for name, folder in folders.items()}
         interpreter = {} if self._cuda else {"TRITON_INTERPRET": "1"}
-        # Several compile at once.
-        threads = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, (os.cpu_count() or 1) // 4))}
-        return os.environ | caches | interpreter | threads | {"PYTHONUNBUFFERED": "1"}
+        # As many steps compile at once.
+        threads = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, (os.cpu_count() or 1) // beside))}
+        # Steps run in a copy of the tree.
+        given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        paths = {"PYTHONPATH": os.pathsep.join(str(Path(path).absolute()) for path in given if path)}
+        return os.environ | caches | interpreter | threads | paths | {"PYTHONUNBUFFERED": "1"}
 
 
 def in_turn(steps: Sequence[Step], before: Mapping[str, Outcome]) -> list[Step]:

@@ -1,5 +1,6 @@
 """What a run on a GPU brought back, put in its places."""
 
+import dataclasses
 import json
 import shutil
 import time
@@ -88,6 +89,19 @@ def _cut_off(folder):
     (folder / RESULTS).write_bytes((folder / RESULTS).read_bytes()[:-100])
 
 
+def _of_a_smoke_test(folder):
+    facts = json.loads((folder / FACTS).read_text())
+    (folder / FACTS).write_text(json.dumps(facts | {"quick": True}))
+
+
+def _with_rows_of_a_smoke_test(folder):
+    row = make_row("eager", 10.0)
+    row = dataclasses.replace(row, source=row.source | {"command": "python -m benchmarks.moe_ffn --quick --seconds 0"})
+    append_row(folder / "quick.csv", row)
+    with zipfile.ZipFile(folder / RESULTS, "a") as archive:
+        archive.write(folder / "quick.csv", "c/moe_ffn_cuda.csv")
+
+
 def _with_other_columns(folder):
     with zipfile.ZipFile(folder / RESULTS, "a") as archive:
         archive.writestr("c/moe_ffn_cuda.csv", "model,time\nx,1\n")
@@ -103,6 +117,8 @@ def _with_a_broken_table(folder):
     [
         (_without_facts, "No such file"),
         (_of_something_else, "summary.json is of 'other'"),
+        (_of_a_smoke_test, "the run was a smoke test of tiny models"),
+        (_with_rows_of_a_smoke_test, "rows of moe_ffn_cuda.csv in the step c are of a smoke test"),
         (_cut_off, "File is not a zip file"),
         (_with_other_columns, "the rows of moe_ffn_cuda.csv have other columns in the step c"),
         (_with_a_broken_table, "was never closed"),

@@ -19,7 +19,7 @@ from benchmarks.gpu_output import FACTS, RESULTS, SUMMARY, Output
 from benchmarks.gpu_process import end_leftover
 from benchmarks.gpu_stages import RESERVE_SECONDS, Interrupted, Run, fitting, in_turn, stages
 from benchmarks.gpu_state import CUT, DONE, ENDED, FAILED, LATE, Outcome, State
-from benchmarks.gpu_steps import GO, STEPS, Place, Step
+from benchmarks.gpu_steps import GO, STEPS, TEST_FILES, Place, Step
 from benchmarks.provenance import ROOT
 
 COMMIT = "abc1234"
@@ -278,6 +278,8 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(option,
         gpu_run.main([part for pair in given.items() for part in pair] + ["--commit", COMMIT])
     expected = f"{option} must be a folder that can be written, got {given[option]}: Not a directory."
     assert expected in capsys.readouterr().err
+    # The output folder is looked at first.
+    assert option == "--state" or not (tmp_path / "state").exists()
 
 
 def test_one_call_at_a_time_uses_a_state_folder(folders):
@@ -306,10 +308,38 @@ def test_what_ended_of_another_commit_says_nothing_of_this_one(folders):
     state.close()
 
 
+def test_a_smoke_test_does_nothing_for_a_run_of_the_same_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(State, "copy_tree", lambda state: state.tree.mkdir(exist_ok=True))
+    for options in ([], ["--quick"], []):
+        monkeypatch.setattr(gpu_run, "STEPS", (shell("smoke", f"echo {options} > said.txt"),))
+        command = ["--state", str(tmp_path / "state"), "--output", str(tmp_path / "output"), "--commit", COMMIT]
+        assert gpu_run.main([*command, *options]) == 0
+        assert json.loads((tmp_path / "output" / FACTS).read_text())["quick"] == bool(options)
+    assert {path.name for path in (tmp_path / "state").glob("commit-*")} == {
+        f"commit-{COMMIT}",
+        f"commit-{COMMIT}+quick",
+    }
+
+
+def test_only_a_copy_of_the_tree_that_fails_is_told_as_one(tmp_path, monkeypatch, capsys):
+    def refuse(*args):
+        raise BrokenPipeError
+
+    command = ["--state", str(tmp_path / "state"), "--output", str(tmp_path / "output"), "--commit", COMMIT]
+    monkeypatch.setattr(Run, "run", refuse)
+    monkeypatch.setattr(State, "copy_tree", lambda state: None)
+    with pytest.raises(BrokenPipeError):
+        gpu_run.main(command)
+    monkeypatch.setattr(State, "copy_tree", refuse)
+    assert gpu_run.main(command) == 1
+    assert "The copy of the tree cannot be written" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--only", "dinner"], "unknown step 'dinner': expected some of smoke, tune, "),
+        (["--commit", ""], "--commit must name a commit, got ''."),
         (["--minutes", "0.1"], "--minutes must be more than the 8 s at the end, got 0.1."),
     ],
 )
@@ -328,9 +358,32 @@ def test_a_dry_run_says_when_each_step_begins_and_how_to_make_it(tmp_path, capsy
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("   0 s  smoke: 10 to 40 s, alone: ")
     assert [line.split(":")[0].split()[-1] for line in lines[:-1:2]] == [step.name for step in STEPS[:-1]]
+    # The second batch of compiled UNets does not slow the first one down.
+    beside = [[step.name for step in stage] for stage in stages(STEPS) if len(stage) > 1]
+    assert beside == [["unet-sdxl-b4", "unet-sd15-b4", "tests"], ["unet-sd15-b8", "unet-sd15-b2"]]
     assert all(f" -m {'pytest' if ' pytest ' in line else 'benchmarks.'}" in line for line in lines[1:-1:2])
     assert lines[-1].endswith("s at most, of 540; 8 s are kept for the end.")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_tests_are_those_with_a_gpu_and_give_way_to_what_compiles(tmp_path):
+    command = next(step for step in STEPS if step.name == "tests").command(Place(tmp_path, COMMIT, False, True, 100))
+    assert command[:3] == ["nice", "-n", "15"]
+    assert "--continue-on-collection-errors" in command
+    assert command[command.index("-k") + 1].endswith(" and not persistent")
+    assert {path for path in command if path.startswith("tests/")} == set(TEST_FILES)
+    assert all((ROOT / path).exists() for path in TEST_FILES)
+
+
+def test_steps_in_a_copy_of_the_tree_find_the_packages_that_the_run_finds_and_share_the_cores(folders, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"wheels{os.pathsep}/abs{os.pathsep}")
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    say = 'echo "$PYTHONPATH $TORCHINDUCTOR_COMPILE_THREADS" > said.txt'
+    steps = shell("a", say, alone=False), shell("b", say, alone=False), shell("c", say)
+    folders.call(*steps)
+    paths = f"{Path.cwd() / 'wheels'}{os.pathsep}/abs"
+    said = [folders.packed()[f"{name}/said.txt"] for name in "abc"]
+    assert said == [f"{paths} 8\n", f"{paths} 8\n", f"{paths} 16\n"]
 
 
 _OTHERS = {"smoke", "machine", "tests", "profile", "icons"}
