@@ -23,7 +23,8 @@ MARGIN_SECONDS = 12.0
 # How often results are packed while steps run: the run may be killed at any time.
 _PACK_SECONDS = 15.0
 # Lines of a log that say what went wrong, however much comes after them.
-_TELLING = ("FAILED", "skipped ")
+_SKIPPED = "skipped "
+_TELLING = ("FAILED", _SKIPPED)
 _MOST_LETTERS = 300
 
 
@@ -178,6 +179,10 @@ class Run:
         lines = [line.rpartition("\r")[2].strip() for line in text.split("\n")]
         telling = [line for line in lines if line.startswith(_TELLING)]
         if code == 0:
+            # A contender that found no room beside others may find it when it is tried again.
+            skipped = [line for line in telling if line.startswith(_SKIPPED)]
+            if skipped:
+                return FAILED, f"Something is missing: {skipped[-1][:_MOST_LETTERS]}"
             return DONE, "".join(telling[-1:])[:_MOST_LETTERS]
         last = [line for line in lines if line][-1:] or ["it said nothing"]
         how = f"Signal {signal.Signals(-code).name} ended it" if code < 0 else f"It returned {code}"

@@ -80,16 +80,22 @@ def runs(pid):
 
 def test_results_are_out_after_each_step_and_what_is_done_is_not_run_again(folders):
     peek = f"{sys.executable} -m zipfile -l {folders.output / RESULTS} > listing.txt"
-    steps = [shell("first", "echo a,b >> rows.csv; echo 'skipped x: no room'"), shell("second", peek)]
+    steps = [shell("first", "echo a,b >> rows.csv; echo 'FAILED, gradients'"), shell("second", peek)]
     assert folders.call(*steps) == {"first": DONE, "second": DONE}
     packed = folders.packed()
     assert packed["first/rows.csv"] == "a,b\n"
     assert "first/rows.csv" in packed["second/listing.txt"]
-    assert folders.sentence("first") == "skipped x: no room"
-    assert "| first | done | 0 | skipped x: no room |" in (folders.output / SUMMARY).read_text()
+    assert folders.sentence("first") == "FAILED, gradients"
+    assert "| first | done | 0 | FAILED, gradients |" in (folders.output / SUMMARY).read_text()
     assert {file.name for file in folders.output.iterdir()} == {RESULTS, SUMMARY, FACTS}
     assert folders.call(*steps) == {"first": DONE, "second": DONE}
     assert folders.packed() == packed
+
+
+def test_a_step_that_left_something_out_is_tried_again(folders):
+    assert folders.call(shell("one", "echo 'skipped x: no room'; echo 1 row")) == {"one": FAILED}
+    assert folders.sentence("one") == "Something is missing: skipped x: no room"
+    assert folders.call(shell("one", "echo 2 rows")) == {"one": DONE}
 
 
 def test_a_step_that_hangs_or_crashes_costs_no_other(folders):
