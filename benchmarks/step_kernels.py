@@ -6,7 +6,9 @@ one are. On a CPU operators stand for kernels, for smoke tests.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import csv
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,8 @@ from benchmarks.sweeps import Entry
 from benchmarks.unet_rows import Workload
 
 KERNEL_COLUMNS = ("contender", "device", *Workload._fields, "E", "K", "tasks", "kernel", "count", "total_us")
+# What a file of one device tells contenders apart by.
+_PLACE = ("contender", *Workload._fields, "E", "K", "tasks")
 _DEVICES = {"cuda": DeviceType.CUDA, "cpu": DeviceType.CPU}
 
 
@@ -44,6 +48,17 @@ class KernelRow(NamedTuple):
         cells |= {"E": str(E), "K": "dense" if K is None else str(K), "tasks": str(tasks)}
         name, count, total_us = self.kernel
         return cells | {"kernel": name, "count": str(count), "total_us": f"{total_us:.2f}"} | self.source
+
+
+def are_counted(path: Path, workload: Workload, entries: Iterable[Entry], source: dict[str, str]) -> bool:
+    """Whether a file has kernels of all these contenders, of the same commit; without a file it has none."""
+    if not path.exists():
+        return False
+    with path.open(newline="") as opened:
+        rows = [row for row in csv.DictReader(opened) if row["commit"] == source["commit"]]
+    known = {tuple(row[name] for name in _PLACE) for row in rows}
+    cells = (KernelRow(entry, "", workload, Kernel("", 0, 0), {}).cells() for entry in entries)
+    return all(tuple(row[name] for name in _PLACE) in known for row in cells)
 
 
 def kernels_of(step: Callable[[], Any], device: torch.device) -> list[Kernel]:

@@ -29,7 +29,7 @@ from benchmarks.provenance import RESULTS, command_line, provenance
 from benchmarks.recording import Log, deadline, measured, record
 from benchmarks.report import report
 from benchmarks.rows import append_row, check_header
-from benchmarks.step_kernels import KERNEL_COLUMNS, KernelRow, kernels_of
+from benchmarks.step_kernels import KERNEL_COLUMNS, KernelRow, are_counted, kernels_of
 from benchmarks.sweeps import DENSE, Entry, Setting, parse_choices, parse_count, parse_counts, parse_top_k
 from benchmarks.timing import MIN_ROUNDS, WARM_ROUNDS, Call
 from benchmarks.unet_contenders import CONTENDERS, default_contenders
@@ -110,9 +110,12 @@ def _caches_of_the_compiler(cold: bool) -> Iterator[None]:
 
 
 def _wait_for(file: Path) -> None:
-    """Says that all is prepared, and waits for whoever shares the device out."""
+    """Says that all is prepared, and waits for the parent, which shares the device out; without it there is no turn."""
+    parent = os.getppid()
     file.with_name(f"{file.name}.ready").touch()
     while not file.exists():
+        if os.getppid() != parent:
+            sys.exit(f"Whoever was to make {file} is gone.")
         time.sleep(_POLL_SECONDS)
 
 
@@ -173,7 +176,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--warm-caches", action="store_true", help="let the compiler reuse what it compiled before: no warmup_s then")
     add("--minutes", type=float, help="no group is begun after these (default: all are)")
     add("--wait-for", type=Path, metavar="FILE", help="build and compile, make FILE.ready, and time when FILE is there")
-    add("--resume", action="store_true", help="leave out groups whose rows of this commit are in the file already")
+    add(
+        "--resume",
+        action="store_true",
+        help="leave out groups whose rows, and kernels, of this commit are in the files",
+    )
     add("--kernels", type=Path, metavar="CSV", help="add the kernels of a step of each contender, by the profiler")
     add("--quick", action="store_true", help="a smoke test: a tiny model, two runs")
     add("--output", type=Path, help="CSV to add rows to (default: results/unet_DEVICE.csv)")
@@ -249,7 +256,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     if options.resume and options.output.exists():
         done = measured(read_rows(options.output), source)
-        workloads = [w for w in workloads if not all((w, entry) in done for entry in plan.entries(w))]
+
+        def complete(workload: Workload) -> bool:
+            entries = plan.entries(workload)
+            # A run may have been cut off after its rows.
+            counted = options.kernels is None or are_counted(options.kernels, workload, entries, source)
+            return counted and all((workload, entry) in done for entry in entries)
+
+        workloads = [workload for workload in workloads if not complete(workload)]
         if not workloads:
             print(f"All rows are in {options.output} already")
             return 0

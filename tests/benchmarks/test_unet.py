@@ -207,6 +207,24 @@ def test_a_group_that_is_prepared_waits_for_its_turn_and_its_kernels_are_counted
     )
 
 
+def test_who_waits_for_a_parent_that_is_gone_ends(tmp_path, monkeypatch):
+    parents = iter((10, 10, 1))
+    monkeypatch.setattr("benchmarks.unet.os.getppid", lambda: next(parents))
+    with pytest.raises(SystemExit, match=f"Whoever was to make {tmp_path / 'go'} is gone"):
+        unet._wait_for(tmp_path / "go")
+
+
+def test_a_run_that_was_cut_off_before_its_kernels_were_counted_goes_on(tmp_path, capsys):
+    output, kernels = tmp_path / "rows.csv", tmp_path / "kernels.csv"
+    arguments = ["--tasks", "1", "--commit", "abc1234", "--resume"]
+    assert run_quickly(output, *arguments, contenders="stock")[0] == 0
+    for number in (2, 2):
+        assert run_quickly(output, *arguments, "--kernels", str(kernels), contenders="stock")[0] == 0
+        assert len(read_rows(output)) == number
+        assert "aten::conv2d" in kernels.read_text()
+    assert f"All rows are in {output} already" in capsys.readouterr().out
+
+
 def test_a_run_goes_on_where_it_was_cut_off(tmp_path, capsys):
     output = tmp_path / "rows.csv"
     arguments = ["--batches", "2,1", "--tasks", "1", "--commit", "abc1234"]
