@@ -66,7 +66,7 @@ def collect(folder: Path, places: Places | None = None) -> list[str]:
     if found.tiles:
         old = read(places.table)
         # A tuned width says what all its numbers of tokens run with: what was chosen before it is gone.
-        widths = {row.key._replace(tokens=0) for row in found.tiles}
+        widths = {row.key for row in found.tiles if not row.key.tokens}
         stale = [row.key for row in old if row.key._replace(tokens=0) in widths]
         write(places.table, merge(old, found.tiles, measured=stale))
         lines.append(f"{len(found.tiles)} rows of tiles into {places.table}")

@@ -12,7 +12,7 @@ import datetime
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,7 +101,7 @@ def tune(
     left_out = set(refused)
     done: list[Measurement] = []
     bar = tqdm(tasks.items(), unit="shape", file=sys.stderr)
-    for key, task in bar:
+    for number, (key, task) in enumerate(bar):
         if time.monotonic() > until:
             bar.write(f"out of time: {len(tasks) - len(done)} of {len(tasks)} shapes are left as they were", sys.stderr)
             break
@@ -113,7 +113,10 @@ def tune(
             bar.write(f"{task}: no candidate computed it rightly", sys.stderr)
             continue
         done.append(Measurement(key, times, before))
-        write(table, merge(old, choose(done, source), measured=_keys(done)))
+        # A tile for all of a width is chosen when all numbers of tokens have been tried: its row would hide what is
+        # shipped for those that are not.
+        waiting = {later._replace(tokens=0) for later in list(tasks)[number + 1 :]}
+        write(table, merge(old, choose(done, source, waiting), measured=_keys(done) - waiting))
     return done
 
 
@@ -122,14 +125,18 @@ def with_persistent(key: TileKey) -> tuple[Tile, ...]:
     return find_tile(key), PERSISTENT
 
 
-def choose(measurements: Sequence[Measurement], source: str) -> list[TableRow]:
-    """Rows for what was measured: one for each width, and more where a number of tokens wants a tile of its own."""
+def choose(measurements: Sequence[Measurement], source: str, waiting: Collection[TileKey] = ()) -> list[TableRow]:
+    """Rows for what was measured: one for each width, and more where a number of tokens wants a tile of its own.
+
+    Widths that wait for more measurements have rows for numbers of tokens alone.
+    """
     by_width: dict[TileKey, list[Measurement]] = {}
     for measurement in measurements:
         by_width.setdefault(measurement.key._replace(tokens=0), []).append(measurement)
     rows = []
     for key, group in by_width.items():
-        tile = min(_measured_everywhere(group), key=lambda tile: _slowness(tile, group), default=None)
+        everywhere = [] if key in waiting else _measured_everywhere(group)
+        tile = min(everywhere, key=lambda tile: _slowness(tile, group), default=None)
         if tile is not None:
             rows.append(TableRow(key, tile, _source(source, tile, group)))
         for one in group:
@@ -201,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """The command line. Returns 1 if no candidate of a shape computed it rightly."""
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
     options = parser.parse_args(argv)
@@ -228,14 +235,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     refused = compile_ahead(tiles, arch)
     number = sum(map(len, tiles.values())) - len(refused)
     print(f"{number} candidates for {len(tasks)} shapes; {len(refused)} more spill or do not fit.")
+    wrong: list[Task] = []
+
+    def measure(task: Task, tiles: Sequence[Tile], keep: Sequence[Tile]) -> dict[Tile, float]:
+        times = timer.measure(task, tiles, keep)
+        wrong.extend([] if times else [task])
+        return times
+
     with Timer(device) as timer:
-        done = tune(tasks, timer.measure, options.table, source, tried=tried, refused=refused, until=until)
+        done = tune(tasks, measure, options.table, source, tried=tried, refused=refused, until=until)
     for (task, tile), reason in timer.refused.items():
         print(f"left out: {task}, {tile}: {reason}", file=sys.stderr)
     gains = [math.log(one.times[one.before] / min(one.times.values())) for one in done if one.before in one.times]
     gain = math.exp(sum(gains) / max(len(gains), 1))
     print(f"{len(done)} shapes written to {options.table}; the new tiles are {gain:.2f} times as fast as those before.")
-    return 0
+    # One that breaks the device takes all later ones with it.
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

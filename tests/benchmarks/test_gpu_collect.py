@@ -77,6 +77,14 @@ def test_rows_and_tiles_come_to_their_places_once(returned, places):
     assert contents(places) == before
 
 
+def test_tiles_of_a_width_that_was_cut_off_leave_its_other_rows(returned, places):
+    only = TUNED._replace(key=KEY._replace(tokens=2048))
+    with zipfile.ZipFile(returned / RESULTS, "w") as archive:
+        archive.writestr(f"tune/{TABLE}", tile_rows.render([only]))
+    collect(returned, places)
+    assert set(tile_rows.read(places.table)) == {row for row in ROWS if row.key != only.key} | {only}
+
+
 def _without_facts(folder):
     (folder / FACTS).unlink()
 

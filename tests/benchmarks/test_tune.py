@@ -151,6 +151,43 @@ def test_tuning_writes_the_table_after_each_shape_and_stops_in_time(tmp_path, ca
     assert path.read_text() == before
 
 
+def test_a_width_that_is_cut_off_keeps_its_shipped_row_for_what_was_not_measured(tmp_path, monkeypatch):
+    path = tmp_path / "table.py"
+    tasks = tune.tasks_of(("expert_in",), ((1280, 64), (1280, 1024)), "sm_90", (2,), ("dense",))
+    few, many = tasks
+    width = few._replace(tokens=0)
+    shipped = TableRow(width, WIDE, "shipped")
+    monkeypatch.setattr(tune.tile_table, "ROWS", (shipped,))
+    clock = iter((0, 2))
+    monkeypatch.setattr(tune.time, "monotonic", lambda: next(clock))
+    tune.tune(tasks, lambda task, tiles, keep: {SMALL: 1.0}, path, "here", until=1)
+    assert {row.key: row.tile for row in tile_rows.read(path)} == {width: WIDE, few: SMALL}
+    monkeypatch.setattr(tune.time, "monotonic", lambda: 0)
+    tune.tune(tasks, lambda task, tiles, keep: {SMALL: 1.0}, path, "here", until=1)
+    assert {row.key: row.tile for row in tile_rows.read(path)} == {width: SMALL}
+    assert many.tokens == 2048
+
+
+@pytest.mark.parametrize(("times", "code"), [({SMALL: 1.0}, 0), ({}, 1)])
+def test_a_shape_that_nothing_computes_rightly_is_a_failure(times, code, tmp_path, monkeypatch):
+    class FakeTimer(Timer):
+        def __init__(self, device):
+            super().__init__(torch.device("cpu"))
+
+        def measure(self, task, tiles, keep=()):
+            return times
+
+    facts = dict.fromkeys(("processor", "torch", "triton", "commit"), "none")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    stand_ins = {"interpreted": lambda: False, "arch_of": lambda device: "sm_90", "Timer": FakeTimer}
+    stand_ins |= {"provenance": lambda *args: facts, "compile_ahead": lambda tiles, arch: {}}
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(tune, name, stand_in)
+    arguments = ["--products", "expert_in", "--shapes", "640x1024", "--table", str(tmp_path / "table.py")]
+    assert tune.main(arguments) == code
+
+
 WAIT = Instruction(0x10, "WARPGROUP.DEPBAR.LE", None)
 
 
