@@ -170,24 +170,27 @@ def _sleeps(runs: Sequence[Call]) -> list[int]:
     An event on an idle device happens at once, and then the host's work would count: 1 to 3 ms where a whole UNet's
     inputs are prepared for its graph.
     """
+    issued = [statistics.median(_issued_us(run) for _ in range(_ISSUES)) for run in runs]
+    # After work, when the clocks are those of the rounds: an idle device's are lower, and cycles take longer.
+    cycles_per_us = _cycles_per_us()
+    # Hosts are slower at times, and events are issued, too.
+    return [int(cycles_per_us * min(_MOST_SLEEP_US, 2 * us + 20)) for us in issued]
+
+
+def _issued_us(run: Call) -> float:
+    torch.cuda.synchronize()
+    return _clocked(run)
+
+
+def _cycles_per_us() -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     # The first one loads the kernel.
     for _ in range(2):
         start.record()
         torch.cuda._sleep(_CALIBRATION_CYCLES)
         end.record()
-        torch.cuda.synchronize()
-    cycles_per_us = _CALIBRATION_CYCLES / (start.elapsed_time(end) * 1e3)
-    sleeps = []
-    for run in runs:
-        issued = []
-        for _ in range(_ISSUES):
-            torch.cuda.synchronize()
-            issued.append(_clocked(run))
-        # Hosts are slower at times, and events are issued, too.
-        sleeps.append(int(cycles_per_us * min(_MOST_SLEEP_US, 2 * statistics.median(issued) + 20)))
     torch.cuda.synchronize()
-    return sleeps
+    return _CALIBRATION_CYCLES / (start.elapsed_time(end) * 1e3)
 
 
 def _events_round(runs: Sequence[Call], counts: Sequence[int], sleeps: Sequence[int]) -> list[float]:

@@ -171,6 +171,12 @@ def device(monkeypatch):
     return device
 
 
+def test_a_device_that_was_idle_sleeps_long_enough_at_the_clocks_that_work_has(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: device.enqueue(cycles / (2 if device.order else 0.35)))
+    (timing,) = time_interleaved([[device.call("long", 900, 700)]], [False], torch.device("cuda"), 0, replaying=[True])
+    assert timing.median_us == pytest.approx(700)
+
+
 def test_graphs_are_timed_without_the_host_and_apart_from_what_is_launched_one_by_one(device):
     # A graph that the host takes longer to issue than the one before it runs, after kernels that wait for the host.
     calls = [device.call("eager", 3000, *[10] * 10), device.call("short", 20, 100), device.call("long", 900, 700)]
