@@ -17,6 +17,8 @@ RUN = "benchmarks.gpu_run"
 RESULTS, SUMMARY, FACTS = "results.zip", "summary.md", "summary.json"
 # Of a step that trains: the folder of its model, which is a file of its own.
 MODEL = Path("output", "model")
+# What brings files back may refuse large ones.
+_PART_BYTES = 15 * 2**20
 _PACKED = (".txt", ".csv", ".py", ".json", ".md", ".png")
 # Of one log, its end: a compiler may fill megabytes.
 _LOG_BYTES = 2**19
@@ -24,7 +26,7 @@ _TAIL_LINES = 40
 
 
 class Output:
-    """Packs what the steps wrote into three files.
+    """Packs what the steps wrote into three files; a trained model into parts of one more.
 
     Args:
         folder: made if it is not there.
@@ -59,9 +61,8 @@ class Output:
         facts["steps"] = {name: outcome._asdict() for name, outcome in outcomes.items()}
         replace(self._folder / FACTS, json.dumps(facts, indent=1).encode())
         for name in outcomes:
-            model = self._state.folder / "steps" / name / MODEL
-            if model.exists():
-                self._pack_model(model, self._folder / f"{name}-model.zip")
+            if self._model(name).exists():
+                self._pack_model(self._model(name), self._folder / f"{name}-model.zip")
 
     def _add(self, archive: zipfile.ZipFile, name: str, folder: Path) -> None:
         for file in sorted(folder.rglob("*")) if folder.exists() else ():
@@ -70,13 +71,16 @@ class Output:
                 archive.writestr(f"{name}/{path}", _end_of(file))
 
     def _pack_model(self, model: Path, packed: Path) -> None:
-        # Written once: a trained model is megabytes.
-        if not packed.exists():
-            content = io.BytesIO()
-            with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        # Written once: a trained model is megabytes. Where the first part is, the others are.
+        if not _part(packed, 0).exists():
+            stream = io.BytesIO()
+            with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
                 for file in sorted(model.rglob("*")):
                     archive.write(file, file.relative_to(model))
-            replace(packed, content.getvalue())
+            content = stream.getvalue()
+            for number in reversed(range(-(-len(content) // _PART_BYTES))):
+                part = content[number * _PART_BYTES : (number + 1) * _PART_BYTES]
+                replace(_part(packed, number), part)
 
     def summary(self, tails: bool = False) -> str:
         """A table of the steps for people; with the ends of their logs."""
@@ -86,6 +90,8 @@ class Output:
             f"| {name} | {o.status} | {o.seconds:.0f} | {o.sentence.replace('|', '/')} |"
             for name, o in outcomes.items()
         ]
+        models = [f"{name}-model.zip" for name in outcomes if self._model(name).exists()]
+        lines += [line for model in models for line in ("", f"The model: `cat {model}.* > {model}; unzip {model}`")]
         for name in outcomes if tails else ():
             log = self._state.folder / "steps" / name / LOG
             if log.exists():
@@ -94,8 +100,15 @@ class Output:
                 lines += ["", f"## {name}", "", "```", *kept, "```"]
         return "\n".join(lines) + "\n"
 
+    def _model(self, name: str) -> Path:
+        return self._state.folder / "steps" / name / MODEL
+
     def _outcomes(self) -> dict[str, Outcome]:
         return self._state.outcomes(self._names)
+
+
+def _part(packed: Path, number: int) -> Path:
+    return packed.with_name(f"{packed.name}.{number:03d}")
 
 
 def check_writable(folder: Path) -> None:

@@ -15,8 +15,9 @@ GRACE_SECONDS = 4.0
 _POLL_SECONDS = 0.05
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 # The shell becomes the command. Before that, it leaves the kernel's line on itself in a file: who kills the run between
-# the start and the note would otherwise leave a process behind that nobody knows of.
-_START = 'cat /proc/sys/kernel/random/boot_id "/proc/$$/stat" > "$0" && exec "$@"'
+# the start and the note would otherwise leave a process behind that nobody knows of. A step runs without its
+# note, too.
+_START = 'cat /proc/sys/kernel/random/boot_id "/proc/$$/stat" > "$0"; exec "$@"'
 
 
 class Group:

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import gpu_run, moe_ffn, tune, unet
 from benchmarks.gpu_output import FACTS, RESULTS, SUMMARY, Output
-from benchmarks.gpu_process import end_leftover
+from benchmarks.gpu_process import Group, end_leftover
 from benchmarks.gpu_stages import RESERVE_SECONDS, Interrupted, Run, fitting, in_turn, stages
 from benchmarks.gpu_state import CUT, DONE, ENDED, FAILED, LATE, Outcome, State
 from benchmarks.gpu_steps import GO, STEPS, TEST_FILES, Place, Step
@@ -90,6 +90,20 @@ def test_results_are_out_after_each_step_and_what_is_done_is_not_run_again(folde
     assert {file.name for file in folders.output.iterdir()} == {RESULTS, SUMMARY, FACTS}
     assert folders.call(*steps) == {"first": DONE, "second": DONE}
     assert folders.packed() == packed
+
+
+def test_a_model_comes_back_in_parts_that_make_one_file(folders, monkeypatch):
+    monkeypatch.setattr("benchmarks.gpu_output._PART_BYTES", 1000)
+    train = "mkdir -p output/model/unet; head -c 2500 /dev/urandom > output/model/unet/weights"
+    assert folders.call(shell("icons", train)) == {"icons": DONE}
+    parts = sorted(folders.output.glob("icons-model.zip*"))
+    assert [(part.name, part.stat().st_size <= 1000) for part in parts] == [
+        (f"icons-model.zip.{number:03d}", True) for number in range(3)
+    ]
+    assert "`cat icons-model.zip.* > icons-model.zip; unzip icons-model.zip`" in (folders.output / SUMMARY).read_text()
+    with zipfile.ZipFile(io.BytesIO(b"".join(part.read_bytes() for part in parts))) as archive:
+        assert len(archive.read("unet/weights")) == 2500
+    assert "icons/output/model/unet/weights" not in folders.packed()
 
 
 def test_a_step_that_left_something_out_is_tried_again(folders):
@@ -243,6 +257,15 @@ def test_a_run_that_is_killed_loses_nothing_and_what_it_left_is_ended(folders):
     assert not runs(left)
     assert folders.packed()["first/rows.csv"] == "x\n"
     assert folders.packed()["second/rows.csv"] == "x\nx\n"
+
+
+def test_a_command_runs_also_where_its_note_cannot_be_written(tmp_path):
+    log = tmp_path / "log.txt"
+    group = Group(["echo", "here"], tmp_path / "no" / "note", log, tmp_path, {"PATH": os.environ["PATH"]})
+    while group.code is None:
+        time.sleep(0.01)
+    group.end()
+    assert log.read_text().endswith("here\n")
 
 
 def test_a_process_that_got_a_number_anew_is_left_alone(tmp_path):
