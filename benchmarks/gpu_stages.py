@@ -39,6 +39,7 @@ class _Running:
     Attributes:
         until: time by `time.monotonic` at which it is ended, unless it holds on.
         said: bytes of its log that are of earlier calls.
+        short: whether the run had less time left than its budget, or than what it does alone.
         released: whether it may go on to what it does alone.
     """
 
@@ -46,6 +47,7 @@ class _Running:
     group: Group
     until: float
     said: int
+    short: bool
     released: bool = False
 
 
@@ -132,7 +134,7 @@ class Run:
         except OSError as error:
             self._note(step, Outcome(FAILED, 0, f"It could not be started: {error}."))
             return None
-        return _Running(step, group, time.monotonic() + seconds, said)
+        return _Running(step, group, time.monotonic() + seconds, said, short=seconds < step.seconds)
 
     def _holds_on(self, begun: _Running) -> bool:
         ready = self._state.step(begun.step.name) / f"{GO}.ready"
@@ -140,7 +142,8 @@ class Run:
 
     def _release(self, begun: _Running) -> None:
         begun.released = True
-        begun.until = min(self._until, time.monotonic() + begun.step.timed)
+        until = time.monotonic() + begun.step.timed
+        begun.short, begun.until = self._until < until, min(self._until, until)
         try:
             (self._state.step(begun.step.name) / GO).touch()
         except OSError as error:
@@ -162,7 +165,8 @@ class Run:
                 continue
             if name not in late:
                 ended = self._verdict(begun)
-            elif now > self._until:
+            elif running[name].short or now > self._until:
+                # Not its own fault: the next call begins with it.
                 ended = CUT, "The time of the run was over."
             else:
                 ended = ENDED, f"It still ran after {begun.group.seconds:.0f} s."
