@@ -1,6 +1,5 @@
-"""A run on a GPU without one: steps that stand in for its own, and all of its own on the tiny model."""
+"""A run on a GPU without one: steps that stand in for its own."""
 
-import csv
 import io
 import json
 import os
@@ -12,53 +11,16 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks import gpu_run, moe_ffn, tune, unet
-from benchmarks.gpu_output import FACTS, RESULTS, SUMMARY, Output
+from benchmarks import gpu_run
+from benchmarks.gpu_output import FACTS, RESULTS, SUMMARY
 from benchmarks.gpu_process import Group, end_leftover
 from benchmarks.gpu_stages import RESERVE_SECONDS, Interrupted, Run, fitting, in_turn, stages
 from benchmarks.gpu_state import CUT, DONE, ENDED, FAILED, LATE, Outcome, State
-from benchmarks.gpu_steps import GO, STEPS, TEST_FILES, Place, Step
+from benchmarks.gpu_steps import GO, STEPS, Step
 from benchmarks.provenance import ROOT
 
-COMMIT = "abc1234"
-
-
-def shell(name, script, seconds=30.0, least=0.0, **options):
-    """A step that runs a script in its folder."""
-
-    def command(place):
-        return ["/bin/sh", "-c", f"cd {place.folder}; {script}"]
-
-    return Step(name, "nothing", command, seconds, least, **options)
-
-
-class Folders:
-    """The folders of a run, and calls of it."""
-
-    def __init__(self, path):
-        self.state, self.output = path / "state", path / "output"
-
-    def call(self, *steps, seconds=30.0):
-        """Runs steps, and returns how each of them ended, by name."""
-        state = State(self.state, COMMIT)
-        state.end_leftovers()
-        state.tree.mkdir(exist_ok=True)
-        names = [step.name for step in steps]
-        try:
-            output = Output(self.output, state, names, COMMIT)
-            Run(state, output, time.monotonic() + seconds + RESERVE_SECONDS, COMMIT, quick=False).run(steps)
-            return {name: outcome.status for name, outcome in state.outcomes(names).items()}
-        finally:
-            state.close()
-
-    def sentence(self, name):
-        return json.loads((self.output / FACTS).read_text())["steps"][name]["sentence"]
-
-    def packed(self):
-        with zipfile.ZipFile(self.output / RESULTS) as archive:
-            return {name: archive.read(name).decode() for name in archive.namelist()}
+from .gpu_run_cases import COMMIT, Folders, shell
 
 
 @pytest.fixture
@@ -377,97 +339,3 @@ def test_wrong_arguments(arguments, words, capsys):
     with pytest.raises(SystemExit, match="2"):
         gpu_run.main(arguments)
     assert words in capsys.readouterr().err
-
-
-# -------------------------------------------------------------------------------------------------------- its own steps
-
-
-def test_a_dry_run_says_when_each_step_begins_and_how_to_make_it(tmp_path, capsys):
-    arguments = ["--dry-run", "--state", str(tmp_path / "state"), "--output", str(tmp_path / "output")]
-    assert gpu_run.main([*arguments, "--commit", COMMIT, "--skip", "icons"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("   0 s  smoke: 10 to 40 s, alone: ")
-    assert [line.split(":")[0].split()[-1] for line in lines[:-1:2]] == [step.name for step in STEPS[:-1]]
-    # The second batch of compiled UNets does not slow the first one down.
-    beside = [[step.name for step in stage] for stage in stages(STEPS) if len(stage) > 1]
-    assert beside == [["unet-sdxl-b4", "unet-sd15-b4", "tests"], ["unet-sd15-b8", "unet-sd15-b2"]]
-    assert all(f" -m {'pytest' if ' pytest ' in line else 'benchmarks.'}" in line for line in lines[1:-1:2])
-    assert lines[-1].endswith("s at most, of 540; 8 s are kept for the end.")
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_tests_are_those_with_a_gpu_and_give_way_to_what_compiles(tmp_path):
-    command = next(step for step in STEPS if step.name == "tests").command(Place(tmp_path, COMMIT, False, True, 100))
-    assert command[:3] == ["nice", "-n", "15"]
-    assert "--continue-on-collection-errors" in command
-    assert command[command.index("-k") + 1].endswith(" and not persistent")
-    assert {path for path in command if path.startswith("tests/")} == set(TEST_FILES)
-    assert all((ROOT / path).exists() for path in TEST_FILES)
-
-
-def test_steps_in_a_copy_of_the_tree_find_the_packages_that_the_run_finds_and_share_the_cores(folders, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", f"wheels{os.pathsep}/abs{os.pathsep}")
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    say = 'echo "$PYTHONPATH $TORCHINDUCTOR_COMPILE_THREADS" > said.txt'
-    steps = shell("a", say, alone=False), shell("b", say, alone=False), shell("c", say)
-    folders.call(*steps)
-    paths = f"{Path.cwd() / 'wheels'}{os.pathsep}/abs"
-    said = [folders.packed()[f"{name}/said.txt"] for name in "abc"]
-    assert said == [f"{paths} 8\n", f"{paths} 8\n", f"{paths} 16\n"]
-
-
-_OTHERS = {"smoke", "machine", "tests", "profile", "icons"}
-_WITH_ROWS = {step.name for step in STEPS} - _OTHERS
-
-
-@pytest.mark.parametrize("quick", [False, True])
-@pytest.mark.parametrize("step", [s for s in STEPS if s.name in _WITH_ROWS], ids=lambda step: step.name)
-def test_commands_for_a_gpu_are_understood(step, quick, tmp_path):
-    place = Place(tmp_path, COMMIT, quick, True, step.seconds)
-    python, flag, module, *arguments = step.command(place)
-    assert (python, flag) == (sys.executable, "-m")
-    modules = {f"benchmarks.{known.__name__.rpartition('.')[2]}": known for known in (moe_ffn, unet, tune)}
-    options = modules[module]._parser().parse_args(arguments)
-    assert options.commit == COMMIT
-    if module != "benchmarks.tune":
-        assert options.device == "cuda"
-        assert options.output.name in ("moe_ffn_cuda.csv", "unet_cuda.csv")
-        assert options.resume
-    # What is timed alone waits for its turn; everything else stops by itself.
-    assert bool(step.timed) == (getattr(options, "wait_for", None) is not None)
-    assert step.timed or 60 * options.minutes == pytest.approx(step.seconds, abs=0.5)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_all_commands_on_the_tiny_model(tmp_path):
-    """Those of other batches, which differ in a number, are left out."""
-    skipped = "unet-sdxl-b4,unet-sd15-b8,unet-sd15-b2,captured-sdxl,ffn-compiled"
-    folders = Folders(tmp_path)
-    command = [sys.executable, "-m", "benchmarks.gpu_run", "--quick", "--skip", skipped, "--commit", COMMIT]
-    command += ["--output", str(folders.output), "--state", str(folders.state)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
-    outcomes = json.loads((folders.output / FACTS).read_text())["steps"]
-    expected = {step.name: DONE for step in STEPS if step.name not in skipped.split(",")}
-    # Only a GPU has anything to tune.
-    expected |= {"tune": FAILED, "persistent": FAILED}
-    assert {name: outcome["status"] for name, outcome in outcomes.items()} == expected, ended.stdout
-    assert ended.returncode == 1
-    assert "error: Tiles are measured on a CUDA device, and torch finds none." in folders.sentence("tune")
-    packed = folders.packed()
-    rows = {name: list(csv.DictReader(io.StringIO(text))) for name, text in packed.items() if name.endswith(".csv")}
-    assert {name: len(found) for name, found in rows.items() if "kernels" not in name} == {
-        "ffn/moe_ffn_cpu.csv": 3,
-        "machine/machine.csv": 2,
-        "unet-sd15-b4/unet_cpu.csv": 2,
-        "captured-sd15/unet_cpu.csv": 2,
-        "training/moe_ffn_cpu.csv": 3,
-        # Of the products and the upcycled feed-forward with both routings, the original without.
-        "top-2/moe_ffn_cpu.csv": 5,
-    }
-    assert {row["commit"] for found in rows.values() for row in found} == {COMMIT}
-    for name in ("unet-sd15-b4", "captured-sd15"):
-        kernels = {row["contender"] for row in rows[f"{name}/step_kernels_cpu.csv"] if row["kernel"] == "aten::conv2d"}
-        assert kernels == {"stock", "mtu-eager"}
-    assert "test_shapes_of_stable_diffusion" in packed["tests/log.txt"]
-    assert "expert_in 16x16 B=2 dense E=4 F=16 fp16: TileConfig(" in packed["profile/log.txt"]
-    assert "TFLOP/s" in packed["profile/log.txt"]

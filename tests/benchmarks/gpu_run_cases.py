@@ -1,0 +1,48 @@
+"""Steps that stand in for those of a run on a GPU, and the folders of one."""
+
+import json
+import time
+import zipfile
+
+from benchmarks.gpu_output import FACTS, RESULTS, Output
+from benchmarks.gpu_stages import RESERVE_SECONDS, Run
+from benchmarks.gpu_state import State
+from benchmarks.gpu_steps import Step
+
+COMMIT = "abc1234"
+
+
+def shell(name, script, seconds=30.0, least=0.0, **options):
+    """A step that runs a script in its folder."""
+
+    def command(place):
+        return ["/bin/sh", "-c", f"cd {place.folder}; {script}"]
+
+    return Step(name, "nothing", command, seconds, least, **options)
+
+
+class Folders:
+    """The folders of a run, and calls of it."""
+
+    def __init__(self, path):
+        self.state, self.output = path / "state", path / "output"
+
+    def call(self, *steps, seconds=30.0):
+        """Runs steps, and returns how each of them ended, by name."""
+        state = State(self.state, COMMIT)
+        state.end_leftovers()
+        state.tree.mkdir(exist_ok=True)
+        names = [step.name for step in steps]
+        try:
+            output = Output(self.output, state, names, COMMIT)
+            Run(state, output, time.monotonic() + seconds + RESERVE_SECONDS, COMMIT, quick=False).run(steps)
+            return {name: outcome.status for name, outcome in state.outcomes(names).items()}
+        finally:
+            state.close()
+
+    def sentence(self, name):
+        return json.loads((self.output / FACTS).read_text())["steps"][name]["sentence"]
+
+    def packed(self):
+        with zipfile.ZipFile(self.output / RESULTS) as archive:
+            return {name: archive.read(name).decode() for name in archive.namelist()}
