@@ -31,6 +31,8 @@ from torch._inductor.runtime.hints import DeviceProperties
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+# Older compilers make a mode of their own for tensors that are fake already, and refuse to mix the two.
+WORKS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 ARCH = "sm_90"
 # Source: CUDA C++ programming guide, technical specifications by compute capability; H100 SXM data sheet.
 _H100 = {

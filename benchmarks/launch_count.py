@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtu
-from benchmarks.fake_gpu import ARCH, Generated, Operator, fake_gpu, generate, to_fake_gpu
+from benchmarks.fake_gpu import ARCH, WORKS, Generated, Operator, fake_gpu, generate, to_fake_gpu
 from benchmarks.inputs import DTYPES
 from benchmarks.provenance import RESULTS, command_line, provenance
 from benchmarks.sweeps import SHAPE_SETS, parse_choices, parse_shapes
@@ -243,6 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS / "launch_count.csv")
     parser.add_argument("--commit", help="for the provenance, in a copy of the tree without its git directory")
     options = parser.parse_args(argv)
+    if not WORKS:
+        parser.error(f"Kernels are counted with torch 2.11 or newer, got {torch.__version__}.")
     source = provenance(command_line("benchmarks.launch_count", argv), commit=options.commit)
     with options.output.open("w", newline="") as file:
         writer = csv.writer(file)
