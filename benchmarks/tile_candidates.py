@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from benchmarks.ahead_of_time import CHIPS
+from mtu_kernels.triton.launch import is_sm_90_or_later
 from mtu_kernels.triton.tile_choice import default_tile, find_tile
 from mtu_kernels.triton.tiles import LIBRARY, PAIR_PRODUCTS, Library, TileConfig, TileKey
 
@@ -60,6 +61,5 @@ def _grid(key: TileKey) -> Iterator[TileConfig]:
 
 def _loads(key: TileKey) -> tuple[bool, ...]:
     """Whether tensor descriptors are tried: with them alone where the hardware is made for them."""
-    number = key.arch.removeprefix("sm_")
-    has_them = number.isdecimal() and int(number) >= 90 and key.bits == 16
+    has_them = is_sm_90_or_later(key.arch) and key.bits == 16
     return (True,) if has_them and key.product in _WITH_DESCRIPTORS else (False,)

@@ -107,7 +107,13 @@ def interpreted() -> bool:
     return not isinstance(_probe, triton.runtime.JITFunction)
 
 
-def starts_early(arch: str) -> bool:
-    """Whether launches may overlap with the one before: on NVIDIA's GPUs since sm_90."""
+@functools.cache
+def is_sm_90_or_later(arch: str) -> bool:
+    """Whether it is NVIDIA's sm_90 or a later one: those with tensor descriptors and dependent launches."""
     number = arch.removeprefix("sm_")
-    return number.isdecimal() and int(number) >= 90 and not interpreted()
+    return number.isdecimal() and int(number) >= 90
+
+
+def starts_early(arch: str) -> bool:
+    """Whether launches may overlap with the one before, which the interpreter cannot do."""
+    return is_sm_90_or_later(arch) and not interpreted()
