@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.configuration_utils import register_to_config
 
 # Not used here: pipelines accept a UNet class from outside diffusers only if its module also exposes this name.
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
@@ -21,6 +20,7 @@ import mtu_kernels
 from mtu import checkpoint, export, task_rows
 from mtu.config import ExpertConfig, NormMode
 from mtu.conv_in import TaskConvIn
+from mtu.diffusers_compat import expand_block_scales, with_stock_signature
 from mtu.ffn import CONTEXT_KEY, RoutedFeedForward, RoutedTransformerBlock, check_blocks
 from mtu.gathering import find_stacks, gather
 from mtu.norm import TaskLayerNorm
@@ -340,6 +340,12 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         for layer in self.routed_layers():
             layer.backend = backend
 
+    def set_adapters(self, adapter_names: list[str] | str, weights: Any = None) -> None:
+        """As in diffusers: scales of one number each, or by block, {"down": 0.9, "up": {"block_1": 0.6}}."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        weights = weights if isinstance(weights, list) else [weights] * len(names)
+        super().set_adapters(names, list(expand_block_scales(self, weights)))
+
     # ------------------------------------------------------------------------------------ saving, loading, export
 
     @classmethod
@@ -381,20 +387,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         return export.export_task(self, self.task_index(name), prune=prune)
 
 
-def _with_stock_signature(cls: type) -> None:
-    # diffusers reads the configuration's keys off the constructor's signature, where `**stock` must be spelled out.
-    own = inspect.signature(cls.__init__)
-    stock = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for name, parameter in inspect.signature(UNet2DConditionModel.__init__).parameters.items()
-        if name != "self"
-    ]
-    kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    cls.__init__.__signature__ = own.replace(parameters=[*kept, *stock])
-    cls.__init__ = register_to_config(cls.__init__)
-
-
-_with_stock_signature(MTUUNet2DConditionModel)
+with_stock_signature(MTUUNet2DConditionModel)
 
 # `model_index.json` names the module a class is imported from: the package, not this file.
 MTUUNet2DConditionModel.__module__ = "mtu"

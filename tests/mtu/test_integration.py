@@ -100,6 +100,33 @@ def test_the_strength_of_an_adapter_reaches_it():
 # ------------------------------------------------------------------------------------------- hooks, memory, casting
 
 
+BLOCK_SCALES = {
+    "docs": {"down": 0.9, "mid": 0.5, "up": {"block_1": [0.4, 0.8]}},
+    "one_block": {"up": {"block_1": 0.6}},
+    "number": 0.3,
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("scales", BLOCK_SCALES.values(), ids=BLOCK_SCALES)
+def test_scales_by_block_are_those_of_the_stock_unet(scales):
+    def scaled(unet):
+        unet.set_adapters("default", scales)
+        return {n: dict(m.scaling) for n, m in unet.named_modules() if hasattr(m, "scaling")}
+
+    stock = with_adapter(stock_unet(SD))
+    unet = with_adapter(mtu.upcycle(stock_unet(SD)), like=stock)
+    assert scaled(unet) == scaled(stock)
+    given = rows(inputs(stock), slice(None), 4)
+    assert_close(predict(unet, given), predict(stock, given))
+
+
+def test_scales_of_a_block_that_is_not_there_raise():
+    unet = with_adapter(mtu.upcycle(stock_unet(SD)))
+    with pytest.raises(ValueError, match="Expected 2 scales for up"):
+        unet.set_adapters("default", {"up": {"block_1": [0.1, 0.2, 0.3]}})
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_hooks_on_the_linears_run_and_count(settings):
     unet = upcycled_unet(**settings)
