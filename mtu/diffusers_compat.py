@@ -8,13 +8,35 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
+from torch import nn
 
-__all__ = ["PRIVATE_WAYS", "expand_block_scales", "with_stock_signature"]
+__all__ = [
+    "PRIVATE_WAYS",
+    "StockIndex",
+    "expand_block_scales",
+    "is_offloaded",
+    "pipeline_settings",
+    "with_stock_signature",
+]
 
 PRIVATE_WAYS = {
+    "hub_download": (
+        "`DiffusionPipeline.download` reads model_index.json by the class method `_dict_from_json_file`, and refuses "
+        "components of libraries that are not in `LOADABLE_CLASSES`: it is shown their stock class instead, whose "
+        "files have the same names."
+    ),
+    "model_offload": (
+        "`enable_model_cpu_offload` keeps its hooks in `_all_hooks` of the pipeline and in `_hf_hook` of the modules "
+        "(accelerate); group offloading is asked for by `_is_group_offload_enabled`."
+    ),
+    "pipeline_settings": (
+        "What is set on a pipeline besides its components are entries of its `__dict__` (`_progress_bar_config`, "
+        "`image_processor`, `fusing_unet`, …), but for the configuration, `_internal_dict`."
+    ),
     "block_scales": (
         "UNets' adapter scales by block are spread over their layers by `_maybe_expand_lora_scales`, which "
         "`set_adapters` looks up by the name of the UNet's class: a subclass has to call it by itself."
@@ -24,6 +46,30 @@ PRIVATE_WAYS = {
         "spelled out."
     ),
 }
+
+
+class StockIndex(StableDiffusionPipeline):
+    """Downloads a saved multi-task pipeline: in its index, the upcycled UNet has the name of its stock class."""
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+        stock = ["diffusers", UNet2DConditionModel.__name__]
+        index = super()._dict_from_json_file(json_file)
+        return {k: stock if isinstance(v, list) and v and v[0] == "mtu" else v for k, v in index.items()}
+
+
+def is_offloaded(pipeline: DiffusionPipeline) -> bool:
+    """Whether the UNet of a pipeline, or the pipeline as a whole, is offloaded."""
+    unet = pipeline.components.get("unet")
+    if bool(getattr(pipeline, "_all_hooks", None)) or not isinstance(unet, nn.Module):
+        return bool(getattr(pipeline, "_all_hooks", None))
+    return any(hasattr(module, "_hf_hook") for module in unet.modules()) or _is_group_offload_enabled(unet)
+
+
+def pipeline_settings(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """What is set on a pipeline besides its components and its configuration, by attribute."""
+    others = {*pipeline.components, "_internal_dict", "_all_hooks"}
+    return {name: value for name, value in vars(pipeline).items() if name not in others}
 
 
 def expand_block_scales(unet: UNet2DConditionModel, scales: Sequence[float | dict | None]) -> Sequence[float | dict]:

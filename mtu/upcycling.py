@@ -17,6 +17,7 @@ from mtu.config import ExpertConfig, NormMode
 from mtu.export import stock_config
 from mtu.ffn import check_blocks
 from mtu.pipelines import MTUPipeline
+from mtu.pipelines.conversion import check_convertible, converted
 from mtu.router import initial_router_state
 from mtu.tasks import SD_TASKS, SDXL_TASKS, TaskSpec, as_task_specs
 from mtu.unet import MTUUNet2DConditionModel
@@ -72,7 +73,7 @@ def upcycle(
     """
     pipeline = unet if isinstance(unet, DiffusionPipeline) else None
     if pipeline is not None:
-        unet = _unet_of(pipeline)
+        unet = _unet_of(pipeline, "upcycle")
     specs, config = _resolve(unet, tasks, num_experts, top_k, expert_ratio, norm, init)
     mtu_kernels.check_backend(backend)
     reason = config.why_not_preserved() if init == "preserve" else None
@@ -82,31 +83,49 @@ def upcycle(
     upcycled = _convert(unet, specs, config, preserve=init == "preserve", seed=seed)
     upcycled.set_backend(backend)
     _warn_if_experts_idle(upcycled)
-    return upcycled if pipeline is None else _with_unet(pipeline, upcycled)
+    return upcycled if pipeline is None else converted(pipeline, MTUPipeline, upcycled)
 
 
-def _unet_of(pipeline: DiffusionPipeline) -> UNet2DConditionModel:
+def _unet_of(pipeline: DiffusionPipeline, verb: str) -> UNet2DConditionModel:
     if type(pipeline) is not StableDiffusionPipeline and not isinstance(pipeline, MTUPipeline):
-        raise TypeError(f"upcycle takes a UNet or a StableDiffusionPipeline, but got a {type(pipeline).__name__}.")
+        raise TypeError(f"{verb} takes a UNet or a StableDiffusionPipeline, but got a {type(pipeline).__name__}.")
+    if isinstance(pipeline.unet, MTUUNet2DConditionModel) and not isinstance(pipeline, MTUPipeline):
+        raise ValueError(
+            "The UNet of this pipeline is upcycled already: mtu.MTUPipeline.from_pipe(pipe) makes a multi-task "
+            f"pipeline of it, where {verb} expects a stock UNet."
+        )
+    check_convertible(pipeline)
     return pipeline.unet
 
 
-def _with_unet(pipeline: DiffusionPipeline, unet: MTUUNet2DConditionModel) -> MTUPipeline:
-    """A multi-task pipeline of `unet` and all else that `pipeline` has."""
-    parts = {**pipeline.components, "unet": unet}
-    upcycled = MTUPipeline(**parts, requires_safety_checker=pipeline.config.requires_safety_checker)
-    upcycled.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
-    return upcycled
+@overload
+def load_trained(unet: UNet2DConditionModel, directory: Any, *, backend: str = ...) -> MTUUNet2DConditionModel: ...
+
+
+@overload
+def load_trained(unet: StableDiffusionPipeline, directory: Any, *, backend: str = ...) -> MTUPipeline: ...
 
 
 def load_trained(
-    unet: UNet2DConditionModel, directory: str | os.PathLike, *, backend: str = "auto"
-) -> MTUUNet2DConditionModel:
+    unet: UNet2DConditionModel | StableDiffusionPipeline, directory: str | os.PathLike, *, backend: str = "auto"
+) -> MTUUNet2DConditionModel | MTUPipeline:
     """Upcycle a base UNet as the model that `save_trained` wrote was, and put its trained parameters over it.
 
+    Args:
+        unet: the base UNet, or a `StableDiffusionPipeline` with it, of which all else is kept.
+        directory: what `save_trained` was given.
+        backend: "auto", "eager", "triton" or "cpp".
+
+    Returns:
+        The model; for a pipeline, an `MTUPipeline`.
+
     Raises:
+        TypeError: neither a UNet nor such a pipeline.
         ValueError: a checkpoint of another architecture, or a truncated or altered file.
     """
+    pipeline = unet if isinstance(unet, DiffusionPipeline) else None
+    if pipeline is not None:
+        unet = _unet_of(pipeline, "load_trained")
     mtu_kernels.check_backend(backend)
     _check_stock(unet)
     specs, config, tensors = checkpoint.read_trained(directory, stock_config(unet))
@@ -115,7 +134,7 @@ def load_trained(
     upcycled = _convert(unet, specs, config, preserve=False, seed=0)
     upcycled.load_state_dict({k: v.to(unet.device, unet.dtype) for k, v in tensors.items()}, strict=False)
     upcycled.set_backend(backend)
-    return upcycled
+    return upcycled if pipeline is None else converted(pipeline, MTUPipeline, upcycled)
 
 
 def _skeleton(unet: UNet2DConditionModel, specs: tuple[TaskSpec, ...], config: ExpertConfig) -> MTUUNet2DConditionModel:

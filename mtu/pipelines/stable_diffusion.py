@@ -1,21 +1,22 @@
 """The multi-task Stable Diffusion pipeline."""
 
 import functools
-import inspect
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_instruct_pix2pix import retrieve_latents
 from torch import Tensor
 
+from mtu.diffusers_compat import StockIndex
 from mtu.guidance import GuidancePlan, combine, plan_guidance
 from mtu.model_card import write_model_card
+from mtu.pipelines.conversion import check_convertible, converted
 from mtu.pipelines.inputs import Request, condition_image, output_size, parse_request
 
 __all__ = ["MTUPipeline"]
@@ -158,25 +159,47 @@ class MTUPipeline(StableDiffusionPipeline):
         It resizes and guides as stock pipelines do: give it images of the output size, and the task's scales.
 
         Raises:
-            ValueError: unknown task, or experts that no stock configuration can hold.
+            ValueError: unknown task, experts that no stock configuration can hold, or an offloaded pipeline.
         """
         spec = self.unet.tasks[self.unet.task_index(name)]
-        parts = {**self.components, "unet": self.unet.export_task(name)}
+        check_convertible(self)
         stock = StableDiffusionInstructPix2PixPipeline if spec.takes_image else StableDiffusionPipeline
-        accepted = set(inspect.signature(stock.__init__).parameters)
-        parts = {key: part for key, part in parts.items() if key in accepted}
-        return stock(**parts, requires_safety_checker=self.config.requires_safety_checker)
+        return converted(self, stock, self.unet.export_task(name))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
-        """Load what `save_pretrained` wrote; arguments as in diffusers. Only safetensors files are read.
+        """Load what `save_pretrained` wrote, from a folder or a repository of the Hub; arguments as in diffusers.
+
+        Only safetensors files are read.
 
         Raises:
             ValueError: `use_safetensors=False`, or a UNet of another architecture, truncated or altered.
+            OSError: a repository that cannot be reached, or lacks files.
         """
-        if kwargs.pop("use_safetensors", True) is False:
-            raise ValueError("Only safetensors files are loaded, but got use_safetensors=False.")
-        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **_safetensors_only(kwargs))
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str | os.PathLike:
+        """Download a repository of the Hub into the cache, and return its folder; arguments as in diffusers.
+
+        Only safetensors files are fetched.
+
+        Raises:
+            ValueError: `use_safetensors=False`.
+            OSError: a repository that cannot be reached, or lacks files.
+        """
+        # diffusers itself downloads components of the libraries that it knows, and refuses others.
+        return StockIndex.download(pretrained_model_name, **_safetensors_only(kwargs))
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any):
+        """A multi-task pipeline of what another pipeline has, its upcycled UNet too; arguments as in diffusers.
+
+        As there, all of it is cast to `torch_dtype`, float32 by default.
+        """
+        # diffusers takes over models of exactly the class that its stock pipeline names.
+        own = {name: part for name, part in pipeline.components.items() if name == "unet"}
+        return super().from_pipe(pipeline, **{**own, **kwargs})
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save as diffusers does, with a README.md (unless there is one) that says how to load the folder."""
@@ -311,6 +334,12 @@ class MTUPipeline(StableDiffusionPipeline):
             images = self.image_processor.postprocess(decoded, output_type=output_type, do_denormalize=visible)
         self.maybe_free_model_hooks()
         return StableDiffusionPipelineOutput(images, flagged) if return_dict else (images, flagged)
+
+
+def _safetensors_only(kwargs: dict[str, Any]) -> dict[str, Any]:
+    if kwargs.get("use_safetensors") is False:
+        raise ValueError("Only safetensors files are loaded, but got use_safetensors=False.")
+    return {**kwargs, "use_safetensors": True}
 
 
 def _call_back(

@@ -1,12 +1,15 @@
 """What mtu relies on beyond the public interfaces of diffusers is still so: a test for each entry, by its name."""
 
 import inspect
+import json
 
 import pytest
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 import mtu
-from mtu.diffusers_compat import PRIVATE_WAYS, expand_block_scales
+from mtu.diffusers_compat import PRIVATE_WAYS, StockIndex, expand_block_scales, is_offloaded, pipeline_settings
+from tests.mtu.pipelines.conftest import stock_pipeline
 from tests.mtu.tiny import SD, stock_unet, upcycled_unet
 
 
@@ -28,3 +31,35 @@ def test_constructor_signature():
     )
     assert stock < own
     assert (own - {"self"}) <= set(upcycled_unet(SD).config)
+
+
+def test_hub_download(tmp_path):
+    """If diffusers knows mtu one day, or reads the index in another way, `StockIndex` can go or must change."""
+    assert "mtu" not in LOADABLE_CLASSES
+    assert "cls._dict_from_json_file(config_file)" in inspect.getsource(DiffusionPipeline.download)
+    index = {
+        "_class_name": "MTUPipeline",
+        "unet": ["mtu", "MTUUNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    stock = ["diffusers", "UNet2DConditionModel"]
+    assert StockIndex._dict_from_json_file(tmp_path / "model_index.json") == {**index, "unet": stock}
+
+
+def test_model_offload():
+    pipe = stock_pipeline()
+    assert not is_offloaded(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert pipe._all_hooks
+    assert is_offloaded(pipe)
+    pipe.remove_all_hooks()
+    assert not is_offloaded(pipe)
+    pipe.unet.enable_group_offload("cpu", "cpu", "leaf_level")
+    assert is_offloaded(pipe)
+
+
+def test_pipeline_settings():
+    pipe = stock_pipeline()
+    names = {"_is_unet_config_sample_size_int", "vae_scale_factor", "image_processor", "_progress_bar_config"}
+    assert pipeline_settings(pipe).keys() == names

@@ -1,0 +1,32 @@
+"""A pipeline made from another one: another UNet, perhaps another class, and all else as it was."""
+
+import inspect
+from typing import TypeVar
+
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+from mtu.diffusers_compat import is_offloaded, pipeline_settings
+
+__all__ = ["check_convertible", "converted"]
+
+Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
+
+
+def check_convertible(pipeline: DiffusionPipeline) -> None:
+    """Raise a ValueError if a pipeline is offloaded: its hooks would go on moving the UNet that it had."""
+    if is_offloaded(pipeline):
+        raise ValueError(
+            "A pipeline that is not offloaded is needed, but this one is: call its remove_all_hooks() before, and "
+            "offload the new pipeline."
+        )
+
+
+def converted(pipeline: DiffusionPipeline, to: type[Pipeline], unet: UNet2DConditionModel) -> Pipeline:
+    """The pipeline of class `to` with `unet`, and all else that `pipeline` has: components, configuration, settings."""
+    accepted = inspect.signature(to.__init__).parameters
+    given = {**pipeline.components, "unet": unet, "requires_safety_checker": pipeline.config.requires_safety_checker}
+    made = to(**{name: value for name, value in given.items() if name in accepted})
+    vars(made).update(pipeline_settings(pipeline))
+    own = {"_class_name", "_diffusers_version", "_module", *made.config}
+    made.register_to_config(**{name: value for name, value in pipeline.config.items() if name not in own})
+    return made
