@@ -3,10 +3,11 @@
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn import Parameter
 from tqdm import tqdm
 
 from mtu.training.checkpoint import load_checkpoint, save_checkpoint
+from mtu.training.loss_log import LogEntry, LossLog
 
 # A checkpoint may be continued with other values of these: they change no step that was already made.
 RESUMABLE_CHANGES = ("minutes", "checkpoint_every", "log_every")
@@ -60,15 +62,10 @@ class FitConfig:
             raise ValueError(f"FitConfig: unknown schedule {self.schedule!r}; choose constant or cosine.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"FitConfig: ema_decay must lie in [0, 1), got {self.ema_decay}.")
-
-
-class LogEntry(NamedTuple):
-    """Mean loss of the steps since the previous entry, with the rate and the seconds of training so far."""
-
-    step: int
-    loss: float
-    learning_rate: float
-    seconds: float
+        if self.warmup_steps < 0:
+            raise ValueError(f"FitConfig: warmup_steps must be at least 0, got {self.warmup_steps}.")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"FitConfig: max_grad_norm must be a positive number or None, got {self.max_grad_norm}.")
 
 
 def learning_rate_at(step: int, seconds: float, config: FitConfig) -> float:
@@ -117,6 +114,12 @@ class Training:
         modules: named modules, saved whole.
         parameters: those that are trained.
         config: how to train.
+
+    Raises:
+        ValueError: a parameter belongs to none of the modules, or is float16, in which AdamW divides by zero.
+
+    Warns:
+        UserWarning: parameters are bfloat16, which rounds small updates away.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], parameters: Iterable[Parameter], config: FitConfig) -> None:
@@ -128,6 +131,7 @@ class Training:
             if id(parameter) not in names:
                 raise ValueError("fit: a parameter to train belongs to none of the modules, so it would not be saved.")
             self.trained[names[id(parameter)]] = parameter
+        _check_precision(self.trained)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(modules, self.trained.values(), config.weight_decay),
             lr=config.learning_rate,
@@ -135,25 +139,65 @@ class Training:
         )
         self.device = next(iter(self.trained.values())).device
         averaged = config.ema_decay is not None
-        self.average = {name: p.detach().clone() for name, p in self.trained.items()} if averaged else {}
+        # Never below float32: an average moves by less than half-size formats can tell from no move at all.
+        wide = {name: torch.promote_types(p.dtype, torch.float32) for name, p in self.trained.items()}
+        self.average = {n: p.detach().to(wide[n], copy=True) for n, p in self.trained.items()} if averaged else {}
         self.step = 0
         self.seconds = 0.0
 
-    def advance(self, loss: Tensor) -> None:
-        """Make one optimizer step down the gradient of the loss, and move the averaged weights along."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(self.step, self.seconds, self.config)
+    def backward(self, loss: Tensor) -> Tensor:
+        """Compute the gradients of the loss; returns their norm, () on the device, not looked at yet."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        return nn.utils.get_total_norm(self._gradients())
+
+    def advance(self, norm: Tensor) -> None:
+        """Make one optimizer step down the gradients, whose norm is given, and move the averaged weights along."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(self.step, self.seconds, self.config)
         if self.config.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.trained.values(), self.config.max_grad_norm)
+            nn.utils.clip_grads_with_norm_(self.trained.values(), self.config.max_grad_norm, norm)
         self.optimizer.step()
         self.step += 1
         if self.config.ema_decay is not None:
             # The first steps average over a shorter time, or the random start would stay in the average for long.
-            decay = min(self.config.ema_decay, self.step / (self.step + 10))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(self.average.values()), list(self.trained.values()), 1 - decay)
+            self.move_average(1 - min(self.config.ema_decay, self.step / (self.step + 10)))
+
+    @torch.no_grad()
+    def move_average(self, part: float) -> None:
+        """Move the averaged weights by a part of their distance to the trained ones, in the average's own dtype."""
+        averages = list(self.average.values())
+        trained = [p.to(a.dtype) for p, a in zip(self.trained.values(), averages, strict=True)]
+        torch._foreach_lerp_(averages, trained, part)
+
+    def check_finite(self, loss: Tensor, norm: Tensor) -> float:
+        """Return the loss of a step that is about to be made, once it and its gradients are known to be finite.
+
+        This is the one place where a step waits for its device.
+
+        Raises:
+            FloatingPointError: they are not; the gradients are dropped.
+        """
+        value, length = torch.stack([loss.detach().float(), norm.to(loss.device).float()]).tolist()
+        if math.isfinite(value) and (math.isfinite(length) or self._norm_alone_overflows()):
+            return value
+        wrong = [name for name, p in self.trained.items() if p.grad is not None and not p.grad.isfinite().all()]
+        if not math.isfinite(value):
+            fault = f"The loss of step {self.step} is {value}"
+        elif wrong:
+            others = f" and {len(wrong) - 1} other parameters" if len(wrong) > 1 else ""
+            fault = f"The gradient of step {self.step} is not finite in {wrong[0]}{others}"
+        else:
+            fault = f"The norm of the gradient of step {self.step} is {length}"
+        self.optimizer.zero_grad(set_to_none=True)
+        raise FloatingPointError(f"{fault}, so the step was not made; try a lower learning rate.")
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.trained.values() if p.grad is not None]
+
+    def _norm_alone_overflows(self) -> bool:
+        """Whether every gradient is finite and nothing is scaled by their norm."""
+        return self.config.max_grad_norm is None and all(g.isfinite().all() for g in self._gradients())
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything that a checkpoint must hold, by name."""
@@ -168,9 +212,25 @@ class Training:
         return held
 
     def save(self, directory: Path) -> None:
-        """Write a checkpoint into the directory, in place of the one before."""
+        """Write a checkpoint into the directory, in place of the one before.
+
+        Raises:
+            FloatingPointError: the last step left a weight that is not finite; the checkpoint before stays.
+        """
+        held = self.tensors()
+        # Buffers are left out: a mask may hold infinities.
+        trained = {f"module.{name}" for name in self.trained}
+        kept = {n: t for n, t in held.items() if n in trained or n.startswith(("average.", "optimizer.exp_avg"))}
+        finite = torch.stack([t.detach().isfinite().all().to(self.device) for t in kept.values()]).tolist()
+        if not all(finite):
+            kind, _, name = list(kept)[finite.index(False)].partition(".")
+            name = name.replace(".", " of ", 1) if kind == "optimizer" else name
+            raise FloatingPointError(
+                f"Step {self.step - 1} left numbers that are not finite in {name}, so no checkpoint was written; try a "
+                "lower learning rate."
+            )
         state = {"step": self.step, "seconds": self.seconds, "config": asdict(self.config)}
-        save_checkpoint(directory, self.tensors(), state)
+        save_checkpoint(directory, held, state)
 
     def load(self, directory: Path) -> None:
         """Continue from the checkpoint in the directory; raises ValueError if it is of another training."""
@@ -209,44 +269,21 @@ class Training:
                 self.trained[name].copy_(tensor)
 
 
-class LossLog:
-    """The losses of a training: means over stretches of steps, also as lines of `log.jsonl`.
-
-    Args:
-        directory: where the file goes; None keeps none.
-        last_step: entries of an earlier run up to this step are taken over. Lines beyond it, or cut off by an
-            interruption, are dropped.
-    """
-
-    def __init__(self, directory: Path | None, last_step: int) -> None:
-        self.path = None if directory is None else directory / "log.jsonl"
-        self.entries: list[LogEntry] = []
-        self.smoothed: float | None = None
-        self._pending: list[float] = []
-        if self.path is None:
-            return
-        for line in self.path.read_text().splitlines() if self.path.is_file() else ():
-            try:
-                entry = LogEntry(**json.loads(line))
-            except (json.JSONDecodeError, TypeError):
-                break
-            if entry.step <= last_step:
-                self.entries.append(entry)
-        self.path.write_text("".join(json.dumps(entry._asdict()) + "\n" for entry in self.entries))
-
-    def add(self, loss: float) -> None:
-        """Take in the loss of one step."""
-        self._pending.append(loss)
-        self.smoothed = loss if self.smoothed is None else 0.98 * self.smoothed + 0.02 * loss
-
-    def write(self, step: int, learning_rate: float, seconds: float) -> None:
-        """Log the mean loss since the previous entry."""
-        entry = LogEntry(step, sum(self._pending) / len(self._pending), learning_rate, seconds)
-        self.entries.append(entry)
-        self._pending.clear()
-        if self.path is not None:
-            with self.path.open("a") as log:
-                log.write(json.dumps(entry._asdict()) + "\n")
+def _check_precision(trained: Mapping[str, Parameter]) -> None:
+    """Refuse float16 parameters, and warn of bfloat16 ones."""
+    for dtype in (torch.float16, torch.bfloat16):
+        names = [name for name, parameter in trained.items() if parameter.dtype == dtype]
+        if not names:
+            continue
+        fault = f"{len(names)} of {len(trained)} parameters to train are {dtype}, for example {names[0]}"
+        remedy = "train float32 parameters, and compute in fewer bits by autocast"
+        if dtype == torch.float16:
+            raise ValueError(f"fit: {fault}, whose squared gradients round to zero, by which AdamW divides: {remedy}.")
+        warnings.warn(
+            f"fit: {fault}, which rounds away updates below a few thousandths of a weight: {remedy}.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _progress_bar(training: Training, config: FitConfig, description: str) -> tqdm:
@@ -284,7 +321,8 @@ def fit(
         The logged losses, from the first step on.
 
     Raises:
-        FloatingPointError: The loss is not finite; the weights are those before that step.
+        FloatingPointError: The loss or a gradient is not finite; weights, averages and the checkpoint are those before
+            that step.
         FileNotFoundError: There is no checkpoint to resume from.
         ValueError: The checkpoint is damaged or belongs to another training.
     """
@@ -302,10 +340,9 @@ def fit(
     with _progress_bar(training, config, description) as bar:
         while training.step < config.steps and training.seconds < limit:
             loss = loss_fn(training.step)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise FloatingPointError(f"The loss of step {training.step} is {value}; try a lower learning rate.")
-            training.advance(loss)
+            norm = training.backward(loss)
+            value = training.check_finite(loss, norm)
+            training.advance(norm)
             training.seconds = time.monotonic() - started
             log.add(value)
             # Where the clock ends the training, the bar shows the clock.

@@ -1,7 +1,7 @@
 """`fit`: resuming is exact, checkpoints survive interruptions, and errors say what is wrong."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mtu.training import FitConfig, LogEntry, fit
-from mtu.training.checkpoint import load_checkpoint
+from mtu.training.checkpoint import load_checkpoint, save_checkpoint
 from mtu.training.fit import Training, learning_rate_at, parameter_groups
 
 CONFIG = FitConfig(steps=10, learning_rate=1e-2, warmup_steps=2, ema_decay=0.9, checkpoint_every=5, log_every=1)
@@ -76,7 +76,8 @@ def test_a_checkpoint_goes_on_where_the_modules_are(tmp_path: Path) -> None:
     # AdamW counts its steps on the host, where the generator of the batches is, too.
     on_host = {name for name in where if name == "random" or name.startswith("optimizer.step.")}
     assert where == {name: "cpu" if name in on_host else "meta" for name in where}
-    training.advance(model.linear(torch.ones(3, 4, device="meta")).square().mean() + model.embedding.weight.mean())
+    loss = model.linear(torch.ones(3, 4, device="meta")).square().mean() + model.embedding.weight.mean()
+    training.advance(training.backward(loss))
     assert training.step == 11
 
 
@@ -158,6 +159,48 @@ def test_only_the_given_parameters_move() -> None:
     assert moved == {"linear.weight"}
 
 
+class Root(nn.Module):
+    """Two weights whose gradient at zero is infinite from one step on, under a finite loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steady, self.bad = (nn.Parameter(torch.ones(2)) for _ in range(2))
+
+    def loss(self, step: int, bad_step: int | None) -> Tensor:
+        if step != bad_step:
+            return self.steady.square().sum() + self.bad.square().sum()
+        return self.steady.square().sum() + (self.bad - self.bad.detach()).sum().clamp_min(0).sqrt()
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, None])
+def test_a_gradient_that_is_not_finite_spares_weights_and_checkpoint(
+    tmp_path: Path, max_grad_norm: float | None
+) -> None:
+    config = replace(CONFIG, steps=6, checkpoint_every=1, max_grad_norm=max_grad_norm)
+    model, straight = Root(), Root()
+
+    def run(model: Root, directory: Path, bad_step: int | None, resume: bool = False) -> None:
+        fit(lambda step: model.loss(step, bad_step), {"model": model}, model.parameters(), config,
+            directory=directory, resume=resume)  # fmt: skip
+
+    message = (
+        r"^The gradient of step 3 is not finite in model.bad, so the step was not made; try a lower learning rate\.$"
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        run(model, tmp_path / "stopped", 3)
+    assert model.bad.grad is None
+    tensors, state = load_checkpoint(tmp_path / "stopped")
+    assert state["step"] == 3
+    assert torch.equal(tensors["module.model.bad"], model.bad)
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    # With the fault out of the data, the training goes on as if there had been none.
+    resumed = Root()
+    run(resumed, tmp_path / "stopped", None, resume=True)
+    run(straight, tmp_path / "straight", None)
+    assert torch.equal(resumed.steady, straight.steady)
+    assert torch.equal(resumed.bad, straight.bad)
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_weights_move() -> None:
     model, weights = Model(), []
 
@@ -168,6 +211,75 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move() -> None:
     with pytest.raises(FloatingPointError, match="The loss of step 3 is nan"):
         fit(loss_fn, {"model": model}, model.parameters(), CONFIG)
     assert torch.equal(model.linear.weight, weights[-1])
+
+
+@pytest.mark.parametrize(
+    ("rate", "scale", "what"), [(3e37, 1.0, "m.weight"), (1e-3, 1e25, "exp_avg_sq of m.weight")], ids=["rate", "moment"]
+)
+def test_what_a_step_spoilt_is_not_saved(tmp_path: Path, rate: float, scale: float, what: str) -> None:
+    """Loss and gradients are finite; the sum of the steps or the square of a gradient is not."""
+    model = nn.Linear(1, 1, bias=False)
+    config = FitConfig(20, rate, schedule="constant", weight_decay=0.0, max_grad_norm=None, checkpoint_every=1)
+
+    def loss_fn(step: int) -> Tensor:
+        return model.weight.sum() * (scale if step > 2 else 1.0)
+
+    with pytest.raises(
+        FloatingPointError, match=rf"^Step \d+ left numbers that are not finite in {what}, so no"
+    ) as caught:
+        fit(loss_fn, {"m": model}, model.parameters(), config, directory=tmp_path)
+    tensors, state = load_checkpoint(tmp_path)
+    assert f"Step {state['step']} " in str(caught.value)
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_gradients_whose_norm_overflows_are_taken_as_they_are_unless_it_scales_them() -> None:
+    for limit in (None, 1.0):
+        model = nn.Linear(2, 1)
+        run = lambda model=model, limit=limit: fit(  # noqa: E731
+            lambda step: model.weight.sum() * 1e30, {"model": model}, [model.weight],
+            replace(CONFIG, steps=1, max_grad_norm=limit),
+        )  # fmt: skip
+        if limit is None:
+            assert run()
+        else:
+            with pytest.raises(FloatingPointError, match="The norm of the gradient of step 0 is inf"):
+                run()
+
+
+def test_the_average_of_bfloat16_weights_moves_by_less_than_they_can(tmp_path: Path) -> None:
+    model = nn.Linear(8, 8, bias=False).bfloat16()
+    nn.init.constant_(model.weight, 1.0)
+    config = FitConfig(steps=9, ema_decay=0.999, schedule="constant")
+    with pytest.warns(
+        UserWarning, match=r"1 of 1 parameters to train are torch\.bfloat16, for example m\.weight, which"
+    ):
+        training = Training({"m": model}, model.parameters(), config)
+    nn.init.constant_(model.weight, 1.5)
+    for _ in range(5000):
+        training.move_average(0.001)
+    # Rounded 5,000 times to float32, by at most half of 2⁻²³ each.
+    assert float(training.average["m.weight"][0, 0]) == pytest.approx(1.5 - 0.5 * 0.999**5000, abs=5000 * 2**-24)
+    training.save(tmp_path)
+    tensors, _ = load_checkpoint(tmp_path)
+    assert tensors["average.m.weight"].dtype == torch.float32
+    # Earlier versions kept it in the parameters' dtype.
+    with pytest.warns(UserWarning, match="bfloat16"):
+        again = Training({"m": model}, model.parameters(), config)
+    state = {"step": 0, "seconds": 0.0, "config": asdict(config)}
+    save_checkpoint(tmp_path, {**tensors, "average.m.weight": tensors["average.m.weight"].bfloat16()}, state)
+    again.load(tmp_path)
+    assert again.average["m.weight"].dtype == torch.float32
+    again.use_average()
+    assert torch.equal(model.weight, training.average["m.weight"].bfloat16())
+
+
+def test_float16_weights_are_refused() -> None:
+    model = nn.Linear(2, 1).half()
+    before = model.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"2 of 2 parameters to train are torch\.float16, .* by which AdamW divides"):
+        fit(lambda step: model.weight.sum(), {"model": model}, model.parameters(), CONFIG)
+    assert torch.equal(model.weight, before)
 
 
 def test_resuming_from_nothing_says_so(tmp_path: Path) -> None:
@@ -215,6 +327,10 @@ def test_wrong_configurations_are_refused() -> None:
         FitConfig(steps=1, schedule="linear")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ema_decay"):
         FitConfig(steps=1, ema_decay=1.0)
+    with pytest.raises(ValueError, match="warmup_steps must be at least 0, got -1"):
+        FitConfig(steps=1, warmup_steps=-1)
+    with pytest.raises(ValueError, match="max_grad_norm must be a positive number or None, got 0"):
+        FitConfig(steps=1, max_grad_norm=0.0)
     stray = nn.Parameter(torch.zeros(1))
     with pytest.raises(ValueError, match="belongs to none of the modules"):
         fit(lambda step: stray.sum(), {"model": Model()}, [stray], CONFIG)
