@@ -1,7 +1,7 @@
 """Saving and loading of parts, and strict loading of whole models: safetensors and JSON, never pickle."""
 
+import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mtu import task_rows
+from mtu import storage, task_rows
 from mtu.config import ExpertConfig
 from mtu.export import stock_config
 from mtu.plain_linear import is_plain_linear
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["check_tensors", "load_pretrained", "load_task", "read_trained", "save_task", "save_trained"]
 
-_TASK_FILES = ("mtu_task.json", "mtu_task.safetensors")
-_TRAINED_FILES = ("mtu_trained.json", "mtu_trained.safetensors")
+# How the names of files begin. A task's own name follows the first one and a dot; earlier versions left it out.
+_TASK, _TRAINED = "mtu_task", "mtu_trained"
 
 _HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
@@ -34,16 +33,21 @@ _IGNORED_CONFIG = {"sample_size"}
 
 
 def save_task(unet: "MTUUNet2DConditionModel", directory: str | os.PathLike, index: int) -> None:
-    """Write the rows that task id `index` owns, and its spec."""
+    """Write the rows that task id `index` owns, and its spec; other tasks' files in the folder stay."""
     spec = unet.tasks[index]
     rows = task_rows.get_task_rows(unet, index)
     rows["conv_in.weight"] = rows["conv_in.weight"][:, : unet.conv_in.latent_channels + spec.condition_channels]
-    _write(directory, _TASK_FILES, rows, {"task": spec.to_dict(), "architecture": _architecture(unet)})
+    description = {"task": spec.to_dict(), "architecture": _architecture(unet)}
+    storage.write(directory, f"{_TASK}.{spec.name}", rows, description)
+    if _saved_tasks(directory, named=False).get(spec.name) == _TASK:
+        storage.remove(directory, _TASK)
 
 
-def load_task(unet: "MTUUNet2DConditionModel", directory: str | os.PathLike, replace: bool) -> int:
+def load_task(
+    unet: "MTUUNet2DConditionModel", directory: str | os.PathLike, replace: bool, name: str | None = None
+) -> int:
     """Read what `save_task` wrote into a new task, or over the one of that name; returns its id."""
-    description, rows = _read(directory, _TASK_FILES)
+    description, rows = storage.read(directory, _task_stem(directory, name))
     spec = TaskSpec.from_dict(_entry(description, "task", directory))
     _check_architecture(description, _architecture(unet), directory)
     expected = {name: row.shape for name, row in task_rows.get_task_rows(unet, 0).items()}
@@ -69,6 +73,26 @@ def load_task(unet: "MTUUNet2DConditionModel", directory: str | os.PathLike, rep
     return index
 
 
+def _saved_tasks(directory: str | os.PathLike, *, named: bool = True) -> dict[str, str]:
+    """How the files of each task in a folder begin, by the task's name; `named`: whether it is in the files' names."""
+    folder, stems = Path(directory), {}
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        stems[json.loads((folder / f"{_TASK}.json").read_text(encoding="utf-8"))["task"]["name"]] = _TASK
+    for path in sorted(folder.glob(f"{_TASK}.*.json")) if named else ():
+        stems[path.name.removeprefix(f"{_TASK}.").removesuffix(".json")] = path.stem
+    return stems
+
+
+def _task_stem(directory: str | os.PathLike, name: str | None) -> str:
+    """How the files of the task to load begin: that of the given name, or the only one."""
+    stems = _saved_tasks(directory)
+    if name is None and len(stems) > 1:
+        raise ValueError(f"{directory} holds the tasks {sorted(stems)}: pass name=… to say which of them to load.")
+    if name is not None and name not in stems:
+        raise ValueError(f"{directory} holds no task {name!r}: it holds {sorted(stems)}.")
+    return stems[name] if name is not None else next(iter(stems.values()), _TASK)
+
+
 def save_trained(unet: "MTUUNet2DConditionModel", directory: str | os.PathLike) -> None:
     """Write the trained parameters alone, with what is needed to rebuild the model over its base.
 
@@ -87,7 +111,7 @@ def save_trained(unet: "MTUUNet2DConditionModel", directory: str | os.PathLike) 
         "experts": dataclasses.asdict(unet.expert_config),
         "base": _json_config(stock_config(unet)),
     }
-    _write(directory, _TRAINED_FILES, tensors, description)
+    storage.write(directory, _TRAINED, tensors, description)
 
 
 def read_trained(
@@ -98,7 +122,7 @@ def read_trained(
     Raises:
         ValueError: another base, or a truncated or altered file.
     """
-    description, tensors = _read(directory, _TRAINED_FILES)
+    description, tensors = storage.read(directory, _TRAINED)
     _check_equal_config(_entry(description, "base", directory), _json_config(base), directory)
     specs = as_task_specs(_entry(description, "tasks", directory))
     try:
@@ -167,58 +191,6 @@ def _check_shards(folder: Path) -> None:
         for name in json.loads(index.read_text())["weight_map"].values():
             if not name.endswith(".safetensors"):
                 raise ValueError(f"only safetensors files are loaded, but {index.name} names {name!r}")
-
-
-# ------------------------------------------------------------------------------------------------------------ files
-
-
-def _write(
-    directory: str | os.PathLike, files: tuple[str, str], tensors: Mapping[str, Tensor], description: dict
-) -> None:
-    """Write tensors and their description, each whole or not at all."""
-    folder = Path(directory)
-    if folder.is_file():
-        raise ValueError(f"{directory} is a file, but a folder to save into is expected.")
-    folder.mkdir(parents=True, exist_ok=True)
-    json_path, tensor_path = (folder / name for name in files)
-    partial = tensor_path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    description = {**description, "sha256": _digest(partial, description)}
-    os.replace(partial, tensor_path)
-    partial = json_path.with_suffix(".partial")
-    partial.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
-    os.replace(partial, json_path)
-
-
-def _read(directory: str | os.PathLike, files: tuple[str, str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what `_write` wrote, checking that it is whole and unaltered."""
-    json_path, tensor_path = (Path(directory) / name for name in files)
-    for path in (json_path, tensor_path):
-        if not path.is_file():
-            raise ValueError(f"{directory} holds no {path.name}: expected a folder with {files[0]} and {files[1]}.")
-    try:
-        description = json.loads(json_path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{json_path} is not the JSON file that was saved: {error}.") from None
-    expected = _entry(description, "sha256", directory)
-    described = {key: value for key, value in description.items() if key != "sha256"}
-    if _digest(tensor_path, described) != expected:
-        raise ValueError(
-            f"{tensor_path.name} or {json_path.name} in {directory} is truncated or was altered: their SHA-256 is not "
-            "the one that was saved."
-        )
-    try:
-        return description, load_file(tensor_path)
-    except SafetensorError as error:
-        raise ValueError(f"{tensor_path} is not a safetensors file: {error}.") from None
-
-
-def _digest(path: Path, description: dict[str, Any]) -> str:
-    """SHA-256 of a tensor file and of what describes it: an edited setting could fit the same tensors."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    digest.update(json.dumps(description, sort_keys=True).encode())
-    return digest.hexdigest()
 
 
 def _entry(description: Any, key: str, directory: str | os.PathLike) -> Any:

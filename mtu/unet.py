@@ -365,18 +365,18 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         super().save_pretrained(*args, **kwargs)
 
     def save_task(self, directory: str | os.PathLike, name: str) -> None:
-        """Save what task `name` alone owns: its embedding, norms and input convolution (see `load_task`)."""
+        """Save what task `name` alone owns (embedding, norms, input convolution); a folder can hold several tasks."""
         checkpoint.save_task(self, directory, self.task_index(name))
 
-    def load_task(self, directory: str | os.PathLike, replace: bool = False) -> int:
+    def load_task(self, directory: str | os.PathLike, replace: bool = False, name: str | None = None) -> int:
         """Load what `save_task` wrote, as a new task or over the one of that name; returns its id.
 
-        The experts and routers are not part of it: load into the model it was trained with.
+        Experts and routers are not part of it: load into the model it was trained with. `name`: which task of several.
 
         Raises:
-            ValueError: another architecture, a truncated or altered file, or a task of that name with `replace` false.
+            ValueError: another architecture, a bad file, a task of that name and no `replace`, or not one to load.
         """
-        return checkpoint.load_task(self, directory, replace)
+        return checkpoint.load_task(self, directory, replace, name)
 
     def save_trained(self, directory: str | os.PathLike) -> None:
         """Save the trained parameters alone, to be put over the same base model (see `mtu.load_trained`)."""

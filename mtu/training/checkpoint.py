@@ -1,40 +1,35 @@
-"""Checkpoints: one safetensors file and one JSON file that names it, never a pickle.
+"""Checkpoints of a training: its tensors and its state, the last one or the one before, never half of each."""
 
-The tensors are written first, under a name that carries the step; then the JSON file is renamed into place. An
-interruption at any moment leaves the previous checkpoint or the new one, never half of each.
-"""
-
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-STATE_FILE = "checkpoint.json"
+from mtu import storage
+
+__all__ = ["has_checkpoint", "load_checkpoint", "remove_checkpoint", "save_checkpoint"]
+
+_STEM = "checkpoint"
+
+
+def has_checkpoint(directory: Path) -> bool:
+    """Whether there is a checkpoint in a directory, damaged or not."""
+    return (directory / f"{_STEM}.json").is_file()
 
 
 def save_checkpoint(directory: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write a checkpoint and delete the one before.
 
     Args:
-        directory: an existing folder.
+        directory: the folder.
         tensors: what to keep, by name.
         state: what else to keep, as JSON; must hold "step".
+
+    Raises:
+        OSError: it cannot be written; the one before stays.
     """
-    name = f"checkpoint-{state['step']:07d}.safetensors"
-    partial = directory / (name + ".partial")
-    # Clones, because safetensors refuses tensors that share memory, and stores no memory format but the plain one.
-    save_file({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, partial)
-    partial.replace(directory / name)
-    partial = directory / (STATE_FILE + ".partial")
-    partial.write_text(json.dumps({**state, "file": name}, indent=1))
-    partial.replace(directory / STATE_FILE)
-    for old in directory.glob("checkpoint-*.safetensors*"):
-        if old.name != name:
-            old.unlink()
+    storage.write(directory, _STEM, tensors, state)
 
 
 def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -50,12 +45,15 @@ def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         FileNotFoundError: There is no checkpoint.
         ValueError: The checkpoint is damaged.
     """
-    path = directory / STATE_FILE
-    if not path.is_file():
+    if not has_checkpoint(directory):
         raise FileNotFoundError(f"There is no checkpoint in {directory} to resume from.")
     try:
-        state = json.loads(path.read_text())
-        tensors = load_file(directory / state["file"])
-    except (json.JSONDecodeError, KeyError, SafetensorError, OSError) as error:
-        raise ValueError(f"The checkpoint in {directory} is damaged ({type(error).__name__}).") from error
+        state, tensors = storage.read(directory, _STEM, signed=False)
+    except ValueError as error:
+        raise ValueError(f"The checkpoint is damaged: {error}") from error
     return tensors, state
+
+
+def remove_checkpoint(directory: Path) -> None:
+    """Delete the checkpoint of a directory, if there is one."""
+    storage.remove(directory, _STEM)

@@ -4,7 +4,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -211,8 +211,12 @@ class Training:
             held["random.cuda"] = torch.cuda.get_rng_state(self.device)
         return held
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, losses: Sequence[float] = ()) -> None:
         """Write a checkpoint into the directory, in place of the one before.
+
+        Args:
+            directory: where.
+            losses: those that the log has no entry for yet.
 
         Raises:
             FloatingPointError: the last step left a weight that is not finite; the checkpoint before stays.
@@ -229,24 +233,36 @@ class Training:
                 f"Step {self.step - 1} left numbers that are not finite in {name}, so no checkpoint was written; try a "
                 "lower learning rate."
             )
-        state = {"step": self.step, "seconds": self.seconds, "config": asdict(self.config)}
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "config": asdict(self.config),
+            "trained": list(self.trained),
+            "losses": list(losses),
+        }
         save_checkpoint(directory, held, state)
 
-    def load(self, directory: Path) -> None:
-        """Continue from the checkpoint in the directory; raises ValueError if it is of another training."""
+    def load(self, directory: Path) -> list[float]:
+        """Continue from the checkpoint in the directory; raises ValueError if it is of another training.
+
+        Returns:
+            The losses that the log has no entry for yet.
+        """
         tensors, state = load_checkpoint(directory)
         # Through JSON, so that tuples compare equal to the lists they became.
         config = json.loads(json.dumps(asdict(self.config)))
         changed = [k for k, v in config.items() if k not in RESUMABLE_CHANGES and state["config"].get(k) != v]
         if changed:
             raise ValueError(f"The checkpoint in {directory} was made with another {', '.join(sorted(changed))}.")
+        own = {key: _within(tensors, f"module.{key}.") for key in self.modules}
         for key, module in self.modules.items():
-            prefix = f"module.{key}."
-            own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-            if shapes != {name: tensor.shape for name, tensor in own.items()}:
+            if _layout(module.state_dict()) != _layout(own[key]):
                 raise ValueError(f"The checkpoint in {directory} does not fit the module {key!r}.")
-            module.load_state_dict(own)
+        # Earlier versions did not write down which parameters were trained.
+        if set(state.get("trained", self.trained)) != set(self.trained):
+            raise ValueError(f"The checkpoint in {directory} was made by training other parameters of the modules.")
+        for key, module in self.modules.items():
+            module.load_state_dict(own[key])
         for name, tensor in self.average.items():
             tensor.copy_(tensors[f"average.{name}"])
         for name, parameter in self.trained.items():
@@ -261,12 +277,21 @@ class Training:
         if self.device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        return state.get("losses", [])
 
     def use_average(self) -> None:
         """Put the averaged weights, if any are kept, into the modules."""
         with torch.no_grad():
             for name, tensor in self.average.items():
                 self.trained[name].copy_(tensor)
+
+
+def _within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def _check_precision(trained: Mapping[str, Parameter]) -> None:
@@ -329,12 +354,12 @@ def fit(
     if resume and directory is None:
         raise ValueError("fit: resume needs the directory that holds the checkpoint.")
     torch.manual_seed(config.seed)
-    training = Training(modules, parameters, config)
+    training, losses = Training(modules, parameters, config), []
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
         if resume:
-            training.load(directory)
-    log = LossLog(directory, training.step)
+            losses = training.load(directory)
+    log = LossLog(directory, training.step, losses)
     limit = math.inf if config.minutes is None else 60 * config.minutes
     started = time.monotonic() - training.seconds
     with _progress_bar(training, config, description) as bar:
@@ -354,6 +379,6 @@ def fit(
                 log.write(training.step, rate, training.seconds)
                 bar.set_postfix(step=training.step, loss=f"{log.smoothed:.4f}", rate=f"{rate:.1e}")
             if directory is not None and (training.step % config.checkpoint_every == 0 or done):
-                training.save(directory)
+                training.save(directory, log.pending)
     training.use_average()
     return log.entries

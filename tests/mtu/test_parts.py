@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 
 import mtu
 from mtu import TaskSpec
-from mtu.checkpoint import _digest
+from mtu.storage import _digest
 
+from .file_operations import CUTS, count_operations, run_cut_off
 from .tiny import (
     FAMILIES,
     SDXL,
@@ -33,6 +34,25 @@ SETTINGS = [
 ]
 
 
+EDIT, TRAINED = "mtu_task.edit", "mtu_trained"
+
+
+def tensors_of(folder, name):
+    """The file of tensors that a description names."""
+    return folder / json.loads((folder / f"{name}.json").read_text())["file"]
+
+
+def as_earlier_versions_wrote(folder, name):
+    """Rename files to the names of earlier versions, whose descriptions named no file."""
+    stem = name.partition(".")[0]
+    path = folder / f"{name}.json"
+    description = json.loads(path.read_text())
+    (folder / description.pop("file")).rename(folder / f"{stem}.safetensors")
+    description["sha256"] = _digest(folder / f"{stem}.safetensors", description)
+    path.unlink()
+    (folder / f"{stem}.json").write_text(json.dumps(description))
+
+
 def retrained(unet, name):
     """Train, as it were, what task `name` alone owns."""
     index = unet.task_index(name)
@@ -52,7 +72,10 @@ def test_a_saved_task_comes_back(tmp_path, config, settings):
     given = inputs(unet)
     expected = predict(unet, given, *NAMES)
     unet.save_task(tmp_path, "edit")
-    assert {file.name for file in tmp_path.iterdir()} == {"mtu_task.json", "mtu_task.safetensors"}
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        tensors_of(tmp_path, "mtu_task.edit").name,
+        "mtu_task.edit.json",
+    ]
     unet.remove_task("edit")
     assert unet.load_task(tmp_path) == 3
     assert_close(predict(unet, given, *NAMES), expected)
@@ -61,7 +84,7 @@ def test_a_saved_task_comes_back(tmp_path, config, settings):
 def test_a_saved_task_holds_its_rows_alone(tmp_path):
     unet = upcycled_unet()
     unet.save_task(tmp_path, "text-to-image")
-    tensors = load_file(tmp_path / "mtu_task.safetensors")
+    tensors = load_file(tensors_of(tmp_path, "mtu_task.text-to-image"))
     assert tensors["conv_in.weight"].shape == (32, 4, 3, 3)
     assert tensors["task_embedding.weight"].shape == (16,)
     assert len(tensors) == 3 + 2 * len(unet.routed_layers())
@@ -102,24 +125,57 @@ def test_a_float32_task_fits_a_bfloat16_model(tmp_path):
     assert {parameter.dtype for parameter in unet.parameters()} == {torch.bfloat16}
 
 
-def edit_json(folder, change, name="mtu_task.json", signed=True):
+def edit_json(folder, change, name=EDIT, signed=True):
     """Change a description; `signed`: as another writer of the format would, with a digest that fits."""
-    description = json.loads((folder / name).read_text())
+    path = folder / f"{name}.json"
+    description = json.loads(path.read_text())
     change(description)
     if signed:
-        rest = {key: value for key, value in description.items() if key != "sha256"}
-        description["sha256"] = _digest((folder / name).with_suffix(".safetensors"), rest)
-    (folder / name).write_text(json.dumps(description))
+        description["sha256"] = _digest(tensors_of(folder, name), description)
+    path.write_text(json.dumps(description))
 
 
-def flip_a_byte(folder, name="mtu_task.safetensors"):
-    data = bytearray((folder / name).read_bytes())
+def flip_a_byte(folder, name=EDIT):
+    path = tensors_of(folder, name)
+    data = bytearray(path.read_bytes())
     data[-5] ^= 1
-    (folder / name).write_bytes(data)
+    path.write_bytes(data)
 
 
-def truncate(folder, name="mtu_task.safetensors"):
-    (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+def truncate(folder, name=EDIT):
+    path = tensors_of(folder, name)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def test_a_folder_holds_several_tasks(tmp_path):
+    source, unet = retrained(retrained(upcycled_unet(), "edit"), "remove"), upcycled_unet()
+    source.save_task(tmp_path, "edit")
+    source.save_task(tmp_path, "remove")
+    with pytest.raises(ValueError, match=r"holds the tasks \['edit', 'remove'\]: pass name="):
+        unet.load_task(tmp_path, replace=True)
+    with pytest.raises(ValueError, match=r"holds no task 'sing': it holds \['edit', 'remove'\]\.$"):
+        unet.load_task(tmp_path, name="sing")
+    given = inputs(unet)
+    for name in ("edit", "remove"):
+        unet.load_task(tmp_path, replace=True, name=name)
+    assert torch.equal(predict(unet, given, *NAMES), predict(source, given, *NAMES))
+    # Saving one anew leaves the other, and nothing of the older one.
+    retrained(source, "text-to-image").save_task(tmp_path, "edit")
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_task_of_an_earlier_version_loads_and_is_replaced_by_its_own_name_alone(tmp_path):
+    source, unet = retrained(upcycled_unet(), "edit"), upcycled_unet()
+    source.save_task(tmp_path, "edit")
+    as_earlier_versions_wrote(tmp_path, EDIT)
+    source.save_task(tmp_path, "remove")
+    given = inputs(unet)
+    unet.load_task(tmp_path, replace=True, name="edit")
+    assert torch.equal(predict(unet, given, *NAMES), predict(source, given, *NAMES))
+    source.save_task(tmp_path, "edit")
+    assert not (tmp_path / "mtu_task.json").exists()
+    assert not (tmp_path / "mtu_task.safetensors").exists()
+    unet.load_task(tmp_path, replace=True, name="edit")
 
 
 BROKEN_TASKS = [
@@ -130,10 +186,10 @@ BROKEN_TASKS = [
         "truncated or was altered",
         id="edited",
     ),
-    pytest.param(lambda f: (f / "mtu_task.safetensors").unlink(), "holds no mtu_task.safetensors", id="no_tensors"),
-    pytest.param(lambda f: (f / "mtu_task.json").unlink(), "holds no mtu_task.json", id="no_json"),
-    pytest.param(lambda f: (f / "mtu_task.json").write_text("{"), "not the JSON file that was saved", id="json"),
-    pytest.param(lambda f: (f / "mtu_task.json").write_text("[]"), "lacks the entry", id="list"),
+    pytest.param(lambda f: tensors_of(f, EDIT).unlink(), r"holds no mtu_task\.edit\.\w+\.safetensors", id="no_tensors"),
+    pytest.param(lambda f: (f / f"{EDIT}.json").unlink(), "holds no mtu_task.json", id="no_json"),
+    pytest.param(lambda f: (f / f"{EDIT}.json").write_text("{"), "not the JSON file that was saved", id="json"),
+    pytest.param(lambda f: (f / f"{EDIT}.json").write_text("[]"), "lacks the entry", id="list"),
     pytest.param(lambda f: edit_json(f, lambda d: d.pop("architecture")), "lacks the entry 'architecture'", id="arch"),
     pytest.param(lambda f: edit_json(f, lambda d: d.update(task=None)), "described by the fields", id="null"),
     pytest.param(lambda f: edit_json(f, lambda d: d["task"].update(scale=0)), "scale must be", id="spec"),
@@ -202,13 +258,42 @@ def test_saving_to_a_file_or_an_unknown_task_raises(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- trained
 
 
+@pytest.mark.parametrize(("save", "load"), [("save_trained", "load_trained"), ("save_task", "load_task")])
+def test_saving_over_an_older_one_may_be_cut_off_anywhere(tmp_path, monkeypatch, save, load):
+    """The older or the newer loads; `tests.mtu.test_storage` tells the kinds of cuts apart."""
+    old, new = upcycled_unet(), upcycled_unet()
+    new.conv_in.bias.data += 1
+
+    def write(unet, folder):
+        unet.save_task(folder, "edit") if save == "save_task" else unet.save_trained(folder)
+
+    def read(folder):
+        if load == "load_trained":
+            return mtu.load_trained(stock_unet(), folder).conv_in.bias[1]
+        target = upcycled_unet()
+        target.load_task(folder, replace=True)
+        return target.conv_in.bias[1]
+
+    write(old, tmp_path / "count")
+    found = []
+    for operation in range(count_operations(monkeypatch, lambda: write(new, tmp_path / "count"))):
+        folder = tmp_path / str(operation)
+        write(old, folder)
+        run_cut_off(monkeypatch, lambda folder=folder: write(new, folder), operation, CUTS[0])
+        loaded = read(folder)
+        found.append([torch.equal(loaded, unet.conv_in.bias[1]) for unet in (old, new)])
+    assert found == sorted(found, reverse=True)
+    assert [True, False] in found
+    assert [False, True] in found
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 def test_trained_parameters_over_the_same_base(tmp_path, config, settings):
     unet = upcycled_unet(config, **settings)
     unet.add_task(TaskSpec("depth", condition_channels=6), "edit")
     unet.save_trained(tmp_path)
-    saved = load_file(tmp_path / "mtu_trained.safetensors")
+    saved = load_file(tensors_of(tmp_path, TRAINED))
     assert saved.keys() == {name for name, _ in unet.named_trainable_parameters()}
     base = stock_unet(config)
     addresses = {name: parameter.data_ptr() for name, parameter in base.named_parameters()}
@@ -222,35 +307,45 @@ def test_trained_parameters_over_the_same_base(tmp_path, config, settings):
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == saved.keys()
 
 
+def test_trained_parameters_of_an_earlier_version(tmp_path):
+    unet = upcycled_unet()
+    unet.save_trained(tmp_path)
+    as_earlier_versions_wrote(tmp_path, TRAINED)
+    given = inputs(unet)
+    loaded = mtu.load_trained(stock_unet(), tmp_path)
+    assert torch.equal(predict(loaded, given, *NAMES), predict(unet, given, *NAMES))
+    unet.save_trained(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_trained_parameters_take_the_type_of_the_base(tmp_path):
     upcycled_unet().save_trained(tmp_path)
     loaded = mtu.load_trained(stock_unet().to(torch.bfloat16), tmp_path)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
 
 
-TRAINED = ("mtu_trained.json", "mtu_trained.safetensors")
 BROKEN_TRAINED = [
-    pytest.param(lambda f: flip_a_byte(f, TRAINED[1]), "truncated or was altered", id="byte"),
-    pytest.param(lambda f: truncate(f, TRAINED[1]), "truncated or was altered", id="truncated"),
+    pytest.param(lambda f: flip_a_byte(f, TRAINED), "truncated or was altered", id="byte"),
+    pytest.param(lambda f: truncate(f, TRAINED), "truncated or was altered", id="truncated"),
     pytest.param(
-        lambda f: edit_json(f, lambda d: d["experts"].update(routing_scale=1.0), TRAINED[0], signed=False),
+        lambda f: edit_json(f, lambda d: d["experts"].update(routing_scale=1.0), TRAINED, signed=False),
         "truncated or was altered",
         id="edited",
     ),
-    pytest.param(lambda f: (f / TRAINED[0]).unlink(), "holds no mtu_trained.json", id="no_json"),
-    pytest.param(lambda f: (f / TRAINED[1]).unlink(), "holds no mtu_trained.safetensors", id="no_tensors"),
-    pytest.param(lambda f: edit_json(f, lambda d: d["tasks"].pop(), TRAINED[0]), "must have shape", id="tasks"),
-    pytest.param(lambda f: edit_json(f, lambda d: d.update(tasks=[]), TRAINED[0]), "at least one task", id="no_tasks"),
+    pytest.param(lambda f: (f / f"{TRAINED}.json").unlink(), "holds no mtu_trained.json", id="no_json"),
+    pytest.param(lambda f: tensors_of(f, TRAINED).unlink(), r"holds no mtu_trained\.\w+\.safe", id="no_tensors"),
+    pytest.param(lambda f: edit_json(f, lambda d: d["tasks"].pop(), TRAINED), "must have shape", id="tasks"),
+    pytest.param(lambda f: edit_json(f, lambda d: d.update(tasks=[]), TRAINED), "at least one task", id="no_tasks"),
     pytest.param(
-        lambda f: edit_json(f, lambda d: d["experts"].update(num_experts=2), TRAINED[0]),
+        lambda f: edit_json(f, lambda d: d["experts"].update(num_experts=2), TRAINED),
         "must have shape",
         id="experts",
     ),
     pytest.param(
-        lambda f: edit_json(f, lambda d: d["experts"].update(colour=2), TRAINED[0]), "no expert layout", id="field"
+        lambda f: edit_json(f, lambda d: d["experts"].update(colour=2), TRAINED), "no expert layout", id="field"
     ),
     pytest.param(
-        lambda f: edit_json(f, lambda d: d["base"].update(layers_per_block=2), TRAINED[0]),
+        lambda f: edit_json(f, lambda d: d["base"].update(layers_per_block=2), TRAINED),
         "another architecture",
         id="b",
     ),

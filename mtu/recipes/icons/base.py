@@ -14,7 +14,7 @@ from mtu.recipes.icons.device import usable_device
 from mtu.recipes.icons.text import TextConfig, build_text_encoder, build_tokenizer
 from mtu.recipes.icons.vae import VAEConfig, VAELoss, build_vae, set_scaling_factor
 from mtu.training import FitConfig, LogEntry, fit
-from mtu.training.checkpoint import STATE_FILE
+from mtu.training.checkpoint import has_checkpoint
 from mtu.training.shards import operation_threads
 
 # Part of a limited training time that goes to the autoencoder.
@@ -97,7 +97,7 @@ def train_base(
     """
     device = usable_device(device)
     stages = {stage: directory / stage for stage in ("vae", "denoiser")}
-    started = {stage: (folder / STATE_FILE).is_file() for stage, folder in stages.items()}
+    started = {stage: has_checkpoint(folder) for stage, folder in stages.items()}
     if resume and not started["vae"]:
         raise FileNotFoundError(f"There is no checkpoint in {stages['vae']} to resume from.")
     pipeline = new_pipeline(config).to(device)

@@ -12,6 +12,8 @@ from mtu.training import FitConfig, LogEntry, fit
 from mtu.training.checkpoint import load_checkpoint, save_checkpoint
 from mtu.training.fit import Training, learning_rate_at, parameter_groups
 
+from ..file_operations import CUTS, count_operations, run_cut_off
+
 CONFIG = FitConfig(steps=10, learning_rate=1e-2, warmup_steps=2, ema_decay=0.9, checkpoint_every=5, log_every=1)
 
 
@@ -31,6 +33,11 @@ class Model(nn.Module):
         features = self.conv(torch.randn(6, 3, 8, 8, generator=generator)).mean((2, 3))
         rows = torch.randint(5, (6,), generator=generator)
         return (self.linear(self.dropout(features + self.embedding(rows))) - 1).square().mean()
+
+
+def tensors_of(directory: Path) -> Path:
+    """The file of tensors of a checkpoint."""
+    return directory / json.loads((directory / "checkpoint.json").read_text())["file"]
 
 
 def train(
@@ -81,6 +88,17 @@ def test_a_checkpoint_goes_on_where_the_modules_are(tmp_path: Path) -> None:
     assert training.step == 11
 
 
+def test_entries_of_a_resumed_training_average_the_steps_before_it_too(tmp_path: Path) -> None:
+    config = replace(CONFIG, log_every=4)
+    straight = train(config)[1]
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path, stop_at=7)
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1, "lo\n' + log.read_text())  # as a full disk leaves it
+    resumed = train(config, tmp_path, resume=True)[1]
+    assert [(e.step, e.loss) for e in resumed] == [(e.step, e.loss) for e in straight]
+
+
 def test_resuming_a_finished_training_changes_nothing(tmp_path: Path) -> None:
     model, history = train(directory=tmp_path)
     again, repeated = train(directory=tmp_path, resume=True)
@@ -91,7 +109,7 @@ def test_resuming_a_finished_training_changes_nothing(tmp_path: Path) -> None:
 def test_the_directory_holds_one_checkpoint_and_no_pickle(tmp_path: Path) -> None:
     train(directory=tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["checkpoint-0000010.safetensors", "checkpoint.json", "log.jsonl"]
+    assert names == [tensors_of(tmp_path).name, "checkpoint.json", "log.jsonl"]
 
 
 def test_the_loss_falls_and_averaged_weights_are_left_in_the_modules(tmp_path: Path) -> None:
@@ -292,9 +310,9 @@ def test_resuming_from_nothing_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [0, 7, 200, -1])
 def test_resuming_from_a_truncated_checkpoint_says_so(tmp_path: Path, keep: int) -> None:
     train(directory=tmp_path)
-    path = tmp_path / "checkpoint-0000010.safetensors"
+    path = tensors_of(tmp_path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"The checkpoint in .* is damaged \(SafetensorError\)\.$"):
+    with pytest.raises(ValueError, match=r"^The checkpoint is damaged: .* is truncated or was altered"):
         train(directory=tmp_path, resume=True)
 
 
@@ -305,19 +323,57 @@ def test_resuming_from_a_missing_or_broken_part_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is damaged"):
         train(directory=tmp_path, resume=True)
     (tmp_path / "checkpoint.json").write_text(state)
-    (tmp_path / "checkpoint-0000010.safetensors").unlink()
+    tensors_of(tmp_path).unlink()
     with pytest.raises(ValueError, match="is damaged"):
         train(directory=tmp_path, resume=True)
+
+
+def test_a_checkpoint_may_be_cut_off_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train_on(directory: Path) -> None:
+        train(replace(CONFIG, checkpoint_every=5), directory, resume=True)
+
+    def started(directory: Path) -> Path:
+        with pytest.raises(KeyboardInterrupt):
+            train(directory=directory, stop_at=7)
+        return directory
+
+    straight, _ = train()
+    count = started(tmp_path / "count")
+    for operation in range(0, count_operations(monkeypatch, lambda: train_on(count)), 3):
+        directory = started(tmp_path / str(operation))
+        run_cut_off(monkeypatch, lambda directory=directory: train_on(directory), operation, CUTS[1])
+        resumed, history = train(directory=directory, resume=True)
+        assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+        assert [entry.step for entry in history] == list(range(1, 11))
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    """Its file of tensors was named by the step, and had no digest."""
+    straight, _ = train()
+    with pytest.raises(KeyboardInterrupt):
+        train(directory=tmp_path, stop_at=7)
+    state = json.loads((tmp_path / "checkpoint.json").read_text())
+    old = tmp_path / "checkpoint-0000005.safetensors"
+    tensors_of(tmp_path).rename(old)
+    kept = {key: state[key] for key in ("step", "seconds", "config")}
+    (tmp_path / "checkpoint.json").write_text(json.dumps({**kept, "file": old.name}))
+    resumed, _ = train(directory=tmp_path, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+    assert not old.exists()
 
 
 def test_resuming_another_training_says_what_differs(tmp_path: Path) -> None:
     train(directory=tmp_path)
     with pytest.raises(ValueError, match=r"was made with another learning_rate, steps\.$"):
         train(replace(CONFIG, steps=11, learning_rate=1.0, log_every=2), tmp_path, resume=True)
-    model = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="does not fit the module 'model'"):
-        fit(lambda step: model(torch.ones(2)).sum(), {"model": model}, model.parameters(), CONFIG,
-            directory=tmp_path, resume=True)  # fmt: skip
+    for model in (nn.Linear(2, 2), Model().double()):
+        with pytest.raises(ValueError, match="does not fit the module 'model'"):
+            fit(lambda step: pytest.fail("trained"), {"model": model}, model.parameters(), CONFIG,
+                directory=tmp_path, resume=True)  # fmt: skip
+    model = Model()
+    with pytest.raises(ValueError, match="was made by training other parameters of the modules"):
+        fit(model.loss, {"model": model}, [model.linear.weight], CONFIG, directory=tmp_path, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), Model().parameters(), strict=True))
 
 
 def test_wrong_configurations_are_refused() -> None:

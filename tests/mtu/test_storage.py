@@ -1,0 +1,106 @@
+"""The atomic writer: wherever it is cut off, what is there loads, as it was before or as it is now."""
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtu import storage
+
+from .file_operations import CUTS, count_operations, run_cut_off
+
+OLD, NEW = ({"a": torch.full((3,), value), "b": torch.full((2,), -value)} for value in (1.0, 2.0))
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    storage.write(folder, "part", tensors, {"is": float(tensors["a"][0])})
+
+
+def operations(monkeypatch: pytest.MonkeyPatch, folder: Path) -> int:
+    write(folder, OLD)
+    return count_operations(monkeypatch, lambda: write(folder, NEW))
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: type(cut).__name__)
+def test_cut_off_anywhere_the_older_or_the_newer_loads(tmp_path, monkeypatch, cut):
+    total = operations(monkeypatch, tmp_path / "count")
+    found = []
+    for operation in range(total):
+        folder = tmp_path / str(operation)
+        write(folder, OLD)
+        run_cut_off(monkeypatch, lambda folder=folder: write(folder, NEW), operation, cut)
+        description, tensors = storage.read(folder, "part")
+        expected = OLD if description["is"] == 1.0 else NEW
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+        found.append(description["is"])
+        # What the cut left behind is gone after the next time.
+        write(folder, NEW)
+        assert len(list(folder.iterdir())) == 2
+        assert storage.read(folder, "part")[0]["is"] == 2.0
+    assert found == sorted(found)
+    assert set(found) == {1.0, 2.0}
+
+
+def test_a_text_file_is_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "log"
+    path.write_text("old")
+    total = count_operations(monkeypatch, lambda: storage.write_text(path, "old"))
+    for operation in range(total):
+        path.write_text("old")
+        run_cut_off(monkeypatch, lambda: storage.write_text(path, "new"), operation, CUTS[0])
+        assert path.read_text() in ("old", "new")
+    storage.write_text(path, "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["log"]
+
+
+def test_a_full_disk_says_so_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise storage.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    write(tmp_path, OLD)
+    monkeypatch.setattr(storage, "save_file", full)
+    with pytest.raises(OSError, match=r"cannot be written to: I/O error: No space left on device"):
+        write(tmp_path, NEW)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert storage.read(tmp_path, "part")[0]["is"] == 1.0
+
+
+def test_tensors_come_back_whatever_memory_they_are_in(tmp_path):
+    shared = torch.arange(24.0).view(2, 3, 2, 2)
+    tensors = {
+        "whole": shared,
+        "again": shared,
+        "part": shared[0],
+        "last": shared.to(memory_format=torch.channels_last),
+        "none": torch.empty(0),
+        "half": torch.ones(2, dtype=torch.bfloat16, requires_grad=True),
+    }
+    storage.write(tmp_path, "part", tensors, {})
+    _, found = storage.read(tmp_path, "part")
+    assert found.keys() == tensors.keys()
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
+    )
+    part = {path.suffix: path for path in tmp_path.iterdir()}
+    assert stat.S_IMODE(part[".safetensors"].stat().st_mode) == stat.S_IMODE(part[".json"].stat().st_mode)
+    assert part[".safetensors"].stat().st_size < 4 * 24 * 4 + 1000
+
+
+@pytest.mark.parametrize("name", ["../part.safetensors", "part.bin", 3])
+def test_a_description_cannot_name_a_file_elsewhere(tmp_path, name):
+    write(tmp_path, OLD)
+    path = tmp_path / "part.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "file": name}))
+    with pytest.raises(ValueError, match="must name a safetensors file in its own folder"):
+        storage.read(tmp_path, "part")
+
+
+def test_removing_leaves_what_others_wrote(tmp_path):
+    for stem in ("part", "part.a"):
+        storage.write(tmp_path, stem, OLD, {})
+    storage.remove(tmp_path, "part")
+    assert {path.name.split(".")[1] for path in tmp_path.iterdir()} == {"a"}
+    assert storage.read(tmp_path, "part.a")[1].keys() == OLD.keys()
