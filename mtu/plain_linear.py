@@ -6,7 +6,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = ["is_plain_linear", "is_replaced"]
 
-_HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -14,15 +13,21 @@ def is_plain_linear(module: nn.Module) -> bool:
     """Whether calling `module` is `x Wᵀ + b` with its own `weight` and `bias`, and nothing else.
 
     What changes the meaning of a call shows as another type (PEFT, bitsandbytes), a hook, a replaced forward
-    (offloading), another dtype (layerwise casting) or a tensor subclass (torchao): then the layer itself is called.
+    (offloading, LyCORIS), another dtype (layerwise casting), a tensor subclass (torchao), or as tensors that are not
+    there: then the layer itself is called.
     """
+    own = vars(module)
+    # Sharding keeps them as plain attributes; what wraps a layer may have taken them away altogether.
+    weight, bias = (own["_parameters"].get(name, own.get(name)) for name in ("weight", "bias"))
     return (
         type(module) is nn.Linear
-        and module.bias is not None
-        and "forward" not in vars(module)
-        and not any(getattr(module, hooks) for hooks in _HOOK_DICTS)
-        and module.weight.dtype in _DTYPES
-        and not is_traceable_wrapper_subclass(module.weight)
+        and weight is not None
+        and bias is not None
+        and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
+        and not (own["_backward_hooks"] or own["_backward_pre_hooks"])
+        and not is_replaced(module)
+        and weight.dtype in _DTYPES
+        and not is_traceable_wrapper_subclass(weight)
     )
 
 
