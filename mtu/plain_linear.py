@@ -1,12 +1,39 @@
-"""When the tensors of a layer may be read directly, instead of calling the layer."""
+"""The linear layers of routers, and when the tensors of a linear layer may be read directly, instead of calling it."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["is_plain_linear", "is_replaced"]
+__all__ = ["RouterLinear", "is_plain_linear", "is_replaced"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class RouterLinear(nn.Module):
+    """A linear layer `x Wᵀ + b` of a router, computed in the dtype of its weight; starts as `nn.Linear` does.
+
+    It is no `nn.Linear`, and so quantizers, layerwise casting and adapters for "all linear layers" leave it alone: what
+    is rounded in a router changes what every token of a task gets, or with top-k which experts, and saves next to
+    nothing. Quantizers by the largest magnitude also divide by it, which is zero in the last layer of a new router.
+
+    Args:
+        in_features: of the input.
+        out_features: of the output.
+
+    Parameters: weight (out_features, in_features), bias (out_features).
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+        for parameter in (self.weight, self.bias):
+            nn.init.uniform_(parameter, -(in_features**-0.5), in_features**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product with each row of `x` (..., in_features): (..., out_features)."""
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -20,7 +47,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     # Sharding keeps them as plain attributes; what wraps a layer may have taken them away altogether.
     weight, bias = (own["_parameters"].get(name, own.get(name)) for name in ("weight", "bias"))
     return (
-        type(module) is nn.Linear
+        type(module) in (nn.Linear, RouterLinear)
         and weight is not None
         and bias is not None
         and not (own["_forward_hooks"] or own["_forward_pre_hooks"])

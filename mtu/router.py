@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtu.config import ExpertConfig
-from mtu.plain_linear import is_plain_linear
+from mtu.plain_linear import RouterLinear, is_plain_linear
 from mtu_kernels import NormAffine, Routing, top_k_routing
 from mtu_kernels.autocast import has_autocast
 
@@ -98,8 +98,8 @@ class Router(nn.Module):
         super().__init__()
         self.top_k = None if config.is_dense else config.top_k
         self.routing_scale = config.routing_scale
-        self.linear_1 = nn.Linear(config.router_width, config.router_width)
-        self.linear_2 = nn.Linear(config.router_width, config.num_experts)
+        self.linear_1 = RouterLinear(config.router_width, config.router_width)
+        self.linear_2 = RouterLinear(config.router_width, config.num_experts)
         self._cache: tuple[object, Routing] | None = None
         # What `hold` keeps at one place in memory.
         self._table: Routing | None = None
@@ -168,9 +168,6 @@ class Router(nn.Module):
             torch.autocast(device_type, enabled=False) if has_autocast(device_type) else contextlib.nullcontext()
         )
         with no_autocast:
-            # The dtype of a quantized or layerwise-cast weight is that of its storage, not of its computation.
-            if is_plain_linear(self.linear_1):
-                embedding = embedding.to(self.linear_1.weight.dtype)
             hidden = F.relu(self.linear_1(embedding))
             logits = self.linear_2(hidden).float()
         if self.top_k is None:

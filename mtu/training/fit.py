@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from tqdm import tqdm
 
+from mtu.plain_linear import RouterLinear
 from mtu.training.checkpoint import load_checkpoint, save_checkpoint
 from mtu.training.loss_log import LogEntry, LossLog
 
@@ -98,7 +99,7 @@ def parameter_groups(
         parameters: what is trained.
         weight_decay: decay of the first group.
     """
-    layers = (nn.Linear, nn.modules.conv._ConvNd)
+    layers = (nn.Linear, RouterLinear, nn.modules.conv._ConvNd)
     weights = {id(m.weight) for root in modules.values() for m in root.modules() if isinstance(m, layers)}
     decayed, kept = [], []
     for parameter in parameters:

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from mtu.config import ExpertConfig
@@ -265,13 +264,22 @@ def test_selected_rows_are_the_same_bits_with_and_without_gradients(shape, dtype
 
 def test_a_router_with_an_adapter_is_not_cached(embedding):
     """An adapter's switches are Python state, which no look at tensors can see."""
+
+    class Adapted(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.weight, self.bias, self.linear = linear.weight, linear.bias, linear
+            self.strength = 1.0
+
+        def forward(self, x):
+            return self.linear(x) + self.strength * x.flip(-1)
+
     router = new_router()
-    adapter = LoraConfig(target_modules=["linear_1"], init_lora_weights=False)
-    inject_adapter_in_model(adapter, router)
+    router.linear_1 = Adapted(router.linear_1)
     randomise_([router.linear_2.weight], seed=5)
     with torch.no_grad():
         with_adapter = router(embedding).weights
-        router.linear_1.enable_adapters(False)
+        router.linear_1.strength = 0.0
         assert not torch.equal(router(embedding).weights, with_adapter)
 
 

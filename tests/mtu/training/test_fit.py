@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mtu.config import ExpertConfig
+from mtu.router import Router
 from mtu.training import FitConfig, LogEntry, fit
 from mtu.training.checkpoint import load_checkpoint, save_checkpoint
 from mtu.training.fit import Training, learning_rate_at, parameter_groups
@@ -167,6 +169,13 @@ def test_vectors_and_embeddings_do_not_decay() -> None:
     assert kept["weight_decay"] == 0.0
     assert {id(p) for p in decayed["params"]} == {id(model.conv.weight), id(model.linear.weight)}
     assert len(kept["params"]) == 3
+
+
+def test_the_matrices_of_a_router_decay() -> None:
+    router = Router(ExpertConfig(2, None, 0.5, "task", 2.0, 4))
+    decayed, kept = parameter_groups({"router": router}, router.parameters(), 0.1)
+    assert {id(p) for p in decayed["params"]} == {id(router.linear_1.weight), id(router.linear_2.weight)}
+    assert {id(p) for p in kept["params"]} == {id(router.linear_1.bias), id(router.linear_2.bias)}
 
 
 def test_only_the_given_parameters_move() -> None:
