@@ -29,13 +29,18 @@ def top_k_routing(logits: Tensor, k: int) -> Routing:
     Equal logits keep the lower expert index. ``torch.topk`` would not do: which of two ties it keeps differs by device.
     The kept experts stay in the order of descending logits.
 
+    The softmax over one logit is the constant 1, by which no router could learn. So for ``k = 1 < E`` the weight keeps
+    this value and takes the gradient of the expert's log-probability among all experts (straight through):
+
+    ``p = softmax(logits)[i]``, ``w = p / stop(p) = 1``, ``∂w/∂logits[e] = [e = i] − softmax(logits)[e]``
+
     Args:
         logits: (T, E) float. One row per task or per sample.
         k: number of experts to keep, 1 <= k <= E.
 
     Returns:
         A ``Routing`` with weights (T, k), float32 (float64 for float64 logits), and indices (T, k) int32. Gradients
-        flow into the kept logits only.
+        flow into the kept logits only, but for ``k = 1 < E`` into all.
 
     Raises:
         ValueError: logits are not two-dimensional or not floating point, or k is out of range.
@@ -51,7 +56,18 @@ def top_k_routing(logits: Tensor, k: int) -> Routing:
         raise ValueError(f"top_k_routing needs 1 <= k <= E = {logits.shape[1]}, got k = {k}.")
     sorted_TE, order_TE = torch.sort(logits, dim=-1, descending=True, stable=True)
     weights_TK = torch.softmax(sorted_TE[:, :k], dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    if k == 1 < logits.shape[1] and torch.is_grad_enabled() and logits.requires_grad:
+        weights_TK = _straight_through(weights_TK, logits, order_TE[:, :1])
     return Routing(weights_TK, order_TE[:, :k].to(torch.int32))
+
+
+def _straight_through(weights_T1: Tensor, logits: Tensor, chosen_T1: Tensor) -> Tensor:
+    """The weights, with the gradients of the chosen experts' log-probabilities among all experts.
+
+    The same as p / stop(p), but that compilers divide approximately, while x - x is 0 for any finite x.
+    """
+    log_p_T1 = torch.log_softmax(logits, dim=-1, dtype=weights_T1.dtype).gather(1, chosen_T1)
+    return weights_T1.detach() + (log_p_T1 - log_p_T1.detach())
 
 
 def dense_weights(routing: Routing, num_experts: int) -> Tensor:

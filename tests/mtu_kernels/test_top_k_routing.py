@@ -4,8 +4,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtu_kernels import Routing, dense_weights, top_k_routing
+
+
+class OperatorNames(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __enter__(self):
+        super().__enter__()
+        self.names = []
+        return self.names
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def test_keeps_the_largest_and_renormalises():
@@ -51,6 +66,56 @@ def test_gradients_reach_the_kept_logits_only():
     assert (logits.grad[0, [1, 2]] != 0).all()
     assert (logits.grad[0, [0, 3]] == 0).all()
     assert torch.autograd.gradcheck(lambda t: top_k_routing(t, 2).weights, logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("largest", [0.0, 3.0, 200.0])
+def test_top_1_is_one_and_learns_by_the_log_probability(dtype, largest):
+    rows = [[0.5, largest, -1.0, 0.25], [largest + 1, -300.0, largest, largest]]
+    logits = torch.tensor(rows, dtype=dtype, requires_grad=True)
+    weights, indices = top_k_routing(logits, 1)
+    assert weights.dtype == torch.promote_types(dtype, torch.float32)
+    assert (weights == 1).all()
+    grad = torch.tensor([[2.0], [-3.0]], dtype=weights.dtype)
+    weights.backward(grad)
+    chosen = F.one_hot(indices.long().squeeze(1), 4)
+    expected = grad * (chosen - logits.detach().to(weights.dtype).softmax(dim=-1))
+    torch.testing.assert_close(logits.grad, expected.to(dtype))
+    assert torch.equal(logits.grad[:, :3] != 0, expected.to(dtype)[:, :3] != 0)
+
+
+def test_top_1_without_gradients_is_the_softmax_of_one_logit():
+    """Straight-through terms are for training alone; of one expert there is nothing to choose."""
+    with torch.no_grad():
+        kept = top_k_routing(torch.tensor([[0.0, 2.0]], requires_grad=True), 1)
+    assert kept.weights.grad_fn is None
+    learning = torch.tensor([[0.0, 2.0]], requires_grad=True)
+    for logits in (learning.detach(), torch.tensor([[2.0]], requires_grad=True), learning):
+        with OperatorNames() as names:
+            assert top_k_routing(logits, 1).weights.tolist() == [[1.0]]
+        assert any("log_softmax" in name for name in names) == (logits is learning)
+
+
+def test_compiled_top_1_is_one_and_learns():
+    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    compiled = torch.compile(lambda t: top_k_routing(t, 1), fullgraph=True, backend="aot_eager")
+    eager_grad, compiled_grad = (
+        torch.autograd.grad(call(logits).weights.sum(), logits)[0] for call in (lambda t: top_k_routing(t, 1), compiled)
+    )
+    assert (compiled(logits).weights == 1).all()
+    assert compiled_grad.abs().max() > 0.1
+    torch.testing.assert_close(compiled_grad, eager_grad)
+
+
+def test_exported_top_1_is_one():
+    class Routed(torch.nn.Module):
+        def forward(self, logits):
+            return tuple(top_k_routing(logits, 1))
+
+    logits = torch.tensor([[0.0, 2.0, 1.0], [4.0, 2.0, 1.0]], requires_grad=True)
+    weights, indices = torch.export.export(Routed(), (logits,)).module()(logits.detach() + 0.5)
+    assert weights.tolist() == [[1.0], [1.0]]
+    assert indices.tolist() == [[1], [0]]
 
 
 def test_all_experts_kept_is_the_softmax():
