@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -21,7 +23,15 @@ from mtu.tasks import TaskSpec, as_task_specs
 if TYPE_CHECKING:
     from mtu.unet import MTUUNet2DConditionModel
 
-__all__ = ["check_tensors", "load_pretrained", "load_task", "read_trained", "save_task", "save_trained"]
+__all__ = [
+    "check_tensors",
+    "load_pretrained",
+    "load_task",
+    "read_trained",
+    "save_pretrained",
+    "save_task",
+    "save_trained",
+]
 
 # How the names of files begin. A task's own name follows the first one and a dot; earlier versions left it out.
 _TASK, _TRAINED = "mtu_task", "mtu_trained"
@@ -137,6 +147,35 @@ def check_tensors(unet: "MTUUNet2DConditionModel", tensors: Mapping[str, Tensor]
     _check_shapes({name: p.shape for name, p in unet.named_trainable_parameters()}, tensors, directory)
 
 
+def save_pretrained(save: Callable[..., None], given: dict[str, Any]) -> None:
+    """diffusers' `save_pretrained` made whole: cut off anywhere, the older or the newer model loads.
+
+    Shards and the index of an older model go, too: diffusers deletes the one and would load by the other.
+
+    Args:
+        save: the inherited `save_pretrained`.
+        given: its arguments by name.
+
+    Raises:
+        ValueError: another format than safetensors, or the directory is a file.
+    """
+    if not given.get("safe_serialization", True) or given.get("use_flashpack", False):
+        raise ValueError("Only safetensors files are saved, but got safe_serialization=False or use_flashpack=True.")
+    rest = {key: value for key, value in given.items() if key not in ("save_directory", "kwargs")}
+    extra = dict(given.get("kwargs", {}))
+    if not given.get("is_main_process", True):
+        # Other processes write what diffusers has them write, where the main one does not get in their way.
+        save(given["save_directory"], **rest, **extra)
+        return
+    if given.get("push_to_hub", False):
+        extra.setdefault("repo_id", Path(given["save_directory"]).name)
+    variant = re.escape(f".{given['variant']}") if given.get("variant") else ""
+    stem = re.escape(Path(SAFETENSORS_WEIGHTS_NAME).stem)
+    weights = rf"{stem}{variant}(-\d{{5}}-of-\d{{5}})?\.safetensors|{stem}\.safetensors\.index{variant}\.json"
+    with storage.replacing(given["save_directory"], re.compile(weights)) as folder:
+        save(folder, **rest, **extra)
+
+
 def load_pretrained(cls: type, load: Callable[..., Any], path: str | os.PathLike, kwargs: dict[str, Any]):
     """diffusers' `from_pretrained` made strict: a missing, surplus or misshapen tensor is an error.
 
@@ -152,6 +191,8 @@ def load_pretrained(cls: type, load: Callable[..., Any], path: str | os.PathLike
     if kwargs.get("low_cpu_mem_usage") is False:
         # Only how much memory loading takes; diffusers refuses it for models that keep some tensors in float32.
         del kwargs["low_cpu_mem_usage"]
+    if os.path.isdir(path):
+        storage.finish(Path(path, kwargs.get("subfolder") or ""))
     config = cls.load_config(path, **{key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
     saved_class = config.get("_class_name")
     if saved_class != cls.__name__:

@@ -360,9 +360,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
     @functools.wraps(UNet2DConditionModel.save_pretrained)
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(super().save_pretrained).bind(*args, **kwargs).arguments
-        if not given.get("safe_serialization", True):
-            raise ValueError("Only safetensors files are saved, but got safe_serialization=False.")
-        super().save_pretrained(*args, **kwargs)
+        checkpoint.save_pretrained(super().save_pretrained, given)
 
     def save_task(self, directory: str | os.PathLike, name: str) -> None:
         """Save what task `name` alone owns (embedding, norms, input convolution); a folder can hold several tasks."""

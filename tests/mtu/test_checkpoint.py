@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from mtu import MTUUNet2DConditionModel
 
+from .file_operations import CUTS, count_operations, run_cut_off
 from .tiny import FAMILIES, inputs, predict, stock_unet, upcycled_unet
 
 NAMES = ("remove", "text-to-image", "edit", "super-resolution", "edit")
@@ -127,6 +128,56 @@ def test_saving_over_another_checkpoint(folder):
     unet = upcycled_unet(num_experts=2)
     unet.save_pretrained(folder)
     assert load(folder).config.num_experts == 2
+
+
+@pytest.mark.parametrize("shards", [("200KB", "10GB"), ("200KB", "400KB"), ("400KB", "200KB"), ("10GB", "200KB")])
+@pytest.mark.parametrize("variant", [None, "ema"])
+def test_saving_over_another_number_of_shards(tmp_path, shards, variant):
+    """Also the shards and the index of a stock UNet."""
+    stock_unet().save_pretrained(tmp_path, max_shard_size=shards[0], variant=variant)
+    (tmp_path / "notes.txt").write_text("mine")
+    unet, given = upcycled_unet(), inputs(upcycled_unet())
+    unet.save_pretrained(tmp_path, max_shard_size=shards[1], variant=variant)
+    assert torch.equal(predict(load(tmp_path, variant=variant), given, *NAMES), predict(unet, given, *NAMES))
+    unet.save_pretrained(tmp_path / "fresh", max_shard_size=shards[1], variant=variant)
+    names = {path.name for path in (tmp_path / "fresh").iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == names | {"notes.txt", "fresh"}
+
+
+@pytest.mark.parametrize(("old_shards", "new_shards"), [("900KB", "10GB"), ("10GB", "900KB")])
+def test_saving_may_be_cut_off_anywhere(tmp_path, monkeypatch, old_shards, new_shards):
+    """Over a model of another layout, whose tensors do not fit the newer configuration.
+
+    Every few operations: `tests.mtu.test_storage` goes through all of them.
+    """
+    old, new = upcycled_unet(num_experts=2, norm="task_expert"), upcycled_unet()
+
+    def write(folder):
+        new.save_pretrained(folder, max_shard_size=new_shards)
+
+    old.save_pretrained(tmp_path / "count", max_shard_size=old_shards)
+    found = []
+    for operation in range(0, count_operations(monkeypatch, lambda: write(tmp_path / "count")), 4):
+        folder = tmp_path / str(operation)
+        old.save_pretrained(folder, max_shard_size=old_shards)
+        run_cut_off(monkeypatch, lambda folder=folder: write(folder), operation, CUTS[0])
+        found.append(load(folder).config.num_experts)
+    assert found == sorted(found)
+    assert set(found) == {2, 4}
+    assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path / "count").iterdir()}
+
+
+def test_another_variant_stays(folder):
+    upcycled_unet().save_pretrained(folder, variant="ema")
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", WEIGHTS, "diffusion_pytorch_model.ema.safetensors"
+    }  # fmt: skip
+
+
+def test_saving_to_a_file_raises(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file, but a folder"):
+        upcycled_unet().save_pretrained(tmp_path / "file")
 
 
 def test_pickle_is_refused_on_both_sides(folder):

@@ -1,6 +1,7 @@
 """The atomic writer: wherever it is cut off, what is there loads, as it was before or as it is now."""
 
 import json
+import re
 import stat
 from pathlib import Path
 
@@ -41,6 +42,38 @@ def test_cut_off_anywhere_the_older_or_the_newer_loads(tmp_path, monkeypatch, cu
         assert storage.read(folder, "part")[0]["is"] == 2.0
     assert found == sorted(found)
     assert set(found) == {1.0, 2.0}
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+def write_files(folder: Path, contents: dict[str, str]) -> None:
+    with storage.replacing(folder, re.compile(r"part-\d")) as new:
+        for name, text in contents.items():
+            (new / name).write_text(text)
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: type(cut).__name__)
+def test_files_are_replaced_together_wherever_that_is_cut_off(tmp_path, monkeypatch, cut):
+    old = {"config": "old", "part-1": "old", "part-2": "old", "index": "old"}
+    new = {"config": "new", "part-1": "new", "other": "new"}
+    kept = {"notes": "mine"}
+    write_files(tmp_path / "count", old)
+    found = []
+    for operation in range(count_operations(monkeypatch, lambda: write_files(tmp_path / "count", new))):
+        folder = tmp_path / str(operation)
+        write_files(folder, old)
+        (folder / "notes").write_text("mine")
+        run_cut_off(monkeypatch, lambda folder=folder: write_files(folder, new), operation, cut)
+        storage.finish(folder)
+        # `index` is of no name that is outdated.
+        assert files(folder) in (old | kept, {"index": "old"} | new | kept)
+        found.append(files(folder)["config"])
+        write_files(folder, new)
+        assert {path.name for path in folder.iterdir()} == {"index", "notes", *new}
+    assert found == sorted(found, reverse=True)
+    assert set(found) == {"old", "new"}
 
 
 def test_a_text_file_is_replaced_whole(tmp_path, monkeypatch):
@@ -96,6 +129,19 @@ def test_a_description_cannot_name_a_file_elsewhere(tmp_path, name):
     path.write_text(json.dumps({**json.loads(path.read_text()), "file": name}))
     with pytest.raises(ValueError, match="must name a safetensors file in its own folder"):
         storage.read(tmp_path, "part")
+
+
+def test_a_replacement_from_elsewhere_cannot_reach_out_of_its_folder(tmp_path):
+    """Reading finishes it: a folder may come from anyone."""
+    folder = tmp_path / "model"
+    replacement = folder / ".replacement"
+    replacement.mkdir(parents=True)
+    (tmp_path / "mine").write_text("mine")
+    (replacement / "replacement.json").write_text(json.dumps({"written": ["../mine"], "deleted": ["../mine"]}))
+    (replacement / "mine").write_text("theirs")
+    storage.finish(folder)
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert (folder / "mine").read_text() == "theirs"
 
 
 def test_removing_leaves_what_others_wrote(tmp_path):
