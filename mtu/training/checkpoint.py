@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mtu import storage
 
-__all__ = ["has_checkpoint", "load_checkpoint", "remove_checkpoint", "save_checkpoint"]
+__all__ = ["check_free", "has_checkpoint", "load_checkpoint", "remove_checkpoint", "save_checkpoint"]
 
 _STEM = "checkpoint"
 
@@ -16,6 +16,15 @@ _STEM = "checkpoint"
 def has_checkpoint(directory: Path) -> bool:
     """Whether there is a checkpoint in a directory, damaged or not."""
     return (directory / f"{_STEM}.json").is_file()
+
+
+def check_free(directory: Path) -> None:
+    """Raise a FileExistsError if there is a checkpoint in a directory: starting anew would destroy it."""
+    if has_checkpoint(directory):
+        raise FileExistsError(
+            f"{directory} holds the checkpoint of a training: continue it with resume, delete it with overwrite, or "
+            "choose another folder."
+        )
 
 
 def save_checkpoint(directory: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:

@@ -15,7 +15,8 @@ from torch.nn import Parameter
 from tqdm import tqdm
 
 from mtu.plain_linear import RouterLinear
-from mtu.training.checkpoint import load_checkpoint, save_checkpoint
+from mtu.storage import make_folder
+from mtu.training.checkpoint import check_free, load_checkpoint, remove_checkpoint, save_checkpoint
 from mtu.training.loss_log import LogEntry, LossLog
 
 # A checkpoint may be continued with other values of these: they change no step that was already made.
@@ -329,6 +330,7 @@ def fit(
     *,
     directory: Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     description: str = "",
 ) -> list[LogEntry]:
     """Train modules in place, and leave the averaged weights in them where an average is kept.
@@ -341,6 +343,7 @@ def fit(
         config: how to train.
         directory: where the checkpoint and `log.jsonl` go; None keeps neither.
         resume: continue from the directory's checkpoint, also on another device than it was made on.
+        overwrite: start anew where the directory holds a checkpoint, which is deleted.
         description: shown beside the progress bar.
 
     Returns:
@@ -349,15 +352,23 @@ def fit(
     Raises:
         FloatingPointError: The loss or a gradient is not finite; weights, averages and the checkpoint are those before
             that step.
+        FileExistsError: The directory holds a checkpoint, and neither resume nor overwrite is true.
         FileNotFoundError: There is no checkpoint to resume from.
-        ValueError: The checkpoint is damaged or belongs to another training.
+        OSError: A file cannot be written, as on a full disk; the checkpoint before stays.
+        ValueError: The checkpoint is damaged or belongs to another training, or resume and overwrite are both true.
     """
     if resume and directory is None:
         raise ValueError("fit: resume needs the directory that holds the checkpoint.")
+    if resume and overwrite:
+        raise ValueError("fit: resume continues the checkpoint that overwrite deletes: expected one of them, got both.")
+    if directory is not None and not (resume or overwrite):
+        check_free(directory)
     torch.manual_seed(config.seed)
     training, losses = Training(modules, parameters, config), []
     if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
+        if overwrite:
+            remove_checkpoint(directory)
         if resume:
             losses = training.load(directory)
     log = LossLog(directory, training.step, losses)

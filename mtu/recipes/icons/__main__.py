@@ -18,7 +18,9 @@ def add_base(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     """Add the `base` command."""
     parser = commands.add_parser("base", help="train the base text-to-image model from nothing")
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints, logs and the model")
-    parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in the output folder")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="continue from the checkpoints in the output folder")
+    existing.add_argument("--overwrite", action="store_true", help="delete the checkpoints in the output folder")
     parser.add_argument("--minutes", type=float, help="limit of both trainings together, in minutes")
     parser.add_argument("--steps", type=int, help="limit of each training, in optimizer steps")
     parser.add_argument("--device", default="cpu", help="where to train; may change at --resume (default: %(default)s)")
@@ -42,6 +44,7 @@ def run_base(arguments: argparse.Namespace) -> None:
         ScoreConfig(),
         command=command,
         resume=arguments.resume,
+        overwrite=arguments.overwrite,
         device=arguments.device,
     )
 
@@ -53,6 +56,7 @@ def make_base(
     *,
     command: str,
     resume: bool = False,
+    overwrite: bool = False,
     device: str | torch.device = "cpu",
 ) -> None:
     """Train, save, score and describe the base model.
@@ -63,13 +67,15 @@ def make_base(
         score: how to score.
         command: what was run, for the model card.
         resume: continue from the checkpoints in the output folder, whatever device they were made on.
+        overwrite: start anew, and delete the checkpoints in the output folder.
         device: where to train and score.
 
     Raises:
+        FileExistsError: there are checkpoints, and neither `resume` nor `overwrite` is true.
         FileNotFoundError: `resume` is true, but there is no checkpoint.
         ValueError: the device cannot be used.
     """
-    pipeline, history = train_base(output, config, resume=resume, device=device)
+    pipeline, history = train_base(output, config, resume=resume, overwrite=overwrite, device=device)
     folder = output / "model"
     save_model(pipeline, folder)
     metrics = score_model(folder, score, device)
@@ -125,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
     try:
         parsed.run(parsed)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 

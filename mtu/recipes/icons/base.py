@@ -14,7 +14,7 @@ from mtu.recipes.icons.device import usable_device
 from mtu.recipes.icons.text import TextConfig, build_text_encoder, build_tokenizer
 from mtu.recipes.icons.vae import VAEConfig, VAELoss, build_vae, set_scaling_factor
 from mtu.training import FitConfig, LogEntry, fit
-from mtu.training.checkpoint import has_checkpoint
+from mtu.training.checkpoint import check_free, has_checkpoint, remove_checkpoint
 from mtu.training.shards import operation_threads
 
 # Part of a limited training time that goes to the autoencoder.
@@ -77,7 +77,12 @@ def new_pipeline(config: BaseConfig) -> StableDiffusionPipeline:
 
 
 def train_base(
-    directory: Path, config: BaseConfig, *, resume: bool = False, device: str | torch.device = "cpu"
+    directory: Path,
+    config: BaseConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | torch.device = "cpu",
 ) -> tuple[StableDiffusionPipeline, dict[str, list[LogEntry]]]:
     """Train the base model.
 
@@ -86,12 +91,14 @@ def train_base(
         config: what to train, and how.
         resume: continue from the checkpoints in the directory, at whatever stage they are, and whatever device they
             were made on.
+        overwrite: start anew, and delete the checkpoints in the directory.
         device: where to train. Weights, data and noise start from the same numbers on every one.
 
     Returns:
         The trained pipeline in float32, on the device, and the logged losses of each stage.
 
     Raises:
+        FileExistsError: the directory has checkpoints, and neither `resume` nor `overwrite` is true.
         FileNotFoundError: `resume` is true, but the directory has no checkpoint.
         ValueError: the device cannot be used.
     """
@@ -100,6 +107,12 @@ def train_base(
     started = {stage: has_checkpoint(folder) for stage, folder in stages.items()}
     if resume and not started["vae"]:
         raise FileNotFoundError(f"There is no checkpoint in {stages['vae']} to resume from.")
+    for folder in stages.values():
+        # Of both stages at once: the denoiser of an older autoencoder must not be resumed on a newer one.
+        if overwrite:
+            remove_checkpoint(folder)
+        elif not resume:
+            check_free(folder)
     pipeline = new_pipeline(config).to(device)
     history = {}
     vae, unet, text_encoder = pipeline.vae, pipeline.unet, pipeline.text_encoder

@@ -151,5 +151,14 @@ def train(pipeline: MTUPipeline, config: DemoConfig, directory: Path, cores: int
         seed=config.seed,
     )
     unet = pipeline.unet.train()
-    fit(loss, {"unet": unet}, unet.trainable_parameters(), settings, directory=directory, description="training")
+    fit(
+        loss,
+        {"unet": unet},
+        unet.trainable_parameters(),
+        settings,
+        directory=directory,
+        # The demo runs from start to end each time, and writes all its files anew.
+        overwrite=True,
+        description="training",
+    )
     unet.eval()

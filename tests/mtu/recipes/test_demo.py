@@ -16,6 +16,7 @@ from mtu.recipes.icons.denoiser import DenoiserConfig
 from mtu.recipes.icons.heldout import generate, held_out, measure, picture_grid
 from mtu.recipes.icons.text import TextConfig
 from mtu.recipes.icons.vae import VAEConfig
+from mtu.training.checkpoint import load_checkpoint, save_checkpoint
 
 MINIATURE = BaseConfig(
     vae=VAEConfig(block_out_channels=(8, 8, 16), norm_num_groups=4),
@@ -34,7 +35,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_demo_from_end_to_end(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = DemoConfig(minutes=5, steps=3, examples=4, per_row=1, batch_per_task=1, inference_steps=2)
+    # Over what an earlier run left.
+    save_checkpoint(tmp_path / "out" / "training", {"a": torch.ones(1)}, {"step": 1})
     run_demo(base, tmp_path / "out", config)
+    assert load_checkpoint(tmp_path / "out" / "training")[1]["step"] == 3
     printed = capsys.readouterr().out
     for words in ("trained parameters", "FLOPs", "copying the input", "before", "after", "VAE's ceiling"):
         assert words in printed

@@ -21,7 +21,7 @@ from mtu.data.catalogue import (
 )
 from mtu.recipes.icons import vae as vae_module
 from mtu.recipes.icons.__main__ import main, make_base
-from mtu.recipes.icons.base import BaseConfig, new_pipeline, save_model
+from mtu.recipes.icons.base import BaseConfig, new_pipeline, save_model, train_base
 from mtu.recipes.icons.denoiser import DenoiserConfig
 from mtu.recipes.icons.prompts import (
     IconPicture,
@@ -35,6 +35,7 @@ from mtu.recipes.icons.score import ScoreConfig, read_colours, requests, retriev
 from mtu.recipes.icons.text import TextConfig, build_tokenizer
 from mtu.recipes.icons.vae import VAEConfig, training_pictures
 from mtu.training import FitConfig
+from mtu.training.checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
 
 ASSET = Path(__file__).parents[3] / "mtu" / "assets" / "icons-base"
 
@@ -179,6 +180,12 @@ def test_miniature_run_from_end_to_end_resumes_and_describes_itself(tmp_path: Pa
     # Resuming a finished run trains nothing, and comes to the same weights; also under another name of the device.
     make_base(tmp_path, MINIATURE, SCORE, command="the command", resume=True, device="cpu:0")
     assert {path.name: path.read_bytes() for path in model.rglob("*.safetensors")} == first
+    # Without --resume the checkpoints are not destroyed, also where only the second stage has one.
+    remove_checkpoint(tmp_path / "vae")
+    denoiser = load_checkpoint(tmp_path / "denoiser")[1]
+    with pytest.raises(FileExistsError, match="denoiser holds the checkpoint of a training: continue it with resume"):
+        make_base(tmp_path, MINIATURE, SCORE, command="the command")
+    assert load_checkpoint(tmp_path / "denoiser")[1] == denoiser
     pipeline = StableDiffusionPipeline.from_pretrained(model)
     assert {m.dtype for m in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
     assert pipeline.unet.config.cross_attention_dim == 16
@@ -189,6 +196,28 @@ def test_resuming_from_an_empty_folder_says_so(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit, match="2"):
         main(["base", "--output", str(tmp_path), "--resume", "--minutes", "0.01"])
     assert f"There is no checkpoint in {tmp_path / 'vae'} to resume from." in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("few_pictures")
+def test_overwriting_leaves_no_stage_of_the_older_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a resume would put the older denoiser over the newer autoencoder."""
+    for stage in ("vae", "denoiser"):
+        save_checkpoint(tmp_path / stage, {"a": torch.ones(1)}, {"step": 1})
+
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mtu.recipes.icons.base.fit", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_base(tmp_path, MINIATURE, overwrite=True)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_the_command_does_not_destroy_a_training_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_checkpoint(tmp_path / "vae", {"a": torch.ones(1)}, {"step": 1})
+    with pytest.raises(SystemExit, match="2"):
+        main(["base", "--output", str(tmp_path), "--minutes", "0.01"])
+    assert "holds the checkpoint of a training" in capsys.readouterr().err
 
 
 def test_untrained_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:

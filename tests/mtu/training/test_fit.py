@@ -43,7 +43,12 @@ def tensors_of(directory: Path) -> Path:
 
 
 def train(
-    config: FitConfig = CONFIG, directory: Path | None = None, *, resume: bool = False, stop_at: int | None = None
+    config: FitConfig = CONFIG,
+    directory: Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    stop_at: int | None = None,
 ) -> tuple[Model, list[LogEntry]]:
     """Train a fresh model; `stop_at` interrupts before that step, as a user would."""
     model = Model()
@@ -53,7 +58,9 @@ def train(
             raise KeyboardInterrupt
         return model.loss(step)
 
-    return model, fit(loss_fn, {"model": model}, model.parameters(), config, directory=directory, resume=resume)
+    return model, fit(
+        loss_fn, {"model": model}, model.parameters(), config, directory=directory, resume=resume, overwrite=overwrite
+    )
 
 
 def test_resumed_training_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> None:
@@ -307,6 +314,27 @@ def test_float16_weights_are_refused() -> None:
     with pytest.raises(ValueError, match=r"2 of 2 parameters to train are torch\.float16, .* by which AdamW divides"):
         fit(lambda step: model.weight.sum(), {"model": model}, model.parameters(), CONFIG)
     assert torch.equal(model.weight, before)
+
+
+def test_a_checkpoint_is_not_destroyed_unasked(tmp_path: Path) -> None:
+    model, _ = train(directory=tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    with pytest.raises(
+        FileExistsError, match=r"holds the checkpoint of a training: continue it with resume, delete it"
+    ):
+        fit(lambda step: pytest.fail("trained"), {"model": model}, model.parameters(), CONFIG, directory=tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match="expected one of them, got both"):
+        train(directory=tmp_path, resume=True, overwrite=True)
+    # Interrupted before its first checkpoint, the new training leaves nothing of the old one to resume.
+    with pytest.raises(KeyboardInterrupt):
+        train(directory=tmp_path, overwrite=True, stop_at=3)
+    with pytest.raises(FileNotFoundError):
+        train(directory=tmp_path, resume=True)
+    assert [entry.step for entry in train(directory=tmp_path, overwrite=True)[1]] == list(range(1, 11))
 
 
 def test_resuming_from_nothing_says_so(tmp_path: Path) -> None:
