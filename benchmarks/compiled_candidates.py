@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from benchmarks.ahead_of_time import CHIPS, Compiled, compile_launch, programs_per_processor, specialize
 from benchmarks.compiled_kernels import Result, table_tile, violations
+from benchmarks.harness.sweeps import parse_shapes
 from benchmarks.kernel_calls import SD_SHAPES, NamedLaunch
 from benchmarks.kernel_model import GPUS, grid_us, read_tile
 from benchmarks.products import Shape, draw_operands, prepare
 from benchmarks.sass import count_waits
-from benchmarks.sweeps import parse_shapes
 from benchmarks.tile_candidates import candidates
 from mtu_kernels.triton.launch import interpreted
 from mtu_kernels.triton.tiles import PRODUCTS, TileConfig

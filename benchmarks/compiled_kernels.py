@@ -19,6 +19,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from benchmarks.ahead_of_time import ARCHITECTURES, CHIPS, Compiled, compile_launch, programs_per_processor, specialize
+from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.kernel_calls import (
     ODD,
     NamedLaunch,
@@ -30,7 +31,6 @@ from benchmarks.kernel_calls import (
     record_others,
     record_rows,
 )
-from benchmarks.provenance import RESULTS, command_line, provenance
 from benchmarks.sass import count, count_tensor_core, count_waits
 from mtu_kernels.triton.launch import Launch, interpreted
 from mtu_kernels.triton.tile_choice import more_general, triton_version

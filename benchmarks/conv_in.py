@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from benchmarks.inputs import DTYPES
-from benchmarks.provenance import RESULTS, command_line, provenance
-from benchmarks.rows import append_row
-from benchmarks.sweeps import parse_counts
-from benchmarks.timing import Call, Timing, time_interleaved, warm_up
+from benchmarks.harness.dtypes import DTYPES
+from benchmarks.harness.provenance import RESULTS, command_line, provenance
+from benchmarks.harness.rows import append_row
+from benchmarks.harness.sweeps import parse_counts
+from benchmarks.harness.timing import Call, Timing, time_interleaved, warm_up
 from mtu.conv_in import TaskConvIn
 from mtu.tasks import SD_TASKS
 

@@ -1,4 +1,4 @@
-"""Right before fast: no contender is timed before it has passed this check on its own inputs."""
+"""Right before fast: no feed-forward is timed before it has passed this check on its own inputs."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from benchmarks.harness.correctness import WrongResult, hold
 from benchmarks.inputs import EPS, Inputs
 from benchmarks.peers import FFN, stock_ffn, user_ffn
 from mtu_kernels import ExpertWeights, NormAffine, Routing, reference
 
 # Tokens of a sample that are compared: spread over all of it, few enough for float64 on a CPU.
 _TOKENS = 512
-
-
-class WrongResult(AssertionError):
-    """A contender computes something else than the reference."""
 
 
 def check(function: FFN, inputs: Inputs, residual: bool = False) -> None:
@@ -60,29 +57,6 @@ def check(function: FFN, inputs: Inputs, residual: bool = False) -> None:
         hold(label, *tensors, dtype, ulp)
 
 
-def hold(label: str, actual: Tensor, user: Tensor, exact: Tensor, dtype: torch.dtype, ulp: float) -> None:
-    """Asserts ``max|actual − exact| <= 2 · max|user − exact| + ulp · max|exact|``, and the dtype.
-
-    Args:
-        label: what it is, for the error.
-        actual: of the contender.
-        user: of the code whose error is the yardstick.
-        exact: in a wider dtype.
-        dtype: that `actual` must have.
-        ulp: of the dtype that is computed in.
-
-    Raises:
-        WrongResult: one sentence with the error and what is allowed.
-    """
-    error, allowed = _max_abs(actual - exact), 2 * _max_abs(user - exact) + ulp * _max_abs(exact)
-    # Not "error > allowed", which NaN would pass.
-    if actual.dtype != dtype or not error <= allowed:
-        wide = str(exact.dtype).removeprefix("torch.")
-        raise WrongResult(
-            f"{label} must be {dtype} within {allowed:.3g} of {wide}, got {actual.dtype} off by {error:.3g}."
-        )
-
-
 def _outputs(function: FFN, inputs: Inputs, leaves: Sequence[Tensor]) -> list[Tensor]:
     y = function(*inputs.arguments)
     if y.shape != inputs.x.shape:
@@ -120,7 +94,3 @@ def _widened(inputs: Inputs) -> Inputs:
     x, norm, experts, routing, grad_y = inputs
     experts = ExpertWeights(*map(widen, experts[:4]), experts.num_experts)
     return Inputs(widen(x), NormAffine(*map(widen, norm)), experts, Routing(*map(widen, routing)), widen(grad_y))
-
-
-def _max_abs(tensor: Tensor) -> float:
-    return tensor.abs().max().item()

@@ -15,8 +15,8 @@ from typing import NamedTuple
 from benchmarks import tune
 from benchmarks.gpu_output import FACTS, RESULTS, RUN
 from benchmarks.gpu_steps import TABLE
-from benchmarks.provenance import RESULTS as PLACE
-from benchmarks.rows import append_row, check_header
+from benchmarks.harness.provenance import RESULTS as PLACE
+from benchmarks.harness.rows import append_row, check_header
 from benchmarks.tile_rows import merge, read, write
 from mtu_kernels.triton.tiles import TableRow
 

@@ -23,8 +23,8 @@ from benchmarks.gpu_output import Output, check_writable
 from benchmarks.gpu_stages import MARGIN_SECONDS, RESERVE_SECONDS, Interrupted, Run, fitting, stages
 from benchmarks.gpu_state import ENDED, FAILED, State, folder_of
 from benchmarks.gpu_steps import DIAGNOSIS, STEPS, Place, Step
-from benchmarks.provenance import provenance
-from benchmarks.sweeps import parse_choices
+from benchmarks.harness.provenance import provenance
+from benchmarks.harness.sweeps import parse_choices
 
 
 def schedule(steps: Sequence[Step], minutes: float, quick: bool, commit: str, state: Path) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from benchmarks.gpu_process import end_leftover
 from benchmarks.gpu_steps import TABLE, TUNE
-from benchmarks.provenance import ROOT
+from benchmarks.harness.provenance import ROOT
 
 _TREE = ("mtu", "mtu_kernels", "benchmarks", "tests", "pyproject.toml")
 _TABLE = Path("mtu_kernels", "triton", TABLE)

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.inputs import DTYPES
+from benchmarks.harness.dtypes import DTYPES
+from benchmarks.harness.provenance import RESULTS, command_line, provenance
+from benchmarks.harness.report import TESTED
+from benchmarks.harness.rows import COLUMNS, check_header
+from benchmarks.harness.sweeps import DENSE, Sweep
 from benchmarks.moe_ffn import run
-from benchmarks.provenance import RESULTS, command_line, provenance
-from benchmarks.report import TESTED
-from benchmarks.rows import COLUMNS, check_header
-from benchmarks.sweeps import DENSE, Sweep
 
 _SECONDS = {"cpu": 2.0, "cuda": 0.1}
 _BESIDE = ("products", "eager")

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
-from benchmarks.report import TESTED
-from benchmarks.rows import Row
-from benchmarks.sweeps import DENSE, Entry, Setting, heeded
+from benchmarks.harness.report import TESTED
+from benchmarks.harness.rows import Row
+from benchmarks.harness.sweeps import DENSE, Entry, Setting, heeded
 
 # Drawn beside the contender under test, where its group has them.
 _BESIDE = ("eager", "products")

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness.provenance import RESULTS, provenance
+from benchmarks.harness.sweeps import Setting, Workload
 from benchmarks.inputs import EPS, Inputs, draw_shared, route
-from benchmarks.provenance import RESULTS, provenance
-from benchmarks.sweeps import Setting, Workload
 from mtu_kernels.arguments import check_arguments
 from mtu_kernels.triton import operators
 from mtu_kernels.triton.launch import Launch, Machine

@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from benchmarks.provenance import RESULTS, ROOT, command_line, provenance
-from benchmarks.rows import append_row, check_header
-from benchmarks.sweeps import parse_count
-from benchmarks.timing import summary
+from benchmarks.harness.provenance import RESULTS, ROOT, command_line, provenance
+from benchmarks.harness.rows import append_row, check_header
+from benchmarks.harness.sweeps import parse_count
+from benchmarks.harness.timing import summary
 
 _ROUNDS = 20
 _WARM_ROUNDS = 1
@@ -59,7 +59,7 @@ class Row(NamedTuple):
         part: that of its pair.
         statement: what a fresh interpreter ran.
         rounds: how often.
-        source: where it comes from, as `benchmarks.provenance` says it.
+        source: where it comes from, as `benchmarks.harness.provenance` says it.
     """
 
     group: str

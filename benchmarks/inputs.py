@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.sweeps import Setting, Workload
+from benchmarks.harness.dtypes import DTYPES
+from benchmarks.harness.sweeps import Setting, Workload
 from mtu_kernels import ExpertWeights, NormAffine, Routing
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EPS = 1e-5
 # Stands for the caches of a CPU, whose sizes torch does not tell.
 _CPU_CACHE_BYTES = 32 * 2**20

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from benchmarks.inputs import DTYPES
+from benchmarks.harness.dtypes import DTYPES
+from benchmarks.harness.sweeps import SHAPE_SETS
 from benchmarks.products import Shape, draw_operands, prepare
-from benchmarks.sweeps import SHAPE_SETS
 from mtu_kernels.triton import operators
 from mtu_kernels.triton.index_check import launch_index_check
 from mtu_kernels.triton.launch import Launch, Machine

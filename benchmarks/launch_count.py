@@ -25,9 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtu
 from benchmarks.fake_gpu import ARCH, WORKS, Generated, Operator, fake_gpu, generate, to_fake_gpu
-from benchmarks.inputs import DTYPES
-from benchmarks.provenance import RESULTS, command_line, provenance
-from benchmarks.sweeps import SHAPE_SETS, parse_choices, parse_shapes
+from benchmarks.harness.dtypes import DTYPES
+from benchmarks.harness.provenance import RESULTS, command_line, provenance
+from benchmarks.harness.sweeps import SHAPE_SETS, parse_choices, parse_shapes
 from benchmarks.unet_models import MODELS, default_experts, default_size, tasks_of
 from mtu.config import ExpertConfig
 from mtu.ffn import CONTEXT_KEY, RoutedTransformerBlock

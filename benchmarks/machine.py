@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.inputs import DTYPES
-from benchmarks.provenance import RESULTS, command_line, provenance
-from benchmarks.rows import append_row, check_header, read_cells
-from benchmarks.timing import MIN_ROUNDS, time_interleaved, warm_up
+from benchmarks.harness.dtypes import DTYPES
+from benchmarks.harness.provenance import RESULTS, command_line, provenance
+from benchmarks.harness.rows import append_row, check_header, read_cells
+from benchmarks.harness.timing import MIN_ROUNDS, time_interleaved, warm_up
 
 _MEASURED = ("bf16", "fp32")
 # Edges of the square matrices, by device.
@@ -37,14 +37,14 @@ class Roofs(NamedTuple):
 
     Attributes:
         device: kind of it, "cuda" or "cpu".
-        dtype: its name, as in `benchmarks.inputs.DTYPES`.
+        dtype: its name, as in `benchmarks.harness.dtypes.DTYPES`.
         matrix: edge of the square matrices whose product was the fastest.
         flops_per_s: of that product; a multiply-add counts as two.
         traffic: the faster way through memory: "copy", or "triad", ``a = b + s · c``.
         array_bytes: of each array in it.
         bytes_per_s: read and written by it.
         rounds: that were timed.
-        source: where it comes from, as `benchmarks.provenance` says it.
+        source: where it comes from, as `benchmarks.harness.provenance` says it.
     """
 
     device: str

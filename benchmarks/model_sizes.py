@@ -2,7 +2,7 @@
 
 import csv
 
-from benchmarks.provenance import RESULTS, provenance
+from benchmarks.harness.provenance import RESULTS, provenance
 from mtu.inspection import BUILT_IN, compare
 
 

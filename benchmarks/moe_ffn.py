@@ -19,14 +19,13 @@ import torch
 import torch._functorch.config
 
 from benchmarks.correctness import check
-from benchmarks.inputs import DTYPES, Inputs, draw_shared, number_of_sets, route
-from benchmarks.memory import peak_bytes, saved_bytes
-from benchmarks.peers import CONTENDERS, FFN, bind
-from benchmarks.provenance import RESULTS, command_line, provenance
-from benchmarks.recording import Log, deadline, measured, record
-from benchmarks.report import report
-from benchmarks.rows import COLUMNS, Row, check_header, read_rows
-from benchmarks.sweeps import (
+from benchmarks.harness.dtypes import DTYPES
+from benchmarks.harness.memory import peak_bytes, saved_bytes
+from benchmarks.harness.provenance import RESULTS, command_line, provenance
+from benchmarks.harness.recording import Log, deadline, measured, record
+from benchmarks.harness.report import report
+from benchmarks.harness.rows import COLUMNS, Row, check_header, read_rows
+from benchmarks.harness.sweeps import (
     DEFAULT_SWEEPS,
     PASSES,
     QUICK,
@@ -39,7 +38,9 @@ from benchmarks.sweeps import (
     parse_shapes,
     parse_top_k,
 )
-from benchmarks.timing import Call, host_us, time_interleaved, warm_up
+from benchmarks.harness.timing import Call, host_us, time_interleaved, warm_up
+from benchmarks.inputs import Inputs, draw_shared, number_of_sets, route
+from benchmarks.peers import CONTENDERS, FFN, bind
 from mtu_kernels import check_backend
 
 _SECONDS = 0.1

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import page_ffn, page_models
-from benchmarks.provenance import RESULTS, ROOT
+from benchmarks.harness.provenance import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "performance.md"
 _MARKED = re.compile(r"(<!-- table: (\S*) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

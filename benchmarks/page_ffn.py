@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.growth_lines import Line, panels, routing_name, us_per_token
+from benchmarks.harness.report import TESTED, comparisons
+from benchmarks.harness.rows import Row, read_cells, read_rows
+from benchmarks.harness.sweeps import DENSE, Setting
 from benchmarks.page_text import MISSING, digits, duration, provenance_line, ratio, table
-from benchmarks.report import TESTED, comparisons
 from benchmarks.roofline import Mark, read_marks
-from benchmarks.rows import Row, read_cells, read_rows
-from benchmarks.sweeps import DENSE, Setting
 
 _USUAL_BATCH = 8
 _FLOOR = "products"

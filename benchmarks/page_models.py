@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import import_time, pipeline_psnr, pipeline_rows, unet_rows
+from benchmarks.harness.report import TESTED, geometric_mean, pairs_of
+from benchmarks.harness.rows import read_cells, read_rows_as
 from benchmarks.page_text import (
     MISSING,
     digits,
@@ -17,8 +19,6 @@ from benchmarks.page_text import (
     small_ratio,
     table,
 )
-from benchmarks.report import TESTED, geometric_mean, pairs_of
-from benchmarks.rows import read_cells, read_rows_as
 from benchmarks.steps import ORIGINAL, UNUSUAL, Step, deployed, scenes, unusual, usual
 
 _STOCK_PIPELINES = "stock-each"

@@ -26,7 +26,7 @@ def provenance_line(sources: Iterable[Mapping[str, str]], *files: str) -> str:
     """Processor, threads, commit, torch, commands, each value once, and the files that say the rest.
 
     Args:
-        sources: cells of rows, with those of `benchmarks.provenance`.
+        sources: cells of rows, with those of `benchmarks.harness.provenance`.
         files: names of CSV files in `benchmarks/results`.
     """
     sources = list(sources)

@@ -22,8 +22,13 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import mtu
-from benchmarks.inputs import DTYPES
-from benchmarks.memory import peak_bytes
+from benchmarks.harness.dtypes import DTYPES
+from benchmarks.harness.memory import peak_bytes
+from benchmarks.harness.provenance import RESULTS, command_line, provenance
+from benchmarks.harness.recording import Log, record
+from benchmarks.harness.rows import check_header
+from benchmarks.harness.sweeps import DENSE, Entry, Setting, parse_choices, parse_count
+from benchmarks.harness.timing import WARM_ROUNDS, synchronize, time_interleaved
 from benchmarks.pipeline_models import (
     Sample,
     cast,
@@ -41,11 +46,6 @@ from benchmarks.pipeline_models import (
     weight_bytes,
 )
 from benchmarks.pipeline_rows import COLUMNS, Row, Workload, comparison
-from benchmarks.provenance import RESULTS, command_line, provenance
-from benchmarks.recording import Log, record
-from benchmarks.rows import check_header
-from benchmarks.sweeps import DENSE, Entry, Setting, parse_choices, parse_count
-from benchmarks.timing import WARM_ROUNDS, synchronize, time_interleaved
 
 _RUNS, _QUICK_RUNS, _QUICK_STEPS = 5, 2, 2
 # Of the images that are held to those of a wider dtype: every operation runs, and rounding has no time to grow.

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 
 import mtu
-from benchmarks.correctness import WrongResult
+from benchmarks.harness.correctness import WrongResult
 from mtu.data import icons
 from mtu.data.icons import Icons
 from mtu.guidance import plan_guidance

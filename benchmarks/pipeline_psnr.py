@@ -37,7 +37,7 @@ class Row(NamedTuple):
         error_db: standard error of the difference of the two; 0 where what is allowed is a constant.
         pooled_db: PSNR of the mean squared error over all images. One image may make most of it, so nothing is held
             to it.
-        source: where it comes from, as `benchmarks.provenance` says it.
+        source: where it comes from, as `benchmarks.harness.provenance` says it.
     """
 
     path: str

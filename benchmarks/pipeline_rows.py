@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
-from benchmarks.rows import AnyRow, Number
+from benchmarks.harness.rows import AnyRow, Number
 
 
 class Workload(NamedTuple):

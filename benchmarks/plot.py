@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import plot_ffn, plot_growth, plot_roofline, plot_unet
+from benchmarks.harness.provenance import RESULTS, ROOT
+from benchmarks.harness.rows import read_rows
 from benchmarks.machine import read_roofs
 from benchmarks.plot_ffn import points
-from benchmarks.provenance import RESULTS, ROOT
 from benchmarks.roofline import read_marks
-from benchmarks.rows import read_rows
 from benchmarks.unet_rows import read_rows as read_unet_rows
 
 __all__ = ["IMAGES", "main", "points"]

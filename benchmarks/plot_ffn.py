@@ -9,10 +9,10 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.harness.report import comparisons
+from benchmarks.harness.rows import Row
+from benchmarks.harness.sweeps import Setting, Workload
 from benchmarks.plot_looks import FFN_LOOKS, FLOOR_LOOK, legend, letters, most_common_dtype, save
-from benchmarks.report import comparisons
-from benchmarks.rows import Row
-from benchmarks.sweeps import Setting, Workload
 
 _FLOOR = "products"
 _PASSES = ("forward", "forward+backward")

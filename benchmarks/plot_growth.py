@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.growth_lines import Panel, panels, routing_name, tokens
+from benchmarks.harness.rows import Row
+from benchmarks.harness.sweeps import DENSE
 from benchmarks.plot_looks import FFN_LOOKS, legend, letters, most_common_dtype, save
-from benchmarks.rows import Row
-from benchmarks.sweeps import DENSE
 
 _PRODUCTS = ("#D55E00", "the bare matrix products")
 _AXES = {

@@ -9,7 +9,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.rows import AnyRow
+from benchmarks.harness.rows import AnyRow
 
 # Looks of the feed-forward's contenders in the order of the legend. Families share a hue; colours are told apart by
 # colour-blind readers, too. Contenders that are not listed are not drawn.

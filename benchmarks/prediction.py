@@ -30,9 +30,9 @@ from benchmarks.forward_model import (
     stock,
     unet_ratio,
 )
+from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.kernel_calls import SD_SHAPES, Call, dense, record, top_2
 from benchmarks.kernel_model import GPUS, Program, Rates, grid_us, read_tile
-from benchmarks.provenance import RESULTS, command_line, provenance
 from mtu_kernels.triton.launch import Launch, interpreted
 
 STATUS = "predicted, not measured"

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
+from benchmarks.harness.sweeps import parse_count, parse_shapes
 from benchmarks.products import Shape, draw_operands, prepare
-from benchmarks.sweeps import parse_count, parse_shapes
 from benchmarks.tile_measure import Task, Timer
 from mtu_kernels.triton.launch import arch_of, execute, interpreted
 from mtu_kernels.triton.tile_choice import find_tile

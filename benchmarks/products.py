@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.inputs import DTYPES
+from benchmarks.harness.dtypes import DTYPES
 from mtu_kernels import ExpertWeights, Routing
 from mtu_kernels.triton.activation import GegluGradients, launch_geglu, launch_geglu_backward
 from mtu_kernels.triton.expert_in import Hidden, launch_expert_in

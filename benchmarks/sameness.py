@@ -28,7 +28,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import mtu
-from benchmarks.inputs import DTYPES
+from benchmarks.harness.dtypes import DTYPES
+from benchmarks.harness.provenance import RESULTS, command_line, provenance
+from benchmarks.harness.recording import Log
+from benchmarks.harness.rows import append_row, check_header
+from benchmarks.harness.sweeps import Entry, Setting, parse_choices, parse_count
 from benchmarks.pipeline_models import (
     Sample,
     cast,
@@ -44,10 +48,6 @@ from benchmarks.pipeline_models import (
 )
 from benchmarks.pipeline_psnr import COLUMNS, STOCK, Row, compare, squared_errors, table
 from benchmarks.pipeline_rows import Workload
-from benchmarks.provenance import RESULTS, command_line, provenance
-from benchmarks.recording import Log
-from benchmarks.rows import append_row, check_header
-from benchmarks.sweeps import Entry, Setting, parse_choices, parse_count
 from mtu.export import stock_config
 
 # With 16 the standard error is itself too uncertain: one row in twenty was three of them off, and not so with more.

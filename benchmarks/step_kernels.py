@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks.sweeps import Entry
+from benchmarks.harness.sweeps import Entry
 from benchmarks.unet_rows import Workload
 
 KERNEL_COLUMNS = ("contender", "device", *Workload._fields, "E", "K", "tasks", "kernel", "count", "total_us")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from benchmarks.sweeps import DENSE, Setting, heeded
+from benchmarks.harness.sweeps import DENSE, Setting, heeded
 from benchmarks.unet_rows import Row
 
 ORIGINAL = "stock"

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from benchmarks.harness.memory import peak_bytes, saved_bytes
+from benchmarks.harness.provenance import RESULTS, provenance
+from benchmarks.harness.sweeps import SHAPE_SETS, Setting, Workload
 from benchmarks.inputs import EPS, Inputs, draw_shared, route
-from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.peers import as_stock, stock_ffn
-from benchmarks.provenance import RESULTS, provenance
-from benchmarks.sweeps import SHAPE_SETS, Setting, Workload
 from mtu_kernels.triton import operators
 from mtu_kernels.triton.launch import Machine
 

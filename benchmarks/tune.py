@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from benchmarks.harness.provenance import command_line, provenance
+from benchmarks.harness.sweeps import parse_choices, parse_counts, parse_shapes
 from benchmarks.kernel_calls import SD_SHAPES
 from benchmarks.products import Shape
-from benchmarks.provenance import command_line, provenance
-from benchmarks.sweeps import parse_choices, parse_counts, parse_shapes
 from benchmarks.tile_candidates import PERSISTENT, candidates
 from benchmarks.tile_measure import Task, Tile, Timer, compile_ahead
 from benchmarks.tile_rows import merge, read, write

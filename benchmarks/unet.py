@@ -24,14 +24,14 @@ from pathlib import Path
 import torch
 import torch.compiler.config
 
-from benchmarks.inputs import DTYPES
-from benchmarks.provenance import RESULTS, command_line, provenance
-from benchmarks.recording import Log, deadline, measured, record
-from benchmarks.report import report
-from benchmarks.rows import append_row, check_header
+from benchmarks.harness.dtypes import DTYPES
+from benchmarks.harness.provenance import RESULTS, command_line, provenance
+from benchmarks.harness.recording import Log, deadline, measured, record
+from benchmarks.harness.report import report
+from benchmarks.harness.rows import append_row, check_header
+from benchmarks.harness.sweeps import DENSE, Entry, Setting, parse_choices, parse_count, parse_counts, parse_top_k
+from benchmarks.harness.timing import MIN_ROUNDS, WARM_ROUNDS, Call
 from benchmarks.step_kernels import KERNEL_COLUMNS, KernelRow, are_counted, kernels_of
-from benchmarks.sweeps import DENSE, Entry, Setting, parse_choices, parse_count, parse_counts, parse_top_k
-from benchmarks.timing import MIN_ROUNDS, WARM_ROUNDS, Call
 from benchmarks.unet_contenders import CONTENDERS, default_contenders
 from benchmarks.unet_measure import Measuring, Plan
 from benchmarks.unet_models import (

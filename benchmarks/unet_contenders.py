@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import mtu
-from benchmarks.sweeps import Setting
+from benchmarks.harness.sweeps import Setting
 from benchmarks.unet_models import Batch, Family, take
 from benchmarks.unet_peers import four_unets, lora_hotswap, lora_per_sample, swapped_unets
 from benchmarks.unet_subjects import Division, Part, Subject, at_once, call, each_picture, stock_inputs

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.memory import peak_bytes
-from benchmarks.recording import Log
-from benchmarks.sweeps import DENSE, Entry, Setting, heeded
-from benchmarks.timing import Call, Timing, repeated_us, synchronize, time_interleaved
+from benchmarks.harness.memory import peak_bytes
+from benchmarks.harness.recording import Log
+from benchmarks.harness.sweeps import DENSE, Entry, Setting, heeded
+from benchmarks.harness.timing import Call, Timing, repeated_us, synchronize, time_interleaved
 from benchmarks.unet_contenders import CONTENDERS
 from benchmarks.unet_models import Family, Yardstick, draw_batch, tasks_of
 from benchmarks.unet_rows import Workload

@@ -13,9 +13,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 import mtu
-from benchmarks.correctness import hold
-from benchmarks.inputs import DTYPES
-from benchmarks.sweeps import Setting
+from benchmarks.harness.correctness import hold
+from benchmarks.harness.dtypes import DTYPES
+from benchmarks.harness.sweeps import Setting
 from benchmarks.unet_rows import Workload
 from mtu.inspection import BUILT_IN
 from mtu.tasks import SD_TASKS, SDXL_TASKS, TaskSpec

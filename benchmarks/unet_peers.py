@@ -13,8 +13,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.utils import is_peft_available
 from torch import Tensor
 
-from benchmarks.inputs import DTYPES
-from benchmarks.sweeps import Setting
+from benchmarks.harness.dtypes import DTYPES
+from benchmarks.harness.sweeps import Setting
 from benchmarks.unet_models import TASKS, Batch, Family, share
 from benchmarks.unet_subjects import Part, Subject, at_once, by_task, call, stock_inputs
 

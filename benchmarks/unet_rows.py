@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from benchmarks.report import Target
-from benchmarks.rows import AnyRow, Number, read_rows_as
-from benchmarks.sweeps import DENSE
+from benchmarks.harness.report import Target
+from benchmarks.harness.rows import AnyRow, Number, read_rows_as
+from benchmarks.harness.sweeps import DENSE
 
 
 class Workload(NamedTuple):

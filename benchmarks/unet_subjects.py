@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from benchmarks.timing import Call
+from benchmarks.harness.timing import Call
 from benchmarks.unet_models import Batch, take
 
 Rows = tuple[int, ...]

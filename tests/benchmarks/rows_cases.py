@@ -1,7 +1,7 @@
 """Rows that nobody measured, for the report and the plot."""
 
-from benchmarks.rows import Row
-from benchmarks.sweeps import Setting, Workload, heeded
+from benchmarks.harness.rows import Row
+from benchmarks.harness.sweeps import Setting, Workload, heeded
 
 SOURCE = {"command": "none", "commit": "abc1234", "torch": "2.0", "triton": "3.0", "processor": "Some GPU"}
 SOURCE |= {"threads": "1"}

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from benchmarks import moe_ffn, plot
+from benchmarks.harness.provenance import ROOT, provenance
+from benchmarks.harness.rows import append_row, read_rows
+from benchmarks.harness.sweeps import DEFAULT_SWEEPS, QUICK, Setting
 from benchmarks.peers import CONTENDERS, Contender
-from benchmarks.provenance import ROOT, provenance
-from benchmarks.rows import append_row, read_rows
-from benchmarks.sweeps import DEFAULT_SWEEPS, QUICK, Setting
 
 from .rows_cases import make_row
 
@@ -148,8 +148,9 @@ def test_arguments_choose_between_the_default_sweep_and_all_combinations():
 def test_measuring_needs_neither_diffusers_nor_matplotlib_nor_the_installed_package():
     code = (
         "import sys; sys.modules['diffusers'] = sys.modules['matplotlib'] = sys.modules['mtu'] = None; "
-        "import benchmarks.gpu_run, benchmarks.gpu_smoke, benchmarks.moe_ffn, benchmarks.tune, benchmarks.provenance; "
-        "print(benchmarks.provenance.provenance('x')['commit'])"
+        "import benchmarks.gpu_run, benchmarks.gpu_smoke, benchmarks.moe_ffn, benchmarks.tune; "
+        "import benchmarks.harness.provenance; "
+        "print(benchmarks.harness.provenance.provenance('x')['commit'])"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == provenance("x")["commit"]
@@ -184,7 +185,7 @@ def test_the_commit_of_a_changed_tree_is_marked(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("1")
     git("add", "file")
     git("commit", "-m", "one")
-    monkeypatch.setattr("benchmarks.provenance.ROOT", tmp_path)
+    monkeypatch.setattr("benchmarks.harness.provenance.ROOT", tmp_path)
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
     (results / "new.csv").write_text("1")

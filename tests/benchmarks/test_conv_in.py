@@ -5,7 +5,7 @@ import csv
 import torch
 
 from benchmarks import conv_in
-from benchmarks.provenance import provenance
+from benchmarks.harness.provenance import provenance
 
 
 def test_rows_and_ratios(tmp_path, capsys):

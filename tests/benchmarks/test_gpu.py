@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from benchmarks import moe_ffn, unet, unet_rows
-from benchmarks.memory import peak_bytes
-from benchmarks.rows import read_rows
-from benchmarks.timing import host_us, time_interleaved, warm_up
+from benchmarks.harness.memory import peak_bytes
+from benchmarks.harness.rows import read_rows
+from benchmarks.harness.timing import host_us, time_interleaved, warm_up
 
 pytestmark = pytest.mark.gpu
 N = 2048

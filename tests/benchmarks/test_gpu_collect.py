@@ -14,7 +14,7 @@ from benchmarks.gpu_output import FACTS, RESULTS, Output
 from benchmarks.gpu_stages import RESERVE_SECONDS, Run
 from benchmarks.gpu_state import State
 from benchmarks.gpu_steps import TABLE, TUNE, Step
-from benchmarks.rows import append_row, read_rows
+from benchmarks.harness.rows import append_row, read_rows
 from mtu_kernels.triton.tile_table import ROWS
 from mtu_kernels.triton.tiles import TableRow, TileConfig, TileKey
 

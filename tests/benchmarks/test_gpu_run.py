@@ -18,7 +18,7 @@ from benchmarks.gpu_process import Group, end_leftover
 from benchmarks.gpu_stages import RESERVE_SECONDS, Interrupted, Run, fitting, in_turn, stages
 from benchmarks.gpu_state import CUT, DONE, ENDED, FAILED, LATE, Outcome, State
 from benchmarks.gpu_steps import GO, STEPS, Step
-from benchmarks.provenance import ROOT
+from benchmarks.harness.provenance import ROOT
 
 from .gpu_run_cases import COMMIT, Folders, shell
 

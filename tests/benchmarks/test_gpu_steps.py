@@ -16,7 +16,7 @@ from benchmarks.gpu_output import FACTS
 from benchmarks.gpu_stages import stages
 from benchmarks.gpu_state import DONE, FAILED
 from benchmarks.gpu_steps import STEPS, TEST_FILES, Place
-from benchmarks.provenance import ROOT
+from benchmarks.harness.provenance import ROOT
 
 from .gpu_run_cases import COMMIT, Folders, shell
 

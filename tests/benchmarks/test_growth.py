@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import growth, plot_growth
 from benchmarks.growth_lines import panels, us_per_token
-from benchmarks.rows import read_rows
+from benchmarks.harness.rows import read_rows
 
 from .page_cases import grown
 from .rows_cases import make_row

@@ -5,8 +5,8 @@ import csv
 import pytest
 
 from benchmarks import import_time
+from benchmarks.harness.provenance import provenance
 from benchmarks.import_time import COLUMNS, PAIRS, Pair, Row
-from benchmarks.provenance import provenance
 
 SWIFT = (Pair("swift", "import math", "import json", 1.1), Pair("other", "pass", "import this", None))
 

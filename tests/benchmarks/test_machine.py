@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from benchmarks import machine
-from benchmarks.provenance import provenance
+from benchmarks.harness.provenance import provenance
+from benchmarks.harness.sweeps import Setting, Workload
+from benchmarks.harness.timing import Timing
 from benchmarks.roofline import cost, marks, read_marks
-from benchmarks.sweeps import Setting, Workload
-from benchmarks.timing import Timing
 
 from .page_cases import make_roofs, write_rows
 from .rows_cases import make_row

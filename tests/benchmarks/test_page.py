@@ -5,7 +5,7 @@ import re
 import pytest
 
 from benchmarks import import_time, page, page_ffn, page_models, page_text, pipeline_psnr
-from benchmarks.sweeps import DENSE, Setting
+from benchmarks.harness.sweeps import DENSE, Setting
 from benchmarks.unet_rows import TARGETS
 
 from .page_cases import MIXED, STEPS, make_images, make_roofs, make_step, write_cells, write_rows

@@ -10,13 +10,13 @@ from diffusers import StableDiffusionPipeline
 
 import mtu
 from benchmarks import pipeline, pipeline_models, sameness
-from benchmarks.correctness import WrongResult
+from benchmarks.harness.correctness import WrongResult
+from benchmarks.harness.provenance import provenance
 from benchmarks.pipeline_models import draw_samples, hold_images, sharing_copy, stock_rows, unet_rows
 from benchmarks.pipeline_psnr import COLUMNS as SAMENESS_COLUMNS
 from benchmarks.pipeline_psnr import STOCK, Row, compare, psnr, squared_errors, standard_error
 from benchmarks.pipeline_rows import COLUMNS, Workload, comparison
 from benchmarks.pipeline_rows import Row as PipelineRow
-from benchmarks.provenance import provenance
 from mtu.recipes.icons.base import BaseConfig, new_pipeline, save_model
 from mtu.recipes.icons.denoiser import DenoiserConfig
 from mtu.recipes.icons.text import TextConfig

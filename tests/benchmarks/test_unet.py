@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from benchmarks import unet
-from benchmarks.provenance import provenance
-from benchmarks.report import pairs_of, report
-from benchmarks.rows import append_row
-from benchmarks.sweeps import Setting, heeded
+from benchmarks.harness.provenance import provenance
+from benchmarks.harness.report import pairs_of, report
+from benchmarks.harness.rows import append_row
+from benchmarks.harness.sweeps import Setting, heeded
 from benchmarks.unet_contenders import CONTENDERS, Contender, default_contenders
 from benchmarks.unet_models import tasks_of
 from benchmarks.unet_rows import COLUMNS, TARGETS, Row, Workload, read_rows

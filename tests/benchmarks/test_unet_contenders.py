@@ -5,8 +5,8 @@ import functools
 import pytest
 import torch
 
-from benchmarks.correctness import WrongResult
-from benchmarks.sweeps import Setting, heeded
+from benchmarks.harness.correctness import WrongResult
+from benchmarks.harness.sweeps import Setting, heeded
 from benchmarks.unet_contenders import CONTENDERS
 from benchmarks.unet_models import (
     TASKS,

@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks import compiled_kernels
 from benchmarks.ahead_of_time import ARCHITECTURES
+from benchmarks.harness.provenance import ROOT
 from benchmarks.kernel_calls import BITS
-from benchmarks.provenance import ROOT
 from benchmarks.sass import count, count_tensor_core, count_waits, find_main_loop, parse
 from mtu_kernels.triton.launch import interpreted
 from mtu_kernels.triton.tiles import TileConfig

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
 
-from benchmarks.sweeps import Setting, Workload
+from benchmarks.harness.sweeps import Setting, Workload
 
 
 class Number(NamedTuple):
@@ -35,7 +35,7 @@ class AnyRow:
         setting: that of the experts; its default for contenders without.
         graph: whether a CUDA graph was replayed.
         peak_bytes: the most that is held at once beyond what is held before.
-        source: where it comes from, as `benchmarks.provenance` says it.
+        source: where it comes from, as `benchmarks.harness.provenance` says it.
     """
 
     group: str

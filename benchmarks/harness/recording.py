@@ -13,8 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.rows import AnyRow, append_row
-from benchmarks.sweeps import Entry
+from benchmarks.harness.rows import AnyRow, append_row
+from benchmarks.harness.sweeps import Entry
 
 
 def deadline(minutes: float | None) -> float:

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 
+from benchmarks.harness.report import TARGETS, TESTED, Target, geometric_mean, pairs_of, report
+from benchmarks.harness.rows import COLUMNS, append_row, read_rows
+from benchmarks.harness.sweeps import Setting
 from benchmarks.moe_ffn import main
-from benchmarks.report import TARGETS, TESTED, Target, geometric_mean, pairs_of, report
-from benchmarks.rows import COLUMNS, append_row, read_rows
-from benchmarks.sweeps import Setting
 
-from .rows_cases import make_row
+from ..rows_cases import make_row
 
 TRITON = "mtu-triton"
 TO_PRODUCTS = Target("to products", 1.1, to="products")

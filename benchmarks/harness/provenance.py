@@ -14,8 +14,8 @@ import torch
 
 __all__ = ["RESULTS", "command_line", "provenance"]
 
-ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 # What keeps libraries from instructions that the machine has.
 _LIMITS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
 # What a benchmark writes must not make the tree of the next one look changed.

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.rows import AnyRow
-from benchmarks.sweeps import DENSE, Entry, Workload, heeded
+from benchmarks.harness.rows import AnyRow
+from benchmarks.harness.sweeps import DENSE, Entry, Workload, heeded
 
 _TESTED = "{tested}"
 

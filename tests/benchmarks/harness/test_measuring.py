@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from benchmarks.harness.memory import peak_bytes, saved_bytes
+from benchmarks.harness.sweeps import DEFAULT_SWEEPS, DENSE, QUICK, Entry, Setting, Sweep, Workload, heeded
+from benchmarks.harness.timing import MIN_ROUNDS, WARM_ROUNDS, host_us, summary, time_interleaved, warm_up
 from benchmarks.inputs import draw_shared, number_of_sets
-from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.peers import CONTENDERS
-from benchmarks.sweeps import DEFAULT_SWEEPS, DENSE, QUICK, Entry, Setting, Sweep, Workload, heeded
-from benchmarks.timing import MIN_ROUNDS, WARM_ROUNDS, host_us, summary, time_interleaved, warm_up
 
 CPU = torch.device("cpu")
 
@@ -167,7 +167,7 @@ def device(monkeypatch):
     # Two cycles a microsecond.
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: device.enqueue(cycles / 2))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr("benchmarks.timing.time.perf_counter", lambda: device.host / 1e6)
+    monkeypatch.setattr("benchmarks.harness.timing.time.perf_counter", lambda: device.host / 1e6)
     return device
 
 

@@ -1,0 +1,37 @@
+"""Right before fast: what a contender computes is compared with a wider dtype before it is timed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class WrongResult(AssertionError):
+    """A contender computes something else than the reference."""
+
+
+def hold(label: str, actual: Tensor, user: Tensor, exact: Tensor, dtype: torch.dtype, ulp: float) -> None:
+    """Asserts ``max|actual − exact| <= 2 · max|user − exact| + ulp · max|exact|``, and the dtype.
+
+    Args:
+        label: what it is, for the error.
+        actual: of the contender.
+        user: of the code whose error is the yardstick.
+        exact: in a wider dtype.
+        dtype: that `actual` must have.
+        ulp: of the dtype that is computed in.
+
+    Raises:
+        WrongResult: one sentence with the error and what is allowed.
+    """
+    error, allowed = _max_abs(actual - exact), 2 * _max_abs(user - exact) + ulp * _max_abs(exact)
+    # Not "error > allowed", which NaN would pass.
+    if actual.dtype != dtype or not error <= allowed:
+        wide = str(exact.dtype).removeprefix("torch.")
+        raise WrongResult(
+            f"{label} must be {dtype} within {allowed:.3g} of {wide}, got {actual.dtype} off by {error:.3g}."
+        )
+
+
+def _max_abs(tensor: Tensor) -> float:
+    return tensor.abs().max().item()
