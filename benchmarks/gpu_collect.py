@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import tune
 from benchmarks.gpu_output import FACTS, RESULTS, RUN
 from benchmarks.gpu_steps import TABLE
 from benchmarks.harness.provenance import RESULTS as PLACE
 from benchmarks.harness.rows import append_row, check_header
-from benchmarks.tile_rows import merge, read, write
+from benchmarks.kernels import tune
+from benchmarks.kernels.tile_rows import merge, read, write
 from mtu_kernels.triton.tiles import TableRow
 
 # How a row of a tuned table says that it is none of the shipped ones.

@@ -32,7 +32,7 @@ TEST_FILES = (
     "tests/mtu/recipes/test_device.py",
     "tests/mtu/pipelines/test_compiled_pipeline.py",
     "tests/benchmarks/test_gpu.py",
-    "tests/benchmarks/test_tune.py",
+    "tests/benchmarks/kernels/test_tune.py",
     "tests/benchmarks/test_machine.py",
 )
 # After the training: pictures of four tasks, and the model is saved.
@@ -108,14 +108,16 @@ def _smoke(place: Place) -> list[str]:
 def _tune(place: Place) -> list[str]:
     arguments = ["--products", "expert_in,expert_sum", "--routing", "dense", "--batches", "2,8", *place.minutes]
     arguments += ["--shapes", "64x64" if place.quick else _SHAPES]
-    return _python("benchmarks.tune", *arguments, "--table", str(place.folder / TABLE), "--commit", place.commit)
+    return _python(
+        "benchmarks.kernels.tune", *arguments, "--table", str(place.folder / TABLE), "--commit", place.commit
+    )
 
 
 def _persistent(place: Place) -> list[str]:
     # Not the name that is collected: a kernel that runs for the first time is looked at before it is shipped.
     table = str(place.folder / "with_persistent.py")
     arguments = ["--persistent", "--batches", "2,8", *place.minutes, *["--shapes", "64x64"] * place.quick]
-    return _python("benchmarks.tune", *arguments, "--table", table, "--commit", place.commit)
+    return _python("benchmarks.kernels.tune", *arguments, "--table", table, "--commit", place.commit)
 
 
 def _ffn(contenders: str, batches: str, *sweep: str) -> Callable[[Place], list[str]]:
@@ -190,7 +192,7 @@ def _tests(place: Place) -> list[str]:
 
 
 def _profile(place: Place) -> list[str]:
-    command = _python("benchmarks.product_profile", "--product", "expert_in", *["--quick"] * place.quick)
+    command = _python("benchmarks.kernels.product_profile", "--product", "expert_in", *["--quick"] * place.quick)
     if place.cuda and shutil.which("ncu"):
         # The clocks are left as they are found.
         # Where the counters are not for everyone, times alone are better than nothing.

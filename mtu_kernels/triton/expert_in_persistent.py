@@ -4,8 +4,8 @@ One warp fetches tiles of x̂ and W_in into a ring of stages. Two groups of four
 one group is at the tensor cores, the other applies GEGLU to the tile before and stores it. Each program walks many
 tiles, so nothing but its first loads waits. Written in Gluon, where layouts, barriers and warps are explicit.
 
-No GPU has run this kernel yet, and no row of the table names it: `python -m benchmarks.tune --persistent` checks it
-against the reference and times it beside the others.
+No GPU has run this kernel yet, and no row of the table names it. `python -m benchmarks.kernels.tune --persistent`
+checks it against the reference and times it beside the others.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which tile a product runs with: a frozen table, and a careful default for what the table does not know.
 
 Nothing is tuned at run time: that would stall users, need a driver while compiling, and break CUDA-graph capture.
-`python -m benchmarks.tune` measures on the GPU it finds and rewrites `tile_table.py`.
+`python -m benchmarks.kernels.tune` measures on the GPU it finds and rewrites `tile_table.py`.
 
 A row that names a version of Triton serves that version alone, and goes before all rows that serve any. Those are
 compiled with the oldest and the newest version that the package supports, and are right on both.

@@ -1,4 +1,4 @@
-"""The tiles that are shipped, a row each. `python -m benchmarks.tune` measures and rewrites them."""
+"""The tiles that are shipped, a row each. `python -m benchmarks.kernels.tune` measures and rewrites them."""
 
 from mtu_kernels.triton.tiles import TableRow, TileConfig, TileKey
 

@@ -8,13 +8,14 @@ import zipfile
 
 import pytest
 
-from benchmarks import gpu_run, plot, tile_rows, tune
+from benchmarks import gpu_run, plot
 from benchmarks.gpu_collect import Places, collect
 from benchmarks.gpu_output import FACTS, RESULTS, Output
 from benchmarks.gpu_stages import RESERVE_SECONDS, Run
 from benchmarks.gpu_state import State
 from benchmarks.gpu_steps import TABLE, TUNE, Step
 from benchmarks.harness.rows import append_row, read_rows
+from benchmarks.kernels import tile_rows, tune
 from mtu_kernels.triton.tile_table import ROWS
 from mtu_kernels.triton.tiles import TableRow, TileConfig, TileKey
 

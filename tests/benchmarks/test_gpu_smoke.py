@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from benchmarks import gpu_smoke, product_profile
+from benchmarks import gpu_smoke
+from benchmarks.kernels import product_profile
 from mtu_kernels import moe_ffn
 from mtu_kernels.triton.launch import interpreted
 
@@ -57,7 +58,7 @@ def test_a_machine_without_a_gpu_or_a_compiler_is_unfit(monkeypatch, capsys):
 
 
 def test_a_product_that_is_wrong_is_not_profiled(capsys, monkeypatch):
-    monkeypatch.setattr("benchmarks.tile_measure.check", _refuse)
+    monkeypatch.setattr("benchmarks.kernels.tile_measure.check", _refuse)
     assert product_profile.main(["--quick"]) == 1
     assert "must run with its tile TileConfig(" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):

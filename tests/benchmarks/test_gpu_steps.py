@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_run, moe_ffn, tune, unet
+from benchmarks import gpu_run, moe_ffn, unet
 from benchmarks.gpu_output import FACTS
 from benchmarks.gpu_stages import stages
 from benchmarks.gpu_state import DONE, FAILED
 from benchmarks.gpu_steps import STEPS, TEST_FILES, Place
 from benchmarks.harness.provenance import ROOT
+from benchmarks.kernels import tune
 
 from .gpu_run_cases import COMMIT, Folders, shell
 
@@ -69,7 +70,7 @@ def test_commands_for_a_gpu_are_understood(step, quick, tmp_path):
     modules = {f"benchmarks.{known.__name__.rpartition('.')[2]}": known for known in (moe_ffn, unet, tune)}
     options = modules[module]._parser().parse_args(arguments)
     assert options.commit == COMMIT
-    if module != "benchmarks.tune":
+    if module != "benchmarks.kernels.tune":
         assert options.device == "cuda"
         assert options.output.name in ("moe_ffn_cuda.csv", "unet_cuda.csv")
         assert options.resume

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from benchmarks import compiled_kernels
-from benchmarks.ahead_of_time import ARCHITECTURES
 from benchmarks.harness.provenance import ROOT
-from benchmarks.kernel_calls import BITS
-from benchmarks.sass import count, count_tensor_core, count_waits, find_main_loop, parse
+from benchmarks.kernels import compiled_kernels
+from benchmarks.kernels.ahead_of_time import ARCHITECTURES
+from benchmarks.kernels.kernel_calls import BITS
+from benchmarks.kernels.sass import count, count_tensor_core, count_waits, find_main_loop, parse
 from mtu_kernels.triton.launch import interpreted
 from mtu_kernels.triton.tiles import TileConfig
 
@@ -27,7 +27,7 @@ def python(*arguments, **environment):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_shipped_tiles_compile_without_spills_within_the_chip_and_with_loads_that_run_ahead(arch, tmp_path):
     output = tmp_path / "kernels.csv"
-    result = python("-m", "benchmarks.compiled_kernels", "--check", "--arch", arch, "--output", output)
+    result = python("-m", "benchmarks.kernels.compiled_kernels", "--check", "--arch", arch, "--output", output)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     assert result.stdout.endswith(f"kernels compiled for {arch}: 0 violations.\n")
     with output.open(newline="") as file:
@@ -42,10 +42,10 @@ def test_shipped_tiles_compile_without_spills_within_the_chip_and_with_loads_tha
 
 
 CHECKER = """
-from benchmarks.compiled_kernels import compile_all, rows_of, uncovered, violations
-from benchmarks.kernel_calls import record_rows
-from benchmarks.kernel_model import GPUS
-from benchmarks.prediction import dense_firsts, kernel_cells, kernels
+from benchmarks.kernels.compiled_kernels import compile_all, rows_of, uncovered, violations
+from benchmarks.kernels.kernel_calls import record_rows
+from benchmarks.kernels.kernel_model import GPUS
+from benchmarks.kernels.prediction import dense_firsts, kernel_cells, kernels
 from mtu_kernels.triton.tiles import TableRow, TileConfig, TileKey
 
 def show(arch, product, *tile):
@@ -101,8 +101,8 @@ JUST_IN_TIME = """
 import os
 
 import triton
-from benchmarks.ahead_of_time import compile_launch, gpu_target
-from benchmarks.kernel_calls import Call, record, top_2
+from benchmarks.kernels.ahead_of_time import compile_launch, gpu_target
+from benchmarks.kernels.kernel_calls import Call, record, top_2
 
 class Driver:
     def get_current_device(self): return 0
@@ -134,8 +134,8 @@ def test_what_is_compiled_ahead_is_what_a_call_would_compile(tmp_path):
 
 
 AHEAD = """
-from benchmarks.products import Shape
-from benchmarks.tile_measure import Task, compile_ahead
+from benchmarks.kernels.products import Shape
+from benchmarks.kernels.tile_measure import Task, compile_ahead
 from mtu_kernels.triton.tiles import LIBRARY, TileConfig
 
 if __name__ == "__main__":
@@ -208,7 +208,7 @@ CANDIDATES = ["expert_sum", "--arch", "sm_80", "--top-k", "--shapes", "1280x1024
 
 def test_candidates_are_listed_with_what_is_wrong_with_them_and_the_fastest_first():
     tiles = ["128x128x128x8x4", "64x64x64x4x3", "128x64x64x4x3x4"]
-    result = python("-m", "benchmarks.compiled_candidates", *CANDIDATES, "--tiles", *tiles)
+    result = python("-m", "benchmarks.kernels.compiled_candidates", *CANDIDATES, "--tiles", *tiles)
     assert result.returncode == 0, result.stderr
     head, _, *lines = result.stdout.splitlines()
     assert head.endswith("µs predicted for one A100 SXM 80GB, not measured")
@@ -230,10 +230,10 @@ def test_interpreted_kernels_are_refused(capsys):
 
 
 EARLY = """
-from benchmarks.ahead_of_time import compile_launch
-from benchmarks.kernel_calls import Call, dense, record
-from benchmarks.products import draw_operands
-from benchmarks.sass import count_waits
+from benchmarks.kernels.ahead_of_time import compile_launch
+from benchmarks.kernels.kernel_calls import Call, dense, record
+from benchmarks.kernels.products import draw_operands
+from benchmarks.kernels.sass import count_waits
 from mtu_kernels.triton.expert_in import Hidden, launch_expert_in
 from mtu_kernels.triton.tiles import TileConfig
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from benchmarks.harness.sweeps import Setting, Workload
-from benchmarks.products import Shape, draw_operands, prepare
+from benchmarks.kernels.products import Shape, draw_operands, prepare
 from benchmarks.training_memory import count
 from mtu_kernels import ExpertWeights, available_backends, moe_ffn, reference, triton, warmup
 from mtu_kernels.arguments import indices_are_valid

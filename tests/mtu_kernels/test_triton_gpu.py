@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.products import Shape, draw_operands, prepare
-from benchmarks.tile_measure import check
-from benchmarks.tile_measure import reference as reference_of
+from benchmarks.kernels.products import Shape, draw_operands, prepare
+from benchmarks.kernels.tile_measure import check
+from benchmarks.kernels.tile_measure import reference as reference_of
 from mtu_kernels import NormAffine, Routing, dense_weights, moe_ffn, reference, warmup
 from mtu_kernels.triton.launch import execute
 from mtu_kernels.triton.tiles import TileConfig

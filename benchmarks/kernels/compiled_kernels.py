@@ -1,4 +1,4 @@
-"""`python -m benchmarks.compiled_kernels`: compiles every kernel for every architecture and looks at the machine code.
+"""`python -m benchmarks.kernels.compiled_kernels`: compiles every kernel for every architecture, and reads the code.
 
 No GPU is needed. Writes `results/compiled_kernels.csv`. Fails where registers spill, where a program does not fit the
 chip, where a product lacks tensor cores or loads that run ahead of it, and where its main loop waits for Hopper's
@@ -18,9 +18,16 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from benchmarks.ahead_of_time import ARCHITECTURES, CHIPS, Compiled, compile_launch, programs_per_processor, specialize
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
-from benchmarks.kernel_calls import (
+from benchmarks.kernels.ahead_of_time import (
+    ARCHITECTURES,
+    CHIPS,
+    Compiled,
+    compile_launch,
+    programs_per_processor,
+    specialize,
+)
+from benchmarks.kernels.kernel_calls import (
     ODD,
     NamedLaunch,
     all_calls,
@@ -31,7 +38,7 @@ from benchmarks.kernel_calls import (
     record_others,
     record_rows,
 )
-from benchmarks.sass import count, count_tensor_core, count_waits
+from benchmarks.kernels.sass import count, count_tensor_core, count_waits
 from mtu_kernels.triton.launch import Launch, interpreted
 from mtu_kernels.triton.tile_choice import more_general, triton_version
 from mtu_kernels.triton.tile_table import ROWS
@@ -237,7 +244,9 @@ def write(
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 if any kernel is not as it should be."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled_kernels", description=__doc__.split("\n\n")[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels.compiled_kernels", description=__doc__.split("\n\n")[1]
+    )
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="(default: all)")
     parser.add_argument("--check", action="store_true", help="compile less, and write no file but that of --output")
     parser.add_argument("--output", type=Path, help="CSV file (default: results/compiled_kernels.csv)")
@@ -253,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             wrong += [f"{where} ({result.named.name}): {violation}." for violation in violations(result)]
         wrong += [f"{sentence}." for sentence in uncovered(arch, found)]
         results += found
-    source = provenance(command_line("benchmarks.compiled_kernels", argv))
+    source = provenance(command_line("benchmarks.kernels.compiled_kernels", argv))
     if options.output is not None or not options.check:
         path = options.output or RESULTS / "compiled_kernels.csv"
         write(path, [cells(result) for result in results], source, kept=rows_of_others(path, source))

@@ -10,7 +10,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks.sass import MachineCode, disassemble
+from benchmarks.kernels.sass import MachineCode, disassemble
 from mtu_kernels.triton.launch import Launch, interpreted
 
 _KB = 1024

@@ -4,8 +4,8 @@ import csv
 
 import pytest
 
-from benchmarks.compiled_kernels import rows_of_others, write
-from benchmarks.forward_model import (
+from benchmarks.kernels.compiled_kernels import rows_of_others, write
+from benchmarks.kernels.forward_model import (
     UNETS,
     FirstProduct,
     Tokens,
@@ -18,8 +18,8 @@ from benchmarks.forward_model import (
     time_share,
     unet_ratio,
 )
-from benchmarks.kernel_model import A100, H100, CompiledTile, grid_us, library_us, overlapped, product_us
-from benchmarks.prediction import COLUMNS, MEAN, STATUS, forward_cells, variants
+from benchmarks.kernels.kernel_model import A100, H100, CompiledTile, grid_us, library_us, overlapped, product_us
+from benchmarks.kernels.prediction import COLUMNS, MEAN, STATUS, forward_cells, variants
 
 GPUS = pytest.mark.parametrize("rates", [H100, A100], ids=lambda rates: rates.arch)
 TILE = CompiledTile(128, 128, 64, 4, 3, loop=96, epilogue=1340, resident=2)

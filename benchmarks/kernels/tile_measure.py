@@ -17,10 +17,10 @@ import triton
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.ahead_of_time import CHIPS, Compiled, compile_launch, specialize
 from benchmarks.harness.timing import time_interleaved, warm_up
-from benchmarks.products import Operands, Shape, draw_operands, prepare
-from benchmarks.sass import count_waits
+from benchmarks.kernels.ahead_of_time import CHIPS, Compiled, compile_launch, specialize
+from benchmarks.kernels.products import Operands, Shape, draw_operands, prepare
+from benchmarks.kernels.sass import count_waits
 from mtu_kernels.triton.launch import execute
 from mtu_kernels.triton.tiles import Library, TileConfig
 

@@ -21,9 +21,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from benchmarks.ahead_of_time import CHIPS, Compiled, programs_per_processor
-from benchmarks.kernel_calls import block_of
-from benchmarks.sass import Instruction
+from benchmarks.kernels.ahead_of_time import CHIPS, Compiled, programs_per_processor
+from benchmarks.kernels.kernel_calls import block_of
+from benchmarks.kernels.sass import Instruction
 
 _SCHEDULERS = 4
 # Dependent instructions and conflicts keep schedulers from issuing in each cycle. An estimate.

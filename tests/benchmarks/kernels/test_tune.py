@@ -6,13 +6,13 @@ import time
 import pytest
 import torch
 
-from benchmarks import tile_rows, tune
-from benchmarks.ahead_of_time import Compiled
-from benchmarks.kernel_calls import SD_SHAPES
-from benchmarks.products import Shape, draw_operands, prepare
-from benchmarks.sass import Instruction, MachineCode
-from benchmarks.tile_candidates import candidates
-from benchmarks.tile_measure import Task, Timer, check, reference, why_refused
+from benchmarks.kernels import tile_rows, tune
+from benchmarks.kernels.ahead_of_time import Compiled
+from benchmarks.kernels.kernel_calls import SD_SHAPES
+from benchmarks.kernels.products import Shape, draw_operands, prepare
+from benchmarks.kernels.sass import Instruction, MachineCode
+from benchmarks.kernels.tile_candidates import candidates
+from benchmarks.kernels.tile_measure import Task, Timer, check, reference, why_refused
 from mtu_kernels.triton.launch import arch_of, execute, interpreted
 from mtu_kernels.triton.tile_choice import default_tile, find_tile, triton_version
 from mtu_kernels.triton.tile_table import ROWS

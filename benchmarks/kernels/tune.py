@@ -1,4 +1,4 @@
-"""`python -m benchmarks.tune`: measures tiles on the GPU it finds, and rewrites the package's table of them.
+"""`python -m benchmarks.kernels.tune`: measures tiles on the GPU it finds, and rewrites the package's table of them.
 
 Every product of the feed-forward is timed alone, at the shapes of SD 1.5 and SDXL, dense and top-2 of 8 experts, in
 bfloat16: each candidate is compiled ahead on all cores, checked against a reference, then timed beside the others in
@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from benchmarks.harness.provenance import command_line, provenance
 from benchmarks.harness.sweeps import parse_choices, parse_counts, parse_shapes
-from benchmarks.kernel_calls import SD_SHAPES
-from benchmarks.products import Shape
-from benchmarks.tile_candidates import PERSISTENT, candidates
-from benchmarks.tile_measure import Task, Tile, Timer, compile_ahead
-from benchmarks.tile_rows import merge, read, write
+from benchmarks.kernels.kernel_calls import SD_SHAPES
+from benchmarks.kernels.products import Shape
+from benchmarks.kernels.tile_candidates import PERSISTENT, candidates
+from benchmarks.kernels.tile_measure import Task, Tile, Timer, compile_ahead
+from benchmarks.kernels.tile_rows import merge, read, write
 from mtu_kernels.triton import tile_table
 from mtu_kernels.triton.launch import arch_of, interpreted
 from mtu_kernels.triton.tile_choice import find_tile, triton_version
@@ -186,7 +186,7 @@ def _routings(text: str) -> tuple[str, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.split("\n\n")[1])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.tune", description=__doc__.split("\n\n")[1])
     parser.add_argument("--products", type=_products, default=PRODUCTS, help=f"(default: {','.join(PRODUCTS)})")
     parser.add_argument(
         "--shapes", type=parse_shapes, default=SD_SHAPES, help="DxL, or sets: sd15, sdxl (default: both)"
@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     until = time.monotonic() + 60 * options.minutes
     device = torch.device("cuda", torch.cuda.current_device())
     arch = arch_of(device)
-    facts = provenance(command_line("benchmarks.tune", argv), device, options.commit)
+    facts = provenance(command_line("benchmarks.kernels.tune", argv), device, options.commit)
     source = (
         f"measured on {facts['processor']}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, torch {facts['torch']}, "
     )

@@ -1,10 +1,10 @@
-"""`python -m benchmarks.prediction`: what compiled kernels let one expect on an H100 and an A100, before measuring.
+"""`python -m benchmarks.kernels.prediction`: what compiled kernels let one expect on an H100 and an A100.
 
 Writes `results/predicted_kernels.csv`, the package's products of a forward pass one by one, and
 `results/predicted_forward.csv`: forward passes beside the two plain products alone and beside the stock feed-forward,
 compiled, then whole UNets beside stock ones. Launches are those that the package makes, their code is what Triton
-compiles here; `benchmarks.kernel_model` gives them times, and `benchmarks.forward_model` puts them together.
-Nothing is measured.
+compiles here; `benchmarks.kernels.kernel_model` gives them times, and `benchmarks.kernels.forward_model` puts them
+together. Nothing is measured.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from benchmarks.ahead_of_time import Compiled, compile_launch, specialize
-from benchmarks.compiled_kernels import is_product, tile_of, write
-from benchmarks.forward_model import (
+from benchmarks.harness.provenance import RESULTS, command_line, provenance
+from benchmarks.kernels.ahead_of_time import Compiled, compile_launch, specialize
+from benchmarks.kernels.compiled_kernels import is_product, tile_of, write
+from benchmarks.kernels.forward_model import (
     UNETS,
     FirstProduct,
     Forward,
@@ -30,9 +31,8 @@ from benchmarks.forward_model import (
     stock,
     unet_ratio,
 )
-from benchmarks.harness.provenance import RESULTS, command_line, provenance
-from benchmarks.kernel_calls import SD_SHAPES, Call, dense, record, top_2
-from benchmarks.kernel_model import GPUS, Program, Rates, grid_us, read_tile
+from benchmarks.kernels.kernel_calls import SD_SHAPES, Call, dense, record, top_2
+from benchmarks.kernels.kernel_model import GPUS, Program, Rates, grid_us, read_tile
 from mtu_kernels.triton.launch import Launch, interpreted
 
 STATUS = "predicted, not measured"
@@ -186,11 +186,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     argv = sys.argv[1:] if argv is None else argv
     description = __doc__.split("\n\n")[1]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.prediction", description=description)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.prediction", description=description)
     parser.parse_args(argv)
     if interpreted():
         parser.error("TRITON_INTERPRET must be unset, since interpreted kernels cannot be compiled; it is set.")
-    source = provenance(command_line("benchmarks.prediction", argv))
+    source = provenance(command_line("benchmarks.kernels.prediction", argv))
     each, whole = [], []
     for rates in GPUS.values():
         found = kernels(rates)

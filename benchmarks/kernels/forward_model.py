@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from benchmarks.kernel_model import (
+from benchmarks.kernels.kernel_model import (
     H100,
     LATENCY_CYCLES,
     CompiledTile,

@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.sweeps import SHAPE_SETS
-from benchmarks.products import Shape, draw_operands, prepare
+from benchmarks.kernels.products import Shape, draw_operands, prepare
 from mtu_kernels.triton import operators
 from mtu_kernels.triton.index_check import launch_index_check
 from mtu_kernels.triton.launch import Launch, Machine
@@ -26,7 +26,7 @@ class Call(NamedTuple):
     """A call of the feed-forward.
 
     Attributes:
-        shape: as `benchmarks.products` has it.
+        shape: as `benchmarks.kernels.products` has it.
         dtype: of everything but routing weights and norm affines, which are float32.
         per_expert: whether norm affines are (B, E, D) and b_out is (E, D).
     """

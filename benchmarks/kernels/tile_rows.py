@@ -8,7 +8,9 @@ from pathlib import Path
 
 from mtu_kernels.triton.tiles import PRODUCTS, Library, TableRow, TileConfig, TileKey
 
-_HEAD = '"""The tiles that are shipped, a row each. `python -m benchmarks.tune` measures and rewrites them."""\n'
+_HEAD = (
+    '"""The tiles that are shipped, a row each. `python -m benchmarks.kernels.tune` measures and rewrites them."""\n'
+)
 
 
 def render(rows: Iterable[TableRow]) -> str:

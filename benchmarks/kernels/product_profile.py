@@ -1,4 +1,4 @@
-"""`python -m benchmarks.product_profile`: one product of the feed-forward alone, with the tile that is shipped for it.
+"""`python -m benchmarks.kernels.product_profile`: one product of the feed-forward alone, with its shipped tile.
 
 Its time and rate are printed. Then it runs once more between the calls by which a profiler starts and stops, so that
 `ncu --profile-from-start off` looks at that run and at nothing else.
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.harness.sweeps import parse_count, parse_shapes
-from benchmarks.products import Shape, draw_operands, prepare
-from benchmarks.tile_measure import Task, Timer
+from benchmarks.kernels.products import Shape, draw_operands, prepare
+from benchmarks.kernels.tile_measure import Task, Timer
 from mtu_kernels.triton.launch import arch_of, execute, interpreted
 from mtu_kernels.triton.tile_choice import find_tile
 from mtu_kernels.triton.tiles import PAIR_PRODUCTS, PRODUCTS
@@ -56,7 +56,7 @@ def profile(task: Task, device: torch.device, arch: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 if a product does not run."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.product_profile", description=__doc__.partition(": ")[2]
+        prog="python -m benchmarks.kernels.product_profile", description=__doc__.partition(": ")[2]
     )
     names = [name for name in PRODUCTS if name in ("expert_in", "expert_sum")]
     parser.add_argument("--product", choices=names, default="expert_in", help="(default: expert_in)")

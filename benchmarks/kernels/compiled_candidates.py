@@ -1,8 +1,8 @@
-"""`python -m benchmarks.compiled_candidates expert_in --arch sm_90`: what candidate tiles compile to, without a GPU.
+"""`python -m benchmarks.kernels.compiled_candidates expert_in --arch sm_90`: what candidate tiles compile to.
 
-For each tile that the tuner would try: registers, waits for the tensor cores in the main loop (more than one: they are
-serialised), instructions, programs on a multiprocessor, and the time that `benchmarks.kernel_model` predicts at each
-shape, for the GPUs that it knows. The best ones come first.
+No GPU is needed. For each tile that the tuner would try: registers, waits for the tensor cores in the main loop (more
+than one: they are serialised), instructions, programs on a multiprocessor, and the time that
+`benchmarks.kernels.kernel_model` predicts at each shape, for the GPUs that it knows. The best ones come first.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import NamedTuple
 import triton
 from tqdm import tqdm
 
-from benchmarks.ahead_of_time import CHIPS, Compiled, compile_launch, programs_per_processor, specialize
-from benchmarks.compiled_kernels import Result, table_tile, violations
 from benchmarks.harness.sweeps import parse_shapes
-from benchmarks.kernel_calls import SD_SHAPES, NamedLaunch
-from benchmarks.kernel_model import GPUS, grid_us, read_tile
-from benchmarks.products import Shape, draw_operands, prepare
-from benchmarks.sass import count_waits
-from benchmarks.tile_candidates import candidates
+from benchmarks.kernels.ahead_of_time import CHIPS, Compiled, compile_launch, programs_per_processor, specialize
+from benchmarks.kernels.compiled_kernels import Result, table_tile, violations
+from benchmarks.kernels.kernel_calls import SD_SHAPES, NamedLaunch
+from benchmarks.kernels.kernel_model import GPUS, grid_us, read_tile
+from benchmarks.kernels.products import Shape, draw_operands, prepare
+from benchmarks.kernels.sass import count_waits
+from benchmarks.kernels.tile_candidates import candidates
 from mtu_kernels.triton.launch import interpreted
 from mtu_kernels.triton.tiles import PRODUCTS, TileConfig
 
@@ -119,7 +119,7 @@ def _parse_tile(text: str) -> TileConfig:
 
 def _parser() -> argparse.ArgumentParser:
     description = __doc__.split("\n\n")[1]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled_candidates", description=description)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.compiled_candidates", description=description)
     parser.add_argument("product", choices=PRODUCTS)
     parser.add_argument("--arch", choices=CHIPS, default="sm_90", help="(default: sm_90)")
     parser.add_argument(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.ahead_of_time import CHIPS
+from benchmarks.kernels.ahead_of_time import CHIPS
 from mtu_kernels.triton.launch import is_sm_90_or_later
 from mtu_kernels.triton.tile_choice import default_tile, find_tile
 from mtu_kernels.triton.tiles import LIBRARY, PAIR_PRODUCTS, Library, TileConfig, TileKey

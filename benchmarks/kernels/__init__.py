@@ -1,0 +1,1 @@
+"""The GPU kernels, each by itself: compiled ahead of time, predicted, tuned."""
