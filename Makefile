@@ -32,13 +32,13 @@ test: $(if $(filter $(DEFAULT_CONSTRAINTS),$(CONSTRAINTS)),lint,$(VENV)/.ready)
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.model_sizes
-	$(BIN)/python -m benchmarks.moe_ffn
+	$(BIN)/python -m benchmarks.ffn.moe_ffn
 	$(BIN)/python -m benchmarks.unet
 	$(BIN)/python -m benchmarks.conv_in
 	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python -m benchmarks.sameness
-	$(BIN)/python -m benchmarks.growth
-	$(BIN)/python -m benchmarks.machine
+	$(BIN)/python -m benchmarks.ffn.growth
+	$(BIN)/python -m benchmarks.ffn.machine
 	$(BIN)/python -m benchmarks.import_time
 	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.page

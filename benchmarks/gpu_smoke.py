@@ -16,11 +16,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from benchmarks.correctness import check
+from benchmarks.ffn.correctness import check
+from benchmarks.ffn.inputs import EPS, draw_shared, route
 from benchmarks.harness.correctness import WrongResult
 from benchmarks.harness.provenance import provenance
 from benchmarks.harness.sweeps import Setting, Workload, parse_shapes
-from benchmarks.inputs import EPS, draw_shared, route
 from mtu_kernels import check_backend, moe_ffn
 
 _SHAPES = ((320, 4096), (1280, 256))

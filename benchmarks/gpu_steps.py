@@ -33,7 +33,7 @@ TEST_FILES = (
     "tests/mtu/pipelines/test_compiled_pipeline.py",
     "tests/benchmarks/test_gpu.py",
     "tests/benchmarks/kernels/test_tune.py",
-    "tests/benchmarks/test_machine.py",
+    "tests/benchmarks/ffn/test_machine.py",
 )
 # After the training: pictures of four tasks, and the model is saved.
 _ICONS_PICTURES_SECONDS = 120
@@ -137,14 +137,16 @@ def _ffn(contenders: str, batches: str, *sweep: str) -> Callable[[Place], list[s
             "--commit",
             place.commit,
         ]
-        return _python("benchmarks.moe_ffn", *arguments, "--output", str(place.folder / f"moe_ffn_{place.device}.csv"))
+        return _python(
+            "benchmarks.ffn.moe_ffn", *arguments, "--output", str(place.folder / f"moe_ffn_{place.device}.csv")
+        )
 
     return command
 
 
 def _machine(place: Place) -> list[str]:
     arguments = ["--output", str(place.folder / "machine.csv"), "--commit", place.commit, *["--quick"] * place.quick]
-    return _python("benchmarks.machine", "--device", place.device, *arguments)
+    return _python("benchmarks.ffn.machine", "--device", place.device, *arguments)
 
 
 def _unet(model: str, batches: str, run: str, wait: bool = False) -> Callable[[Place], list[str]]:

@@ -55,9 +55,9 @@ BLOCKS: dict[str, tuple[Part, ...]] = {
     "settings": _of_devices(page_models.settings, "unet"),
     "pipeline": _of_devices(page_models.pipeline, "pipeline"),
     "sameness": _of_devices(page_models.sameness, "sameness"),
-    "ffn": _of_devices(page_ffn.feed_forward, "moe_ffn", "moe_ffn"),
-    "roofline": _of_devices(page_ffn.roofline, "machine", "roofline"),
-    "growth": _of_devices(page_ffn.growth, "growth", "growth"),
+    "ffn": _of_devices(page_ffn.feed_forward, "ffn.moe_ffn", "moe_ffn"),
+    "roofline": _of_devices(page_ffn.roofline, "ffn.machine", "roofline"),
+    "growth": _of_devices(page_ffn.growth, "ffn.growth", "growth"),
 }
 
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.growth_lines import Line, panels, routing_name, us_per_token
+from benchmarks.ffn.growth_lines import Line, panels, routing_name, us_per_token
+from benchmarks.ffn.roofline import Mark, read_marks
 from benchmarks.harness.report import TESTED, comparisons
 from benchmarks.harness.rows import Row, read_cells, read_rows
 from benchmarks.harness.sweeps import DENSE, Setting
 from benchmarks.page_text import MISSING, digits, duration, provenance_line, ratio, table
-from benchmarks.roofline import Mark, read_marks
 
 _USUAL_BATCH = 8
 _FLOOR = "products"

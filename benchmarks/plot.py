@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import plot_ffn, plot_growth, plot_roofline, plot_unet
+from benchmarks.ffn.machine import read_roofs
+from benchmarks.ffn.roofline import read_marks
 from benchmarks.harness.provenance import RESULTS, ROOT
 from benchmarks.harness.rows import read_rows
-from benchmarks.machine import read_roofs
 from benchmarks.plot_ffn import points
-from benchmarks.roofline import read_marks
 from benchmarks.unet_rows import read_rows as read_unet_rows
 
 __all__ = ["IMAGES", "main", "points"]
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as error:
             reasons.append(str(error))
     if not found:
-        reasons.append(f"There is no moe_ffn_*.csv in {options.results}: run python -m benchmarks.moe_ffn first.")
+        reasons.append(f"There is no moe_ffn_*.csv in {options.results}: run python -m benchmarks.ffn.moe_ffn first.")
     if reasons:
         parser.error(" ".join(reasons))
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.growth_lines import Panel, panels, routing_name, tokens
+from benchmarks.ffn.growth_lines import Panel, panels, routing_name, tokens
 from benchmarks.harness.rows import Row
 from benchmarks.harness.sweeps import DENSE
 from benchmarks.plot_looks import FFN_LOOKS, legend, letters, most_common_dtype, save

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from benchmarks.ffn.roofline import Mark
 from benchmarks.plot_looks import FFN_LOOKS, legend, letters, save
-from benchmarks.roofline import Mark
 
 _ROOF = "#D55E00"
 _SHAPE = {"color": "#999999", "linewidth": 0.6, "linestyle": ":"}

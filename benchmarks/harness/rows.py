@@ -149,7 +149,7 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ValueError: there is no such file, or a column is missing.
     """
-    return read_rows_as(Row, path, "benchmarks.moe_ffn")
+    return read_rows_as(Row, path, "benchmarks.ffn.moe_ffn")
 
 
 def read_rows_as(kind: type[AnyRowT], path: Path, module: str) -> list[AnyRowT]:

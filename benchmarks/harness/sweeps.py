@@ -175,7 +175,7 @@ _CPU = (
     Sweep(("products", "mtu-eager", "mtu-cpp"), SHAPE_SETS["cpu"], (1,), experts=(8,), top_k=(DENSE, 2)),
     Sweep(("products", "eager", "mtu-eager", "mtu-cpp"), SHAPE_SETS["cpu"], (1,), passes=("forward+backward",)),
 )
-# What `python -m benchmarks.moe_ffn` measures when nothing is asked for, by device.
+# What `python -m benchmarks.ffn.moe_ffn` measures when nothing is asked for, by device.
 DEFAULT_SWEEPS: dict[str, tuple[Sweep, ...]] = {"cuda": _CUDA, "cpu": _CPU}
 # A smoke test: every path of the harness, nothing to learn from.
 QUICK = Sweep(

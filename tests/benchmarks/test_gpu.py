@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from benchmarks import moe_ffn, unet, unet_rows
+from benchmarks import unet, unet_rows
+from benchmarks.ffn import moe_ffn
 from benchmarks.harness.memory import peak_bytes
 from benchmarks.harness.rows import read_rows
 from benchmarks.harness.timing import host_us, time_interleaved, warm_up

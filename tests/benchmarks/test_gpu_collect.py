@@ -105,7 +105,9 @@ def _of_a_smoke_test(folder):
 
 def _with_rows_of_a_smoke_test(folder):
     row = make_row("eager", 10.0)
-    row = dataclasses.replace(row, source=row.source | {"command": "python -m benchmarks.moe_ffn --quick --seconds 0"})
+    row = dataclasses.replace(
+        row, source=row.source | {"command": "python -m benchmarks.ffn.moe_ffn --quick --seconds 0"}
+    )
     append_row(folder / "quick.csv", row)
     with zipfile.ZipFile(folder / RESULTS, "a") as archive:
         archive.write(folder / "quick.csv", "c/moe_ffn_cuda.csv")

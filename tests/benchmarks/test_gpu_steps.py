@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_run, moe_ffn, unet
+from benchmarks import gpu_run, unet
+from benchmarks.ffn import moe_ffn
 from benchmarks.gpu_output import FACTS
 from benchmarks.gpu_stages import stages
 from benchmarks.gpu_state import DONE, FAILED

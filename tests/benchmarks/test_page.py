@@ -256,10 +256,10 @@ def test_numbers_and_where_they_come_from():
     assert texts == ["1,234", "100", "12.3", "10.0", "1.23", "0.500"]
     texts = [page_text.duration(us) for us in (12.34, 999.6, 5e4, 31.5e6)]
     assert texts == ["12.3 µs", "1.00 ms", "50.0 ms", "31.5 s"]
-    sources = [SOURCE | {"command": f"A=1 python -m benchmarks.moe_ffn --seconds {s}"} for s in (1, 2, 2, 3)]
+    sources = [SOURCE | {"command": f"A=1 python -m benchmarks.ffn.moe_ffn --seconds {s}"} for s in (1, 2, 2, 3)]
     assert page_text.provenance_line(sources[:3], "a.csv", "b.csv") == (
-        "<sub>Some GPU, 1 threads, commit abc1234, torch 2.0: `A=1 python -m benchmarks.moe_ffn --seconds 1`, "
-        "`A=1 python -m benchmarks.moe_ffn --seconds 2` → [a.csv](../benchmarks/results/a.csv), "
+        "<sub>Some GPU, 1 threads, commit abc1234, torch 2.0: `A=1 python -m benchmarks.ffn.moe_ffn --seconds 1`, "
+        "`A=1 python -m benchmarks.ffn.moe_ffn --seconds 2` → [a.csv](../benchmarks/results/a.csv), "
         "[b.csv](../benchmarks/results/b.csv)</sub>"
     )
-    assert ": `python -m benchmarks.moe_ffn` → " in page_text.provenance_line(sources, "a.csv")
+    assert ": `python -m benchmarks.ffn.moe_ffn` → " in page_text.provenance_line(sources, "a.csv")

@@ -4,8 +4,8 @@ import pytest
 from matplotlib.image import imread
 
 from benchmarks import plot, plot_growth, plot_roofline, plot_unet
+from benchmarks.ffn.roofline import marks
 from benchmarks.harness.sweeps import DENSE, Setting
-from benchmarks.roofline import marks
 from benchmarks.steps import deployed, label, scenes, unusual, usual
 
 from .page_cases import STEPS, grown, make_roofs, make_step, write_rows

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
+from benchmarks.ffn.moe_ffn import main
 from benchmarks.harness.report import TARGETS, TESTED, Target, geometric_mean, pairs_of, report
 from benchmarks.harness.rows import COLUMNS, append_row, read_rows
 from benchmarks.harness.sweeps import Setting
-from benchmarks.moe_ffn import main
 
 from ..rows_cases import make_row
 

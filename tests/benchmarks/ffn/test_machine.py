@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from benchmarks import machine
+from benchmarks.ffn import machine
+from benchmarks.ffn.roofline import cost, marks, read_marks
 from benchmarks.harness.provenance import provenance
 from benchmarks.harness.sweeps import Setting, Workload
 from benchmarks.harness.timing import Timing
-from benchmarks.roofline import cost, marks, read_marks
 
-from .page_cases import make_roofs, write_rows
-from .rows_cases import make_row
+from ..page_cases import make_roofs, write_rows
+from ..rows_cases import make_row
 
 CPU = torch.device("cpu")
 
@@ -54,7 +54,7 @@ def test_a_quick_run_and_reading_back(tmp_path, capsys):
     for known in roofs.values():
         assert known.flops_per_s > 0
         assert known.bytes_per_s > 0
-        assert known.source == provenance(f"python -m benchmarks.machine {' '.join(arguments)}")
+        assert known.source == provenance(f"python -m benchmarks.ffn.machine {' '.join(arguments)}")
     assert len(output.read_text().splitlines()) == 1 + 4
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from benchmarks.ffn.inputs import EPS, Inputs
+from benchmarks.ffn.peers import FFN, stock_ffn, user_ffn
 from benchmarks.harness.correctness import WrongResult, hold
-from benchmarks.inputs import EPS, Inputs
-from benchmarks.peers import FFN, stock_ffn, user_ffn
 from mtu_kernels import ExpertWeights, NormAffine, Routing, reference
 
 # Tokens of a sample that are compared: spread over all of it, few enough for float64 on a CPU.

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.host_overhead`: host time of a call of the backend "triton", up to Triton's own launcher.
+"""`python -m benchmarks.ffn.host_overhead`: host time of a call of the backend "triton", up to Triton's own launcher.
 
-Kernels are not run, so no GPU is needed and none is measured: on a GPU `benchmarks.moe_ffn` times whole calls.
+Kernels are not run, so no GPU is needed and none is measured: on a GPU `benchmarks.ffn.moe_ffn` times whole calls.
 Routing is top-2, whose products all are kernels; a library product would run on the CPU here.
 """
 
@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.ffn.inputs import EPS, Inputs, draw_shared, route
 from benchmarks.harness.provenance import RESULTS, provenance
 from benchmarks.harness.sweeps import Setting, Workload
-from benchmarks.inputs import EPS, Inputs, draw_shared, route
 from mtu_kernels.arguments import check_arguments
 from mtu_kernels.triton import operators
 from mtu_kernels.triton.launch import Launch, Machine
@@ -62,13 +62,13 @@ def steps_of(inputs: Inputs, run: Callable[[Launch], None]) -> dict[str, Callabl
 
 def main() -> None:
     """Write `results/host_overhead.csv`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.host_overhead", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ffn.host_overhead", description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=RESULTS / "host_overhead.csv")
     given = parser.parse_args()
     torch.set_num_threads(1)
     # Few numbers: what is allocated and added up by torch itself should take no time.
     inputs = route(draw_shared(Workload(64, 16, 2, "bf16", "forward"), torch.device("cpu"), 0), Setting(8, 2, 2), 1)
-    source = provenance("python -m benchmarks.host_overhead")
+    source = provenance("python -m benchmarks.ffn.host_overhead")
     launches: list[Launch] = []
     counts = {}
     for name, step in steps_of(inputs, launches.append).items():

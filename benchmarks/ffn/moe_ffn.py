@@ -1,4 +1,4 @@
-"""`python -m benchmarks.moe_ffn`: times and memory of the routed feed-forward beside its peers.
+"""`python -m benchmarks.ffn.moe_ffn`: times and memory of the routed feed-forward beside its peers.
 
 Writes a CSV row as soon as its group is measured, and prints the ratios that the feed-forward is held to. It needs
 torch and tqdm; neither this package nor diffusers has to be installed.
@@ -18,7 +18,9 @@ from typing import NamedTuple
 import torch
 import torch._functorch.config
 
-from benchmarks.correctness import check
+from benchmarks.ffn.correctness import check
+from benchmarks.ffn.inputs import Inputs, draw_shared, number_of_sets, route
+from benchmarks.ffn.peers import CONTENDERS, FFN, bind
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.memory import peak_bytes, saved_bytes
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
@@ -39,8 +41,6 @@ from benchmarks.harness.sweeps import (
     parse_top_k,
 )
 from benchmarks.harness.timing import Call, host_us, time_interleaved, warm_up
-from benchmarks.inputs import Inputs, draw_shared, number_of_sets, route
-from benchmarks.peers import CONTENDERS, FFN, bind
 from mtu_kernels import check_backend
 
 _SECONDS = 0.1
@@ -142,7 +142,7 @@ def _passes(text: str) -> tuple[str, ...]:
 def _parser() -> argparse.ArgumentParser:
     lines = [f"  {name:22} {contender.about}" for name, contender in CONTENDERS.items()]
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.moe_ffn",
+        prog="python -m benchmarks.ffn.moe_ffn",
         description="Times and memory of the routed feed-forward beside its peers, and the ratios that it is held to.",
         epilog="contenders:\n" + "\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not groups:
             raise ValueError("There is nothing to measure: --top-k must be at most --experts, --tasks 1 for --batch 1.")
         output = options.output or RESULTS / f"moe_ffn_{kind}.csv"
-        source = provenance(command_line("benchmarks.moe_ffn", argv), device, options.commit)
+        source = provenance(command_line("benchmarks.ffn.moe_ffn", argv), device, options.commit)
         check_header(output, [*COLUMNS, *source])
     except ValueError as error:
         parser.error(str(error))

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.machine`: the two roofs of this machine, the rate of matrix products and that of memory.
+"""`python -m benchmarks.ffn.machine`: the two roofs of this machine, the rate of matrix products and that of memory.
 
 Of each matrix size, and of each way through memory, the median over the rounds is taken, as it is for all other
 contenders; the best of the sizes, and of the ways, is the roof. It is what torch's own product reaches, not what the
@@ -116,7 +116,7 @@ def read_roofs(path: Path) -> dict[tuple[str, str], Roofs]:
     Raises:
         ValueError: there is no such file, or a column is missing.
     """
-    found = read_cells(path, COLUMNS, "benchmarks.machine")
+    found = read_cells(path, COLUMNS, "benchmarks.ffn.machine")
     return {(cells["device"], cells["dtype"]): _roofs(cells) for cells in found}
 
 
@@ -137,7 +137,7 @@ def _roofs(cells: dict[str, str]) -> Roofs:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.machine", description=__doc__.partition(": ")[2])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ffn.machine", description=__doc__.partition(": ")[2])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     parser.add_argument("--quick", action="store_true", help="a smoke test: tiny matrices and arrays")
     parser.add_argument("--output", type=Path, default=RESULTS / "machine.csv", help="(default: %(default)s)")
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--device cuda needs a CUDA device, and torch finds none.")
     kind = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(kind)
-    source = provenance(command_line("benchmarks.machine", argv), device, options.commit)
+    source = provenance(command_line("benchmarks.ffn.machine", argv), device, options.commit)
     sizes = _QUICK if options.quick else (None, _ARRAY_BYTES, MIN_ROUNDS)
     try:
         check_header(options.output, [*COLUMNS, *source])

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.ffn.machine import Roofs, read_roofs
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.report import TESTED
 from benchmarks.harness.rows import Row, read_rows
 from benchmarks.harness.sweeps import SHAPE_SETS, Setting, Workload
-from benchmarks.machine import Roofs, read_roofs
 
 # The shapes of the models, and those that the CPU targets are stated for.
 SHAPES = tuple(dict.fromkeys(shape for shapes in SHAPE_SETS.values() for shape in shapes))

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import growth, plot_growth
-from benchmarks.growth_lines import panels, us_per_token
+from benchmarks import plot_growth
+from benchmarks.ffn import growth
+from benchmarks.ffn.growth_lines import panels, us_per_token
 from benchmarks.harness.rows import read_rows
 
-from .page_cases import grown
-from .rows_cases import make_row
+from ..page_cases import grown
+from ..rows_cases import make_row
 
 
 def test_growth_is_told_apart_by_what_varies():

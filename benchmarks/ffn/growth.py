@@ -1,6 +1,6 @@
-"""`python -m benchmarks.growth`: one feed-forward with more and more tokens, samples, tasks and experts.
+"""`python -m benchmarks.ffn.growth`: one feed-forward with more and more tokens, samples, tasks and experts.
 
-Rows are those of `benchmarks.moe_ffn`, in a file of their own: its pictures are of the models' shapes.
+Rows are those of `benchmarks.ffn.moe_ffn`, in a file of their own: its pictures are of the models' shapes.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.ffn.moe_ffn import run
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.harness.report import TESTED
 from benchmarks.harness.rows import COLUMNS, check_header
 from benchmarks.harness.sweeps import DENSE, Sweep
-from benchmarks.moe_ffn import run
 
 _SECONDS = {"cpu": 2.0, "cuda": 0.1}
 _BESIDE = ("products", "eager")
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Or else the profiler, which counts memory on a CPU, writes two lines for each row. Read when it starts first.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.growth",
+        prog="python -m benchmarks.ffn.growth",
         description="One feed-forward with more and more tokens, samples, tasks and experts.",
     )
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="(default: bf16)")
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = (_QUICK,) if options.quick else sweeps(kind)
     groups = [group for sweep in chosen for group in sweep.groups(options.dtype)]
     output = options.output or RESULTS / f"growth_{kind}.csv"
-    source = provenance(command_line("benchmarks.growth", argv), torch.device(kind), options.commit)
+    source = provenance(command_line("benchmarks.ffn.growth", argv), torch.device(kind), options.commit)
     try:
         check_header(output, [*COLUMNS, *source])
     except ValueError as error:

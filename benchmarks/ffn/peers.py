@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.inputs import EPS, Inputs
+from benchmarks.ffn.inputs import EPS, Inputs
 from mtu_kernels import ExpertWeights, NormAffine, Routing, cpp, dense_weights, moe_ffn
 
 FFN = Callable[[Tensor, NormAffine, ExpertWeights, Routing], Tensor]

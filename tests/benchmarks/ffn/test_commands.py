@@ -7,13 +7,14 @@ import sys
 import pytest
 import torch
 
-from benchmarks import moe_ffn, plot
+from benchmarks import plot
+from benchmarks.ffn import moe_ffn
+from benchmarks.ffn.peers import CONTENDERS, Contender
 from benchmarks.harness.provenance import ROOT, provenance
 from benchmarks.harness.rows import append_row, read_rows
 from benchmarks.harness.sweeps import DEFAULT_SWEEPS, QUICK, Setting
-from benchmarks.peers import CONTENDERS, Contender
 
-from .rows_cases import make_row
+from ..rows_cases import make_row
 
 # Without the interpreter of Triton, which takes its time.
 NAMES = "products,eager,loop,mtu-eager,compile-folded"
@@ -42,7 +43,7 @@ def test_a_run_from_start_to_picture(tmp_path, capsys, no_compiler):
         assert 0 < row.p20_us <= row.median_us <= row.p80_us
         assert row.rounds == 20
         assert not row.graph
-        assert row.source == provenance(f"python -m benchmarks.moe_ffn {' '.join(arguments)}")
+        assert row.source == provenance(f"python -m benchmarks.ffn.moe_ffn {' '.join(arguments)}")
         training = row.workload.direction == "forward+backward" and row.contender != "products"
         assert (row.saved_bytes is not None) == training
 
@@ -148,7 +149,7 @@ def test_arguments_choose_between_the_default_sweep_and_all_combinations():
 def test_measuring_needs_neither_diffusers_nor_matplotlib_nor_the_installed_package():
     code = (
         "import sys; sys.modules['diffusers'] = sys.modules['matplotlib'] = sys.modules['mtu'] = None; "
-        "import benchmarks.gpu_run, benchmarks.gpu_smoke, benchmarks.moe_ffn, benchmarks.kernels.tune; "
+        "import benchmarks.gpu_run, benchmarks.gpu_smoke, benchmarks.ffn.moe_ffn, benchmarks.kernels.tune; "
         "import benchmarks.harness.provenance; "
         "print(benchmarks.harness.provenance.provenance('x')['commit'])"
     )

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.training_memory`: what training holds, in bytes, beside the stock feed-forward. No GPU needed.
+"""`python -m benchmarks.ffn.training_memory`: what training holds, in bytes, beside the stock feed-forward.
 
-Bytes asked of the allocator depend neither on the device nor on numbers, so the backend "triton" is counted as it runs
-on an architecture, with its tiles, but without its kernels. (torch's CPU sum widens ∂y to float32 first, which its CUDA
-sum does not: on a GPU the peaks are lower by B·L·D·4 bytes at the most.)
+No GPU is needed. Bytes asked of the allocator depend neither on the device nor on numbers, so the backend "triton" is
+counted as it runs on an architecture, with its tiles, but without its kernels. (torch's CPU sum widens ∂y to float32
+first, which its CUDA sum does not: on a GPU the peaks are lower by B·L·D·4 bytes at the most.)
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from benchmarks.ffn.inputs import EPS, Inputs, draw_shared, route
+from benchmarks.ffn.peers import as_stock, stock_ffn
 from benchmarks.harness.memory import peak_bytes, saved_bytes
 from benchmarks.harness.provenance import RESULTS, provenance
 from benchmarks.harness.sweeps import SHAPE_SETS, Setting, Workload
-from benchmarks.inputs import EPS, Inputs, draw_shared, route
-from benchmarks.peers import as_stock, stock_ffn
 from mtu_kernels.triton import operators
 from mtu_kernels.triton.launch import Machine
 
@@ -80,11 +80,13 @@ def _step(inputs: Inputs, arch: str, *, recompute: bool) -> tuple[Any, ...]:
 
 def main() -> None:
     """Write `results/training_memory.csv`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_memory", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ffn.training_memory", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--arch", default="sm_90", help="whose tiles (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS / "training_memory.csv")
     given = parser.parse_args()
-    source = provenance(f"python -m benchmarks.training_memory --arch {given.arch}")
+    source = provenance(f"python -m benchmarks.ffn.training_memory --arch {given.arch}")
     with given.output.open("w", newline="") as file:
         writer = csv.writer(file)
         names = [*Memory._fields, *(f"{name}_ratio" for name in ("saved", "peak", "recomputed_peak"))]

@@ -1,0 +1,1 @@
+"""One routed feed-forward beside its peers: time, memory, roofline, host overhead."""
