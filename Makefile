@@ -31,15 +31,15 @@ test: $(if $(filter $(DEFAULT_CONSTRAINTS),$(CONSTRAINTS)),lint,$(VENV)/.ready)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 bench: $(VENV)/.ready
-	$(BIN)/python -m benchmarks.model_sizes
+	$(BIN)/python -m benchmarks.models.model_sizes
 	$(BIN)/python -m benchmarks.ffn.moe_ffn
-	$(BIN)/python -m benchmarks.unet
-	$(BIN)/python -m benchmarks.conv_in
+	$(BIN)/python -m benchmarks.models.unet
+	$(BIN)/python -m benchmarks.models.conv_in
 	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python -m benchmarks.sameness
 	$(BIN)/python -m benchmarks.ffn.growth
 	$(BIN)/python -m benchmarks.ffn.machine
-	$(BIN)/python -m benchmarks.import_time
+	$(BIN)/python -m benchmarks.models.import_time
 	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.page
 

@@ -166,7 +166,7 @@ def _unet(model: str, batches: str, run: str, wait: bool = False) -> Callable[[P
         arguments += ["--warm-caches", "--resume", "--output", str(place.folder / f"unet_{place.device}.csv")]
         arguments += ["--kernels", str(place.folder / f"step_kernels_{place.device}.csv"), "--commit", place.commit]
         arguments += ["--wait-for", str(place.folder / GO)] if wait else place.minutes
-        return _python("benchmarks.unet", *arguments)
+        return _python("benchmarks.models.unet", *arguments)
 
     return command
 

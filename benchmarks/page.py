@@ -48,11 +48,11 @@ def _of_devices(make: Callable[..., list[str]], module: str, picture: str = "") 
 
 
 BLOCKS: dict[str, tuple[Part, ...]] = {
-    "targets": (Part(page_models.targets, "python -m benchmarks.unet"),),
-    "imports": (Part(page_models.imports, "python -m benchmarks.import_time"),),
-    "sizes": (Part(page_ffn.sizes, "python -m benchmarks.model_sizes"),),
-    "unet": _of_devices(page_models.unet, "unet", "unet"),
-    "settings": _of_devices(page_models.settings, "unet"),
+    "targets": (Part(page_models.targets, "python -m benchmarks.models.unet"),),
+    "imports": (Part(page_models.imports, "python -m benchmarks.models.import_time"),),
+    "sizes": (Part(page_ffn.sizes, "python -m benchmarks.models.model_sizes"),),
+    "unet": _of_devices(page_models.unet, "models.unet", "unet"),
+    "settings": _of_devices(page_models.settings, "models.unet"),
     "pipeline": _of_devices(page_models.pipeline, "pipeline"),
     "sameness": _of_devices(page_models.sameness, "sameness"),
     "ffn": _of_devices(page_ffn.feed_forward, "ffn.moe_ffn", "moe_ffn"),

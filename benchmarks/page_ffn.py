@@ -171,7 +171,7 @@ def sizes(results: Path) -> list[str]:
         ValueError: they were not counted.
     """
     columns = ("model", "num_experts", "size", "quantity", "original", "upcycled", "ratio", "ratio_routers_dropped")
-    rows = read_cells(results / "model_sizes.csv", columns, "benchmarks.model_sizes")
+    rows = read_cells(results / "model_sizes.csv", columns, "benchmarks.models.model_sizes")
     lines = []
     for cells in rows:
         if cells["quantity"] in _SIZES:

@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import import_time, pipeline_psnr, pipeline_rows, unet_rows
+from benchmarks import pipeline_psnr, pipeline_rows
 from benchmarks.harness.report import TESTED, geometric_mean, pairs_of
 from benchmarks.harness.rows import read_cells, read_rows_as
+from benchmarks.models import import_time, unet_rows
+from benchmarks.models.steps import ORIGINAL, UNUSUAL, Step, deployed, scenes, unusual, usual
 from benchmarks.page_text import (
     MISSING,
     digits,
@@ -19,7 +21,6 @@ from benchmarks.page_text import (
     small_ratio,
     table,
 )
-from benchmarks.steps import ORIGINAL, UNUSUAL, Step, deployed, scenes, unusual, usual
 
 _STOCK_PIPELINES = "stock-each"
 
@@ -180,7 +181,7 @@ def imports(results: Path) -> list[str]:
     Raises:
         ValueError: they were not measured.
     """
-    rows = read_cells(results / "import_time.csv", import_time.COLUMNS, "benchmarks.import_time")
+    rows = read_cells(results / "import_time.csv", import_time.COLUMNS, "benchmarks.models.import_time")
     medians = {(cells["part"], cells["statement"]): float(cells["median_us"]) for cells in rows}
     lines = []
     for part, ours, theirs, at_most in import_time.PAIRS:

@@ -13,8 +13,8 @@ from benchmarks.ffn.machine import read_roofs
 from benchmarks.ffn.roofline import read_marks
 from benchmarks.harness.provenance import RESULTS, ROOT
 from benchmarks.harness.rows import read_rows
+from benchmarks.models.unet_rows import read_rows as read_unet_rows
 from benchmarks.plot_ffn import points
-from benchmarks.unet_rows import read_rows as read_unet_rows
 
 __all__ = ["IMAGES", "main", "points"]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
+from benchmarks.models.steps import Scene, Step, family, scenes, usual
+from benchmarks.models.unet_rows import Row
 from benchmarks.plot_looks import letters, save
-from benchmarks.steps import Scene, Step, family, scenes, usual
-from benchmarks.unet_rows import Row
 
 # Families as in the pictures of one feed-forward; folded ones darker, peers apart from all.
 _COLORS = {

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from benchmarks import unet, unet_rows
 from benchmarks.ffn import moe_ffn
 from benchmarks.harness.memory import peak_bytes
 from benchmarks.harness.rows import read_rows
 from benchmarks.harness.timing import host_us, time_interleaved, warm_up
+from benchmarks.models import unet, unet_rows
 
 pytestmark = pytest.mark.gpu
 N = 2048

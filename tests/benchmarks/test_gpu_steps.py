@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_run, unet
+from benchmarks import gpu_run
 from benchmarks.ffn import moe_ffn
 from benchmarks.gpu_output import FACTS
 from benchmarks.gpu_stages import stages
@@ -19,6 +19,7 @@ from benchmarks.gpu_state import DONE, FAILED
 from benchmarks.gpu_steps import STEPS, TEST_FILES, Place
 from benchmarks.harness.provenance import ROOT
 from benchmarks.kernels import tune
+from benchmarks.models import unet
 
 from .gpu_run_cases import COMMIT, Folders, shell
 

@@ -4,9 +4,10 @@ import re
 
 import pytest
 
-from benchmarks import import_time, page, page_ffn, page_models, page_text, pipeline_psnr
+from benchmarks import page, page_ffn, page_models, page_text, pipeline_psnr
 from benchmarks.harness.sweeps import DENSE, Setting
-from benchmarks.unet_rows import TARGETS
+from benchmarks.models import import_time
+from benchmarks.models.unet_rows import TARGETS
 
 from .page_cases import MIXED, STEPS, make_images, make_roofs, make_step, write_cells, write_rows
 from .rows_cases import SOURCE, make_row
@@ -53,7 +54,9 @@ def test_tables_are_written_between_their_markers_alone(paths, capsys):
     assert text.startswith(
         "# Title\n\nbefore\n\n<!-- table: unet -->\n| SD 1.5, 512 × 512, bf16: time / `stock` | B = 4 | B = 4: images/s"
     )
-    assert text.endswith("*Not measured yet: `python -m benchmarks.unet --device cpu`.*\n<!-- end -->\n\nafter\n")
+    assert text.endswith(
+        "*Not measured yet: `python -m benchmarks.models.unet --device cpu`.*\n<!-- end -->\n\nafter\n"
+    )
     assert "old" not in text
     assert "![" not in text
     assert page.main([*arguments, "--check"]) == 0

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.launch_count`: the kernels that compiled blocks and UNets launch on a GPU, stock and upcycled.
+"""`python -m benchmarks.models.launch_count`: the kernels that compiled blocks and UNets launch on a GPU.
 
 Counted in the code that Inductor generates, so no GPU is needed and nothing is timed. A library's call (a product, a
 convolution, attention) counts as one. Operators of this project count as what they launch: their own code is run with a
@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtu
-from benchmarks.fake_gpu import ARCH, WORKS, Generated, Operator, fake_gpu, generate, to_fake_gpu
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.harness.sweeps import SHAPE_SETS, parse_choices, parse_shapes
-from benchmarks.unet_models import MODELS, default_experts, default_size, tasks_of
+from benchmarks.models.fake_gpu import ARCH, WORKS, Generated, Operator, fake_gpu, generate, to_fake_gpu
+from benchmarks.models.unet_models import MODELS, default_experts, default_size, tasks_of
 from mtu.config import ExpertConfig
 from mtu.ffn import CONTEXT_KEY, RoutedTransformerBlock
 from mtu.router import TaskContext
@@ -235,7 +235,9 @@ def subjects(shapes: Sequence[tuple[int, int]], models: Sequence[str], dtype: st
 def main(argv: Sequence[str] | None = None) -> int:
     """Write `results/launch_count.csv`."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.launch_count", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.models.launch_count", description=__doc__.split("\n")[0]
+    )
     parse_models = functools.partial(parse_choices, known=tuple(MODELS), noun="model")
     parser.add_argument("--shapes", type=parse_shapes, default="sd15,sdxl", help="of blocks (default: sd15,sdxl)")
     parser.add_argument("--unets", type=parse_models, default=(), help="whole UNets (default: none)")
@@ -245,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if not WORKS:
         parser.error(f"Kernels are counted with torch 2.11 or newer, got {torch.__version__}.")
-    source = provenance(command_line("benchmarks.launch_count", argv), commit=options.commit)
+    source = provenance(command_line("benchmarks.models.launch_count", argv), commit=options.commit)
     with options.output.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*Subject._fields, "B", *Launches._fields, "launches", *source])

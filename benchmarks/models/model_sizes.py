@@ -1,4 +1,4 @@
-"""`python -m benchmarks.model_sizes`: parameters and FLOPs of the built-in models, before and after upcycling."""
+"""`python -m benchmarks.models.model_sizes`: parameters and FLOPs of the built-in models, stock and upcycled."""
 
 import csv
 
@@ -8,7 +8,7 @@ from mtu.inspection import BUILT_IN, compare
 
 def main() -> None:
     """Write `results/model_sizes.csv`."""
-    source = provenance("python -m benchmarks.model_sizes")
+    source = provenance("python -m benchmarks.models.model_sizes")
     with (RESULTS / "model_sizes.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         columns = ("original", "upcycled", "ratio", "routers_dropped", "ratio_routers_dropped")

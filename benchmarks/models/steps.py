@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from benchmarks.harness.sweeps import DENSE, Setting, heeded
-from benchmarks.unet_rows import Row
+from benchmarks.models.unet_rows import Row
 
 ORIGINAL = "stock"
 # In the order they are shown; suffixes of a family's names stand for how it is run.

@@ -16,7 +16,7 @@ import mtu
 from benchmarks.harness.correctness import hold
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.sweeps import Setting
-from benchmarks.unet_rows import Workload
+from benchmarks.models.unet_rows import Workload
 from mtu.inspection import BUILT_IN
 from mtu.tasks import SD_TASKS, SDXL_TASKS, TaskSpec
 

@@ -4,9 +4,9 @@ import csv
 
 import pytest
 
-from benchmarks import import_time
 from benchmarks.harness.provenance import provenance
-from benchmarks.import_time import COLUMNS, PAIRS, Pair, Row
+from benchmarks.models import import_time
+from benchmarks.models.import_time import COLUMNS, PAIRS, Pair, Row
 
 SWIFT = (Pair("swift", "import math", "import json", 1.1), Pair("other", "pass", "import this", None))
 
@@ -25,7 +25,7 @@ def test_a_run_from_start_to_report(tmp_path, capsys, monkeypatch):
     assert f"4 rows added to {output}" in out
     assert "swift: import math 0." in out
     assert "(at most 1.10" in out
-    rows, source = read(output), provenance(f"python -m benchmarks.import_time {' '.join(arguments)}")
+    rows, source = read(output), provenance(f"python -m benchmarks.models.import_time {' '.join(arguments)}")
     assert tuple(rows[0]) == (*COLUMNS, *source)
     statements = ["import math", "import json", "pass", "import this"]
     assert [row["statement"] for row in rows] == statements

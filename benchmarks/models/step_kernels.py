@@ -15,7 +15,7 @@ import torch
 from torch.autograd import DeviceType
 
 from benchmarks.harness.sweeps import Entry
-from benchmarks.unet_rows import Workload
+from benchmarks.models.unet_rows import Workload
 
 KERNEL_COLUMNS = ("contender", "device", *Workload._fields, "E", "K", "tasks", "kernel", "count", "total_us")
 # What a file of one device tells contenders apart by.
@@ -32,7 +32,7 @@ class Kernel(NamedTuple):
 
 
 class KernelRow(NamedTuple):
-    """A kernel of a contender's step; columns as `benchmarks.unet` has them."""
+    """A kernel of a contender's step; columns as `benchmarks.models.unet` has them."""
 
     entry: Entry
     device: str

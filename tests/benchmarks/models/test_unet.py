@@ -6,15 +6,15 @@ import functools
 import pytest
 import torch
 
-from benchmarks import unet
 from benchmarks.harness.provenance import provenance
 from benchmarks.harness.report import pairs_of, report
 from benchmarks.harness.rows import append_row
 from benchmarks.harness.sweeps import Setting, heeded
-from benchmarks.unet_contenders import CONTENDERS, Contender, default_contenders
-from benchmarks.unet_models import tasks_of
-from benchmarks.unet_rows import COLUMNS, TARGETS, Row, Workload, read_rows
-from benchmarks.unet_subjects import Part, Subject, at_once, call, stock_inputs
+from benchmarks.models import unet
+from benchmarks.models.unet_contenders import CONTENDERS, Contender, default_contenders
+from benchmarks.models.unet_models import tasks_of
+from benchmarks.models.unet_rows import COLUMNS, TARGETS, Row, Workload, read_rows
+from benchmarks.models.unet_subjects import Part, Subject, at_once, call, stock_inputs
 
 DENSE = Setting(4, None, 4)
 PUBLISHED = Workload("sd15", 512, 4, 1, "bf16")
@@ -45,7 +45,7 @@ def make_row(contender, seconds, workload=PUBLISHED, setting=DENSE, group="g", *
 
 def run_quickly(path, *arguments, contenders="stock,mtu-eager"):
     arguments = ["--quick", "--device", "cpu", "--contenders", contenders, "--output", str(path), *arguments]
-    return unet.main(arguments), provenance(f"python -m benchmarks.unet {' '.join(arguments)}")
+    return unet.main(arguments), provenance(f"python -m benchmarks.models.unet {' '.join(arguments)}")
 
 
 # ------------------------------------------------------------------------------------------------------ the command
@@ -190,7 +190,7 @@ def test_a_group_that_is_prepared_waits_for_its_turn_and_its_kernels_are_counted
         seen.append((go.with_name("go.ready").exists(), output.exists()))
         go.touch()
 
-    monkeypatch.setattr("benchmarks.unet.time.sleep", sleep)
+    monkeypatch.setattr("benchmarks.models.unet.time.sleep", sleep)
     assert run_quickly(output, "--wait-for", str(go), "--tasks", "4", "--kernels", str(kernels))[0] == 0
     assert seen == [(True, False)]
     assert len(read_rows(output)) == 2
@@ -209,7 +209,7 @@ def test_a_group_that_is_prepared_waits_for_its_turn_and_its_kernels_are_counted
 
 def test_who_waits_for_a_parent_that_is_gone_ends(tmp_path, monkeypatch):
     parents = iter((10, 10, 1))
-    monkeypatch.setattr("benchmarks.unet.os.getppid", lambda: next(parents))
+    monkeypatch.setattr("benchmarks.models.unet.os.getppid", lambda: next(parents))
     with pytest.raises(SystemExit, match=f"Whoever was to make {tmp_path / 'go'} is gone"):
         unet._wait_for(tmp_path / "go")
 
@@ -255,7 +255,10 @@ def test_a_run_goes_on_where_it_was_cut_off(tmp_path, capsys):
         (["--tasks", "1,5"], "expected whole numbers up to 4, got '1,5'."),
         (["--top-k", "5"], "top_k must be at most num_experts = 4, but got 5."),
         (["--experts", "3"], "num_experts must divide the hidden width of every FFN, but 3 does not divide 128."),
-        (["--report", "nothing.csv"], "There is no nothing.csv: run `python -m benchmarks.unet` to measure, got no"),
+        (
+            ["--report", "nothing.csv"],
+            "There is no nothing.csv: run `python -m benchmarks.models.unet` to measure, got no",
+        ),
     ],
     ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
 )

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.unet`: one denoising step of a whole UNet, upcycled beside the original and its peers.
+"""`python -m benchmarks.models.unet`: one denoising step of a whole UNet, upcycled beside the original and its peers.
 
 Contenders run interleaved in one process. A batch of several tasks has another mix of them at every call; compiled
 contenders are timed where compiling anew is an error, so a row of theirs says that switching tasks recompiles nothing.
@@ -31,10 +31,10 @@ from benchmarks.harness.report import report
 from benchmarks.harness.rows import append_row, check_header
 from benchmarks.harness.sweeps import DENSE, Entry, Setting, parse_choices, parse_count, parse_counts, parse_top_k
 from benchmarks.harness.timing import MIN_ROUNDS, WARM_ROUNDS, Call
-from benchmarks.step_kernels import KERNEL_COLUMNS, KernelRow, are_counted, kernels_of
-from benchmarks.unet_contenders import CONTENDERS, default_contenders
-from benchmarks.unet_measure import Measuring, Plan
-from benchmarks.unet_models import (
+from benchmarks.models.step_kernels import KERNEL_COLUMNS, KernelRow, are_counted, kernels_of
+from benchmarks.models.unet_contenders import CONTENDERS, default_contenders
+from benchmarks.models.unet_measure import Measuring, Plan
+from benchmarks.models.unet_models import (
     LATENT_FACTOR,
     MODELS,
     TASKS,
@@ -45,7 +45,7 @@ from benchmarks.unet_models import (
     default_size,
     make_yardstick,
 )
-from benchmarks.unet_rows import COLUMNS, TARGETS, Row, Workload, read_rows
+from benchmarks.models.unet_rows import COLUMNS, TARGETS, Row, Workload, read_rows
 
 # Seconds for each contender, by device; on a CPU the rounds take long enough.
 _SECONDS = {"cuda": 1.0, "cpu": 0.0}
@@ -153,7 +153,7 @@ def _up_to(most: int) -> Callable[[str], tuple[int, ...]]:
 def _parser() -> argparse.ArgumentParser:
     lines = [f"  {name:24} {contender.about}" for name, contender in CONTENDERS.items()]
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.unet",
+        prog="python -m benchmarks.models.unet",
         description="One denoising step of a whole UNet with random weights: upcycled, the original, other peers.",
         epilog="contenders:\n" + "\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         layouts = [Setting(E, K) for E in options.experts for K in options.top_k]
         for layout in layouts:
             check_setting(options.model, layout)
-        source = provenance(command_line("benchmarks.unet", argv), device, options.commit)
+        source = provenance(command_line("benchmarks.models.unet", argv), device, options.commit)
         check_header(options.output, [*COLUMNS, *source])
         if options.kernels is not None:
             check_header(options.kernels, [*KERNEL_COLUMNS, *source])

@@ -4,8 +4,8 @@ import csv
 
 import torch
 
-from benchmarks import conv_in
 from benchmarks.harness.provenance import provenance
+from benchmarks.models import conv_in
 
 
 def test_rows_and_ratios(tmp_path, capsys):

@@ -7,8 +7,8 @@ import torch
 
 from benchmarks.harness.correctness import WrongResult
 from benchmarks.harness.sweeps import Setting, heeded
-from benchmarks.unet_contenders import CONTENDERS
-from benchmarks.unet_models import (
+from benchmarks.models.unet_contenders import CONTENDERS
+from benchmarks.models.unet_models import (
     TASKS,
     Family,
     build_original,
@@ -21,7 +21,7 @@ from benchmarks.unet_models import (
     take,
     tasks_of,
 )
-from benchmarks.unet_rows import Workload
+from benchmarks.models.unet_rows import Workload
 
 CPU = torch.device("cpu")
 DENSE, TOP_2 = Setting(4, None, 4), Setting(4, 2, 4)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.sweeps import Setting
-from benchmarks.unet_models import TASKS, Batch, Family, share
-from benchmarks.unet_subjects import Part, Subject, at_once, by_task, call, stock_inputs
+from benchmarks.models.unet_models import TASKS, Batch, Family, share
+from benchmarks.models.unet_subjects import Part, Subject, at_once, by_task, call, stock_inputs
 
 _RANK = 16
 _ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]

@@ -5,9 +5,9 @@ import csv
 import pytest
 import torch
 
-from benchmarks import launch_count
-from benchmarks.fake_gpu import WORKS, Generated, Operator
-from benchmarks.launch_count import Subject, count, launches_of, recorded
+from benchmarks.models import launch_count
+from benchmarks.models.fake_gpu import WORKS, Generated, Operator
+from benchmarks.models.launch_count import Subject, count, launches_of, recorded
 
 # Kernels are interpreted where there is no GPU, and bfloat16 is not served there. Inductor fuses both alike.
 DTYPE = "fp16"
@@ -79,5 +79,5 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert [row["part"] for row in rows[::3]] == ["feed-forward", "block", "unet tiny"]
     assert [row["contender"] for row in rows[:3]] == ["stock", "triton", "eager"]
     assert {(row["generated"], row["library"], row["ours"], row["launches"]) for row in rows} == {("3", "1", "0", "4")}
-    assert rows[0]["command"].startswith("python -m benchmarks.launch_count")
+    assert rows[0]["command"].startswith("python -m benchmarks.models.launch_count")
     assert len(capsys.readouterr().out.splitlines()) == len(rows)

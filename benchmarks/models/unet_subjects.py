@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from benchmarks.harness.timing import Call
-from benchmarks.unet_models import Batch, take
+from benchmarks.models.unet_models import Batch, take
 
 Rows = tuple[int, ...]
 # The calls that a batch is divided into: of each its rows.

@@ -76,7 +76,7 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ValueError: there is no such file, or a column is missing.
     """
-    return read_rows_as(Row, path, "benchmarks.unet")
+    return read_rows_as(Row, path, "benchmarks.models.unet")
 
 
 def _sd15(workload: Workload) -> bool:

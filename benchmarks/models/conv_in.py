@@ -1,4 +1,4 @@
-"""`python -m benchmarks.conv_in`: the task input convolution of a mixed batch beside a stock `conv_in`.
+"""`python -m benchmarks.models.conv_in`: the task input convolution of a mixed batch beside a stock `conv_in`.
 
 Both read latents of 64×64 and write 320 channels, as in SD 1.5. The stock one reads 4 channels (text-to-image) or 8 (an
 editing model); the task one gets 8, four tasks in turn.
@@ -81,7 +81,7 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.conv_in", description=__doc__.partition(": ")[2])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.models.conv_in", description=__doc__.partition(": ")[2])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batches", type=parse_counts, default=(1, 2, 4, 8), help="(default: 1,2,4,8)")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each convolution (default: 1)")
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     device = torch.device(options.device)
     output = options.output or RESULTS / f"conv_in_{device.type}.csv"
-    source = provenance(command_line("benchmarks.conv_in", argv), device)
+    source = provenance(command_line("benchmarks.models.conv_in", argv), device)
     # Graphs are captured on a stream of their own.
     stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else torch.no_grad()
     times: dict[tuple[str, int, str], float] = {}

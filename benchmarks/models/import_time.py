@@ -1,4 +1,4 @@
-"""`python -m benchmarks.import_time`: what importing takes, each time in a fresh interpreter.
+"""`python -m benchmarks.models.import_time`: what importing takes, each time in a fresh interpreter.
 
 `import mtu` leaves what needs torch and diffusers to its first use. So that use is measured beside it: every public
 name of mtu, against diffusers with the stock pipeline. Times are those of whole processes, run interleaved.
@@ -127,7 +127,7 @@ def report(rows: Sequence[Row]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.import_time", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.models.import_time", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--rounds",
         type=functools.partial(parse_count, least=2),
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, default=RESULTS / "import_time.csv", help="CSV to add rows to")
     given = parser.parse_args(argv)
-    source = provenance(command_line("benchmarks.import_time", argv))
+    source = provenance(command_line("benchmarks.models.import_time", argv))
     try:
         check_header(given.output, [*COLUMNS, *source])
     except ValueError as error:

@@ -1,0 +1,1 @@
+"""Whole UNets and what they consist of: denoising steps, kernel counts, sizes, imports."""
