@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import pipeline_psnr, pipeline_rows
 from benchmarks.harness.report import TESTED, geometric_mean, pairs_of
 from benchmarks.harness.rows import read_cells, read_rows_as
 from benchmarks.models import import_time, unet_rows
@@ -21,6 +20,7 @@ from benchmarks.page_text import (
     small_ratio,
     table,
 )
+from benchmarks.pipelines import pipeline_psnr, pipeline_rows
 
 _STOCK_PIPELINES = "stock-each"
 
@@ -112,7 +112,7 @@ def pipeline(results: Path, device: str) -> list[str]:
         ValueError: nothing was measured.
     """
     path = results / f"pipeline_{device}.csv"
-    rows = read_rows_as(pipeline_rows.Row, path, "benchmarks.pipeline")
+    rows = read_rows_as(pipeline_rows.Row, path, "benchmarks.pipelines.pipeline")
     last = {(row.workload, row.contender): row for row in rows}
     stock = {row.group: row for row in rows if row.contender == _STOCK_PIPELINES}
     if not last:
@@ -137,7 +137,7 @@ def sameness(results: Path, device: str) -> list[str]:
         ValueError: nothing was measured.
     """
     path = results / f"sameness_{device}.csv"
-    rows = read_cells(path, pipeline_psnr.COLUMNS, "benchmarks.sameness")
+    rows = read_cells(path, pipeline_psnr.COLUMNS, "benchmarks.pipelines.sameness")
     if not rows:
         raise ValueError(f"There are no rows in {path}.")
     lines = []

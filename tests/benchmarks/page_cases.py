@@ -2,11 +2,11 @@
 
 import csv
 
-from benchmarks import pipeline_rows
 from benchmarks.ffn.machine import Roofs
 from benchmarks.harness.rows import append_row
 from benchmarks.harness.sweeps import DENSE, Setting, heeded
 from benchmarks.models import unet_rows
+from benchmarks.pipelines import pipeline_rows
 
 from .rows_cases import SOURCE, make_row
 

@@ -4,10 +4,11 @@ import re
 
 import pytest
 
-from benchmarks import page, page_ffn, page_models, page_text, pipeline_psnr
+from benchmarks import page, page_ffn, page_models, page_text
 from benchmarks.harness.sweeps import DENSE, Setting
 from benchmarks.models import import_time
 from benchmarks.models.unet_rows import TARGETS
+from benchmarks.pipelines import pipeline_psnr
 
 from .page_cases import MIXED, STEPS, make_images, make_roofs, make_step, write_cells, write_rows
 from .rows_cases import SOURCE, make_row

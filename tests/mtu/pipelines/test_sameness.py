@@ -1,4 +1,4 @@
-"""Every way to run the shipped icons model gives the images of the eager one: `benchmarks.sameness`, in small."""
+"""Every way to run the shipped icons model gives the images of the eager one, in small."""
 
 import contextlib
 
@@ -7,10 +7,10 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import mtu_kernels
-from benchmarks import sameness
-from benchmarks.pipeline_models import cast, draw_samples, load_pipeline, upcycled_images
-from benchmarks.pipeline_psnr import STOCK, psnr, squared_errors
-from benchmarks.sameness import Origin
+from benchmarks.pipelines import sameness
+from benchmarks.pipelines.pipeline_models import cast, draw_samples, load_pipeline, upcycled_images
+from benchmarks.pipelines.pipeline_psnr import STOCK, psnr, squared_errors
+from benchmarks.pipelines.sameness import Origin
 from mtu.compiling import CompiledCalls, Plan
 
 # diffusers looks the version of torch up while a bfloat16 UNet is traced.
@@ -22,7 +22,8 @@ PER_TASK, STEPS = 2, 3
 # weights are below 60 dB (`test_a_mixed_up_task_is_far_below`).
 FLOAT32_DB = 100
 # In bfloat16 two ways that round as often are apart by chance: by up to 1 dB on these few images. Twice the stock
-# pipelines' mean squared error is none of it; what a tenth of a decibel means, `benchmarks.sameness` finds out on more.
+# pipelines' mean squared error is none of it; what a tenth of a decibel means,
+# `benchmarks.pipelines.sameness` finds out on more.
 BFLOAT16_DB = 3
 
 

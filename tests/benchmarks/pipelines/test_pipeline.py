@@ -9,14 +9,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import mtu
-from benchmarks import pipeline, pipeline_models, sameness
 from benchmarks.harness.correctness import WrongResult
 from benchmarks.harness.provenance import provenance
-from benchmarks.pipeline_models import draw_samples, hold_images, sharing_copy, stock_rows, unet_rows
-from benchmarks.pipeline_psnr import COLUMNS as SAMENESS_COLUMNS
-from benchmarks.pipeline_psnr import STOCK, Row, compare, psnr, squared_errors, standard_error
-from benchmarks.pipeline_rows import COLUMNS, Workload, comparison
-from benchmarks.pipeline_rows import Row as PipelineRow
+from benchmarks.pipelines import pipeline, pipeline_models, sameness
+from benchmarks.pipelines.pipeline_models import draw_samples, hold_images, sharing_copy, stock_rows, unet_rows
+from benchmarks.pipelines.pipeline_psnr import COLUMNS as SAMENESS_COLUMNS
+from benchmarks.pipelines.pipeline_psnr import STOCK, Row, compare, psnr, squared_errors, standard_error
+from benchmarks.pipelines.pipeline_rows import COLUMNS, Workload, comparison
+from benchmarks.pipelines.pipeline_rows import Row as PipelineRow
 from mtu.recipes.icons.base import BaseConfig, new_pipeline, save_model
 from mtu.recipes.icons.denoiser import DenoiserConfig
 from mtu.recipes.icons.text import TextConfig
@@ -73,7 +73,7 @@ def test_a_run_from_start_to_report(folder, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"2 rows added to {output}" in out
     assert "miniature 64x64 images=4 steps=1 bf16 " in out
-    rows, source = read(output), provenance(f"python -m benchmarks.pipeline {' '.join(arguments)}")
+    rows, source = read(output), provenance(f"python -m benchmarks.pipelines.pipeline {' '.join(arguments)}")
     assert tuple(rows[0]) == (*COLUMNS, *source)
     assert [(row["contender"], row["E"], row["tasks"]) for row in rows] == [
         ("stock-each", "1", "1"),
@@ -277,7 +277,7 @@ def test_a_run_of_all_paths_from_start_to_table(folder, tmp_path, capsys, no_com
     arguments = ["--paths", "mtu-eager,mixed,compiled", "--samples", "1", "--steps", "1"]
     _, arguments = run_quickly(sameness, folder, output, *arguments)
     out = capsys.readouterr().out
-    rows, source = read(output), provenance(f"python -m benchmarks.sameness {' '.join(arguments)}")
+    rows, source = read(output), provenance(f"python -m benchmarks.pipelines.sameness {' '.join(arguments)}")
     assert tuple(rows[0]) == (*SAMENESS_COLUMNS, *source)
     paths = [STOCK, "mtu-eager", "mixed", "compiled"]
     expected = [(path, task, "bf16") for path in paths for task in (*NAMES, "all")]

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.pipeline`: whole images, one of each task, from prompts to pixels.
+"""`python -m benchmarks.pipelines.pipeline`: whole images, one of each task, from prompts to pixels.
 
 Four stock pipelines, one after another, beside one upcycled model. The shipped icons model and stock folders are
 upcycled; as they know nothing of their tasks yet, those get small seeded random differences (in the norms, the
@@ -29,7 +29,7 @@ from benchmarks.harness.recording import Log, record
 from benchmarks.harness.rows import check_header
 from benchmarks.harness.sweeps import DENSE, Entry, Setting, parse_choices, parse_count
 from benchmarks.harness.timing import WARM_ROUNDS, synchronize, time_interleaved
-from benchmarks.pipeline_models import (
+from benchmarks.pipelines.pipeline_models import (
     Sample,
     cast,
     draw_samples,
@@ -45,7 +45,7 @@ from benchmarks.pipeline_models import (
     upcycled_images,
     weight_bytes,
 )
-from benchmarks.pipeline_rows import COLUMNS, Row, Workload, comparison
+from benchmarks.pipelines.pipeline_rows import COLUMNS, Row, Workload, comparison
 
 _RUNS, _QUICK_RUNS, _QUICK_STEPS = 5, 2, 2
 # Of the images that are held to those of a wider dtype: every operation runs, and rounding has no time to grow.
@@ -216,7 +216,7 @@ def _contenders(text: str) -> tuple[str, ...]:
 def _parser() -> argparse.ArgumentParser:
     lines = [f"  {name:20} {contender.about}" for name, contender in CONTENDERS.items()]
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pipeline",
+        prog="python -m benchmarks.pipelines.pipeline",
         description="Whole images, one of each task: stock pipelines beside one upcycled model.",
         epilog="contenders:\n" + "\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -249,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--device cuda needs a CUDA device, got none.")
     device = torch.device(options.device)
     output = options.output or RESULTS / f"pipeline_{options.device}.csv"
-    source = provenance(command_line("benchmarks.pipeline", argv), device)
+    source = provenance(command_line("benchmarks.pipelines.pipeline", argv), device)
     try:
         check_header(output, [*COLUMNS, *source])
         pipe = load_pipeline(options.folder)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.pipeline_rows import Workload
+from benchmarks.pipelines.pipeline_rows import Workload
 
 # The path that the others are held to.
 STOCK = "stock-eager"

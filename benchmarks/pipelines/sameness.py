@@ -1,4 +1,4 @@
-"""`python -m benchmarks.sameness`: every way to run the model gives the images of the eager one.
+"""`python -m benchmarks.pipelines.sameness`: every way to run the model gives the images of the eager one.
 
     PSNR = −10 log₁₀ (mean of (image − exact)² over pixels), images in [0, 1], averaged over the images of a task
 
@@ -10,8 +10,8 @@ which are the same for all. How far chance alone parts two ways shows "stock-cha
 "stock-eager" in nothing but the order of sums. In float32 images are held to 8-bit pictures, whose own rounding is at
 59 dB.
 
-The shipped icons model gets small seeded differences between tasks, as in `benchmarks.pipeline`. Writes a CSV row for
-each way, task and dtype, and for all tasks together.
+The shipped icons model gets small seeded differences between tasks, as in `benchmarks.pipelines.pipeline`. Writes a CSV
+row for each way, task and dtype, and for all tasks together.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.harness.recording import Log
 from benchmarks.harness.rows import append_row, check_header
 from benchmarks.harness.sweeps import Entry, Setting, parse_choices, parse_count
-from benchmarks.pipeline_models import (
+from benchmarks.pipelines.pipeline_models import (
     Sample,
     cast,
     draw_samples,
@@ -46,8 +46,8 @@ from benchmarks.pipeline_models import (
     stock_images,
     upcycled_images,
 )
-from benchmarks.pipeline_psnr import COLUMNS, STOCK, Row, compare, squared_errors, table
-from benchmarks.pipeline_rows import Workload
+from benchmarks.pipelines.pipeline_psnr import COLUMNS, STOCK, Row, compare, squared_errors, table
+from benchmarks.pipelines.pipeline_rows import Workload
 from mtu.export import stock_config
 
 # With 16 the standard error is itself too uncertain: one row in twenty was three of them off, and not so with more.
@@ -257,7 +257,7 @@ def _dtypes(text: str) -> tuple[str, ...]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.sameness",
+        prog="python -m benchmarks.pipelines.sameness",
         description="Images of every way to run the model, held to those of the eager one.",
         epilog="paths:\n" + "\n".join(f"  {name:20} {path.about}" for name, path in PATHS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if elsewhere:
         parser.error(f"--paths must be some of {', '.join(here)} on this device, got {elsewhere[0]}.")
     output = options.output or RESULTS / f"sameness_{device.type}.csv"
-    source = provenance(command_line("benchmarks.sameness", argv), device)
+    source = provenance(command_line("benchmarks.pipelines.sameness", argv), device)
     try:
         check_header(output, [*COLUMNS, *source])
         pipe = load_pipeline(options.folder)
