@@ -40,8 +40,8 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.ffn.growth
 	$(BIN)/python -m benchmarks.ffn.machine
 	$(BIN)/python -m benchmarks.models.import_time
-	$(BIN)/python -m benchmarks.plot
-	$(BIN)/python -m benchmarks.page
+	$(BIN)/python -m benchmarks.pages.plot
+	$(BIN)/python -m benchmarks.pages.page
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -131,7 +131,7 @@ def _without_known(rows: Sequence[dict[str, str]], file: Path) -> list[dict[str,
 def collect_and_redraw(folder: Path) -> int:
     """The command `--collect`: puts files in their places, then makes plots and the page anew."""
     # They need matplotlib, which a machine that measures may lack.
-    from benchmarks import page, plot
+    from benchmarks.pages import page, plot
 
     print("\n".join(collect(folder)))
     try:

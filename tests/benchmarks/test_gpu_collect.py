@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 
-from benchmarks import gpu_run, plot
+from benchmarks import gpu_run
 from benchmarks.gpu_collect import Places, collect
 from benchmarks.gpu_output import FACTS, RESULTS, Output
 from benchmarks.gpu_stages import RESERVE_SECONDS, Run
@@ -16,6 +16,7 @@ from benchmarks.gpu_state import State
 from benchmarks.gpu_steps import TABLE, TUNE, Step
 from benchmarks.harness.rows import append_row, read_rows
 from benchmarks.kernels import tile_rows, tune
+from benchmarks.pages import plot
 from mtu_kernels.triton.tile_table import ROWS
 from mtu_kernels.triton.tiles import TableRow, TileConfig, TileKey
 
@@ -158,7 +159,7 @@ def test_the_command_draws_and_writes_the_page_anew(returned, monkeypatch, capsy
     called = []
     monkeypatch.setattr("benchmarks.gpu_collect.collect", lambda folder: [f"rows of {folder}"])
     monkeypatch.setattr(plot, "main", lambda argv: called.append("plot"))
-    monkeypatch.setattr("benchmarks.page.main", lambda argv: called.append("page") or 0)
+    monkeypatch.setattr("benchmarks.pages.page.main", lambda argv: called.append("page") or 0)
     assert gpu_run.main(["--collect", str(returned)]) == 0
     assert called == ["plot", "page"]
     assert capsys.readouterr().out == f"rows of {returned}\n"

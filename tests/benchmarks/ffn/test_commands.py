@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 
-from benchmarks import plot
 from benchmarks.ffn import moe_ffn
 from benchmarks.ffn.peers import CONTENDERS, Contender
 from benchmarks.harness.provenance import ROOT, provenance
 from benchmarks.harness.rows import append_row, read_rows
 from benchmarks.harness.sweeps import DEFAULT_SWEEPS, QUICK, Setting
+from benchmarks.pages import plot
 
 from ..rows_cases import make_row
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import plot_growth
 from benchmarks.ffn import growth
 from benchmarks.ffn.growth_lines import panels, us_per_token
 from benchmarks.harness.rows import read_rows
+from benchmarks.pages import plot_growth
 
 from ..page_cases import grown
 from ..rows_cases import make_row

@@ -10,7 +10,7 @@ from benchmarks.harness.report import TESTED, geometric_mean, pairs_of
 from benchmarks.harness.rows import read_cells, read_rows_as
 from benchmarks.models import import_time, unet_rows
 from benchmarks.models.steps import ORIGINAL, UNUSUAL, Step, deployed, scenes, unusual, usual
-from benchmarks.page_text import (
+from benchmarks.pages.markdown import (
     MISSING,
     digits,
     duration,

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure, SubFigure
 
 from benchmarks.models.steps import Scene, Step, family, scenes, usual
 from benchmarks.models.unet_rows import Row
-from benchmarks.plot_looks import letters, save
+from benchmarks.pages.plot_style import letters, save
 
 # Families as in the pictures of one feed-forward; folded ones darker, peers apart from all.
 _COLORS = {

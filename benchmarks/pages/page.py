@@ -1,4 +1,4 @@
-"""`python -m benchmarks.page`: writes the tables of `docs/performance.md` from the CSV files.
+"""`python -m benchmarks.pages.page`: writes the tables of `docs/performance.md` from the CSV files.
 
 Each table stands between `<!-- table: NAME -->` and `<!-- end -->`; the rest of the page is left as it is. With
 `--check` nothing is written, and a page that does not say what the files do is an error.
@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import page_ffn, page_models
 from benchmarks.harness.provenance import RESULTS, ROOT
+from benchmarks.pages import tables_ffn, tables_models
 
 PAGE = ROOT / "docs" / "performance.md"
 _MARKED = re.compile(r"(<!-- table: (\S*) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -48,16 +48,16 @@ def _of_devices(make: Callable[..., list[str]], module: str, picture: str = "") 
 
 
 BLOCKS: dict[str, tuple[Part, ...]] = {
-    "targets": (Part(page_models.targets, "python -m benchmarks.models.unet"),),
-    "imports": (Part(page_models.imports, "python -m benchmarks.models.import_time"),),
-    "sizes": (Part(page_ffn.sizes, "python -m benchmarks.models.model_sizes"),),
-    "unet": _of_devices(page_models.unet, "models.unet", "unet"),
-    "settings": _of_devices(page_models.settings, "models.unet"),
-    "pipeline": _of_devices(page_models.pipeline, "pipelines.pipeline"),
-    "sameness": _of_devices(page_models.sameness, "pipelines.sameness"),
-    "ffn": _of_devices(page_ffn.feed_forward, "ffn.moe_ffn", "moe_ffn"),
-    "roofline": _of_devices(page_ffn.roofline, "ffn.machine", "roofline"),
-    "growth": _of_devices(page_ffn.growth, "ffn.growth", "growth"),
+    "targets": (Part(tables_models.targets, "python -m benchmarks.models.unet"),),
+    "imports": (Part(tables_models.imports, "python -m benchmarks.models.import_time"),),
+    "sizes": (Part(tables_ffn.sizes, "python -m benchmarks.models.model_sizes"),),
+    "unet": _of_devices(tables_models.unet, "models.unet", "unet"),
+    "settings": _of_devices(tables_models.settings, "models.unet"),
+    "pipeline": _of_devices(tables_models.pipeline, "pipelines.pipeline"),
+    "sameness": _of_devices(tables_models.sameness, "pipelines.sameness"),
+    "ffn": _of_devices(tables_ffn.feed_forward, "ffn.moe_ffn", "moe_ffn"),
+    "roofline": _of_devices(tables_ffn.roofline, "ffn.machine", "roofline"),
+    "growth": _of_devices(tables_ffn.growth, "ffn.growth", "growth"),
 }
 
 
@@ -103,7 +103,8 @@ def _block(parts: Sequence[Part], results: Path, images: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 if a page that is checked is not what the files say."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.page", description="Writes the tables of docs/performance.md from the CSV files."
+        prog="python -m benchmarks.pages.page",
+        description="Writes the tables of docs/performance.md from the CSV files.",
     )
     parser.add_argument("--check", action="store_true", help="write nothing, and fail if the page would change")
     parser.add_argument("--page", type=Path, default=PAGE, help="(default: %(default)s)")
@@ -129,7 +130,7 @@ def _difference(text: str, new: str) -> str:
     """The first table that differs; a page and its rewriting differ nowhere else."""
     pairs = zip(_MARKED.finditer(text), _MARKED.finditer(new), strict=True)
     name = next(old[2] for old, made in pairs if old[3] != made[3])
-    return f"python -m benchmarks.page would change the table {name!r}"
+    return f"python -m benchmarks.pages.page would change the table {name!r}"
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 import pytest
 from matplotlib.image import imread
 
-from benchmarks import plot, plot_growth, plot_roofline, plot_unet
 from benchmarks.ffn.roofline import marks
 from benchmarks.harness.sweeps import DENSE, Setting
 from benchmarks.models.steps import deployed, label, scenes, unusual, usual
+from benchmarks.pages import plot, plot_growth, plot_roofline, plot_unet
 
-from .page_cases import STEPS, grown, make_roofs, make_step, write_rows
-from .rows_cases import FOUR, make_row
+from ..page_cases import STEPS, grown, make_roofs, make_step, write_rows
+from ..rows_cases import FOUR, make_row
 
 
 def colors(path):

@@ -11,7 +11,7 @@ from benchmarks.ffn.roofline import Mark, read_marks
 from benchmarks.harness.report import TESTED, comparisons
 from benchmarks.harness.rows import Row, read_cells, read_rows
 from benchmarks.harness.sweeps import DENSE, Setting
-from benchmarks.page_text import MISSING, digits, duration, provenance_line, ratio, table
+from benchmarks.pages.markdown import MISSING, digits, duration, provenance_line, ratio, table
 
 _USUAL_BATCH = 8
 _FLOOR = "products"

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.ffn.roofline import Mark
-from benchmarks.plot_looks import FFN_LOOKS, legend, letters, save
+from benchmarks.pages.plot_style import FFN_LOOKS, legend, letters, save
 
 _ROOF = "#D55E00"
 _SHAPE = {"color": "#999999", "linewidth": 0.6, "linestyle": ":"}

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.plot`: all pictures that there are rows for, from the CSV files alone."""
+"""`python -m benchmarks.pages.plot`: all pictures that there are rows for, from the CSV files alone."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import plot_ffn, plot_growth, plot_roofline, plot_unet
 from benchmarks.ffn.machine import read_roofs
 from benchmarks.ffn.roofline import read_marks
 from benchmarks.harness.provenance import RESULTS, ROOT
 from benchmarks.harness.rows import read_rows
 from benchmarks.models.unet_rows import read_rows as read_unet_rows
-from benchmarks.plot_ffn import points
+from benchmarks.pages import plot_ffn, plot_growth, plot_roofline, plot_unet
+from benchmarks.pages.plot_ffn import points
 
 __all__ = ["IMAGES", "main", "points"]
 
@@ -45,7 +45,7 @@ def _draw_roofline(results: Path, device: str, picture: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Files that cannot be drawn are an error, after all others were drawn."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__.partition(": ")[2])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pages.plot", description=__doc__.partition(": ")[2])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=IMAGES, help="folder of the pictures (default: %(default)s)")
     parser.add_argument("--batch", type=int, help="samples of one feed-forward (default: 8, or the most measured)")
