@@ -18,11 +18,11 @@ from types import FrameType
 
 import torch
 
-from benchmarks.gpu_collect import collect_and_redraw
-from benchmarks.gpu_output import Output, check_writable
-from benchmarks.gpu_stages import MARGIN_SECONDS, RESERVE_SECONDS, Interrupted, Run, fitting, stages
-from benchmarks.gpu_state import ENDED, FAILED, State, folder_of
-from benchmarks.gpu_steps import DIAGNOSIS, STEPS, Place, Step
+from benchmarks.gpu.collect import collect_and_redraw
+from benchmarks.gpu.output import Output, check_writable
+from benchmarks.gpu.stages import MARGIN_SECONDS, RESERVE_SECONDS, Interrupted, Run, fitting, stages
+from benchmarks.gpu.state import ENDED, FAILED, State, folder_of
+from benchmarks.gpu.steps import DIAGNOSIS, STEPS, Place, Step
 from benchmarks.harness.provenance import provenance
 from benchmarks.harness.sweeps import parse_choices
 

@@ -149,7 +149,7 @@ def test_arguments_choose_between_the_default_sweep_and_all_combinations():
 def test_measuring_needs_neither_diffusers_nor_matplotlib_nor_the_installed_package():
     code = (
         "import sys; sys.modules['diffusers'] = sys.modules['matplotlib'] = sys.modules['mtu'] = None; "
-        "import benchmarks.gpu_run, benchmarks.gpu_smoke, benchmarks.ffn.moe_ffn, benchmarks.kernels.tune; "
+        "import benchmarks.gpu_run, benchmarks.gpu.smoke, benchmarks.ffn.moe_ffn, benchmarks.kernels.tune; "
         "import benchmarks.harness.provenance; "
         "print(benchmarks.harness.provenance.provenance('x')['commit'])"
     )

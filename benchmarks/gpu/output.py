@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.gpu_state import Outcome, State, replace
+from benchmarks.gpu.state import Outcome, State, replace
 
 # Of each step: what its command said.
 LOG = "log.txt"

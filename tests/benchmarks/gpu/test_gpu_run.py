@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_run
-from benchmarks.gpu_output import FACTS, RESULTS, SUMMARY
-from benchmarks.gpu_process import Group, end_leftover
-from benchmarks.gpu_stages import RESERVE_SECONDS, Interrupted, Run, fitting, in_turn, stages
-from benchmarks.gpu_state import CUT, DONE, ENDED, FAILED, LATE, Outcome, State
-from benchmarks.gpu_steps import GO, STEPS, Step
+from benchmarks.gpu.output import FACTS, RESULTS, SUMMARY
+from benchmarks.gpu.process import Group, end_leftover
+from benchmarks.gpu.stages import RESERVE_SECONDS, Interrupted, Run, fitting, in_turn, stages
+from benchmarks.gpu.state import CUT, DONE, ENDED, FAILED, LATE, Outcome, State
+from benchmarks.gpu.steps import GO, STEPS, Step
 from benchmarks.harness.provenance import ROOT
 
-from .gpu_run_cases import COMMIT, Folders, shell
+from .run_cases import COMMIT, Folders, shell
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_results_are_out_after_each_step_and_what_is_done_is_not_run_again(folde
 
 
 def test_a_model_comes_back_in_parts_that_make_one_file(folders, monkeypatch):
-    monkeypatch.setattr("benchmarks.gpu_output._PART_BYTES", 1000)
+    monkeypatch.setattr("benchmarks.gpu.output._PART_BYTES", 1000)
     train = "mkdir -p output/model/unet; head -c 2500 /dev/urandom > output/model/unet/weights"
     assert folders.call(shell("icons", train)) == {"icons": DONE}
     parts = sorted(folders.output.glob("icons-model.zip*"))
@@ -121,7 +121,7 @@ def test_the_run_ends_in_time_and_the_next_call_goes_on(folders):
 
 
 def test_steps_that_do_not_stop_are_waited_for_together(folders, monkeypatch):
-    monkeypatch.setattr("benchmarks.gpu_process.GRACE_SECONDS", 1.0)
+    monkeypatch.setattr("benchmarks.gpu.process.GRACE_SECONDS", 1.0)
     steps = [shell(name, "trap '' TERM; sleep 60; sleep 60", alone=False) for name in "abcde"]
     start = time.monotonic()
     assert set(folders.call(*steps, seconds=0.5).values()) == {CUT}
@@ -136,7 +136,7 @@ def test_a_run_that_is_told_to_end_notes_what_it_cut(folders, monkeypatch):
         if file.exists():
             raise Interrupted
 
-    monkeypatch.setattr("benchmarks.gpu_stages.pause", interrupt)
+    monkeypatch.setattr("benchmarks.gpu.stages.pause", interrupt)
     with pytest.raises(Interrupted):
         folders.call(*steps)
     assert folders.sentence("two") == "The run was told to end."
@@ -195,7 +195,7 @@ def test_compiling_leaves_time_for_timing(folders):
 RUNNER = """
 import sys
 from pathlib import Path
-from tests.benchmarks.test_gpu_run import Folders, interrupted_steps
+from tests.benchmarks.gpu.test_gpu_run import Folders, interrupted_steps
 Folders(Path(sys.argv[1])).call(*interrupted_steps())
 """
 

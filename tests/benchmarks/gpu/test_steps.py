@@ -13,15 +13,15 @@ import torch
 
 from benchmarks import gpu_run
 from benchmarks.ffn import moe_ffn
-from benchmarks.gpu_output import FACTS
-from benchmarks.gpu_stages import stages
-from benchmarks.gpu_state import DONE, FAILED
-from benchmarks.gpu_steps import STEPS, TEST_FILES, Place
+from benchmarks.gpu.output import FACTS
+from benchmarks.gpu.stages import stages
+from benchmarks.gpu.state import DONE, FAILED
+from benchmarks.gpu.steps import STEPS, TEST_FILES, Place
 from benchmarks.harness.provenance import ROOT
 from benchmarks.kernels import tune
 from benchmarks.models import unet
 
-from .gpu_run_cases import COMMIT, Folders, shell
+from .run_cases import COMMIT, Folders, shell
 
 
 def test_a_dry_run_says_when_each_step_begins_and_how_to_make_it(tmp_path, capsys):
@@ -69,7 +69,7 @@ def test_commands_for_a_gpu_are_understood(step, quick, tmp_path):
     place = Place(tmp_path, COMMIT, quick, True, step.seconds)
     python, flag, module, *arguments = step.command(place)
     assert (python, flag) == (sys.executable, "-m")
-    modules = {f"benchmarks.{known.__name__.rpartition('.')[2]}": known for known in (moe_ffn, unet, tune)}
+    modules = {known.__name__: known for known in (moe_ffn, unet, tune)}
     options = modules[module]._parser().parse_args(arguments)
     assert options.commit == COMMIT
     if module != "benchmarks.kernels.tune":

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_smoke`: what this machine is, and whether the routed feed-forward computes rightly on it.
+"""`python -m benchmarks.gpu.smoke`: what this machine is, and whether the routed feed-forward computes rightly on it.
 
 Two shapes, dense, output and gradients of every input, each held to the float64 reference as all contenders of the
 benchmarks are. The outputs decide. Facts are printed first, so that they are there whatever comes after them.
@@ -84,7 +84,7 @@ def _compiler() -> str | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 where results are wrong or nothing runs, after one sentence on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_smoke", description=__doc__.partition(": ")[2])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.smoke", description=__doc__.partition(": ")[2])
     parser.add_argument(
         "--shapes", type=parse_shapes, default=_SHAPES, help="DxL, or sets (default: 320x4096,1280x256)"
     )

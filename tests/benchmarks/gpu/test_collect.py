@@ -9,18 +9,18 @@ import zipfile
 import pytest
 
 from benchmarks import gpu_run
-from benchmarks.gpu_collect import Places, collect
-from benchmarks.gpu_output import FACTS, RESULTS, Output
-from benchmarks.gpu_stages import RESERVE_SECONDS, Run
-from benchmarks.gpu_state import State
-from benchmarks.gpu_steps import TABLE, TUNE, Step
+from benchmarks.gpu.collect import Places, collect
+from benchmarks.gpu.output import FACTS, RESULTS, Output
+from benchmarks.gpu.stages import RESERVE_SECONDS, Run
+from benchmarks.gpu.state import State
+from benchmarks.gpu.steps import TABLE, TUNE, Step
 from benchmarks.harness.rows import append_row, read_rows
 from benchmarks.kernels import tile_rows, tune
 from benchmarks.pages import plot
 from mtu_kernels.triton.tile_table import ROWS
 from mtu_kernels.triton.tiles import TableRow, TileConfig, TileKey
 
-from .rows_cases import make_row
+from ..rows_cases import make_row
 
 KEY = TileKey("expert_in", "sm_90", 16, False, 640, 0)
 TUNED = TableRow(KEY, TileConfig(128, 64, 64, 8, 3, True), "measured on a GPU: 24.0 µs at 2048 tokens, before 29.0")
@@ -157,7 +157,7 @@ def test_a_file_of_older_columns_is_refused_before_anything_changes(returned, pl
 
 def test_the_command_draws_and_writes_the_page_anew(returned, monkeypatch, capsys):
     called = []
-    monkeypatch.setattr("benchmarks.gpu_collect.collect", lambda folder: [f"rows of {folder}"])
+    monkeypatch.setattr("benchmarks.gpu.collect.collect", lambda folder: [f"rows of {folder}"])
     monkeypatch.setattr(plot, "main", lambda argv: called.append("plot"))
     monkeypatch.setattr("benchmarks.pages.page.main", lambda argv: called.append("page") or 0)
     assert gpu_run.main(["--collect", str(returned)]) == 0

@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.gpu_process import end_leftover
-from benchmarks.gpu_steps import TABLE, TUNE
+from benchmarks.gpu.process import end_leftover
+from benchmarks.gpu.steps import TABLE, TUNE
 from benchmarks.harness.provenance import ROOT
 
 _TREE = ("mtu", "mtu_kernels", "benchmarks", "tests", "pyproject.toml")

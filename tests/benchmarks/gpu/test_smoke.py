@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import gpu_smoke
+from benchmarks.gpu import smoke
 from benchmarks.kernels import product_profile
 from mtu_kernels import moe_ffn
 from mtu_kernels.triton.launch import interpreted
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not interpreted(), reason="kernels are not inter
 
 
 def test_facts_and_two_passes_that_are_right(capsys):
-    assert gpu_smoke.main(["--quick", "--commit", "abc1234"]) == 0
+    assert smoke.main(["--quick", "--commit", "abc1234"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "commit: abc1234" in lines
     assert f"torch: {torch.__version__}" in lines
@@ -20,8 +20,8 @@ def test_facts_and_two_passes_that_are_right(capsys):
 
 
 def test_wrong_results_are_said_in_one_sentence(monkeypatch, capsys):
-    monkeypatch.setattr(gpu_smoke, "moe_ffn", lambda *args, backend, **options: moe_ffn(*args, **options) * 1.1)
-    assert gpu_smoke.main(["--quick"]) == 1
+    monkeypatch.setattr(smoke, "moe_ffn", lambda *args, backend, **options: moe_ffn(*args, **options) * 1.1)
+    assert smoke.main(["--quick"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("y must be torch.float16 within ")
     assert error.count("\n") == 1
@@ -37,8 +37,8 @@ def test_gradients_that_are_wrong_are_said_and_do_not_decide(monkeypatch, capsys
         def backward(ctx, d_y):
             return 1.1 * d_y
 
-    monkeypatch.setattr(gpu_smoke, "moe_ffn", lambda *args, **options: Scaled.apply(moe_ffn(*args, **options)))
-    assert gpu_smoke.main(["--quick"]) == 0
+    monkeypatch.setattr(smoke, "moe_ffn", lambda *args, **options: Scaled.apply(moe_ffn(*args, **options)))
+    assert smoke.main(["--quick"]) == 0
     last = capsys.readouterr().out.splitlines()[-2:]
     assert last[0] == "32x16 B=2 fp16 forward: right"
     assert last[1].startswith("FAILED, gradients at 32x16: the gradient of x must be ")
@@ -46,13 +46,13 @@ def test_gradients_that_are_wrong_are_said_and_do_not_decide(monkeypatch, capsys
 
 def test_a_machine_without_a_gpu_or_a_compiler_is_unfit(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu_smoke.main([]) == 1
+    assert smoke.main([]) == 1
     assert capsys.readouterr().err == "A CUDA device is needed, and torch finds none.\n"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_smoke, "facts", lambda commit: ["commit: abc1234"])
+    monkeypatch.setattr(smoke, "facts", lambda commit: ["commit: abc1234"])
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "")
-    assert gpu_smoke.main([]) == 1
+    assert smoke.main([]) == 1
     expected = "Triton needs a C compiler for the launchers of its kernels, and finds neither gcc nor clang.\n"
     assert capsys.readouterr().err == expected
 

@@ -102,7 +102,7 @@ def _python(*arguments: str) -> list[str]:
 
 
 def _smoke(place: Place) -> list[str]:
-    return _python("benchmarks.gpu_smoke", *["--quick"] * place.quick, "--commit", place.commit)
+    return _python("benchmarks.gpu.smoke", *["--quick"] * place.quick, "--commit", place.commit)
 
 
 def _tune(place: Place) -> list[str]:

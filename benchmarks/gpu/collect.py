@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.gpu_output import FACTS, RESULTS, RUN
-from benchmarks.gpu_steps import TABLE
+from benchmarks.gpu.output import FACTS, RESULTS, RUN
+from benchmarks.gpu.steps import TABLE
 from benchmarks.harness.provenance import RESULTS as PLACE
 from benchmarks.harness.rows import append_row, check_header
 from benchmarks.kernels import tune

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_output import LOG, Output
-from benchmarks.gpu_process import GRACE_SECONDS, Group, pause
-from benchmarks.gpu_state import CUT, DONE, ENDED, FAILED, LATE, Outcome, State
-from benchmarks.gpu_steps import DIAGNOSIS, GO, TUNE, Place, Step
+from benchmarks.gpu.output import LOG, Output
+from benchmarks.gpu.process import GRACE_SECONDS, Group, pause
+from benchmarks.gpu.state import CUT, DONE, ENDED, FAILED, LATE, Outcome, State
+from benchmarks.gpu.steps import DIAGNOSIS, GO, TUNE, Place, Step
 
 # For the last results to be packed, and for what is still running to end.
 RESERVE_SECONDS = 2 * GRACE_SECONDS

@@ -4,10 +4,10 @@ import json
 import time
 import zipfile
 
-from benchmarks.gpu_output import FACTS, RESULTS, Output
-from benchmarks.gpu_stages import RESERVE_SECONDS, Run
-from benchmarks.gpu_state import State
-from benchmarks.gpu_steps import Step
+from benchmarks.gpu.output import FACTS, RESULTS, Output
+from benchmarks.gpu.stages import RESERVE_SECONDS, Run
+from benchmarks.gpu.state import State
+from benchmarks.gpu.steps import Step
 
 COMMIT = "abc1234"
 
