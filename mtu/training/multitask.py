@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from mtu.pipelines import MTUPipeline
@@ -17,7 +18,7 @@ from mtu.pipelines.inputs import condition_image
 from mtu.tasks import TaskSpec
 from mtu.training import precision
 from mtu.training.shards import sharded_loss
-from mtu.training.weights import timestep_weights
+from mtu.training.weights import drawn_timesteps, timestep_weights
 
 __all__ = ["MultiTaskConfig", "MultiTaskLoss", "TaskExample", "TaskLatents", "encode_examples"]
 
@@ -53,7 +54,8 @@ class TaskLatents(NamedTuple):
 
     Args:
         target: (n, 4, h, w) float32, scaled latents of the targets.
-        condition: (n, 4, h, w) float32, unscaled latents of the conditions; None for tasks without an image.
+        condition: (n, c, h, w) float32, unscaled latents of the conditions, c the task's `condition_channels`; None for
+            tasks without an image.
         prompt: (n,) int64, rows of the table of prompt embeddings.
     """
 
@@ -120,20 +122,27 @@ def encode_examples(
         description: shown beside the progress bar.
 
     Raises:
-        ValueError: a task that the model does not have, or an example that does not fit its task.
+        ValueError: a task that the model does not have, that has no examples, or whose condition is no image's latents;
+            or an example that does not fit its task or is of another size.
+        FloatingPointError: the VAE gives latents that are not finite.
     """
+    for name, items in examples.items():
+        _check_examples(pipeline, pipeline.unet.tasks[pipeline.unet.task_index(name)], items)
     rows: dict[str, int] = {"": 0}
     encoded = {}
     total = sum(map(len, examples.values()))
     with tqdm(total=total, desc=description, unit="image") as bar, ThreadPoolExecutor(threads) as pool:
         for name, items in examples.items():
             spec = pipeline.unet.tasks[pipeline.unet.task_index(name)]
-            for item in items:
-                if (item.image is None) == spec.takes_image or item.task != name:
-                    raise ValueError(f"An example of {item.task!r} does not fit task {name!r}: {spec}.")
             chunks = [items[start : start + _ENCODE_BATCH] for start in range(0, len(items), _ENCODE_BATCH)]
             targets, conditions = [], []
             for target, condition in pool.map(functools.partial(_encode, pipeline, spec, autocast), chunks):
+                for latents in (target,) if condition is None else (target, condition):
+                    if not latents.isfinite().all():
+                        raise FloatingPointError(
+                            f"The VAE, in {pipeline.vae.dtype}, gives latents that are not finite for examples of task "
+                            f"{name!r} from number {sum(map(len, targets))} on."
+                        )
                 targets.append(target)
                 conditions.append(condition)
                 bar.update(len(target))
@@ -153,7 +162,8 @@ class MultiTaskLoss:
         config: how batches are made.
 
     Raises:
-        ValueError: a prediction type that is neither "epsilon" nor "v_prediction".
+        ValueError: a prediction type that is neither "epsilon" nor "v_prediction", or "epsilon" on a schedule that ends
+            in noise alone; data without tasks or examples, or of other tasks or shapes than the model's.
 
     Source: MTU (arXiv 2503.11905) eq. 2; dropout of conditions: InstructPix2Pix (arXiv 2211.09800) §3.2.
     """
@@ -165,20 +175,32 @@ class MultiTaskLoss:
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"Training predicts 'epsilon' or 'v_prediction', but got {self.prediction_type!r}.")
         signal = self.scheduler.alphas_cumprod
+        if self.prediction_type == "epsilon" and signal.min() <= 0:
+            raise ValueError(
+                "Training that predicts 'epsilon' needs a signal at every timestep, but this schedule ends in noise "
+                "alone (rescale_betas_zero_snr): predict 'v_prediction', or use another schedule."
+            )
+        _check_data(self.unet.tasks, data)
         weights = timestep_weights(signal, config.snr_gamma, config.noise_weight)
         # At a given x_t an error in v is that in the noise / √ᾱ; with its square taken out, both types learn the same.
-        self.weights = weights * signal if self.prediction_type == "v_prediction" else weights
+        # Without a signal the noise is given, and v, the picture, is all there is to learn: that error counts in full.
+        if self.prediction_type == "v_prediction":
+            weights = weights * torch.where(signal > 0, signal, 1.0)
+        self.weights = weights
 
     def __call__(self, step: int) -> Tensor:
         rng = np.random.default_rng([self.config.seed, 7, step])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         count, names = self.config.batch_per_task, list(self.data.tasks)
         parts = [self._draw(rng, name) for name in names]
-        target, condition, prompt = (torch.cat(column) for column in zip(*parts, strict=True))
+        target, prompt = (torch.cat(column) for column in zip(*((part[0], part[2]) for part in parts), strict=True))
+        # As wide as the widest: the UNet ignores channels beyond a task's own.
+        width = max(part[1].shape[1] for part in parts)
+        condition = torch.cat([F.pad(part[1], (0, 0, 0, 0, 0, width - part[1].shape[1])) for part in parts])
         noise = torch.randn(target.shape, generator=generator)
         # One timestep from each of equal stretches, within each task: the loss varies less from step to step.
         spread = (torch.rand(len(names), count, generator=generator) + torch.arange(count)) / count
-        timesteps = (spread.flatten() * len(self.weights)).long()
+        timesteps = drawn_timesteps(spread.flatten(), len(self.weights))
         noisy = self.scheduler.add_noise(target, noise, timesteps)
         wanted = noise if self.prediction_type == "epsilon" else self.scheduler.get_velocity(target, noise, timesteps)
         task_ids = self.unet.task_ids(names, "cpu").repeat_interleave(count)
@@ -193,17 +215,18 @@ class MultiTaskLoss:
     def _loss(self, sample: Tensor, timesteps: Tensor, prompt: Tensor, task_ids: Tensor, wanted: Tensor) -> Tensor:
         """The weighted loss of a batch that has equally many examples of each task, task by task."""
         with precision.autocast(sample.device.type, self.config.autocast, cached=self.config.shards == 1):
+            sample, prompt = sample.to(self.unet.dtype), prompt.to(self.unet.dtype)
             predicted = self.unet(sample, timesteps, prompt, task_ids=task_ids).sample
         error = (predicted.float() - wanted).square().mean(dim=(1, 2, 3))
         weighed = error * self.weights.to(error.device)[timesteps]
         return weighed.view(len(self.data.tasks), -1).mean(1).sum()
 
     def _draw(self, rng: np.random.Generator, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Target latents, condition latents (zeros where there are none) and prompt embeddings of one task."""
+        """Target latents, condition latents (no channels where there are none) and prompt embeddings of one task."""
         latents, count = self.data.tasks[name], self.config.batch_per_task
         spec = self.unet.tasks[self.unet.task_index(name)]
         rows = torch.from_numpy(rng.integers(len(latents.target), size=count))
-        condition = torch.zeros_like(latents.target[rows]) if latents.condition is None else latents.condition[rows]
+        condition = latents.target[rows][:, :0] if latents.condition is None else latents.condition[rows]
         prompt = latents.prompt[rows]
         lot, part = torch.from_numpy(rng.random(count)), self.config.dropout
         if spec.guidance != "none":
@@ -211,6 +234,48 @@ class MultiTaskLoss:
         if spec.guidance == "dual":
             condition = torch.where((lot < part)[:, None, None, None], 0.0, condition)
         return latents.target[rows], condition, self.data.prompts[prompt]
+
+
+def _check_examples(pipeline: MTUPipeline, spec: TaskSpec, items: Sequence[TaskExample]) -> None:
+    """Raise a ValueError unless these are examples of a task, of one size."""
+    if not items:
+        raise ValueError(f"Task {spec.name!r} has no examples: give it some, or leave it out.")
+    channels = pipeline.vae.config.latent_channels
+    if spec.condition_channels not in (0, channels):
+        raise ValueError(
+            f"Task {spec.name!r} reads {spec.condition_channels} condition channels, but an image has {channels} "
+            "latent channels: encode its examples by other means."
+        )
+    for item in items:
+        if (item.image is None) == spec.takes_image or item.task != spec.name:
+            raise ValueError(f"An example of {item.task!r} does not fit task {spec.name!r}: {spec}.")
+        if item.target.shape != items[0].target.shape:
+            raise ValueError(
+                f"Targets of task {spec.name!r} must be of one size, but got {tuple(items[0].target.shape)} and "
+                f"{tuple(item.target.shape)}."
+            )
+
+
+def _check_data(tasks: Sequence[TaskSpec], data: EncodedTasks) -> None:
+    """Raise a ValueError unless all tasks of the data are the model's, with examples of one size."""
+    if not data.tasks:
+        raise ValueError("There is nothing to train on: expected encoded examples of at least one task.")
+    specs, sizes = {spec.name: spec for spec in tasks}, {}
+    for name, latents in data.tasks.items():
+        if name not in specs:
+            raise ValueError(f"Unknown task {name!r}: this model has {list(specs)}.")
+        if len(latents.target) == 0:
+            raise ValueError(f"Task {name!r} has no examples: give it some, or leave it out.")
+        channels = 0 if latents.condition is None else latents.condition.shape[1]
+        if channels != specs[name].condition_channels:
+            raise ValueError(
+                f"Task {name!r} reads {specs[name].condition_channels} condition channels, but its examples have "
+                f"{channels}."
+            )
+        sizes.setdefault(latents.target.shape[1:], name)
+    if len(sizes) > 1:
+        listed = " and ".join(f"{tuple(size)} for {name!r}" for size, name in sizes.items())
+        raise ValueError(f"Target latents must be of one shape for all tasks, but got {listed}.")
 
 
 @torch.no_grad()  # a thread has a grad mode of its own

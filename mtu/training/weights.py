@@ -1,8 +1,17 @@
 """Loss weights of timesteps, for the squared error of the predicted noise."""
 
+import torch
 from torch import Tensor
 
-__all__ = ["timestep_weights"]
+__all__ = ["drawn_timesteps", "timestep_weights"]
+
+
+def drawn_timesteps(spread: Tensor, count: int) -> Tensor:
+    """The timestep `⌊spread · count⌋` of each number in [0, 1], as int64.
+
+    The last one is taken where `spread` is 1: a sum of a number below 1 and a whole one rounds up to the next.
+    """
+    return (spread * count).long().clamp_max(count - 1)
 
 
 def timestep_weights(alphas_cumprod: Tensor, snr_gamma: float | None, noise_weight: float) -> Tensor:
@@ -18,11 +27,12 @@ def timestep_weights(alphas_cumprod: Tensor, snr_gamma: float | None, noise_weig
         noise_weight: κ; 0: no second term.
 
     Returns:
-        (timesteps,) in the dtype of ᾱ.
+        (timesteps,) in the dtype of ᾱ; where SNR is 0, the limit 1 + κ before the division by the mean.
 
     Source: Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy" (arXiv 2303.09556).
     """
     ratio = alphas_cumprod / (1 - alphas_cumprod)
-    lowered = ratio / ratio if snr_gamma is None else ratio.clamp_max(snr_gamma) / ratio
+    # Not min(SNR, γ) / SNR: a schedule of zero terminal SNR ends in 0 / 0.
+    lowered = torch.ones_like(ratio) if snr_gamma is None else (snr_gamma / ratio).clamp_max(1)
     weights = lowered + (1 / ratio).clamp_max(noise_weight)
     return weights / weights.mean()

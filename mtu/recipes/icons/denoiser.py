@@ -15,7 +15,7 @@ from mtu.recipes.icons.prompts import IconPicture, PromptConfig, ScenePicture, i
 from mtu.recipes.icons.text import token_ids
 from mtu.recipes.icons.vae import encode
 from mtu.training.shards import sharded_loss
-from mtu.training.weights import timestep_weights
+from mtu.training.weights import drawn_timesteps, timestep_weights
 
 LATENT_SIZE = 16
 # Stable Diffusion's noise schedule.
@@ -144,7 +144,7 @@ class DenoiserLoss:
         latents, prompts = self.data.draw(rng, count)
         # One timestep from each of `count` equal stretches: the loss varies less from step to step.
         spread = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-        timesteps = (spread * len(self.weights)).long()[torch.randperm(count, generator=generator)]
+        timesteps = drawn_timesteps(spread, len(self.weights))[torch.randperm(count, generator=generator)]
         noise = torch.randn(latents.shape, generator=generator)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         tokens = token_ids(self.tokenizer, prompts)

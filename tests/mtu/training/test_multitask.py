@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 import mtu
 from mtu.data.icons import TASKS, Icons
@@ -9,6 +10,7 @@ from mtu.recipes.icons.base import BaseConfig, new_pipeline
 from mtu.recipes.icons.denoiser import DenoiserConfig
 from mtu.recipes.icons.text import TextConfig
 from mtu.recipes.icons.vae import VAEConfig
+from mtu.tasks import EDIT, SUPER_RESOLUTION, TEXT_TO_IMAGE
 from mtu.training import FitConfig, fit
 from mtu.training.multitask import MultiTaskConfig, MultiTaskLoss, encode_examples
 
@@ -86,6 +88,107 @@ def test_v_prediction_weighs_the_noise_error_alike(data) -> None:
     error = loss.scheduler.get_velocity(implied, guess, steps) - loss.scheduler.get_velocity(target, noise, steps)
     weighed = error.square().mean((1, 2, 3)) * loss.weights[steps]
     torch.testing.assert_close(weighed, (guess - noise).square().mean((1, 2, 3)), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    "scheduler", [DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler]
+)
+def test_a_schedule_that_ends_in_noise_alone(data, scheduler) -> None:
+    twin = mtu.upcycle(new_pipeline(MINIATURE))
+    zero = {"rescale_betas_zero_snr": True}
+    twin.scheduler = scheduler.from_config(twin.scheduler.config, **zero, prediction_type="v_prediction")
+    for config in (MultiTaskConfig(), MultiTaskConfig(snr_gamma=5.0), MultiTaskConfig(snr_gamma=5.0, noise_weight=2.0)):
+        loss = MultiTaskLoss(twin, data, config)
+        signal = loss.scheduler.alphas_cumprod
+        assert signal[-1] == 0
+        # min(SNR, γ) / (SNR + 1) + ᾱ min(1 / SNR, κ), and at the end the limits of the weights of the noise, uncapped.
+        ratio = signal[:-1].double() / (1 - signal[:-1].double())
+        gamma = float("inf") if config.snr_gamma is None else config.snr_gamma
+        expected = ratio.clamp_max(gamma) / (ratio + 1) + signal[:-1] * (1 / ratio).clamp_max(config.noise_weight)
+        expected = torch.cat([expected, torch.tensor([1.0 + config.noise_weight])])
+        factor = loss.weights[-1] / expected[-1]
+        torch.testing.assert_close(loss.weights.double(), expected * factor, rtol=1e-4, atol=1e-9)
+        assert (loss.weights > 0).all()
+    assert loss(0).isfinite()
+    twin.scheduler = scheduler.from_config(twin.scheduler.config, **zero, prediction_type="epsilon")
+    with pytest.raises(ValueError, match=r"^Training that predicts 'epsilon' needs a signal at every timestep, but"):
+        MultiTaskLoss(twin, data, MultiTaskConfig())
+
+
+def test_the_last_timestep_is_drawn_where_a_sum_rounds_up(pipeline, data, monkeypatch) -> None:
+    """The largest float32 below 1, plus 15, is 16: every few hundred thousand draws."""
+    seen = []
+    loss = MultiTaskLoss(pipeline, data, MultiTaskConfig(batch_per_task=16))
+    real = loss.scheduler.add_noise
+    monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.full(size, 1 - 2**-24))
+    monkeypatch.setattr(loss.scheduler, "add_noise", lambda x, n, t: seen.append(t.max()) or real(x, n, t))
+    assert loss(0).isfinite()
+    assert seen == [999]
+
+
+def test_tasks_without_images_and_with_other_conditions(data) -> None:
+    depth = mtu.TaskSpec("depth", condition_channels=5, guidance="text")
+    for names, tasks in (
+        (["text-to-image"], [TEXT_TO_IMAGE]),
+        (["text-to-image"], [TEXT_TO_IMAGE, EDIT]),
+        (["super-resolution"], [SUPER_RESOLUTION]),
+        (["text-to-image", "depth", "super-resolution"], [SUPER_RESOLUTION, depth, TEXT_TO_IMAGE]),
+    ):
+        twin = mtu.upcycle(new_pipeline(MINIATURE), tasks)
+        wide = data.tasks["edit"]._replace(condition=torch.randn(6, 5, 16, 16))
+        own = {name: wide if name == "depth" else data.tasks[name] for name in names}
+        # More of each task than there are examples.
+        loss = MultiTaskLoss(twin, data._replace(tasks=own), MultiTaskConfig(batch_per_task=7))(0)
+        loss.backward()
+        assert loss.isfinite()
+        used = [twin.unet.task_index(name) for name in names]
+        assert [bool(g.any()) for g in twin.unet.conv_in.bias.grad] == [i in used for i in range(len(tasks))]
+
+
+@torch.no_grad()
+def test_a_model_in_bfloat16_has_a_loss(data) -> None:
+    twin = mtu.upcycle(new_pipeline(MINIATURE))
+    expected = MultiTaskLoss(twin, data, MultiTaskConfig(batch_per_task=2))(0)
+    twin.unet.to(torch.bfloat16)
+    # Some 40 layers, each of which may round by 2⁻⁸.
+    assert float(MultiTaskLoss(twin, data, MultiTaskConfig(batch_per_task=2))(0)) == pytest.approx(
+        float(expected), rel=0.1
+    )
+
+
+def test_data_that_cannot_be_trained_on(pipeline, data) -> None:
+    icons = Icons("train")
+
+    def loss(**tasks):
+        return MultiTaskLoss(pipeline, data._replace(tasks=tasks), MultiTaskConfig())
+
+    with pytest.raises(ValueError, match=r"^Task 'edit' has no examples: give it some, or leave it out\.$"):
+        encode_examples(pipeline, {"edit": []})
+    with pytest.raises(ValueError, match=r"^Task 'edit' has no examples: give it some, or leave it out\.$"):
+        loss(edit=type(data.tasks["edit"])(*(tensor[:0] for tensor in data.tasks["edit"])))
+    with pytest.raises(ValueError, match="nothing to train on"):
+        loss()
+    with pytest.raises(ValueError, match="Unknown task 'sing'"):
+        loss(sing=data.tasks["edit"])
+    with pytest.raises(ValueError, match="'edit' reads 4 condition channels, but its examples have 0"):
+        loss(edit=data.tasks["text-to-image"])
+    small = data.tasks["edit"]._replace(target=data.tasks["edit"].target[..., :8, :8])
+    with pytest.raises(ValueError, match=r"of one shape .* \(4, 16, 16\) for 'remove' and \(4, 8, 8\) for 'edit'\.$"):
+        loss(remove=data.tasks["remove"], edit=small)
+    examples = icons.batch("edit", range(2))
+    examples[1] = examples[1]._replace(target=examples[1].target[:, :32, :32])
+    with pytest.raises(ValueError, match=r"must be of one size, but got \(3, 64, 64\) and \(3, 32, 32\)\.$"):
+        encode_examples(pipeline, {"edit": examples})
+    twin = mtu.upcycle(new_pipeline(MINIATURE), [mtu.TaskSpec("edit", condition_channels=5)])
+    with pytest.raises(ValueError, match="'edit' reads 5 condition channels, but an image has 4 latent channels"):
+        encode_examples(twin, {"edit": icons.batch("edit", range(1))})
+    twin = mtu.upcycle(new_pipeline(MINIATURE))
+    with torch.no_grad():
+        twin.vae.encoder.conv_in.bias.fill_(float("inf"))
+    with pytest.raises(
+        FloatingPointError, match=r"torch\.float32, gives latents that are not finite .* from number 0 on"
+    ):
+        encode_examples(twin, {"text-to-image": icons.batch("text-to-image", range(1))})
 
 
 def test_dropout_follows_the_guidance(pipeline, data) -> None:
@@ -168,7 +271,7 @@ class _Silent:
 
     def __init__(self, unet: mtu.MTUUNet2DConditionModel) -> None:
         self.tasks, self.task_device = unet.tasks, unet.task_device
-        self.task_ids, self.task_index = unet.task_ids, unet.task_index
+        self.task_ids, self.task_index, self.dtype = unet.task_ids, unet.task_index, unet.dtype
 
     def __call__(self, sample, timesteps, prompt, task_ids):
         return type("Output", (), {"sample": torch.zeros_like(sample[:, :4])})
