@@ -3,7 +3,6 @@
 import json
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from mtu.plain_linear import RouterLinear
 from mtu.storage import make_folder
 from mtu.training.checkpoint import check_free, load_checkpoint, remove_checkpoint, save_checkpoint
 from mtu.training.loss_log import LogEntry, LossLog
+from mtu.training.precision import check_parameters
 
 # A checkpoint may be continued with other values of these: they change no step that was already made.
 RESUMABLE_CHANGES = ("minutes", "checkpoint_every", "log_every")
@@ -116,6 +116,7 @@ class Training:
         modules: named modules, saved whole.
         parameters: those that are trained.
         config: how to train.
+        settings: of the loss, as JSON, by name; a checkpoint is continued with the same.
 
     Raises:
         ValueError: a parameter belongs to none of the modules, or is float16, in which AdamW divides by zero.
@@ -124,16 +125,23 @@ class Training:
         UserWarning: parameters are bfloat16, which rounds small updates away.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], parameters: Iterable[Parameter], config: FitConfig) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        parameters: Iterable[Parameter],
+        config: FitConfig,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.modules = modules
         self.config = config
+        self.settings = dict(settings or {})
         names = {id(p): f"{key}.{name}" for key, root in modules.items() for name, p in root.named_parameters()}
         self.trained = {}
         for parameter in parameters:
             if id(parameter) not in names:
                 raise ValueError("fit: a parameter to train belongs to none of the modules, so it would not be saved.")
             self.trained[names[id(parameter)]] = parameter
-        _check_precision(self.trained)
+        check_parameters(self.trained)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(modules, self.trained.values(), config.weight_decay),
             lr=config.learning_rate,
@@ -239,6 +247,7 @@ class Training:
             "step": self.step,
             "seconds": self.seconds,
             "config": asdict(self.config),
+            "settings": self.settings,
             "trained": list(self.trained),
             "losses": list(losses),
         }
@@ -252,8 +261,11 @@ class Training:
         """
         tensors, state = load_checkpoint(directory)
         # Through JSON, so that tuples compare equal to the lists they became.
-        config = json.loads(json.dumps(asdict(self.config)))
+        config, settings = json.loads(json.dumps([asdict(self.config), self.settings]))
         changed = [k for k, v in config.items() if k not in RESUMABLE_CHANGES and state["config"].get(k) != v]
+        # Earlier versions did not write down what the loss was.
+        saved = state.get("settings", settings)
+        changed += [key for key in {**saved, **settings} if saved.get(key) != settings.get(key)]
         if changed:
             raise ValueError(f"The checkpoint in {directory} was made with another {', '.join(sorted(changed))}.")
         own = {key: _within(tensors, f"module.{key}.") for key in self.modules}
@@ -296,23 +308,6 @@ def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
-def _check_precision(trained: Mapping[str, Parameter]) -> None:
-    """Refuse float16 parameters, and warn of bfloat16 ones."""
-    for dtype in (torch.float16, torch.bfloat16):
-        names = [name for name, parameter in trained.items() if parameter.dtype == dtype]
-        if not names:
-            continue
-        fault = f"{len(names)} of {len(trained)} parameters to train are {dtype}, for example {names[0]}"
-        remedy = "train float32 parameters, and compute in fewer bits by autocast"
-        if dtype == torch.float16:
-            raise ValueError(f"fit: {fault}, whose squared gradients round to zero, by which AdamW divides: {remedy}.")
-        warnings.warn(
-            f"fit: {fault}, which rounds away updates below a few thousandths of a weight: {remedy}.",
-            UserWarning,
-            stacklevel=4,
-        )
-
-
 def _progress_bar(training: Training, config: FitConfig, description: str) -> tqdm:
     style: dict[str, Any] = {"desc": description, "mininterval": 5, "maxinterval": 60}
     if config.minutes is None:
@@ -337,7 +332,8 @@ def fit(
 
     Args:
         loss_fn: gives the loss of a step; data and noise must depend on the step (and a seed) alone, so that a
-            resumed training goes on exactly as it would have.
+            resumed training goes on exactly as it would have. What it has as `settings`, JSON by name, is kept in the
+            checkpoint, and must be the same when that is resumed.
         modules: named modules, saved whole in checkpoints.
         parameters: those of the modules' parameters to train.
         config: how to train.
@@ -364,7 +360,7 @@ def fit(
     if directory is not None and not (resume or overwrite):
         check_free(directory)
     torch.manual_seed(config.seed)
-    training, losses = Training(modules, parameters, config), []
+    training, losses = Training(modules, parameters, config, getattr(loss_fn, "settings", None)), []
     if directory is not None:
         make_folder(directory)
         if overwrite:

@@ -3,8 +3,8 @@
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -187,6 +187,13 @@ class MultiTaskLoss:
         if self.prediction_type == "v_prediction":
             weights = weights * torch.where(signal > 0, signal, 1.0)
         self.weights = weights
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What determines the loss of a step; how it is computed, as the device may have it, is left out."""
+        config = {k: v for k, v in asdict(self.config).items() if k not in ("autocast", "shards")}
+        examples = {name: len(latents.target) for name, latents in self.data.tasks.items()}
+        return {**config, "examples": examples, "prediction_type": self.prediction_type}
 
     def __call__(self, step: int) -> Tensor:
         rng = np.random.default_rng([self.config.seed, 7, step])

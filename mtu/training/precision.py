@@ -1,12 +1,42 @@
-"""Autocast as a setting: a compute dtype, or none."""
+"""Dtypes of training: those that parameters may have, and autocast as a setting."""
 
+import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch.nn import Parameter
 
 from mtu_kernels.autocast import has_autocast
 
-__all__ = ["autocast"]
+__all__ = ["autocast", "check_parameters"]
+
+
+def check_parameters(trained: Mapping[str, Parameter]) -> None:
+    """Refuse float16 parameters, and warn of bfloat16 ones.
+
+    Args:
+        trained: the parameters to train, by name.
+
+    Raises:
+        ValueError: float16 parameters: the squares of their gradients round to zero, as AdamW's ε does.
+
+    Warns:
+        UserWarning: bfloat16 parameters, which round small updates away.
+    """
+    for dtype in (torch.float16, torch.bfloat16):
+        names = [name for name, parameter in trained.items() if parameter.dtype == dtype]
+        if not names:
+            continue
+        fault = f"{len(names)} of {len(trained)} parameters to train are {dtype}, for example {names[0]}"
+        remedy = "train float32 parameters, and compute in fewer bits by autocast"
+        if dtype == torch.float16:
+            raise ValueError(f"fit: {fault}, whose squared gradients round to zero, by which AdamW divides: {remedy}.")
+        warnings.warn(
+            f"fit: {fault}, which rounds away updates below a few thousandths of a weight: {remedy}.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def autocast(device_type: str, dtype: torch.dtype | None, *, cached: bool = True) -> AbstractContextManager:

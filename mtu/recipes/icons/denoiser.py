@@ -1,7 +1,8 @@
 """The UNet and text encoder of the icon base model, trained together on cached latents."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,6 +137,11 @@ class DenoiserLoss:
         self.parameters = [*unet.parameters(), *text_encoder.parameters()]
         self.scheduler = DDPMScheduler(**NOISE_SCHEDULE)
         self.weights = timestep_weights(self.scheduler.alphas_cumprod, config.snr_gamma, config.noise_weight)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What determines the loss of a step; parts of the batch only share its work out."""
+        return {k: v for k, v in asdict(self.config).items() if k != "shards"} | {"seed": self.seed}
 
     def __call__(self, step: int) -> Tensor:
         rng = np.random.default_rng([self.seed, 4, step])

@@ -1,8 +1,9 @@
 """The autoencoder of the icon models: 64×64×3 pixels to 16×16×4 latents and back."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,6 +117,11 @@ class VAELoss:
 
     def __init__(self, vae: AutoencoderKL, config: VAEConfig, seed: int) -> None:
         self.vae, self.config, self.seed = vae, config, seed
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What determines the loss of a step."""
+        return {**asdict(self.config), "seed": self.seed}
 
     def __call__(self, step: int) -> Tensor:
         rng = np.random.default_rng([self.seed, 1, step])

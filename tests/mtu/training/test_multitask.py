@@ -1,5 +1,7 @@
 """The multi-task objective: what is encoded, what a step's loss is, and which parameters it moves."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
@@ -244,6 +246,24 @@ def test_weight_decay_leaves_rows_of_absent_tasks_alone(data) -> None:
     for name, parameter in unet.named_trainable_parameters():
         if _is_packed(name):
             assert torch.equal(parameter[absent], rows[name]), name
+
+
+def test_another_loss_does_not_continue_a_checkpoint(data, tmp_path) -> None:
+    twin = mtu.upcycle(new_pipeline(MINIATURE), ["text-to-image", "edit"])
+    own = data._replace(tasks={name: data.tasks[name] for name in ("text-to-image", "edit")})
+    fewer = own._replace(tasks={"edit": own.tasks["edit"]})
+
+    def train(data=own, steps=1, resume=True, **changes) -> None:
+        loss = MultiTaskLoss(twin, data, replace(MultiTaskConfig(batch_per_task=2), **changes))
+        config = FitConfig(steps=steps, log_every=1, schedule="constant")
+        fit(loss, {"unet": twin.unet}, twin.unet.trainable_parameters(), config, directory=tmp_path, resume=resume)
+
+    train(resume=False)
+    train(shards=2, autocast=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"was made with another batch_per_task, dropout, seed\.$"):
+        train(batch_per_task=4, dropout=0.1, seed=3)
+    with pytest.raises(ValueError, match=r"was made with another examples\.$"):
+        train(fewer)
 
 
 def test_bad_arguments(pipeline, data) -> None:
