@@ -46,6 +46,7 @@ class Layout(NamedTuple):
         trained_parameters: in training.
         flops, flops_with_attention: of a task without condition channels, without routers.
         preserved: whether initialisation can keep the original's output.
+        idle_experts: how many experts top-k routing must leave without a task, and so without a gradient.
         step: of the paper's recipe, 1 to 3; None: not part of it.
         within_budget: whether `parameters` fit.
     """
@@ -59,6 +60,7 @@ class Layout(NamedTuple):
     flops: int
     flops_with_attention: int
     preserved: bool
+    idle_experts: int
     step: int | None
     within_budget: bool
 
@@ -173,7 +175,9 @@ def _layouts(one_expert: MTUUNet2DConditionModel, budget: int, flops: Flops) -> 
         layers = flops.layers + int(flops.ffn * (layout.active_experts * ratio - 1))
         preserved, costs = layout.why_not_preserved() is None, (layers, layers + flops.attention)
         counts = (parameters, parameters + routers, trained)
-        placed = (preserved, _step(layout.num_experts, ratio, preserved), parameters <= budget)
+        idle = max(0, layout.num_experts - layout.active_experts * len(one_expert.tasks))
+        step = _step(layout.num_experts, ratio) if preserved and not idle else None
+        placed = (preserved, idle, step, parameters <= budget)
         layouts.append(Layout(layout.num_experts, ratio, layout.top_k, *counts, *costs, *placed))
     return tuple(layouts)
 
@@ -199,10 +203,8 @@ def _sizes(one_expert: MTUUNet2DConditionModel, layout: ExpertConfig) -> tuple[i
     return parameters, routers + routers_grown, trained + grown + routers_grown
 
 
-def _step(num_experts: int, ratio: Fraction, preserved: bool) -> int | None:
-    """The step of the recipe that a layout belongs to; what loses the original's output belongs to none."""
-    if not preserved:
-        return None
+def _step(num_experts: int, ratio: Fraction) -> int:
+    """The step of the recipe to which a layout belongs that keeps the original's output and trains all its experts."""
     if num_experts == 1:
         return 1
     return 2 if ratio < 1 else 3
@@ -222,7 +224,7 @@ def format_sweep(result: Sweep) -> str:
     fitting = [layout for layout in result.layouts if layout.within_budget]
     beyond = [layout for layout in result.layouts if not layout.within_budget]
     lines = [["N", "G", "routing", "parameters", "ratio", "with routers", "trained", "FLOPs", "ratio", "+ attention"]]
-    lines[0] += ["preserved", "step"]
+    lines[0] += ["preserved", "idle", "step"]
     for layout in fitting:
         cells = [str(layout.num_experts), str(layout.expert_ratio)]
         cells += ["dense" if layout.top_k is None else f"top-{layout.top_k}"]
@@ -230,7 +232,7 @@ def format_sweep(result: Sweep) -> str:
         cells += [format_count(layout.parameters_with_routers), format_count(layout.trained_parameters)]
         cells += [format_flops(layout.flops), f"{layout.flops / result.original_flops:.3f}"]
         cells += [format_flops(layout.flops_with_attention), "yes" if layout.preserved else "no"]
-        lines.append([*cells, str(layout.step or "-")])
+        lines.append([*cells, str(layout.idle_experts or "-"), str(layout.step or "-")])
     rest = "No layout goes beyond the budget."
     if beyond:
         least = min(beyond, key=lambda layout: layout.parameters)
@@ -244,6 +246,7 @@ def format_sweep(result: Sweep) -> str:
             "",
             rest,
             "Preserved: training starts from the output of the original.",
+            "Idle: experts that top-k routing leaves without a task, and so without a gradient.",
             describe_flops(result.size, result.latent_size),
             "Routers, which run once per call whatever the batch, are left out.",
             "",

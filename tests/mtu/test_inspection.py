@@ -374,6 +374,10 @@ def test_sweep_lists_every_layout_once_with_its_step():
             dense[layout.num_experts].append((str(layout.expert_ratio), layout.step))
         else:
             assert layout.top_k * layout.expert_ratio == 1
+            assert layout.idle_experts == max(0, layout.num_experts - 4 * layout.top_k)  # of four tasks
+    assert all(layout.idle_experts == 0 for layout in layouts if layout.top_k is None)
+    top_1 = {layout.num_experts: layout.step for layout in layouts if layout.top_k == 1}
+    assert top_1 == {2: 3, 4: 3, 8: None, 16: None}  # what four tasks cannot use is not recommended
     assert dense == {
         1: [("1/4", None), ("1/2", None), ("1", 1)],
         2: [("1/4", None), ("1/2", 2), ("1", 3)],
