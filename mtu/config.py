@@ -18,7 +18,7 @@ class ExpertConfig:
     """The expert layout of every feed-forward network (FFN) of an upcycled model.
 
     A stock FFN has 4D hidden units. Each of the E experts gets F = G · 4D of them, expert e the slots
-    `[eF, (e+1)F)`; slot s holds stock unit `s mod 4D`, so that units are split (E·G = 1), truncated or tiled.
+    `[eF, (e+1)F)`: the units are split (E·G = 1), truncated or tiled; see `hidden_units`.
 
     Args:
         num_experts: E.
@@ -65,6 +65,11 @@ class ExpertConfig:
         """K, the number of experts that run for a task."""
         return self.num_experts if self.top_k is None else self.top_k
 
+    @property
+    def has_whole_experts(self) -> bool:
+        """Whether G ≥ 1: each expert holds all hidden units, and all experts start as the same function."""
+        return self._ratio >= 1
+
     def expert_width(self, stock_hidden: int) -> int:
         """F, the hidden units of one expert, for a stock FFN with `stock_hidden` (4D) units.
 
@@ -76,8 +81,7 @@ class ExpertConfig:
                 f"num_experts must divide the hidden width of every FFN, but {self.num_experts} does not divide "
                 f"{stock_hidden}."
             )
-        # 1/3 as a float is not 1/3: take the nearest fraction a person would have meant.
-        width = Fraction(self.expert_ratio).limit_denominator(4096) * stock_hidden
+        width = self._ratio * stock_hidden
         if width.denominator != 1 or width < 1:
             raise ValueError(
                 f"expert_ratio times the hidden width must be a whole number ≥ 1, but {self.expert_ratio} · "
@@ -86,37 +90,50 @@ class ExpertConfig:
         return int(width)
 
     def hidden_units(self, stock_hidden: int) -> Tensor | None:
-        """The stock unit in each slot, (E·F,) int64; None where the slots are the stock units in order."""
-        total = self.num_experts * self.expert_width(stock_hidden)
-        return None if total == stock_hidden else torch.arange(total) % stock_hidden
+        """The stock unit in each slot, (E·F,) int64; None where the slots are the stock units in order.
+
+        Slot s holds unit `s mod 4D`. Where G < 1 and two experts would thus hold the same units, as of E = 4 with
+        G = 1/2, slot i of expert e holds unit `(e · 4D/E + i) mod 4D`: nothing in training tells such twins apart.
+        """
+        width = self.expert_width(stock_hidden)
+        if width * self.num_experts == stock_hidden:
+            return None
+        starts = width * torch.arange(self.num_experts) % stock_hidden
+        if not self.has_whole_experts and len(starts.unique()) < self.num_experts:
+            starts = stock_hidden // self.num_experts * torch.arange(self.num_experts)
+        return ((starts[:, None] + torch.arange(width)) % stock_hidden).flatten()
 
     def column_scale(self, stock_hidden: int) -> Tensor | None:
         """What the output column of each slot is multiplied with to preserve the function, (E·F,) float64; None: 1.
 
-        Dense routing starts at w = routing_scale / E, so unit j with n_j copies needs E / (n_j · routing_scale).
-        Top-k routing starts anywhere on the simplex, so every expert must be whole by itself: with n_ej copies of
-        unit j in expert e, 1 / (n_ej · routing_scale), possible from G = 1 on.
+        From G = 1 on every expert is whole by itself: with n_ej copies of unit j in expert e, `1 / (n_ej ·
+        routing_scale)` preserves the function wherever on the simplex routing starts. Below, dense routing starts at
+        w = routing_scale / E, so unit j with n_j copies in all needs `E / (n_j · routing_scale)`.
         """
         units = self.hidden_units(stock_hidden)
         if units is None:
             units = torch.arange(stock_hidden)
-        width = len(units) // self.num_experts
-        if self.is_dense or width < stock_hidden:
-            copies = torch.bincount(units, minlength=stock_hidden)[units]
-            scale = self.num_experts / (copies.double() * self.routing_scale)
-        else:
-            per_expert = units.view(self.num_experts, width)
+        if self.has_whole_experts:
+            per_expert = units.view(self.num_experts, -1)
             copies = torch.stack([torch.bincount(row, minlength=stock_hidden)[row] for row in per_expert]).flatten()
             scale = 1.0 / (copies.double() * self.routing_scale)
+        else:
+            copies = torch.bincount(units, minlength=stock_hidden)[units]
+            scale = self.num_experts / (copies.double() * self.routing_scale)
         return None if torch.allclose(scale, torch.ones_like(scale), rtol=1e-12, atol=0) else scale
 
     def why_not_preserved(self) -> str | None:
         """Why no initialisation can keep the original's output, in a few words; None where one can."""
-        if not self.is_dense and self.expert_ratio < 1:
+        if not self.is_dense and not self.has_whole_experts:
             return f"top_k = {self.top_k} of {self.num_experts} experts with expert_ratio = {self.expert_ratio:g} < 1"
         if self.expert_ratio * self.num_experts < 1 - 1e-9:
             return f"expert_ratio = {self.expert_ratio:g} < 1/num_experts drops hidden units"
         return None
+
+    @property
+    def _ratio(self) -> Fraction:
+        # 1/3 as a float is not 1/3: take the nearest fraction a person would have meant.
+        return Fraction(self.expert_ratio).limit_denominator(4096)
 
 
 def _check_positive_int(name: str, value: object) -> None:

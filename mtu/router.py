@@ -13,7 +13,7 @@ from mtu.plain_linear import RouterLinear, is_plain_linear
 from mtu_kernels import NormAffine, Routing, top_k_routing
 from mtu_kernels.autocast import has_autocast
 
-__all__ = ["Gathered", "Router", "RoutingTable", "TaskContext", "held", "initial_router_state", "select_rows"]
+__all__ = ["Gathered", "Router", "RoutingTable", "TaskContext", "held", "select_rows"]
 
 # Elements looked at per tensor when a cached table is checked: few enough to cost microseconds, spread enough that
 # an optimizer's or an averaging step, which changes everything, cannot go unseen.
@@ -187,22 +187,6 @@ class Router(nn.Module):
         if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
             return None
         return tuple((t.data_ptr(), t._version, t.dtype, t.shape, _fingerprint(t)) for t in tensors)
-
-
-def initial_router_state(config: ExpertConfig, generator: torch.Generator) -> dict[str, Tensor]:
-    """The state dict that a router starts from: dense ones uniform (zero logits), top-k ones near it (N(0, 0.02²)).
-
-    All-zero logits would tie under top-k, so every task would pick the same experts and the others would never get a
-    gradient.
-    """
-    width, bound = config.router_width, config.router_width**-0.5
-    out = torch.zeros(config.num_experts, width)
-    return {
-        "linear_1.weight": torch.empty(width, width).uniform_(-bound, bound, generator=generator),
-        "linear_1.bias": torch.empty(width).uniform_(-bound, bound, generator=generator),
-        "linear_2.weight": out if config.is_dense else out.normal_(0.0, 0.02, generator=generator),
-        "linear_2.bias": torch.zeros(config.num_experts),
-    }
 
 
 class RoutingTable(nn.Module):

@@ -16,9 +16,9 @@ from mtu import checkpoint
 from mtu.config import ExpertConfig, NormMode
 from mtu.export import stock_config
 from mtu.ffn import check_blocks
+from mtu.initial_routing import count_proportional_experts, initial_router_state
 from mtu.pipelines import MTUPipeline
 from mtu.pipelines.conversion import check_convertible, converted
-from mtu.router import initial_router_state
 from mtu.tasks import SD_TASKS, SDXL_TASKS, TaskSpec, as_task_specs
 from mtu.unet import MTUUNet2DConditionModel
 
@@ -82,7 +82,7 @@ def upcycle(
 
     upcycled = _convert(unet, specs, config, preserve=init == "preserve", seed=seed)
     upcycled.set_backend(backend)
-    _warn_if_experts_idle(upcycled)
+    _warn_of_wasted_experts(upcycled)
     return upcycled if pipeline is None else converted(pipeline, MTUPipeline, upcycled)
 
 
@@ -254,7 +254,7 @@ def _new_state(
         for key in ("weight", "bias"):
             shape = getattr(block.norm3, key).shape
             new[f"{name}.norm3.{key}"] = state[f"{name}.norm3.{key}"].expand(shape).clone()
-        for key, tensor in initial_router_state(config, generator).items():
+        for key, tensor in initial_router_state(config, embedding, generator).items():
             new[f"{name}.ff.router.{key}"] = tensor.to(like)
         new.update(_resized_experts(name, state, config, preserve=preserve))
     return new
@@ -278,18 +278,27 @@ def _resized_experts(name: str, state: dict[str, Tensor], config: ExpertConfig, 
     return {in_weight: state[in_weight][rows], in_bias: state[in_bias][rows], out_weight: columns}
 
 
-def _warn_if_experts_idle(upcycled: MTUUNet2DConditionModel) -> None:
-    config = upcycled.expert_config
-    if config.is_dense or len(upcycled.tasks) * config.active_experts < config.num_experts:
+def _warn_of_wasted_experts(upcycled: MTUUNet2DConditionModel) -> None:
+    config, num_tasks = upcycled.expert_config, len(upcycled.tasks)
+    if config.num_experts == 1 or (config.is_dense and not config.has_whole_experts):
         return
-    if upcycled.conv_in.weight.is_meta:
-        return
-    idle = (upcycled.router_weights() == 0).all(dim=1).sum(dim=1)
-    layers = int((idle > 0).sum())
-    if layers:
+    if num_tasks * config.active_experts < config.num_experts or upcycled.conv_in.weight.is_meta:
+        return  # made for more tasks than there are yet, or without values
+    weights = upcycled.router_weights()
+    idle = int((weights == 0).all(dim=1).any(dim=1).sum())
+    if idle:
         warnings.warn(
-            f"In {layers} of {len(idle)} layers some expert is used by no task, and will get no gradient; another "
+            f"In {idle} of {len(weights)} layers some expert is used by no task, and will get no gradient; another "
             "seed may spread them better.",
+            UserWarning,
+            stacklevel=3,
+        )
+    alike = int((count_proportional_experts(weights) > 0).sum()) if config.has_whole_experts else 0
+    if alike:
+        warnings.warn(
+            f"In {alike} of {len(weights)} layers some experts start alike with weights in proportion to each other's "
+            f"(tasks: {num_tasks}), so that optimizers such as Adam move them alike; expected more tasks, fewer "
+            "experts, or expert_ratio < 1.",
             UserWarning,
             stacklevel=3,
         )

@@ -42,6 +42,18 @@ def test_slots_are_the_stock_units_in_order_tiled_or_truncated():
     assert layout(2, expert_ratio=0.25).hidden_units(8).tolist() == [0, 1, 2, 3]
     assert layout(2, expert_ratio=0.75).hidden_units(8).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]
     assert layout(2, expert_ratio=1.0).hidden_units(4).tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert layout(4, expert_ratio=0.5).hidden_units(8).tolist() == [0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7, 0, 1]
+
+
+@given(num_experts=st.sampled_from([2, 3, 4, 8]), width=st.integers(1, 23))
+def test_no_two_experts_below_the_whole_hold_the_same_units(num_experts, width):
+    config, hidden = layout(num_experts, expert_ratio=width / 24), 24
+    units = config.hidden_units(hidden)
+    units = torch.arange(hidden) if units is None else units
+    held = [frozenset(own.tolist()) for own in units.view(num_experts, width)]
+    assert len(set(held)) == num_experts
+    assert all(len(own) == width for own in held)
+    assert len(frozenset.union(*held)) == min(hidden, num_experts * width)
 
 
 @given(
@@ -61,9 +73,17 @@ def test_dense_columns_of_each_unit_add_up_to_one(num_experts, quarters, routing
     assert bool(present.all()) == (config.why_not_preserved() is None)
 
 
-@given(num_experts=st.sampled_from([2, 3, 4]), quarters=st.integers(4, 12), seed=st.integers(0, 9))
-def test_top_k_columns_add_up_to_one_anywhere_on_the_simplex(num_experts, quarters, seed):
-    config, hidden = layout(num_experts, top_k=num_experts - 1, expert_ratio=quarters / 4), 24
+@given(
+    num_experts=st.sampled_from([2, 3, 4]),
+    idle=st.integers(0, 1),
+    quarters=st.integers(4, 12),
+    routing_scale=st.sampled_from([None, 1.0, 3.7]),
+    seed=st.integers(0, 9),
+)
+def test_columns_of_whole_experts_add_up_to_one_anywhere_on_the_simplex(
+    num_experts, idle, quarters, routing_scale, seed
+):
+    config, hidden = layout(num_experts, num_experts - idle, quarters / 4, routing_scale=routing_scale), 24
     units, scale = config.hidden_units(hidden), config.column_scale(hidden)
     scale = torch.ones(len(units)).double() if scale is None else scale
     logits = torch.randn(num_experts, generator=torch.Generator().manual_seed(seed)).double()

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from mtu.config import ExpertConfig
-from mtu.router import Router, RoutingTable, held, initial_router_state, select_rows
+from mtu.initial_routing import initial_router_state
+from mtu.router import Router, RoutingTable, held, select_rows
 from mtu_kernels import dense_weights
 
 from .tiny import randomise_
@@ -20,8 +21,9 @@ def layout(top_k=None, routing_scale=4.0):
 
 
 def new_router(top_k=None, routing_scale=4.0):
-    router = Router(layout(top_k, routing_scale))
-    router.load_state_dict(initial_router_state(layout(top_k, routing_scale), torch.Generator().manual_seed(0)))
+    config, router = layout(top_k, routing_scale), Router(layout(top_k, routing_scale))
+    embedding = torch.zeros(TASKS, WIDTH)  # what these layouts start from does not depend on it
+    router.load_state_dict(initial_router_state(config, embedding, torch.Generator().manual_seed(0)))
     return router.eval()
 
 

@@ -160,7 +160,7 @@ def test_the_papers_own_initialisation_is_the_plain_split():
     assert unet.config.routing_scale == 1.0
     name = "mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight"
     assert torch.equal(unet.state_dict()[name], weights[name].repeat(1, 2))
-    assert_close(predict(unet, given), expected)  # two whole experts of weight 1/2 happen to preserve it
+    assert_close(predict(unet, given), expected)  # whole experts do, of any weights that add up to 1
     assert_differ(predict(mtu.upcycle(stock_unet(), init="paper"), given), expected)
 
 
