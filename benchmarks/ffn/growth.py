@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.ffn.moe_ffn import run
+from benchmarks.ffn.rows import TABLE
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.harness.report import TESTED
-from benchmarks.harness.rows import COLUMNS, check_header
-from benchmarks.harness.sweeps import DENSE, Sweep
+from benchmarks.harness.sweeps import Sweep
+from benchmarks.harness.workloads import DENSE
 
 _SECONDS = {"cpu": 2.0, "cuda": 0.1}
 _BESIDE = ("products", "eager")
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = options.output or RESULTS / f"growth_{kind}.csv"
     source = provenance(command_line("benchmarks.ffn.growth", argv), torch.device(kind), options.commit)
     try:
-        check_header(output, [*COLUMNS, *source])
+        TABLE.check(output, source)
     except ValueError as error:
         parser.error(str(error))
     seconds = _SECONDS[kind] if options.seconds is None else options.seconds

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from benchmarks.harness.report import TESTED
 from benchmarks.harness.rows import Row
-from benchmarks.harness.sweeps import DENSE, Entry, Setting, heeded
+from benchmarks.harness.sweeps import heeded
+from benchmarks.harness.workloads import DENSE, Entry, Setting
 
 # Drawn beside the contender under test, where its group has them.
 _BESIDE = ("eager", "products")
@@ -115,7 +116,7 @@ def _panel(kind: Kind, rows: Sequence[Row], experts: int) -> Panel | None:
 
 
 def _fixed(name: str, row: Row) -> str:
-    D, L, B, dtype, _ = row.workload
+    D, L, B, dtype = row.workload[:4]
     tokens, samples = "" if name == "tokens" else f"{L} tokens", "" if name == "batch" else f"B = {B}"
     experts = "" if name == "experts" else f"{row.setting.E} experts"
     return ", ".join(part for part in (f"width {D}", tokens, samples, experts, dtype) if part)

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.ffn.inputs import EPS, Inputs, draw_shared, route
 from benchmarks.harness.provenance import RESULTS, provenance
-from benchmarks.harness.sweeps import Setting, Workload
+from benchmarks.harness.workloads import Setting, Workload
 from mtu_kernels.arguments import check_arguments
 from mtu_kernels.triton import operators
 from mtu_kernels.triton.launch import Launch, Machine

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.dtypes import DTYPES
-from benchmarks.harness.sweeps import Setting, Workload
+from benchmarks.harness.workloads import Setting, Workload
 from mtu_kernels import ExpertWeights, NormAffine, Routing
 
 EPS = 1e-5

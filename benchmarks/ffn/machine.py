@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
-from benchmarks.harness.rows import append_row, check_header, read_cells
+from benchmarks.harness.rows import append_cells, check_header, read_cells
 from benchmarks.harness.timing import MIN_ROUNDS, time_interleaved, warm_up
 
 _MEASURED = ("bf16", "fp32")
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     for dtype in _MEASURED:
         roofs = measure(device, dtype, source, *sizes)
-        append_row(options.output, roofs)
+        append_cells(options.output, roofs.cells())
         product = f"{roofs.flops_per_s / 1e12:.3g} TFLOP/s by products of edge {roofs.matrix}"
         print(f"{kind}, {dtype}: {product}, {roofs.bytes_per_s / 1e9:.3g} GB/s by {roofs.traffic}")
     print(f"{len(_MEASURED)} rows added to {options.output}")

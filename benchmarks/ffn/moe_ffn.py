@@ -21,19 +21,18 @@ import torch._functorch.config
 from benchmarks.ffn.correctness import check
 from benchmarks.ffn.inputs import Inputs, draw_shared, number_of_sets, route
 from benchmarks.ffn.peers import CONTENDERS, FFN, bind
+from benchmarks.ffn.rows import TABLE
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.memory import peak_bytes, saved_bytes
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.harness.recording import Log, deadline, measured, record
 from benchmarks.harness.report import report
-from benchmarks.harness.rows import COLUMNS, Row, check_header, read_rows
+from benchmarks.harness.rows import Row
 from benchmarks.harness.sweeps import (
     DEFAULT_SWEEPS,
     PASSES,
     QUICK,
     SHAPE_SETS,
-    Entry,
-    Group,
     Sweep,
     parse_choices,
     parse_counts,
@@ -41,6 +40,7 @@ from benchmarks.harness.sweeps import (
     parse_top_k,
 )
 from benchmarks.harness.timing import Call, host_us, time_interleaved, warm_up
+from benchmarks.harness.workloads import Entry, Group
 from mtu_kernels import check_backend
 
 _SECONDS = 0.1
@@ -121,14 +121,14 @@ def run(
     log = Log(sum(len(group.entries) for group in groups), unit="row")
 
     def rows_of(name: str, group: Group) -> Iterator[Row]:
-        place = device.type, group.workload
+        place = {"group": name, "device": device.type, "workload": group.workload, "source": source}
         for entry, columns in measure(group, device, seconds, log):
-            yield Row(name, entry.contender, *place, entry.setting, **columns, source=source)
+            yield Row(contender=entry.contender, setting=entry.setting, **place, **columns)
         if device.type == "cuda":
             # A group's blocks fit the next one badly.
             torch.cuda.empty_cache()
 
-    return record(groups, rows_of, log, output, until), log.failures
+    return record(groups, rows_of, log, TABLE, output, until), log.failures
 
 
 def _contenders(text: str) -> tuple[str, ...]:
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tested = options.tested[0] if options.tested else None
     try:
         if options.report is not None:
-            print("\n".join(report(read_rows(options.report), tested)))
+            print("\n".join(report(TABLE.read(options.report), tested)))
             return 0
         if options.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda needs a CUDA device, and torch finds none.")
@@ -210,11 +210,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("There is nothing to measure: --top-k must be at most --experts, --tasks 1 for --batch 1.")
         output = options.output or RESULTS / f"moe_ffn_{kind}.csv"
         source = provenance(command_line("benchmarks.ffn.moe_ffn", argv), device, options.commit)
-        check_header(output, [*COLUMNS, *source])
+        TABLE.check(output, source)
     except ValueError as error:
         parser.error(str(error))
     if options.resume and output.exists():
-        done = measured(read_rows(output), source)
+        done = measured(TABLE.read(output), source)
         groups = [group for group in groups if not all((group.workload, entry) in done for entry in group.entries)]
     rows, failures = run(groups, device, options.seconds, output, source, until)
     print(f"{len(rows)} rows added to {output}")

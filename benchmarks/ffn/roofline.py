@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.ffn.machine import Roofs, read_roofs
+from benchmarks.ffn.rows import TABLE
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.report import TESTED
-from benchmarks.harness.rows import Row, read_rows
-from benchmarks.harness.sweeps import SHAPE_SETS, Setting, Workload
+from benchmarks.harness.rows import Row
+from benchmarks.harness.sweeps import SHAPE_SETS
+from benchmarks.harness.workloads import Setting, Workload
 
 # The shapes of the models, and those that the CPU targets are stated for.
 SHAPES = tuple(dict.fromkeys(shape for shapes in SHAPE_SETS.values() for shape in shapes))
@@ -62,7 +64,7 @@ class Mark(NamedTuple):
 
 def cost(workload: Workload, setting: Setting) -> Cost:
     """FLOPs ``6·B·L·D·H`` and bytes ``2·B·L·D + 3·H·D + 2·H + D`` numbers, where H counts active hidden units only."""
-    D, L, B, dtype, _ = workload
+    D, L, B, dtype = workload[:4]
     H = 4 * D * (setting.K or setting.E) // setting.E
     numbers = 2 * B * L * D + 3 * H * D + 2 * H + D
     return Cost(6 * B * L * D * H, numbers * DTYPES[dtype].itemsize)
@@ -102,7 +104,7 @@ def read_marks(results: Path, device: str) -> list[Mark]:
     roofs = read_roofs(results / "machine.csv")
     # Where both have a shape, the feed-forward's own file counts.
     files = [results / f"{name}_{device}.csv" for name in ("growth", "moe_ffn")]
-    found = marks([row for file in files if file.exists() for row in read_rows(file)], roofs)
+    found = marks([row for file in files if file.exists() for row in TABLE.read(file)], roofs)
     if not found:
         raise ValueError(f"There are no rows of {device} in {results} that have roofs in machine.csv.")
     return found

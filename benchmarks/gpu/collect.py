@@ -15,7 +15,7 @@ from typing import NamedTuple
 from benchmarks.gpu.output import FACTS, RESULTS, RUN
 from benchmarks.gpu.steps import TABLE
 from benchmarks.harness.provenance import RESULTS as PLACE
-from benchmarks.harness.rows import append_row, check_header
+from benchmarks.harness.rows import append_cells, check_header
 from benchmarks.kernels import tune
 from benchmarks.kernels.tile_rows import merge, read, write
 from mtu_kernels.triton.tiles import TableRow
@@ -36,13 +36,6 @@ class Found(NamedTuple):
 
     tiles: tuple[TableRow, ...]
     files: dict[str, list[dict[str, str]]]
-
-
-class _Cells(NamedTuple):
-    text: dict[str, str]
-
-    def cells(self) -> dict[str, str]:
-        return self.text
 
 
 def collect(folder: Path, places: Places | None = None) -> list[str]:
@@ -73,7 +66,7 @@ def collect(folder: Path, places: Places | None = None) -> list[str]:
     for name, rows in found.files.items():
         new = _without_known(rows, places.results / name)
         for row in new:
-            append_row(places.results / name, _Cells(row))
+            append_cells(places.results / name, row)
         lines.append(f"{len(new)} rows into {places.results / name}, {len(rows) - len(new)} were there")
     return lines
 

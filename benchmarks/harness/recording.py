@@ -13,8 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.harness.rows import AnyRow, append_row
-from benchmarks.harness.sweeps import Entry
+from benchmarks.harness.rows import Row, Table
+from benchmarks.harness.workloads import Entry
 
 
 def deadline(minutes: float | None) -> float:
@@ -22,7 +22,7 @@ def deadline(minutes: float | None) -> float:
     return math.inf if minutes is None else time.monotonic() + 60 * minutes
 
 
-def measured(rows: Iterable[AnyRow], source: dict[str, str]) -> set[tuple[Any, Entry]]:
+def measured(rows: Iterable[Row], source: dict[str, str]) -> set[tuple[Any, Entry]]:
     """Workloads and entries of the rows that were measured of the same commit."""
     same = (row for row in rows if row.source.get("commit") == source["commit"])
     return {(row.workload, Entry(row.contender, row.setting)) for row in same}
@@ -36,7 +36,7 @@ class Log:
         self.failures = 0
         self._refused: set[str] = set()
 
-    def row(self, row: AnyRow) -> None:
+    def row(self, row: Row) -> None:
         times = f"{row.median_us:10.1f} µs  ({row.p20_us:.1f} to {row.p80_us:.1f})"
         times += ", without a graph" if row.device == "cuda" and not row.graph else ""
         self.bar.write(f"{row.workload!s:40} {row.setting!s:22} {row.contender:22} {times}", file=sys.stdout)
@@ -66,17 +66,19 @@ class Log:
 
 def record(
     groups: Sequence[Any],
-    measure: Callable[[str, Any], Iterator[AnyRow]],
+    measure: Callable[[str, Any], Iterator[Row]],
     log: Log,
+    table: Table,
     output: Path,
     until: float = math.inf,
-) -> list[AnyRow]:
+) -> list[Row]:
     """Measures groups and appends their rows to a CSV file.
 
     Args:
         groups: what `measure` takes, one after the other.
         measure: name of the group, group → its rows, as they are measured.
         log: whose bar is closed at the end.
+        table: the kind of rows.
         output: the file.
         until: time by `time.monotonic` after which no group is begun.
 
@@ -92,7 +94,7 @@ def record(
                 log.bar.write(f"out of time: {len(groups) - number} of {len(groups)} groups are left", file=sys.stderr)
                 break
             for row in measure(f"{start}-{number}", group):
-                append_row(output, row)
+                table.append(output, row)
                 log.row(row)
                 rows.append(row)
     return rows

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.harness.rows import AnyRow
-from benchmarks.harness.sweeps import DENSE, Entry, Workload, heeded
+from benchmarks.harness.rows import Row
+from benchmarks.harness.sweeps import heeded
+from benchmarks.harness.workloads import DENSE, Entry, Workload
 
 _TESTED = "{tested}"
 
@@ -15,7 +16,7 @@ _TESTED = "{tested}"
 class Pair(NamedTuple):
     """A row, and the row of its group that it is compared with."""
 
-    row: AnyRow
+    row: Row
     ratio: float
 
 
@@ -100,7 +101,7 @@ TESTED = {"cuda": "mtu-triton", "cpu": "mtu-cpp"}
 
 
 def report(
-    rows: Sequence[AnyRow], tested: str | None = None, targets: Mapping[str, Sequence[Target]] = TARGETS
+    rows: Sequence[Row], tested: str | None = None, targets: Mapping[str, Sequence[Target]] = TARGETS
 ) -> list[str]:
     """Lines "what: measured (target)" for each device and dtype among the rows.
 
@@ -118,12 +119,12 @@ def report(
     return lines
 
 
-def place(row: AnyRow) -> str:
+def place(row: Row) -> str:
     """Where a row was measured: processor and commit."""
     return f"{row.source.get('processor', row.device)} at commit {row.source.get('commit', 'unknown')}"
 
 
-def _line(target: Target, rows: Sequence[AnyRow], tested: str) -> str:
+def _line(target: Target, rows: Sequence[Row], tested: str) -> str:
     pairs = pairs_of(target, rows, tested)
     limit = "no target" if target.at_most is None else f"at most {target.at_most:.2f}"
     if not pairs:
@@ -137,7 +138,7 @@ def _line(target: Target, rows: Sequence[AnyRow], tested: str) -> str:
     return f"{target.what}: {value:.3f} ({limit}{verdict}; {note})"
 
 
-def pairs_of(target: Target, rows: Sequence[AnyRow], tested: str) -> list[Pair]:
+def pairs_of(target: Target, rows: Sequence[Row], tested: str) -> list[Pair]:
     """What a target is taken from: for each workload and setting the last pair of rows in one group."""
     of, to = (name.format(tested=tested) for name in (target.of, target.to))
     pairs = {}
@@ -151,8 +152,8 @@ def pairs_of(target: Target, rows: Sequence[AnyRow], tested: str) -> list[Pair]:
 
 
 def comparisons(
-    rows: Sequence[AnyRow], of: str, to: str, to_setting: dict[str, Any] | None = None
-) -> Iterator[tuple[AnyRow, AnyRow]]:
+    rows: Sequence[Row], of: str, to: str, to_setting: dict[str, Any] | None = None
+) -> Iterator[tuple[Row, Row]]:
     """Rows of the contender `of`, each with the row of `to` in its group that has its setting but for `to_setting`."""
     measured = {(row.group, row.workload, Entry(row.contender, row.setting)): row for row in rows}
     for row in rows:

@@ -1,128 +1,163 @@
-"""Rows of result files: written as they are measured, read back by reports and plots; and `results/moe_ffn_*.csv`."""
+"""Rows of result files: written as they are measured, read back by reports, tables and plots."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, NamedTuple
 
-from benchmarks.harness.sweeps import Setting, Workload
-
-
-class Number(NamedTuple):
-    """How a column of numbers is written and read; an empty cell is None."""
-
-    kind: type[int] | type[float]
-    form: str
-
-    def text(self, value: float | None) -> str:
-        return "" if value is None else format(value, self.form)
-
-    def value(self, text: str) -> float | None:
-        return self.kind(text) if text else None
+from benchmarks.harness.workloads import Setting, Workload
 
 
-@dataclasses.dataclass(frozen=True)
-class AnyRow:
-    """One measurement, of whatever kind.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measurement. Figures that its benchmark does not take, or that mean nothing here, are None.
 
     Attributes:
         group: rows with the same group were measured interleaved, and may be compared.
+        contender: name of what computed it.
         device: kind of it, "cuda" or "cpu".
         workload: what all rows of a group share.
         setting: that of the experts; its default for contenders without.
+        part: what of the workload the figures are of, where they are not of all of it: a task, a kernel.
         graph: whether a CUDA graph was replayed.
-        peak_bytes: the most that is held at once beyond what is held before.
-        source: where it comes from, as `benchmarks.harness.provenance` says it.
+        median_us: of the timed rounds, with the 20th and the 80th percentile.
+        host_us: time that the host takes to issue a call; None on a CPU.
+        peak_bytes: the most that is held at once beyond what is held before, the weights not counted; of a UNet in a
+            CUDA graph the most that was held while the graph was prepared, which its memory is kept for.
+        saved_bytes: that the forward pass keeps for the backward pass.
+        weight_bytes: of all parameters and buffers that the contender keeps on the device, each storage once.
+        warmup_s: of compiling and capturing; None where nothing is.
+        switch_us: median of what must happen between two steps where the tasks of the batch change; None: nothing.
+        images_per_s: at the median; of a UNet alone, at the paper's number of steps.
+        psnr_db: of images against the exact ones, the mean over images.
+        allowed_db: the least that it may be.
+        error_db: standard error of the difference of the two; 0 where what is allowed is a constant.
+        pooled_db: PSNR of the mean squared error over all images. One image may make most of it, so nothing is
+            compared with it.
+        count: how often a kernel runs.
+        total_us: that all its runs take.
+        source: where the row comes from, as `benchmarks.harness.provenance` says it.
     """
 
-    group: str
+    group: str = ""
     contender: str
-    device: str
-    workload: Any
-    setting: Setting
-    graph: bool
-    median_us: float
-    p20_us: float
-    p80_us: float
-    rounds: int
-    peak_bytes: int
-    source: dict[str, str]
-
-    # Of each kind of row: all columns in order, provenance excepted; the numbers among them; the workload's class.
-    columns: ClassVar[tuple[str, ...]]
-    numbers: ClassVar[dict[str, Number]]
-    workloads: ClassVar[type]
-    # Columns that are not named as the workload's fields are.
-    renamed: ClassVar[dict[str, str]] = {}
-
-    def cells(self) -> dict[str, str]:
-        """The row as text, by column."""
-        E, K, tasks = self.setting
-        cells = {"group": self.group, "contender": self.contender, "device": self.device, "graph": str(int(self.graph))}
-        cells |= {self.renamed.get(name, name): str(value) for name, value in self.workload._asdict().items()}
-        cells |= {"E": str(E), "K": "dense" if K is None else str(K), "tasks": str(tasks)}
-        cells |= {name: number.text(getattr(self, name)) for name, number in self.numbers.items()}
-        return {name: cells[name] for name in self.columns} | self.source
-
-    @classmethod
-    def from_cells(cls, cells: dict[str, str]) -> Self:
-        """The inverse of `cells`."""
-        fields = {name: cells[cls.renamed.get(name, name)] for name in cls.workloads._fields}
-        fields = {name: int(text) if text.isdecimal() else text for name, text in fields.items()}
-        K = None if cells["K"] == "dense" else int(cells["K"])
-        return cls(
-            **{name: cells[name] for name in ("group", "contender", "device")},
-            workload=cls.workloads(**fields),
-            setting=Setting(int(cells["E"]), K, int(cells["tasks"])),
-            graph=cells["graph"] == "1",
-            **{name: number.value(cells[name]) for name, number in cls.numbers.items()},
-            source={name: text for name, text in cells.items() if name not in cls.columns},
-        )
+    device: str = ""
+    workload: Workload = Workload()  # noqa: RUF009 (a tuple)
+    setting: Setting = Setting()  # noqa: RUF009
+    part: str = ""
+    graph: bool = False
+    median_us: float | None = None
+    p20_us: float | None = None
+    p80_us: float | None = None
+    rounds: int | None = None
+    host_us: float | None = None
+    peak_bytes: int | None = None
+    saved_bytes: int | None = None
+    weight_bytes: int | None = None
+    warmup_s: float | None = None
+    switch_us: float | None = None
+    images_per_s: float | None = None
+    psnr_db: float | None = None
+    allowed_db: float | None = None
+    error_db: float | None = None
+    pooled_db: float | None = None
+    count: int | None = None
+    total_us: float | None = None
+    source: Mapping[str, str]
 
 
-AnyRowT = TypeVar("AnyRowT", bound=AnyRow)
-COLUMNS = ("group", "contender", "device", "D", "L", "B", "E", "K", "tasks", "dtype", "pass", "graph")
-COLUMNS += ("median_us", "p20_us", "p80_us", "rounds", "host_us", "peak_bytes", "saved_bytes")
+TIMES = ("median_us", "p20_us", "p80_us")
+# How figures are written; other fields are written as they are.
+_INTEGERS = ("D", "L", "B", "size", "branches", "steps", "E", "tasks", "rounds")
+_INTEGERS += ("peak_bytes", "saved_bytes", "weight_bytes", "count")
+_FORMS = {
+    **dict.fromkeys(_INTEGERS, "d"),
+    **dict.fromkeys(("host_us", "psnr_db", "allowed_db", "error_db", "pooled_db", "total_us"), ".2f"),
+    **dict.fromkeys(("warmup_s", "switch_us"), ".1f"),
+    "images_per_s": ".4g",
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class Row(AnyRow):
-    """One measurement of the feed-forward.
+class Table(NamedTuple):
+    """The kind of rows that a benchmark writes into a CSV file.
 
     Attributes:
-        host_us: None on a CPU.
-        saved_bytes: None for the forward pass, and for the bare products.
+        module: that measures them.
+        columns: all in order, provenance excepted.
+        times: how the median and the percentiles are written.
+        fields: of columns that are not named as fields of `Row`, `Workload` or `Setting` are, the field.
     """
 
-    workload: Workload
-    host_us: float | None
-    saved_bytes: int | None
+    module: str
+    columns: tuple[str, ...]
+    times: str = ".2f"
+    fields: Mapping[str, str] = {}
 
-    columns = COLUMNS
-    numbers: ClassVar = {
-        **{name: Number(float, ".2f") for name in ("median_us", "p20_us", "p80_us", "host_us")},
-        **{name: Number(int, "d") for name in ("rounds", "peak_bytes", "saved_bytes")},
-    }
-    workloads = Workload
-    renamed: ClassVar = {"direction": "pass"}
+    def cells(self, row: Row) -> dict[str, str]:
+        """A row as text, by column."""
+        values = row.workload._asdict() | row.setting._asdict() | vars(row)
+        return {column: self._text(self.fields.get(column, column), values) for column in self.columns} | dict(
+            row.source
+        )
+
+    def _text(self, field: str, values: dict[str, Any]) -> str:
+        value = values[field]
+        if field == "K":
+            return "dense" if value is None else str(value)
+        if value is None:
+            return ""
+        return str(int(value)) if field == "graph" else format(value, self._form(field))
+
+    def _form(self, field: str) -> str:
+        return self.times if field in TIMES else _FORMS.get(field, "")
+
+    def row(self, cells: dict[str, str]) -> Row:
+        """The inverse of `cells`."""
+        values = {}
+        for column in self.columns:
+            field = self.fields.get(column, column)
+            values[field] = self._value(field, cells[column])
+        parts = {kind: {name: values.pop(name) for name in kind._fields if name in values} for kind in _PARTS}
+        source = {name: text for name, text in cells.items() if name not in self.columns}
+        return Row(workload=Workload(**parts[Workload]), setting=Setting(**parts[Setting]), source=source, **values)
+
+    def _value(self, field: str, text: str) -> Any:
+        if field == "K":
+            return None if text == "dense" else int(text)
+        form = self._form(field)
+        if form:
+            return (int if form == "d" else float)(text) if text else None
+        return text == "1" if field == "graph" else text
+
+    def append(self, path: Path, row: Row) -> None:
+        """Adds a row to a CSV file; errors as for `append_cells`."""
+        append_cells(path, self.cells(row))
+
+    def check(self, path: Path, source: Mapping[str, str]) -> None:
+        """Raises ValueError if a file is there and has other columns."""
+        check_header(path, [*self.columns, *source])
+
+    def read(self, path: Path) -> list[Row]:
+        """All rows of a CSV file.
+
+        Raises:
+            ValueError: there is no such file, or a column is missing.
+        """
+        return [self.row(cells) for cells in read_cells(path, self.columns, self.module)]
 
 
-class HasCells(Protocol):
-    """A row of any file."""
-
-    def cells(self) -> dict[str, str]: ...
+_PARTS = (Workload, Setting)
 
 
-def append_row(path: Path, row: HasCells) -> None:
-    """Adds a row to a CSV file, which gets its header with the first one. The file is closed after each row.
+def append_cells(path: Path, cells: Mapping[str, str]) -> None:
+    """Adds a line to a CSV file, which gets its header with the first one. The file is closed after each line.
 
     Raises:
         ValueError: the file has other columns.
     """
-    cells = row.cells()
     check_header(path, list(cells))
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,20 +176,6 @@ def check_header(path: Path, columns: list[str]) -> None:
         if found != columns:
             expected, got = ", ".join(columns), ", ".join(found)
             raise ValueError(f"{path} must have the columns {expected} to be added to, got {got}.")
-
-
-def read_rows(path: Path) -> list[Row]:
-    """All rows of a CSV file of the feed-forward.
-
-    Raises:
-        ValueError: there is no such file, or a column is missing.
-    """
-    return read_rows_as(Row, path, "benchmarks.ffn.moe_ffn")
-
-
-def read_rows_as(kind: type[AnyRowT], path: Path, module: str) -> list[AnyRowT]:
-    """All rows of a CSV file; arguments and errors as for `read_cells`."""
-    return [kind.from_cells(cells) for cells in read_cells(path, kind.columns, module)]
 
 
 def read_cells(path: Path, columns: Sequence[str], module: str) -> list[dict[str, str]]:

@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from benchmarks.harness.workloads import DENSE, Entry, Group, Setting, Workload
+
 # D×L: width and tokens of the transformer blocks.
 SHAPE_SETS: dict[str, tuple[tuple[int, int], ...]] = {
     "sd15": ((320, 4096), (640, 1024), (1280, 256), (1280, 64)),
@@ -17,7 +19,6 @@ SHAPE_SETS: dict[str, tuple[tuple[int, int], ...]] = {
 # Whole UNets that serve several tasks without experts.
 _PEERS = ("four-unets", "swapped-unets", "lora-")
 PASSES = ("forward", "backward", "forward+backward")
-DENSE = None
 
 
 def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
@@ -62,48 +63,6 @@ def parse_count(text: str, least: int = 1) -> int:
 def parse_top_k(text: str) -> tuple[int | None, ...]:
     """Numbers of active experts of the command line, separated by commas; "dense" stands for all of them."""
     return tuple(DENSE if name == "dense" else parse_counts(name)[0] for name in text.split(","))
-
-
-class Workload(NamedTuple):
-    """What all rows of a group share: one feed-forward with H = 4·D hidden units, at one batch, in one direction."""
-
-    D: int
-    L: int
-    B: int
-    dtype: str
-    direction: str
-
-    @property
-    def needs_grad(self) -> bool:
-        return self.direction != "forward"
-
-    def __str__(self) -> str:
-        return f"{self.D}x{self.L} B={self.B} {self.dtype} {self.direction}"
-
-
-class Setting(NamedTuple):
-    """How the samples are routed: E experts, K of them active (None: dense), rows of `tasks` distinct tasks."""
-
-    E: int = 1
-    K: int | None = DENSE
-    tasks: int = 1
-
-    def __str__(self) -> str:
-        return f"E={self.E} {'dense' if self.K is None else f'top-{self.K}'} tasks={self.tasks}"
-
-
-class Entry(NamedTuple):
-    """A contender in a setting: one row of the CSV."""
-
-    contender: str
-    setting: Setting
-
-
-class Group(NamedTuple):
-    """Entries that are measured interleaved, and so may be compared."""
-
-    workload: Workload
-    entries: tuple[Entry, ...]
 
 
 class Sweep(NamedTuple):

@@ -12,38 +12,26 @@ import functools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
-from benchmarks.harness.rows import append_row
+from benchmarks.harness.rows import TIMES, Row, Table
 from benchmarks.harness.sweeps import parse_counts
-from benchmarks.harness.timing import Call, Timing, time_interleaved, warm_up
+from benchmarks.harness.timing import Call, time_interleaved, warm_up
+from benchmarks.harness.workloads import Workload
 from mtu.conv_in import TaskConvIn
 from mtu.tasks import SD_TASKS
 
 _EDGE, _CHANNELS, _LATENTS = 64, 320, 4
 
 
-class Row(NamedTuple):
-    """One convolution in one batch."""
-
-    group: str
-    contender: str
-    device: str
-    dtype: str
-    B: int
-    timing: Timing
-    source: dict[str, str]
-
-    def cells(self) -> dict[str, str]:
-        """The row as text, by column."""
-        cells = {name: str(getattr(self, name)) for name in ("group", "contender", "device", "dtype", "B")}
-        cells |= {name: f"{getattr(self.timing, name):.2f}" for name in ("median_us", "p20_us", "p80_us")}
-        return cells | {"rounds": str(self.timing.rounds)} | self.source
+TABLE = Table(
+    "benchmarks.models.conv_in",
+    ("group", "contender", "device", "dtype", "B", *TIMES, "rounds"),
+)
 
 
 def contenders(B: int, dtype: torch.dtype, device: torch.device) -> dict[str, Call]:
@@ -75,7 +63,8 @@ def measure(
                 warm_up([call], device)
             timings = time_interleaved([[call] for call in calls.values()], [True] * len(calls), device, seconds)
             for name, timing in zip(calls, timings, strict=True):
-                yield Row(f"{start}-{dtype}-{B}", name, device.type, dtype, B, timing, source)
+                place = {"group": f"{start}-{dtype}-{B}", "device": device.type, "workload": Workload(B=B, dtype=dtype)}
+                yield Row(contender=name, **place, **timing._asdict(), source=source)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,14 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = provenance(command_line("benchmarks.models.conv_in", argv), device)
     # Graphs are captured on a stream of their own.
     stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else torch.no_grad()
-    times: dict[tuple[str, int, str], float] = {}
+    times: dict[tuple[Workload, str], float] = {}
     with stream:
         for row in measure(options.batches, ("bf16", "fp32"), device, options.seconds, source):
-            append_row(output, row)
-            times[row.dtype, row.B, row.contender] = row.timing.median_us
+            TABLE.append(output, row)
+            times[row.workload, row.contender] = row.median_us
             if row.contender != "task":
-                ratio = times[row.dtype, row.B, "task"] / row.timing.median_us
-                print(f"{row.dtype} B={row.B}: task / {row.contender} {ratio:.2f}")
+                ratio = times[row.workload, "task"] / row.median_us
+                print(f"{row.workload.dtype} B={row.workload.B}: task / {row.contender} {ratio:.2f}")
     return 0
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from benchmarks.harness.provenance import RESULTS, ROOT, command_line, provenance
-from benchmarks.harness.rows import append_row, check_header
+from benchmarks.harness.rows import TIMES, Row, Table
 from benchmarks.harness.sweeps import parse_count
 from benchmarks.harness.timing import summary
 
@@ -51,34 +51,13 @@ PAIRS = (
 )
 
 
-class Row(NamedTuple):
-    """One statement's times.
-
-    Attributes:
-        group: rows of one group were measured interleaved, and may be compared.
-        part: that of its pair.
-        statement: what a fresh interpreter ran.
-        rounds: how often.
-        source: where it comes from, as `benchmarks.harness.provenance` says it.
-    """
-
-    group: str
-    part: str
-    statement: str
-    median_us: float
-    p20_us: float
-    p80_us: float
-    rounds: int
-    source: dict[str, str]
-
-    def cells(self) -> dict[str, str]:
-        """The row as text, by column."""
-        cells = {"group": self.group, "part": self.part, "statement": self.statement}
-        cells |= {name: f"{getattr(self, name):.0f}" for name in ("median_us", "p20_us", "p80_us")}
-        return cells | {"rounds": str(self.rounds)} | self.source
-
-
-COLUMNS = Row._fields[:-1]
+# A contender is a statement that a fresh interpreter runs; its part is that of its pair.
+TABLE = Table(
+    "benchmarks.models.import_time",
+    ("group", "part", "statement", *TIMES, "rounds"),
+    times=".0f",
+    fields={"statement": "contender"},
+)
 
 
 def process_us(statement: str) -> float:
@@ -107,13 +86,14 @@ def measure(rounds: int, source: dict[str, str]) -> list[Row]:
     rows = []
     for contender, column in zip(contenders, zip(*times[_WARM_ROUNDS:], strict=True), strict=True):
         timing = summary(column, graph=False)
-        rows.append(Row(group, *contender, timing.median_us, timing.p20_us, timing.p80_us, rounds, source))
+        part, statement = contender
+        rows.append(Row(group=group, part=part, contender=statement, **timing._asdict(), source=source))
     return rows
 
 
 def report(rows: Sequence[Row]) -> list[str]:
     """A line for each pair: both medians, their ratio, and its target."""
-    medians = {(row.part, row.statement): row.median_us for row in rows}
+    medians = {(row.part, row.contender): row.median_us for row in rows}
     lines = []
     for part, ours, theirs, at_most in PAIRS:
         mine, other = medians[part, ours], medians[part, theirs]
@@ -138,12 +118,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     source = provenance(command_line("benchmarks.models.import_time", argv))
     try:
-        check_header(given.output, [*COLUMNS, *source])
+        TABLE.check(given.output, source)
     except ValueError as error:
         parser.error(str(error))
     rows = measure(given.rounds, source)
     for row in rows:
-        append_row(given.output, row)
+        TABLE.append(given.output, row)
     print(f"{len(rows)} rows added to {given.output}")
     print("\n".join(report(rows)))
     return 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from benchmarks.harness.sweeps import DENSE, Setting, heeded
-from benchmarks.models.unet_rows import Row
+from benchmarks.harness.rows import Row
+from benchmarks.harness.sweeps import heeded
+from benchmarks.harness.workloads import DENSE, Setting
 
 ORIGINAL = "stock"
 # In the order they are shown; suffixes of a family's names stand for how it is run.
@@ -70,9 +71,10 @@ def scenes(rows: Sequence[Row]) -> dict[Scene, dict[str, dict[int, Step]]]:
     originals = {(row.group, row.workload): row for row in rows if row.contender == ORIGINAL}
     found: dict[Scene, dict[str, dict[int, Step]]] = {}
     for row in sorted(rows, key=_order):
-        model, size, B, branches, dtype = row.workload
-        labels = found.setdefault(Scene(model, size, branches, dtype), {})
-        labels.setdefault(label(row), {})[B] = Step(row, originals.get((row.group, row.workload)))
+        workload = row.workload
+        scene = Scene(workload.model, workload.size, workload.branches, workload.dtype)
+        labels = found.setdefault(scene, {})
+        labels.setdefault(label(row), {})[workload.B] = Step(row, originals.get((row.group, row.workload)))
     return dict(sorted(found.items()))
 
 

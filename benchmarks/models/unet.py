@@ -28,10 +28,12 @@ from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.harness.recording import Log, deadline, measured, record
 from benchmarks.harness.report import report
-from benchmarks.harness.rows import append_row, check_header
-from benchmarks.harness.sweeps import DENSE, Entry, Setting, parse_choices, parse_count, parse_counts, parse_top_k
+from benchmarks.harness.rows import Row
+from benchmarks.harness.sweeps import parse_choices, parse_count, parse_counts, parse_top_k
 from benchmarks.harness.timing import MIN_ROUNDS, WARM_ROUNDS, Call
-from benchmarks.models.step_kernels import KERNEL_COLUMNS, KernelRow, are_counted, kernels_of
+from benchmarks.harness.workloads import DENSE, Entry, Setting, Workload
+from benchmarks.models import step_kernels
+from benchmarks.models.step_kernels import are_counted, kernels_of
 from benchmarks.models.unet_contenders import CONTENDERS, default_contenders
 from benchmarks.models.unet_measure import Measuring, Plan
 from benchmarks.models.unet_models import (
@@ -45,7 +47,7 @@ from benchmarks.models.unet_models import (
     default_size,
     make_yardstick,
 )
-from benchmarks.models.unet_rows import COLUMNS, TARGETS, Row, Workload, read_rows
+from benchmarks.models.unet_rows import TABLE, TARGETS
 
 # Seconds for each contender, by device; on a CPU the rounds take long enough.
 _SECONDS = {"cuda": 1.0, "cpu": 0.0}
@@ -81,16 +83,17 @@ def run(
     yardstick = functools.cache(functools.partial(_lean_yardstick, family))
 
     def rows_of(group: str, workload: Workload) -> Iterator[Row]:
+        place = {"group": group, "device": device.type, "workload": workload, "source": source}
         with _caches_of_the_compiler(plan.cold):
             for entry, columns in Measuring(family, workload, plan, log, yardstick).columns():
-                yield Row(group, entry.contender, device.type, workload, entry.setting, **columns, source=source)
+                yield Row(contender=entry.contender, setting=entry.setting, **place, **columns)
         # Compiled code is of this group's sizes, and so are the blocks of memory that its contenders leave.
         torch.compiler.reset()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-    return record(workloads, rows_of, log, output, until), log.failures
+    return record(workloads, rows_of, log, TABLE, output, until), log.failures
 
 
 def _lean_yardstick(family: Family, workload: Workload, setting: Setting) -> Yardstick:
@@ -122,9 +125,11 @@ def _wait_for(file: Path) -> None:
 def _record_kernels(
     path: Path, device: torch.device, source: dict[str, str], workload: Workload, entry: Entry, step: Call
 ) -> None:
+    place = {"device": device.type, "workload": workload, "source": source}
     kernels = kernels_of(step, device)
     for kernel in kernels:
-        append_row(path, KernelRow(entry, device.type, workload, kernel, source))
+        row = Row(contender=entry.contender, setting=entry.setting, **place, **kernel._asdict())
+        step_kernels.TABLE.append(path, row)
     total = sum(kernel.total_us for kernel in kernels)
     count = sum(kernel.count for kernel in kernels)
     print(f"{workload} {entry.setting} {entry.contender}: {count} kernels, {total:.0f} µs, profiled")
@@ -226,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     until = deadline(options.minutes)
     try:
         if options.report is not None:
-            print("\n".join(report(read_rows(options.report), options.tested, TARGETS)))
+            print("\n".join(report(TABLE.read(options.report), options.tested, TARGETS)))
             return 0
         _fill_in(options)
         if options.wait_for is not None and len(options.batches) * len(options.branches) > 1:
@@ -238,9 +243,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for layout in layouts:
             check_setting(options.model, layout)
         source = provenance(command_line("benchmarks.models.unet", argv), device, options.commit)
-        check_header(options.output, [*COLUMNS, *source])
+        TABLE.check(options.output, source)
         if options.kernels is not None:
-            check_header(options.kernels, [*KERNEL_COLUMNS, *source])
+            step_kernels.TABLE.check(options.kernels, source)
     except ValueError as error:
         parser.error(str(error))
     settings = tuple(layout._replace(tasks=tasks) for layout in layouts for tasks in options.tasks)
@@ -250,12 +255,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.wait_for is not None:
         plan = plan._replace(before_timing=functools.partial(_wait_for, options.wait_for))
     workloads = [
-        Workload(options.model, options.size, B, branches, options.dtype)
+        Workload(model=options.model, size=options.size, B=B, branches=branches, dtype=options.dtype)
         for branches in options.branches
         for B in options.batches
     ]
     if options.resume and options.output.exists():
-        done = measured(read_rows(options.output), source)
+        done = measured(TABLE.read(options.output), source)
 
         def complete(workload: Workload) -> bool:
             entries = plan.entries(workload)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import mtu
-from benchmarks.harness.sweeps import Setting
+from benchmarks.harness.workloads import Setting
 from benchmarks.models.unet_models import Batch, Family, take
 from benchmarks.models.unet_peers import four_unets, lora_hotswap, lora_per_sample, swapped_unets
 from benchmarks.models.unet_subjects import Division, Part, Subject, at_once, call, each_picture, stock_inputs

@@ -11,11 +11,11 @@ import torch
 
 from benchmarks.harness.memory import peak_bytes
 from benchmarks.harness.recording import Log
-from benchmarks.harness.sweeps import DENSE, Entry, Setting, heeded
+from benchmarks.harness.sweeps import heeded
 from benchmarks.harness.timing import Call, Timing, repeated_us, synchronize, time_interleaved
+from benchmarks.harness.workloads import DENSE, Entry, Setting, Workload
 from benchmarks.models.unet_contenders import CONTENDERS
 from benchmarks.models.unet_models import Family, Yardstick, draw_batch, tasks_of
-from benchmarks.models.unet_rows import Workload
 from benchmarks.models.unet_subjects import Subject
 
 # Pictures on which contenders that are not compiled for a size are checked: small enough for a wider dtype on a CPU.

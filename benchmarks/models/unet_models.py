@@ -15,8 +15,7 @@ from torch import Tensor, nn
 import mtu
 from benchmarks.harness.correctness import hold
 from benchmarks.harness.dtypes import DTYPES
-from benchmarks.harness.sweeps import Setting
-from benchmarks.models.unet_rows import Workload
+from benchmarks.harness.workloads import Setting, Workload
 from mtu.inspection import BUILT_IN
 from mtu.tasks import SD_TASKS, SDXL_TASKS, TaskSpec
 

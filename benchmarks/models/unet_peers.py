@@ -14,7 +14,7 @@ from diffusers.utils import is_peft_available
 from torch import Tensor
 
 from benchmarks.harness.dtypes import DTYPES
-from benchmarks.harness.sweeps import Setting
+from benchmarks.harness.workloads import Setting
 from benchmarks.models.unet_models import TASKS, Batch, Family, share
 from benchmarks.models.unet_subjects import Part, Subject, at_once, by_task, call, stock_inputs
 

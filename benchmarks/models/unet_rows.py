@@ -2,81 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-from pathlib import Path
-from typing import ClassVar, NamedTuple
-
 from benchmarks.harness.report import Target
-from benchmarks.harness.rows import AnyRow, Number, read_rows_as
-from benchmarks.harness.sweeps import DENSE
+from benchmarks.harness.rows import TIMES, Table
+from benchmarks.harness.workloads import DENSE, Workload
 
-
-class Workload(NamedTuple):
-    """What all rows of a group share: one denoising step of a model, for `B` pictures of `size` pixels an edge.
-
-    Guidance has the UNet predict the noise of each picture more than once: `branches` times, so that its batch has
-    B · branches rows.
-    """
-
-    model: str
-    size: int
-    B: int
-    branches: int
-    dtype: str
-
-    # No annotation, so no field: a step is what sampling asks of a UNet, and what the targets are stated for.
-    direction = "forward"
-
-    @property
-    def rows(self) -> int:
-        return self.B * self.branches
-
-    def __str__(self) -> str:
-        branches = f" branches={self.branches}" * (self.branches > 1)
-        return f"{self.model} {self.size}x{self.size} B={self.B}{branches} {self.dtype}"
-
-
-COLUMNS = ("group", "contender", "device", *Workload._fields, "E", "K", "tasks", "graph")
-COLUMNS += ("median_us", "p20_us", "p80_us", "rounds")
-COLUMNS += ("peak_bytes", "weight_bytes", "warmup_s", "switch_us", "images_per_s")
-
-
-@dataclasses.dataclass(frozen=True)
-class Row(AnyRow):
-    """One measurement of a step.
-
-    Attributes:
-        peak_bytes: the most that a step holds at once, the weights not counted; of a CUDA graph the most that was held
-            while it was prepared, which its memory is kept for.
-        weight_bytes: of all parameters and buffers that the contender keeps on the device, each storage once.
-        warmup_s: of compiling and capturing; None where nothing is.
-        switch_us: median of what must happen between two steps where the tasks of the batch change; None: nothing.
-        images_per_s: at the paper's number of steps, the UNet alone.
-    """
-
-    workload: Workload
-    weight_bytes: int
-    warmup_s: float | None
-    switch_us: float | None
-    images_per_s: float
-
-    columns = COLUMNS
-    numbers: ClassVar = {
-        **{name: Number(float, ".0f") for name in ("median_us", "p20_us", "p80_us")},
-        **{name: Number(int, "d") for name in ("rounds", "peak_bytes", "weight_bytes")},
-        **{name: Number(float, ".1f") for name in ("warmup_s", "switch_us")},
-        "images_per_s": Number(float, ".4g"),
-    }
-    workloads = Workload
-
-
-def read_rows(path: Path) -> list[Row]:
-    """All rows of a CSV file of whole UNets.
-
-    Raises:
-        ValueError: there is no such file, or a column is missing.
-    """
-    return read_rows_as(Row, path, "benchmarks.models.unet")
+TABLE = Table(
+    "benchmarks.models.unet",
+    (
+        *("group", "contender", "device", "model", "size", "B", "branches", "dtype", "E", "K", "tasks", "graph"),
+        *(*TIMES, "rounds", "peak_bytes", "weight_bytes", "warmup_s", "switch_us", "images_per_s"),
+    ),
+    times=".0f",
+)
 
 
 def _sd15(workload: Workload) -> bool:

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.ffn import rows as ffn_rows
 from benchmarks.ffn.machine import read_roofs
 from benchmarks.ffn.roofline import read_marks
 from benchmarks.harness.provenance import RESULTS, ROOT
-from benchmarks.harness.rows import read_rows
-from benchmarks.models.unet_rows import read_rows as read_unet_rows
+from benchmarks.models import unet_rows
 from benchmarks.pages import plot_ffn, plot_growth, plot_roofline, plot_unet
 from benchmarks.pages.plot_ffn import points
 
@@ -24,9 +24,9 @@ IMAGES = ROOT / "docs" / "images"
 def pictures(results: Path, images: Path, batch: int | None, experts: int) -> Iterator[tuple[Path, Callable[[], None]]]:
     """Paths of the pictures that the files of a folder may be drawn as, each with what draws it."""
     kinds = {
-        "moe_ffn_*.csv": lambda file, picture: plot_ffn.plot(read_rows(file), picture, batch, experts),
-        "growth_*.csv": lambda file, picture: plot_growth.plot(read_rows(file), picture, experts),
-        "unet_*.csv": lambda file, picture: plot_unet.plot(read_unet_rows(file), picture),
+        "moe_ffn_*.csv": lambda file, picture: plot_ffn.plot(ffn_rows.TABLE.read(file), picture, batch, experts),
+        "growth_*.csv": lambda file, picture: plot_growth.plot(ffn_rows.TABLE.read(file), picture, experts),
+        "unet_*.csv": lambda file, picture: plot_unet.plot(unet_rows.TABLE.read(file), picture),
     }
     for pattern, draw in kinds.items():
         for file in sorted(results.glob(pattern)):

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.harness.report import comparisons
 from benchmarks.harness.rows import Row
-from benchmarks.harness.sweeps import Setting, Workload
+from benchmarks.harness.workloads import Setting, Workload
 from benchmarks.pages.plot_style import FFN_LOOKS, FLOOR_LOOK, legend, letters, most_common_dtype, save
 
 _FLOOR = "products"

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.ffn.growth_lines import Panel, panels, routing_name, tokens
 from benchmarks.harness.rows import Row
-from benchmarks.harness.sweeps import DENSE
+from benchmarks.harness.workloads import DENSE
 from benchmarks.pages.plot_style import FFN_LOOKS, legend, letters, most_common_dtype, save
 
 _PRODUCTS = ("#D55E00", "the bare matrix products")

@@ -9,7 +9,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.harness.rows import AnyRow
+from benchmarks.harness.rows import Row
 
 # Looks of the feed-forward's contenders in the order of the legend. Families share a hue; colours are told apart by
 # colour-blind readers, too. Contenders that are not listed are not drawn.
@@ -57,7 +57,7 @@ def legend(figure: Figure, panels: Sequence[Axes], title: str, labels: Sequence[
     figure.legend(handles, ordered, **place, **style)
 
 
-def save(figure: Figure, path: Path, rows: Sequence[AnyRow], says: str) -> None:
+def save(figure: Figure, path: Path, rows: Sequence[Row], says: str) -> None:
     """Writes a PNG with a line below: what the marks are, and where the rows come from."""
     device = "" if rows[0].device == "cuda" else f", threads: {_values(rows, 'threads')}"
     versions = " · ".join(f"{name} {_values(rows, name)}" for name in ("commit", "torch", "triton"))
@@ -70,11 +70,11 @@ def save(figure: Figure, path: Path, rows: Sequence[AnyRow], says: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _values(rows: Sequence[AnyRow], name: str) -> str:
+def _values(rows: Sequence[Row], name: str) -> str:
     return ", ".join(sorted({row.source.get(name, "unknown") for row in rows}))
 
 
-def most_common_dtype(rows: Sequence[AnyRow]) -> str | None:
+def most_common_dtype(rows: Sequence[Row]) -> str | None:
     """The dtype of most rows: a picture shows one at a time."""
     dtypes = [row.workload.dtype for row in rows]
     return max(sorted(set(dtypes)), key=dtypes.count, default=None)

@@ -8,8 +8,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
+from benchmarks.harness.rows import Row
 from benchmarks.models.steps import Scene, Step, family, scenes, usual
-from benchmarks.models.unet_rows import Row
 from benchmarks.pages.plot_style import letters, save
 
 # Families as in the pictures of one feed-forward; folded ones darker, peers apart from all.

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from benchmarks.ffn.growth_lines import Line, panels, routing_name, us_per_token
 from benchmarks.ffn.roofline import Mark, read_marks
+from benchmarks.ffn.rows import TABLE
 from benchmarks.harness.report import TESTED, comparisons
-from benchmarks.harness.rows import Row, read_cells, read_rows
-from benchmarks.harness.sweeps import DENSE, Setting
+from benchmarks.harness.rows import Row, read_cells
+from benchmarks.harness.workloads import DENSE, Setting
 from benchmarks.pages.markdown import MISSING, digits, duration, provenance_line, ratio, table
 
 _USUAL_BATCH = 8
@@ -53,7 +54,7 @@ def feed_forward(results: Path, device: str) -> list[str]:
     Raises:
         ValueError: nothing was measured.
     """
-    rows = read_rows(results / f"moe_ffn_{device}.csv")
+    rows = TABLE.read(results / f"moe_ffn_{device}.csv")
     lines, used = [], []
     batch = _batch(rows, TESTED[device])
     rows = [row for row in rows if batch == row.workload.B]
@@ -137,7 +138,7 @@ def growth(results: Path, device: str) -> list[str]:
     Raises:
         ValueError: nothing was varied.
     """
-    rows = read_rows(results / f"growth_{device}.csv")
+    rows = TABLE.read(results / f"growth_{device}.csv")
     lines, used = [], []
     for panel in panels(rows):
         for line in panel.lines:

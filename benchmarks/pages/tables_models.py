@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness.report import TESTED, geometric_mean, pairs_of
-from benchmarks.harness.rows import read_cells, read_rows_as
+from benchmarks.harness.rows import Row
 from benchmarks.models import import_time, unet_rows
 from benchmarks.models.steps import ORIGINAL, UNUSUAL, Step, deployed, scenes, unusual, usual
 from benchmarks.pages.markdown import (
@@ -63,8 +63,8 @@ def _warm_up(seconds: float | None) -> str:
     return MISSING if seconds is None else duration(seconds * 1e6)
 
 
-def _unet_rows(results: Path, device: str) -> list[unet_rows.Row]:
-    rows = unet_rows.read_rows(results / f"unet_{device}.csv")
+def _unet_rows(results: Path, device: str) -> list[Row]:
+    rows = unet_rows.TABLE.read(results / f"unet_{device}.csv")
     if not rows:
         raise ValueError(f"There are no rows in {results / f'unet_{device}.csv'}.")
     return rows
@@ -112,14 +112,14 @@ def pipeline(results: Path, device: str) -> list[str]:
         ValueError: nothing was measured.
     """
     path = results / f"pipeline_{device}.csv"
-    rows = read_rows_as(pipeline_rows.Row, path, "benchmarks.pipelines.pipeline")
+    rows = pipeline_rows.TABLE.read(path)
     last = {(row.workload, row.contender): row for row in rows}
     stock = {row.group: row for row in rows if row.contender == _STOCK_PIPELINES}
     if not last:
         raise ValueError(f"There are no rows in {path}.")
     lines = []
     for place in dict.fromkeys(workload for workload, _ in last):
-        title = f"{place.model}, {place.images} images of {place.size}², {place.steps} steps, {place.dtype}"
+        title = f"{place.model}, {place.B} images of {place.size}², {place.steps} steps, {place.dtype}"
         header = [title, "time", f"/ `{_STOCK_PIPELINES}`", "images/s", "weights", "warm-up"]
         cells = []
         for row in (row for (workload, _), row in last.items() if workload == place):
@@ -137,42 +137,38 @@ def sameness(results: Path, device: str) -> list[str]:
         ValueError: nothing was measured.
     """
     path = results / f"sameness_{device}.csv"
-    rows = read_cells(path, pipeline_psnr.COLUMNS, "benchmarks.pipelines.sameness")
+    rows = pipeline_psnr.TABLE.read(path)
     if not rows:
         raise ValueError(f"There are no rows in {path}.")
     lines = []
-    for model, steps in dict.fromkeys((cells["model"], cells["steps"]) for cells in rows):
-        here = [cells for cells in rows if (cells["model"], cells["steps"]) == (model, steps)]
-        last = {(cells["path"], cells["dtype"], cells["task"]): cells for cells in here}
+    for model, steps in dict.fromkeys((row.workload.model, row.workload.steps) for row in rows):
+        here = [row for row in rows if (row.workload.model, row.workload.steps) == (model, steps)]
+        last = {(row.contender, row.workload.dtype, row.part): row for row in here}
         columns = dict.fromkeys((dtype, task) for _, dtype, task in last if dtype != "fp32")
-        in_fp32 = [cells for (_, dtype, _), cells in last.items() if dtype == "fp32"]
+        in_fp32 = [row for (_, dtype, _), row in last.items() if dtype == "fp32"]
         body = []
-        for way in dict.fromkeys(way for way, _, _ in last):
-            worst = min((cells for cells in in_fp32 if cells["path"] == way), key=_over_allowed, default=None)
-            body.append([f"`{way}`", *(_decibels(last.get((way, *column))) for column in columns)])
+        for path_name in dict.fromkeys(name for name, _, _ in last):
+            own = (row for row in in_fp32 if row.contender == path_name)
+            worst = min(own, key=lambda row: row.psnr_db - row.allowed_db, default=None)
+            body.append([f"`{path_name}`", *(_decibels(last.get((path_name, *column))) for column in columns)])
             body[-1] += [_decibels(worst)] * bool(in_fp32)
-        images = max(int(cells["images"]) for cells in last.values())
-        fewer = min((int(cells["images"]) for cells in in_fp32), default=images)
+        images = max(row.workload.B for row in last.values())
+        fewer = min((row.workload.B for row in in_fp32), default=images)
         header = [f"{model}, {images} images of {steps} steps: PSNR in dB (allowed)"]
         header += [f"{dtype}, {task}" for dtype, task in columns]
         header += ["fp32, worst task" + f" ({fewer} images)" * (fewer != images)] * bool(in_fp32)
         lines += [*table(header, body), ""]
-    return [*lines, provenance_line(rows, path.name)]
+    return [*lines, provenance_line((row.source for row in rows), path.name)]
 
 
-def _over_allowed(cells: dict[str, str]) -> float:
-    return float(cells["psnr_db"]) - float(cells["allowed_db"])
-
-
-def _decibels(cells: dict[str, str] | None) -> str:
-    if cells is None:
+def _decibels(row: Row | None) -> str:
+    if row is None:
         return MISSING
-    own, allowed, error = (float(cells[name]) for name in ("psnr_db", "allowed_db", "error_db"))
-    text = "∞" if math.isinf(own) else f"{own:.1f}"
-    missing = allowed - own
+    text = "∞" if math.isinf(row.psnr_db) else f"{row.psnr_db:.1f}"
+    missing = row.allowed_db - row.psnr_db
     # Not "missing > 0", which NaN would pass.
-    verdict = "" if missing <= 0 else " even" if missing <= 2 * error else " **missed**"
-    return f"{text} ({allowed:.1f}){verdict}"
+    verdict = "" if missing <= 0 else " even" if missing <= 2 * row.error_db else " **missed**"
+    return f"{text} ({row.allowed_db:.1f}){verdict}"
 
 
 def imports(results: Path) -> list[str]:
@@ -181,8 +177,8 @@ def imports(results: Path) -> list[str]:
     Raises:
         ValueError: they were not measured.
     """
-    rows = read_cells(results / "import_time.csv", import_time.COLUMNS, "benchmarks.models.import_time")
-    medians = {(cells["part"], cells["statement"]): float(cells["median_us"]) for cells in rows}
+    rows = import_time.TABLE.read(results / "import_time.csv")
+    medians = {(row.part, row.contender): row.median_us for row in rows}
     lines = []
     for part, ours, theirs, at_most in import_time.PAIRS:
         if (part, ours) in medians and (part, theirs) in medians:
@@ -192,7 +188,7 @@ def imports(results: Path) -> list[str]:
     if not lines:
         raise ValueError(f"There are no pairs to compare in {results / 'import_time.csv'}.")
     header = ["statement", "divided by", "time", "of the other", "ratio", "at most"]
-    return [*table(header, lines, 2), "", provenance_line(rows, "import_time.csv")]
+    return [*table(header, lines, 2), "", provenance_line((row.source for row in rows), "import_time.csv")]
 
 
 def targets(results: Path) -> list[str]:
@@ -200,7 +196,7 @@ def targets(results: Path) -> list[str]:
     lines, sources, files = [], [], []
     for device, chosen in unet_rows.TARGETS.items():
         try:
-            rows = unet_rows.read_rows(results / f"unet_{device}.csv")
+            rows = unet_rows.TABLE.read(results / f"unet_{device}.csv")
         except ValueError:
             rows = []
         for target in chosen:

@@ -26,9 +26,10 @@ from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.memory import peak_bytes
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.harness.recording import Log, record
-from benchmarks.harness.rows import check_header
-from benchmarks.harness.sweeps import DENSE, Entry, Setting, parse_choices, parse_count
+from benchmarks.harness.rows import Row
+from benchmarks.harness.sweeps import parse_choices, parse_count
 from benchmarks.harness.timing import WARM_ROUNDS, synchronize, time_interleaved
+from benchmarks.harness.workloads import DENSE, Entry, Setting, Workload
 from benchmarks.pipelines.pipeline_models import (
     Sample,
     cast,
@@ -45,7 +46,7 @@ from benchmarks.pipelines.pipeline_models import (
     upcycled_images,
     weight_bytes,
 )
-from benchmarks.pipelines.pipeline_rows import COLUMNS, Row, Workload, comparison
+from benchmarks.pipelines.pipeline_rows import TABLE, comparison
 
 _RUNS, _QUICK_RUNS, _QUICK_STEPS = 5, 2, 2
 # Of the images that are held to those of a wider dtype: every operation runs, and rounding has no time to grow.
@@ -173,7 +174,7 @@ def measure(
     timings = time_interleaved(calls, [False] * len(calls), clock, 0, runs, log.bar.update)
     for (name, one), timing in zip(ready.items(), timings, strict=True):
         columns = timing._asdict() | {"graph": name.endswith("+graphs"), **one.columns}
-        yield name, columns | {"images_per_s": workload.images / timing.median_us * 1e6}
+        yield name, columns | {"images_per_s": workload.B / timing.median_us * 1e6}
 
 
 def run(
@@ -195,10 +196,11 @@ def run(
     log = Log(len(names) + WARM_ROUNDS + runs, unit="step")
 
     def rows_of(group: str, workload: Workload) -> Iterator[Row]:
+        place = {"group": group, "device": bench.device.type, "workload": workload, "source": source}
         for name, columns in measure(bench, names, workload, runs, log):
-            yield Row(group, name, bench.device.type, workload, _setting(bench, name), **columns, source=source)
+            yield Row(contender=name, setting=_setting(bench, name), **place, **columns)
 
-    return record([workload], rows_of, log, output), log.failures
+    return record([workload], rows_of, log, TABLE, output), log.failures
 
 
 def _setting(bench: Bench, name: str) -> Setting:
@@ -251,14 +253,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = options.output or RESULTS / f"pipeline_{options.device}.csv"
     source = provenance(command_line("benchmarks.pipelines.pipeline", argv), device)
     try:
-        check_header(output, [*COLUMNS, *source])
+        TABLE.check(output, source)
         pipe = load_pipeline(options.folder)
         workload = Workload(
-            model_name(options.folder),
-            output_size(pipe),
-            len(pipe.unet.tasks),
-            steps_of(pipe.unet.tasks, steps),
-            options.dtype,
+            model=model_name(options.folder),
+            size=output_size(pipe),
+            B=len(pipe.unet.tasks),
+            steps=steps_of(pipe.unet.tasks, steps),
+            dtype=options.dtype,
         )
     except (ValueError, TypeError) as error:
         parser.error(str(error))

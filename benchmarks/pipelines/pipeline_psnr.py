@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.pipelines.pipeline_rows import Workload
+from benchmarks.harness.rows import Row, Table
+from benchmarks.harness.workloads import Workload
 
 # The path that the others are held to.
 STOCK = "stock-eager"
@@ -20,49 +20,22 @@ _LEAST_ERROR = 1e-20
 # Standard errors by which chance is believed to part two ways of equal rounding, in a table of some thirty rows.
 _EVEN = 3
 
-COLUMNS = ("path", "task", "dtype", "images", "psnr_db", "allowed_db", "error_db", "pooled_db")
-COLUMNS += ("model", "device", "size", "steps")
+# A contender is a path: a way that the images were made. The part is a task's name; "all" for all of them together.
+TABLE = Table(
+    "benchmarks.pipelines.sameness",
+    (
+        *("path", "task", "dtype", "images", "psnr_db", "allowed_db", "error_db", "pooled_db"),
+        *("model", "device", "size", "steps"),
+    ),
+    fields={"path": "contender", "task": "part", "images": "B"},
+)
 
 
-class Row(NamedTuple):
-    """One path and task.
-
-    Attributes:
-        path: name of the way that the images were made.
-        task: its name; "all" for all of them together.
-        device: kind of it.
-        workload: dtype, steps and the like; its `images` are those of this row.
-        psnr_db: of the images against the exact ones, the mean over images.
-        allowed_db: the least that it may be.
-        error_db: standard error of the difference of the two; 0 where what is allowed is a constant.
-        pooled_db: PSNR of the mean squared error over all images. One image may make most of it, so nothing is held
-            to it.
-        source: where it comes from, as `benchmarks.harness.provenance` says it.
-    """
-
-    path: str
-    task: str
-    device: str
-    workload: Workload
-    psnr_db: float
-    allowed_db: float
-    error_db: float
-    pooled_db: float
-    source: dict[str, str]
-
-    @property
-    def verdict(self) -> str:
-        """ "held"; "even" if what is missing is within three standard errors; "missed"."""
-        missing = self.allowed_db - self.psnr_db
-        # Not "missing > …", which NaN would pass.
-        return "held" if missing <= 0 else "even" if missing <= _EVEN * self.error_db else "missed"
-
-    def cells(self) -> dict[str, str]:
-        """The row as text, by column."""
-        cells = {"path": self.path, "task": self.task, "device": self.device}
-        cells |= {name: str(value) for name, value in self.workload._asdict().items()}
-        cells |= {name: f"{getattr(self, name):.2f}" for name in ("psnr_db", "allowed_db", "error_db", "pooled_db")}
-        return {name: cells[name] for name in COLUMNS} | self.source
+def verdict(row: Row) -> str:
+    """ "held"; "even" if what is missing is within three standard errors; "missed"."""
+    missing = row.allowed_db - row.psnr_db
+    # Not "missing > …", which NaN would pass.
+    return "held" if missing <= 0 else "even" if missing <= _EVEN * row.error_db else "missed"
 
 
 def psnr(errors: Tensor) -> Tensor:
@@ -103,8 +76,9 @@ def compare(
             if workload.dtype == "fp32":
                 least, error = _ALLOWED_FLOAT32_DB, 0.0
             pooled = float(psnr(own[of].mean()))
-            counted = workload._replace(images=len(values))
-            rows.append(Row(path, task, device, counted, float(values.mean()), least, error, pooled, source))
+            figures = {"psnr_db": float(values.mean()), "allowed_db": least, "error_db": error, "pooled_db": pooled}
+            place = {"device": device, "workload": workload._replace(B=len(values)), "source": source}
+            rows.append(Row(contender=path, part=task, **place, **figures))
     return rows
 
 
@@ -113,5 +87,5 @@ def table(rows: Sequence[Row]) -> list[str]:
     lines = [f"{'path':20} {'dtype':6} {'task':18} {'PSNR dB':>8} {'allowed':>8} {'error':>6} {'pooled':>8}"]
     for row in rows:
         numbers = f"{row.psnr_db:8.2f} {row.allowed_db:8.2f} {row.error_db:6.2f} {row.pooled_db:8.2f}"
-        lines.append(f"{row.path:20} {row.workload.dtype:6} {row.task:18} {numbers}  {row.verdict}")
+        lines.append(f"{row.contender:20} {row.workload.dtype:6} {row.part:18} {numbers}  {verdict(row)}")
     return lines

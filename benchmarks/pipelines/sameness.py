@@ -31,8 +31,9 @@ import mtu
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.harness.recording import Log
-from benchmarks.harness.rows import append_row, check_header
-from benchmarks.harness.sweeps import Entry, Setting, parse_choices, parse_count
+from benchmarks.harness.rows import Row
+from benchmarks.harness.sweeps import parse_choices, parse_count
+from benchmarks.harness.workloads import Entry, Setting, Workload
 from benchmarks.pipelines.pipeline_models import (
     Sample,
     cast,
@@ -46,8 +47,7 @@ from benchmarks.pipelines.pipeline_models import (
     stock_images,
     upcycled_images,
 )
-from benchmarks.pipelines.pipeline_psnr import COLUMNS, STOCK, Row, compare, squared_errors, table
-from benchmarks.pipelines.pipeline_rows import Workload
+from benchmarks.pipelines.pipeline_psnr import STOCK, TABLE, compare, squared_errors, table, verdict
 from mtu.export import stock_config
 
 # With 16 the standard error is itself too uncertain: one row in twenty was three of them off, and not so with more.
@@ -183,8 +183,8 @@ def measure(
         device: where all of them run.
         log: which counts the paths that break.
     """
-    _, _, images, steps, _ = workloads[0]
-    samples = draw_samples(pipe, images // len(pipe.unet.tasks))
+    steps = workloads[0].steps
+    samples = draw_samples(pipe, workloads[0].B // len(pipe.unet.tasks))
     log.bar.set_description("float32, eager")
     exact = routed("eager", Origin(pipe, cast(pipe, torch.float32, device, "eager")), samples, steps)
     for workload in workloads:
@@ -216,7 +216,7 @@ def run(
         for workload, errors in measure(pipe, paths, workloads, device, log):
             tasks = [spec.name for spec in pipe.unet.tasks]
             for row in compare(errors, tasks, workload, device.type, source):
-                append_row(output, row)
+                TABLE.append(output, row)
                 rows.append(row)
     return rows, log.failures
 
@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = options.output or RESULTS / f"sameness_{device.type}.csv"
     source = provenance(command_line("benchmarks.pipelines.sameness", argv), device)
     try:
-        check_header(output, [*COLUMNS, *source])
+        TABLE.check(output, source)
         pipe = load_pipeline(options.folder)
         steps = steps_of(pipe.unet.tasks, options.steps or (_QUICK["steps"] if options.quick else None))
         size = output_size(pipe)
@@ -299,11 +299,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Otherwise convolutions of float32 tensors are those of ten bits.
     torch.backends.cudnn.allow_tf32 = False
     images = len(pipe.unet.tasks) * (options.samples or (_QUICK["samples"] if options.quick else _PER_TASK))
-    workloads = [Workload(model_name(options.folder), size, images, steps, dtype) for dtype in options.dtypes]
+    place = {"model": model_name(options.folder), "size": size, "B": images, "steps": steps}
+    workloads = [Workload(dtype=dtype, **place) for dtype in options.dtypes]
     rows, failures = run(pipe, paths, workloads, device, output, source)
     print("\n".join(table(rows)))
     print(f"{len(rows)} rows added to {output}")
-    return int(failures > 0 or any(row.verdict == "missed" for row in rows))
+    return int(failures > 0 or any(verdict(row) == "missed" for row in rows))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 import csv
 
+from benchmarks.ffn import rows
 from benchmarks.ffn.machine import Roofs
-from benchmarks.harness.rows import append_row
-from benchmarks.harness.sweeps import DENSE, Setting, heeded
+from benchmarks.harness.rows import Row, append_cells
+from benchmarks.harness.sweeps import heeded
+from benchmarks.harness.workloads import DENSE, Setting, Workload
 from benchmarks.models import unet_rows
 from benchmarks.pipelines import pipeline_rows
 
@@ -23,11 +25,11 @@ def make_step(contender, median, B=4, model="sd15", setting=MIXED, group=None, *
     counts = {"peak_bytes": 2 * 10**9, "weight_bytes": 17 * 10**8, "images_per_s": 4.25, "source": SOURCE}
     waits = {"warmup_s": 31.5 if "+" in contender else None, "graph": "graphs" in contender}
     waits |= {"switch_us": 30.0 if contender.startswith(_SWITCHED) else None}
-    return unet_rows.Row(
+    return Row(
         group=f"{model}-{B}" if group is None else group,
         contender=contender,
         device="cuda",
-        workload=unet_rows.Workload(model, size, B, 1, "bf16"),
+        workload=Workload(model=model, size=size, B=B),
         setting=mixed,
         **(times | counts | waits | columns),
     )
@@ -35,11 +37,11 @@ def make_step(contender, median, B=4, model="sd15", setting=MIXED, group=None, *
 
 def make_images(contender, median):
     """A row of a made-up GPU: four images, their time in µs."""
-    return pipeline_rows.Row(
+    return Row(
         group="g",
         contender=contender,
         device="cuda",
-        workload=pipeline_rows.Workload("icons", 64, 4, 20, "bf16"),
+        workload=Workload(model="icons", size=64, B=4, steps=20),
         setting=Setting(4, DENSE, 4),
         graph=False,
         median_us=median,
@@ -61,27 +63,32 @@ def make_roofs(device="cuda", dtype="bf16", flops_per_s=8e14, bytes_per_s=4e12):
 
 def grown():
     """Rows of one feed-forward in which all four quantities grow, a group for each workload."""
-    rows = []
+    made = []
     for L in (256, 512, 1024):
         place = {"shape": (640, L), "B": 1, "group": f"tokens-{L}"}
-        rows += [make_row(name, L * 0.1 + own, **place) for name, own in (("products", 9), ("mtu-triton", 10))]
+        made += [make_row(name, L * 0.1 + own, **place) for name, own in (("products", 9), ("mtu-triton", 10))]
     for B in (1, 2, 4):
         place = {"shape": (1280, 64), "B": B, "group": f"batch-{B}"}
-        rows += [make_row(name, 50 + B, **place) for name in ("eager", "mtu-triton")]
+        made += [make_row(name, 50 + B, **place) for name in ("eager", "mtu-triton")]
     place = {"shape": (640, 256), "B": 8, "group": "tasks"}
-    rows += [make_row("eager", 500, **place), make_row("products", 300, setting=Setting(8, 2), **place)]
-    rows += [make_row("mtu-triton", 200, setting=Setting(8, K, T), **place) for K in (DENSE, 2) for T in (1, 2, 4)]
+    made += [make_row("eager", 500, **place), make_row("products", 300, setting=Setting(8, 2), **place)]
+    made += [make_row("mtu-triton", 200, setting=Setting(8, K, T), **place) for K in (DENSE, 2) for T in (1, 2, 4)]
     place = {"shape": (640, 1024), "B": 1, "group": "experts"}
     for E in (2, 4, 8):
-        rows += [make_row("mtu-triton", 400 / E, setting=Setting(E, 2), **place)]
-        rows += [make_row("products", 300 / E, setting=Setting(E, 2), **place)]
-        rows += [make_row("mtu-triton", 100, setting=Setting(E), **place)]
-    return rows
+        made += [make_row("mtu-triton", 400 / E, setting=Setting(E, 2), **place)]
+        made += [make_row("products", 300 / E, setting=Setting(E, 2), **place)]
+        made += [make_row("mtu-triton", 100, setting=Setting(E), **place)]
+    return made
 
 
-def write_rows(path, rows):
-    for row in rows:
-        append_row(path, row)
+# Of each file's name the kind of rows; those of machines have cells of their own.
+_TABLES = {"moe_ffn": rows.TABLE, "growth": rows.TABLE, "unet": unet_rows.TABLE, "pipeline": pipeline_rows.TABLE}
+
+
+def write_rows(path, made):
+    table = _TABLES.get(path.stem.rpartition("_")[0])
+    for row in made:
+        append_cells(path, row.cells() if table is None else table.cells(row))
 
 
 def write_cells(path, columns, lines):

@@ -1,7 +1,8 @@
 """Rows that nobody measured, for the report and the plot."""
 
 from benchmarks.harness.rows import Row
-from benchmarks.harness.sweeps import Setting, Workload, heeded
+from benchmarks.harness.sweeps import heeded
+from benchmarks.harness.workloads import Setting, Workload
 
 SOURCE = {"command": "none", "commit": "abc1234", "torch": "2.0", "triton": "3.0", "processor": "Some GPU"}
 SOURCE |= {"threads": "1"}
@@ -13,11 +14,11 @@ def make_row(contender, median, shape=(320, 4096), B=8, setting=FOUR, group="g",
     defaults = {"host_us": 9.5, "peak_bytes": 1000, "saved_bytes": None if direction == "forward" else 100}
     times = {"median_us": median, "p20_us": median * 0.9, "p80_us": median * 1.2, "rounds": 20, "graph": True}
     return Row(
-        group,
-        contender,
-        "cuda",
-        Workload(*shape, B, "bf16", direction),
-        heeded(contender, setting),
+        group=group,
+        contender=contender,
+        device="cuda",
+        workload=Workload(*shape, B, "bf16", direction),
+        setting=heeded(contender, setting),
         **(times | defaults | columns),
         source=SOURCE,
     )

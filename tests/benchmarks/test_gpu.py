@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from benchmarks.ffn import moe_ffn
+from benchmarks.ffn.rows import TABLE
 from benchmarks.harness.memory import peak_bytes
-from benchmarks.harness.rows import read_rows
 from benchmarks.harness.timing import host_us, time_interleaved, warm_up
 from benchmarks.models import unet, unet_rows
 
@@ -56,7 +56,7 @@ def test_a_quick_run(tmp_path):
     output = tmp_path / "rows.csv"
     arguments = ["--quick", "--seconds", "0", "--device", "cuda", "--shapes", "64x64", "--output", str(output)]
     assert moe_ffn.main([*arguments, "--contenders", "products,eager,loop,mtu-eager,mtu-triton"]) == 0
-    rows = read_rows(output)
+    rows = TABLE.read(output)
     assert {row.contender for row in rows} == {"products", "eager", "loop", "mtu-eager", "mtu-triton"}
     for row in rows:
         assert row.graph == (row.contender != "loop" or row.setting.K is None)
@@ -76,7 +76,7 @@ def test_whole_unets(model, tmp_path, capfd):
     arguments = ["--quick", "--device", "cuda", "--model", model, "--tasks", "4", "--warm-caches"]
     arguments += ["--contenders", ",".join(names), "--output", str(output)]
     assert unet.main(arguments) == 0
-    rows = {row.contender: row for row in unet_rows.read_rows(output)}
+    rows = {row.contender: row for row in unet_rows.TABLE.read(output)}
     assert list(rows) == names
     assert "without a CUDA graph" not in capfd.readouterr().err
     for name, row in rows.items():
@@ -94,7 +94,7 @@ def test_several_sizes_and_settings_of_captured_unets(tmp_path):
     arguments = ["--quick", "--device", "cuda", "--batches", "2,1", "--branches", "1,2", "--top-k", "dense,2"]
     arguments += ["--contenders", "stock+graphs,mtu-triton+graphs", "--output", str(output)]
     assert unet.main(arguments) == 0
-    rows = unet_rows.read_rows(output)
+    rows = unet_rows.TABLE.read(output)
     # Of two pictures with one task and two, of one picture with one; each dense and with top-2.
     assert len(rows) == 2 * (1 + 4) + 2 * (1 + 2)
     assert all(row.graph and row.warmup_s > 0 for row in rows)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from benchmarks.ffn.training_memory import count
-from benchmarks.harness.sweeps import Setting, Workload
+from benchmarks.harness.workloads import Setting, Workload
 from benchmarks.kernels.products import Shape, draw_operands, prepare
 from mtu_kernels import ExpertWeights, available_backends, moe_ffn, reference, triton, warmup
 from mtu_kernels.arguments import indices_are_valid

@@ -9,9 +9,10 @@ import torch
 
 from benchmarks.ffn import moe_ffn
 from benchmarks.ffn.peers import CONTENDERS, Contender
+from benchmarks.ffn.rows import TABLE
 from benchmarks.harness.provenance import ROOT, provenance
-from benchmarks.harness.rows import append_row, read_rows
-from benchmarks.harness.sweeps import DEFAULT_SWEEPS, QUICK, Setting
+from benchmarks.harness.sweeps import DEFAULT_SWEEPS, QUICK
+from benchmarks.harness.workloads import Setting
 from benchmarks.pages import plot
 
 from ..rows_cases import make_row
@@ -34,7 +35,7 @@ def test_a_run_from_start_to_picture(tmp_path, capsys, no_compiler):
     out = capsys.readouterr().out
     assert "mtu-cpp, bf16, " in out
     assert "forward / compile-folded: not measured (at most 0.90)" in out
-    rows = read_rows(output)
+    rows = TABLE.read(output)
     # products, loop and mtu-eager dense and with top-2; the others once; for two passes.
     assert len(rows) == 2 * (3 * 2 + 2)
     assert f"{len(rows)} rows added" in out
@@ -66,7 +67,7 @@ def test_a_run_goes_on_where_it_was_cut_off(tmp_path, capsys):
     assert not output.exists()
     assert moe_ffn.main([*arguments[:-1], "backward"]) == 0
     assert moe_ffn.main([*arguments, "--resume"]) == 0
-    assert [row.workload.direction for row in read_rows(output)] == ["backward"] * 2 + ["forward"] * 2
+    assert [row.workload.direction for row in TABLE.read(output)] == ["backward"] * 2 + ["forward"] * 2
     assert moe_ffn.main([*arguments, "--resume"]) == 0
     assert "0 rows added" in capsys.readouterr().out
 
@@ -91,7 +92,7 @@ def test_refusals_are_said_once_and_failures_end_in_an_error(tmp_path, capsys, m
     assert error.count(refusal) == 1
     assert "FAILED, not timed: loop at 32x16 B=2 bf16 forward E=4 dense tasks=1: WrongResult: y must be" in error
     assert "FAILED, not timed: mtu-eager at 32x16 B=2 bf16 forward E=4 top-2 tasks=1: KeyError: 'tile'" in error
-    assert {row.contender for row in read_rows(output)} == {"products"}
+    assert {row.contender for row in TABLE.read(output)} == {"products"}
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_pictures_need_results(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         plot.main(["--results", str(tmp_path)])
     assert f"error: There is no moe_ffn_*.csv in {tmp_path}" in capsys.readouterr().err
-    append_row(tmp_path / "moe_ffn_cuda.csv", make_row("eager", 1))
+    TABLE.append(tmp_path / "moe_ffn_cuda.csv", make_row("eager", 1))
     with pytest.raises(SystemExit, match="2"):
         plot.main(["--results", str(tmp_path), "--output", str(tmp_path)])
     assert "needs rows of products and of other contenders at B = 8, got none." in capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.ffn import growth
 from benchmarks.ffn.growth_lines import panels, us_per_token
-from benchmarks.harness.rows import read_rows
+from benchmarks.ffn.rows import TABLE
 from benchmarks.pages import plot_growth
 
 from ..page_cases import grown
@@ -43,7 +43,7 @@ def test_one_point_is_no_line():
 def test_a_quick_growth(tmp_path):
     output = tmp_path / "growth_cpu.csv"
     assert growth.main(["--quick", "--seconds", "0", "--device", "cpu", "--output", str(output)]) == 0
-    rows = read_rows(output)
+    rows = TABLE.read(output)
     assert {row.contender for row in rows} == {"products", "eager", "mtu-eager"}
     assert {row.workload.L for row in rows} == {16, 32}
 

@@ -6,8 +6,8 @@ import torch
 from benchmarks.ffn import machine
 from benchmarks.ffn.roofline import cost, marks, read_marks
 from benchmarks.harness.provenance import provenance
-from benchmarks.harness.sweeps import Setting, Workload
 from benchmarks.harness.timing import Timing
+from benchmarks.harness.workloads import Setting, Workload
 
 from ..page_cases import make_roofs, write_rows
 from ..rows_cases import make_row

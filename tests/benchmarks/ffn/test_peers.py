@@ -9,7 +9,8 @@ from benchmarks.ffn.inputs import EPS, draw_shared, route
 from benchmarks.ffn.peers import CONTENDERS, as_folded, as_stock, bind, loop_ffn, stock_ffn, user_ffn
 from benchmarks.harness.correctness import WrongResult
 from benchmarks.harness.dtypes import DTYPES
-from benchmarks.harness.sweeps import PASSES, Setting, Workload
+from benchmarks.harness.sweeps import PASSES
+from benchmarks.harness.workloads import Setting, Workload
 from mtu_kernels import ExpertWeights, available_backends, moe_ffn, reference
 
 CPU = torch.device("cpu")

@@ -9,12 +9,12 @@ import zipfile
 import pytest
 
 from benchmarks import gpu_run
+from benchmarks.ffn.rows import TABLE as ROWS_TABLE
 from benchmarks.gpu.collect import Places, collect
 from benchmarks.gpu.output import FACTS, RESULTS, Output
 from benchmarks.gpu.stages import RESERVE_SECONDS, Run
 from benchmarks.gpu.state import State
 from benchmarks.gpu.steps import TABLE, TUNE, Step
-from benchmarks.harness.rows import append_row, read_rows
 from benchmarks.kernels import tile_rows, tune
 from benchmarks.pages import plot
 from mtu_kernels.triton.tile_table import ROWS
@@ -42,7 +42,7 @@ def returned(tmp_path):
     tile_rows.write(files / TABLE, tile_rows.merge(ROWS, [TUNED]))
     for name, contenders in (("a", ("products", "eager")), ("b", ("mtu-triton",))):
         for place, contender in enumerate(contenders):
-            append_row(files / f"{name}.csv", make_row(contender, 10.0 + place))
+            ROWS_TABLE.append(files / f"{name}.csv", make_row(contender, 10.0 + place))
 
     def copy(name, source, target):
         return Step(name, "", lambda place: ["cp", str(files / source), str(place.folder / target)], 30, 0)
@@ -66,9 +66,9 @@ def contents(places):
 
 def test_rows_and_tiles_come_to_their_places_once(returned, places):
     file = places.results / "moe_ffn_cuda.csv"
-    append_row(file, make_row("loop", 99.0))
+    ROWS_TABLE.append(file, make_row("loop", 99.0))
     assert collect(returned, places)[-1] == f"3 rows into {file}, 0 were there"
-    assert [row.contender for row in read_rows(file)] == ["loop", "products", "eager", "mtu-triton"]
+    assert [row.contender for row in ROWS_TABLE.read(file)] == ["loop", "products", "eager", "mtu-triton"]
     table = tile_rows.read(places.table)
     assert TUNED in table
     # Other widths, products and architectures stay; what was chosen for this width is gone.
@@ -109,7 +109,7 @@ def _with_rows_of_a_smoke_test(folder):
     row = dataclasses.replace(
         row, source=row.source | {"command": "python -m benchmarks.ffn.moe_ffn --quick --seconds 0"}
     )
-    append_row(folder / "quick.csv", row)
+    ROWS_TABLE.append(folder / "quick.csv", row)
     with zipfile.ZipFile(folder / RESULTS, "a") as archive:
         archive.write(folder / "quick.csv", "c/moe_ffn_cuda.csv")
 

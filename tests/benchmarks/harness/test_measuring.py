@@ -6,8 +6,9 @@ import torch
 from benchmarks.ffn.inputs import draw_shared, number_of_sets
 from benchmarks.ffn.peers import CONTENDERS
 from benchmarks.harness.memory import peak_bytes, saved_bytes
-from benchmarks.harness.sweeps import DEFAULT_SWEEPS, DENSE, QUICK, Entry, Setting, Sweep, Workload, heeded
+from benchmarks.harness.sweeps import DEFAULT_SWEEPS, QUICK, Sweep, heeded
 from benchmarks.harness.timing import MIN_ROUNDS, WARM_ROUNDS, host_us, summary, time_interleaved, warm_up
+from benchmarks.harness.workloads import DENSE, Entry, Setting, Workload
 
 CPU = torch.device("cpu")
 

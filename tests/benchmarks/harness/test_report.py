@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from benchmarks.ffn.moe_ffn import main
+from benchmarks.ffn.rows import TABLE
 from benchmarks.harness.report import TARGETS, TESTED, Target, geometric_mean, pairs_of, report
-from benchmarks.harness.rows import COLUMNS, append_row, read_rows
-from benchmarks.harness.sweeps import Setting
+from benchmarks.harness.workloads import Setting
 
 from ..rows_cases import make_row
 
@@ -95,7 +95,7 @@ def test_another_contender_may_be_tested():
 def test_targets_are_of_columns_and_fields_that_exist(device):
     assert device in TESTED
     for target in TARGETS[device]:
-        assert target.quantity in COLUMNS
+        assert target.quantity in TABLE.columns
         assert {*target.setting, *target.to_setting} <= {*Setting._fields}
 
 
@@ -104,9 +104,9 @@ def test_rows_survive_a_file(tmp_path, capsys):
     rows.append(make_row("eager", 7.0, host_us=None, graph=False))
     path = tmp_path / "deep" / "rows.csv"
     for row in rows:
-        append_row(path, row)
+        TABLE.append(path, row)
     rounded = [{name: round(getattr(row, name), 2) for name in ("p20_us", "p80_us")} for row in rows]
-    assert read_rows(path) == [dataclasses.replace(row, **times) for row, times in zip(rows, rounded, strict=True)]
+    assert TABLE.read(path) == [dataclasses.replace(row, **times) for row, times in zip(rows, rounded, strict=True)]
     assert main(["--report", str(path)]) == 0
     assert capsys.readouterr().out.splitlines() == report(rows)
 
@@ -115,8 +115,8 @@ def test_files_of_other_columns_are_refused(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("group,contender\na,b\n")
     with pytest.raises(ValueError, match=r"must have the columns group, contender, device.* got group,"):
-        append_row(path, make_row("eager", 1))
+        TABLE.append(path, make_row("eager", 1))
     with pytest.raises(ValueError, match=r"must have the columns .*, got none named device, D,"):
-        read_rows(path)
+        TABLE.read(path)
     with pytest.raises(ValueError, match=r"There is no .*nothing\.csv"):
-        read_rows(tmp_path / "nothing.csv")
+        TABLE.read(tmp_path / "nothing.csv")

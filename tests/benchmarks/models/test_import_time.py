@@ -1,12 +1,14 @@
 """Import times: the command on statements that take no time, its rows, its report."""
 
 import csv
+import dataclasses
 
 import pytest
 
 from benchmarks.harness.provenance import provenance
+from benchmarks.harness.rows import Row
 from benchmarks.models import import_time
-from benchmarks.models.import_time import COLUMNS, PAIRS, Pair, Row
+from benchmarks.models.import_time import PAIRS, TABLE, Pair
 
 SWIFT = (Pair("swift", "import math", "import json", 1.1), Pair("other", "pass", "import this", None))
 
@@ -26,7 +28,7 @@ def test_a_run_from_start_to_report(tmp_path, capsys, monkeypatch):
     assert "swift: import math 0." in out
     assert "(at most 1.10" in out
     rows, source = read(output), provenance(f"python -m benchmarks.models.import_time {' '.join(arguments)}")
-    assert tuple(rows[0]) == (*COLUMNS, *source)
+    assert tuple(rows[0]) == (*TABLE.columns, *source)
     statements = ["import math", "import json", "pass", "import this"]
     assert [row["statement"] for row in rows] == statements
     for row in rows:
@@ -43,7 +45,7 @@ def test_a_run_from_start_to_report(tmp_path, capsys, monkeypatch):
 def test_the_report_divides_within_a_pair():
     times = {pair: (0.5e6 * (number + 1), 2e6) for number, pair in enumerate(PAIRS)}
     rows = [
-        Row("g", pair.part, statement, time, time, time, 2, {})
+        Row(part=pair.part, contender=statement, median_us=time, source={})
         for pair, both in times.items()
         for statement, time in zip((pair.ours, pair.theirs), both, strict=True)
     ]
@@ -54,7 +56,7 @@ def test_the_report_divides_within_a_pair():
         "(at most 1.10)",
         "kernels: import mtu_kernels 1.50 s / import torch 2.00 s = 0.750",
     ]
-    slow = [row._replace(median_us=2.3e6) if row.statement == "import mtu" else row for row in rows]
+    slow = [dataclasses.replace(row, median_us=2.3e6) if row.contender == "import mtu" else row for row in rows]
     assert import_time.report(slow)[0].endswith("= 1.150 (at most 1.10, missed)")
 
 

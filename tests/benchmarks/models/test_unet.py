@@ -8,16 +8,17 @@ import torch
 
 from benchmarks.harness.provenance import provenance
 from benchmarks.harness.report import pairs_of, report
-from benchmarks.harness.rows import append_row
-from benchmarks.harness.sweeps import Setting, heeded
+from benchmarks.harness.rows import Row
+from benchmarks.harness.sweeps import heeded
+from benchmarks.harness.workloads import Setting, Workload
 from benchmarks.models import unet
 from benchmarks.models.unet_contenders import CONTENDERS, Contender, default_contenders
 from benchmarks.models.unet_models import tasks_of
-from benchmarks.models.unet_rows import COLUMNS, TARGETS, Row, Workload, read_rows
+from benchmarks.models.unet_rows import TABLE, TARGETS
 from benchmarks.models.unet_subjects import Part, Subject, at_once, call, stock_inputs
 
 DENSE = Setting(4, None, 4)
-PUBLISHED = Workload("sd15", 512, 4, 1, "bf16")
+PUBLISHED = Workload(model="sd15", size=512, B=4)
 SOURCE = {"commit": "abc1234", "processor": "Some CPU"}
 TARGET = "SD 1.5 at 512x512, four mixed tasks / the original, eager"
 # Dynamo says this of diffusers' code.
@@ -40,7 +41,8 @@ def make_row(contender, seconds, workload=PUBLISHED, setting=DENSE, group="g", *
         **columns,
     }
     setting = heeded(contender, setting)
-    return Row(group, contender, workload=workload, setting=setting, rounds=20, source=SOURCE, **columns)
+    place = {"group": group, "contender": contender, "workload": workload, "setting": setting}
+    return Row(**place, rounds=20, source=SOURCE, **columns)
 
 
 def run_quickly(path, *arguments, contenders="stock,mtu-eager"):
@@ -60,8 +62,8 @@ def test_a_run_from_start_to_report(tmp_path, capsys):
     assert "tiny 64x64 B=4 bf16 " in out
     assert f"  {TARGET}: not measured (at most 0.97)" in out
     with output.open(newline="") as file:
-        assert tuple(next(csv.reader(file))) == (*COLUMNS, *source)
-    rows = read_rows(output)
+        assert tuple(next(csv.reader(file))) == (*TABLE.columns, *source)
+    rows = TABLE.read(output)
     assert [(row.contender, row.workload.B, row.setting) for row in rows] == [
         ("stock", 4, Setting()),
         ("mtu-eager", 4, Setting(4)),
@@ -91,8 +93,8 @@ def test_settings_branches_and_the_larger_model(tmp_path):
     arguments = ["--model", "tiny-xl", "--top-k", "dense,2", "--experts", "8", "--dtype", "fp32"]
     arguments += ["--tasks", "2", "--batches", "2", "--branches", "3", "--commit", "abc1234"]
     assert run_quickly(output, *arguments)[0] == 0
-    rows = read_rows(output)
-    assert {row.workload for row in rows} == {Workload("tiny-xl", 64, 2, 3, "fp32")}
+    rows = TABLE.read(output)
+    assert {row.workload for row in rows} == {Workload(model="tiny-xl", size=64, B=2, branches=3, dtype="fp32")}
     assert {row.source["commit"] for row in rows} == {"abc1234"}
     assert [row.setting for row in rows] == [Setting(), Setting(8, None, 2), Setting(8, 2, 2)]
     assert tasks_of("tiny-xl")[0].num_inference_steps == 50
@@ -124,7 +126,7 @@ def test_contenders_that_are_missing_are_skipped_and_wrong_ones_end_in_an_error(
     assert error.count(skipped) == 2
     failed = "FAILED, not timed: mtu-eager at tiny 64x64 B=4 bf16 E=4 dense tasks=4: WrongResult: the UNet's output"
     assert failed in error
-    assert [row.contender for row in read_rows(output)] == ["stock"]
+    assert [row.contender for row in TABLE.read(output)] == ["stock"]
 
 
 def test_graphs_are_refused_off_cuda(tmp_path, capsys):
@@ -145,7 +147,7 @@ def test_compiled_contenders_are_warmed_up_once_for_all_tasks(tmp_path, monkeypa
     monkeypatch.setattr(torch, "compile", lambda model, *, mode, **options: compile(model, backend="eager", **options))
     output = tmp_path / "rows.csv"
     assert run_quickly(output, contenders="mtu-eager+compile")[0] == 0
-    one, four = read_rows(output)
+    one, four = TABLE.read(output)
     assert (one.setting.tasks, four.setting.tasks) == (1, 4)
     assert not four.graph
     # The first calls compile; those of other tasks only run.
@@ -177,7 +179,7 @@ def test_what_is_compiled_again_for_other_tasks_is_not_timed(tmp_path, capsys, m
     # One task asks for no other code. With caches, what compiling took says nothing.
     assert run_quickly(output, "--tasks", "1", contenders="mtu-eager+compile")[0] == 0
     assert run_quickly(output, "--tasks", "1", "--warm-caches", contenders="mtu-eager+compile")[0] == 0
-    cold, warm = read_rows(output)
+    cold, warm = TABLE.read(output)
     assert cold.warmup_s is not None
     assert warm.warmup_s is None
 
@@ -193,7 +195,7 @@ def test_a_group_that_is_prepared_waits_for_its_turn_and_its_kernels_are_counted
     monkeypatch.setattr("benchmarks.models.unet.time.sleep", sleep)
     assert run_quickly(output, "--wait-for", str(go), "--tasks", "4", "--kernels", str(kernels))[0] == 0
     assert seen == [(True, False)]
-    assert len(read_rows(output)) == 2
+    assert len(TABLE.read(output)) == 2
     with kernels.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {(row["contender"], row["model"], row["tasks"]) for row in rows} == {
@@ -220,7 +222,7 @@ def test_a_run_that_was_cut_off_before_its_kernels_were_counted_goes_on(tmp_path
     assert run_quickly(output, *arguments, contenders="stock")[0] == 0
     for number in (2, 2):
         assert run_quickly(output, *arguments, "--kernels", str(kernels), contenders="stock")[0] == 0
-        assert len(read_rows(output)) == number
+        assert len(TABLE.read(output)) == number
         assert "aten::conv2d" in kernels.read_text()
     assert f"All rows are in {output} already" in capsys.readouterr().out
 
@@ -233,13 +235,13 @@ def test_a_run_goes_on_where_it_was_cut_off(tmp_path, capsys):
     assert not output.exists()
     assert run_quickly(output, *arguments[2:], "--batches", "1", contenders="stock")[0] == 0
     assert run_quickly(output, *arguments, "--resume", contenders="stock")[0] == 0
-    assert [row.workload.B for row in read_rows(output)] == [1, 2]
+    assert [row.workload.B for row in TABLE.read(output)] == [1, 2]
     assert run_quickly(output, *arguments, "--resume", contenders="stock")[0] == 0
-    assert len(read_rows(output)) == 2
+    assert len(TABLE.read(output)) == 2
     # Rows of another commit are no rows of this one.
     other = [*arguments[:-1], "def5678", "--resume"]
     assert run_quickly(output, *other, contenders="stock")[0] == 0
-    assert len(read_rows(output)) == 4
+    assert len(TABLE.read(output)) == 4
 
 
 @pytest.mark.parametrize(
@@ -318,7 +320,7 @@ def test_the_report_of_a_gpu_is_of_graphs():
     two = {"workload": PUBLISHED._replace(B=2), "setting": Setting(4, None, 2), "group": "two"}
     rows = [make("stock+graphs", 2.0), make("mtu-triton+graphs", 1.9, switch_us=1e5), make("stock", 9.0)]
     rows += [make("mtu-triton+graphs@each", 3.8), make("stock", 4.0, **two), make("mtu-triton+graphs", 2.0, **two)]
-    xl = {"workload": Workload("sdxl", 1024, 8, 1, "bf16"), "setting": Setting(1, None, 4), "group": "xl"}
+    xl = {"workload": Workload(model="sdxl", size=1024, B=8), "setting": Setting(1, None, 4), "group": "xl"}
     rows += [make("stock+graphs", 4.0, **xl), make("mtu-triton+graphs", 4.4, **xl)]
     values = [line.partition(": ")[2].split(";")[0] for line in report(rows, targets=TARGETS)[1:]]
     assert values == [
@@ -350,7 +352,7 @@ def test_other_rows_are_not_what_the_target_is_of(changes):
 def test_targets_are_of_contenders_and_columns_that_exist(device):
     tested = {"cuda": "mtu-triton", "cpu": "mtu-cpp"}[device]
     for target in TARGETS[device]:
-        assert {target.quantity, target.to_quantity or target.quantity} <= {*COLUMNS}
+        assert {target.quantity, target.to_quantity or target.quantity} <= {*TABLE.columns}
         assert {name.format(tested=tested) for name in (target.of, target.to)} <= {*CONTENDERS}
 
 
@@ -371,10 +373,10 @@ def test_rows_survive_a_file(tmp_path):
     workload = PUBLISHED._replace(branches=3)
     rows = [make_row("mtu-cpp", 5.5), make_row("stock", 5.0, workload, warmup_s=12.5, switch_us=3.5, graph=True)]
     for row in rows:
-        append_row(path, row)
-    assert read_rows(path) == rows
+        TABLE.append(path, row)
+    assert TABLE.read(path) == rows
     with path.open(newline="") as file:
         cells = next(csv.DictReader(file))
-    assert tuple(cells) == (*COLUMNS, *SOURCE)
+    assert tuple(cells) == (*TABLE.columns, *SOURCE)
     assert (cells["median_us"], cells["p20_us"], cells["p80_us"]) == ("5500000", "4950000", "6600000")
     assert (cells["K"], cells["warmup_s"], cells["branches"]) == ("dense", "", "1")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks.harness.correctness import WrongResult
-from benchmarks.harness.sweeps import Setting, heeded
+from benchmarks.harness.sweeps import heeded
+from benchmarks.harness.workloads import Setting, Workload
 from benchmarks.models.unet_contenders import CONTENDERS
 from benchmarks.models.unet_models import (
     TASKS,
@@ -21,11 +22,10 @@ from benchmarks.models.unet_models import (
     take,
     tasks_of,
 )
-from benchmarks.models.unet_rows import Workload
 
 CPU = torch.device("cpu")
 DENSE, TOP_2 = Setting(4, None, 4), Setting(4, 2, 4)
-WORKLOAD = Workload("tiny", 64, 4, 1, "bf16")
+WORKLOAD = Workload(model="tiny", size=64, B=4)
 draw = functools.partial(draw_batch, device=CPU)
 # Triton runs on GPUs, or takes its time.
 HERE = [name for name, contender in CONTENDERS.items() if not contender.compiles and "triton" not in name]

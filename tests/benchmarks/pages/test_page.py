@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from benchmarks.harness.sweeps import DENSE, Setting
+from benchmarks.harness.workloads import DENSE, Setting
 from benchmarks.models import import_time
 from benchmarks.models.unet_rows import TARGETS
 from benchmarks.pages import markdown, page, tables_ffn, tables_models
@@ -185,7 +185,7 @@ def test_sameness_says_what_was_held(paths):
     place = {"images": 16, "pooled_db": 30, "model": "icons", "device": "cuda", "size": 64, "steps": 20}
     names = ("path", "task", "dtype", "psnr_db", "allowed_db", "error_db")
     rows = [dict(zip(names, line, strict=True)) | place for line in lines]
-    columns = pipeline_psnr.COLUMNS
+    columns = pipeline_psnr.TABLE.columns
     write_cells(results / "sameness_cuda.csv", columns, [[row[name] for name in columns] for row in rows])
     table = cells(tables_models.sameness(results, "cuda"))
     assert table["icons, 16 images of 20 steps: PSNR in dB (allowed)"] == ["bf16, edit", "fp32, worst task"]
@@ -199,7 +199,7 @@ def test_imports(paths):
     results, _, _ = paths
     part, ours, theirs, at_most = import_time.PAIRS[0]
     lines = [("g", part, statement, us, us, us, 20) for statement, us in ((ours, 2.2e6), (theirs, 2e6))]
-    write_cells(results / "import_time.csv", import_time.COLUMNS, lines)
+    write_cells(results / "import_time.csv", import_time.TABLE.columns, lines)
     assert cells(tables_models.imports(results))[f"`{ours}`"] == [
         f"`{theirs}`",
         "2.20 s",

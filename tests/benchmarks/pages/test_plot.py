@@ -4,7 +4,7 @@ import pytest
 from matplotlib.image import imread
 
 from benchmarks.ffn.roofline import marks
-from benchmarks.harness.sweeps import DENSE, Setting
+from benchmarks.harness.workloads import DENSE, Setting
 from benchmarks.models.steps import deployed, label, scenes, unusual, usual
 from benchmarks.pages import plot, plot_growth, plot_roofline, plot_unet
 

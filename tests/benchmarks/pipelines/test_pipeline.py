@@ -11,12 +11,12 @@ from diffusers import StableDiffusionPipeline
 import mtu
 from benchmarks.harness.correctness import WrongResult
 from benchmarks.harness.provenance import provenance
-from benchmarks.pipelines import pipeline, pipeline_models, sameness
+from benchmarks.harness.rows import Row
+from benchmarks.harness.workloads import Workload
+from benchmarks.pipelines import pipeline, pipeline_models, pipeline_psnr, sameness
 from benchmarks.pipelines.pipeline_models import draw_samples, hold_images, sharing_copy, stock_rows, unet_rows
-from benchmarks.pipelines.pipeline_psnr import COLUMNS as SAMENESS_COLUMNS
-from benchmarks.pipelines.pipeline_psnr import STOCK, Row, compare, psnr, squared_errors, standard_error
-from benchmarks.pipelines.pipeline_rows import COLUMNS, Workload, comparison
-from benchmarks.pipelines.pipeline_rows import Row as PipelineRow
+from benchmarks.pipelines.pipeline_psnr import STOCK, compare, psnr, squared_errors, standard_error, verdict
+from benchmarks.pipelines.pipeline_rows import TABLE, comparison
 from mtu.recipes.icons.base import BaseConfig, new_pipeline, save_model
 from mtu.recipes.icons.denoiser import DenoiserConfig
 from mtu.recipes.icons.text import TextConfig
@@ -30,6 +30,7 @@ MINIATURE = BaseConfig(
 )
 NAMES = [spec.name for spec in SD_TASKS]
 SOURCE = {"commit": "abc1234"}
+WORKLOAD = Workload(model="m", size=64, B=4, steps=20)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_a_run_from_start_to_report(folder, tmp_path, capsys):
     assert f"2 rows added to {output}" in out
     assert "miniature 64x64 images=4 steps=1 bf16 " in out
     rows, source = read(output), provenance(f"python -m benchmarks.pipelines.pipeline {' '.join(arguments)}")
-    assert tuple(rows[0]) == (*COLUMNS, *source)
+    assert tuple(rows[0]) == (*TABLE.columns, *source)
     assert [(row["contender"], row["E"], row["tasks"]) for row in rows] == [
         ("stock-each", "1", "1"),
         ("mtu", "4", "4"),
@@ -256,12 +257,7 @@ def test_what_is_computed_wrongly_is_not_timed():
 
 def test_contenders_are_compared_with_the_stock_pipelines_run_in_the_same_way():
     times = {"stock-each": 8.0, "mtu": 6.0, "stock-each+compile": 4.0, "mtu+compile": 3.0}
-    rows = [
-        PipelineRow(
-            "g", name, "cpu", Workload("m", 64, 4, 20, "bf16"), None, False, time, time, time, 5, 1, SOURCE, 1, None, 1
-        )
-        for name, time in times.items()
-    ]
+    rows = [Row(contender=name, workload=WORKLOAD, median_us=time, source=SOURCE) for name, time in times.items()]
     assert comparison(rows) == [
         "mtu: 0.750 of stock-each",
         "stock-each+compile: 0.500 of stock-each",
@@ -278,7 +274,7 @@ def test_a_run_of_all_paths_from_start_to_table(folder, tmp_path, capsys, no_com
     _, arguments = run_quickly(sameness, folder, output, *arguments)
     out = capsys.readouterr().out
     rows, source = read(output), provenance(f"python -m benchmarks.pipelines.sameness {' '.join(arguments)}")
-    assert tuple(rows[0]) == (*SAMENESS_COLUMNS, *source)
+    assert tuple(rows[0]) == (*pipeline_psnr.TABLE.columns, *source)
     paths = [STOCK, "mtu-eager", "mixed", "compiled"]
     expected = [(path, task, "bf16") for path in paths for task in (*NAMES, "all")]
     expected += [(path, task, "fp32") for path in paths if path != "mtu-eager" for task in (*NAMES, "all")]
@@ -331,28 +327,29 @@ def test_rows_are_held_to_the_stock_pipelines_task_by_task():
     # As far as a factor of two, but for the first sample of each task: it makes most of what is pooled.
     worse = 2 * stock
     worse[:2] *= 100
-    workload = Workload("m", 64, 16, 20, "bf16")
+    workload = WORKLOAD._replace(B=16)
     errors = {STOCK: stock, "worse": worse, "better": stock / 2, "even": stock * torch.tensor([2, 2, 0.49, 0.49] * 4)}
-    rows = {(row.path, row.task): row for row in compare(errors, ["a", "b"], workload, "cpu", SOURCE)}
+    rows = {(row.contender, row.part): row for row in compare(errors, ["a", "b"], workload, "cpu", SOURCE)}
     assert [rows[STOCK, task].allowed_db for task in "ab"] == pytest.approx([40, 30])
     assert [rows["better", task].psnr_db for task in "ab"] == pytest.approx([43.01, 33.01], abs=0.01)
     assert rows["worse", "a"].psnr_db == pytest.approx(40 - 3.01 - 20 / 8, abs=0.01)
     assert rows["worse", "a"].pooled_db == pytest.approx(psnr(torch.tensor([2e-4 * 107 / 8])).item(), abs=0.01)
     assert rows["worse", "a"].error_db == pytest.approx(20 / 8, abs=0.01)
-    verdicts = {path: rows[path, "a"].verdict for path in errors}
+    verdicts = {path: verdict(rows[path, "a"]) for path in errors}
     assert verdicts == {STOCK: "held", "worse": "even", "better": "held", "even": "held"}
-    assert rows["worse", "all"].verdict == "missed", "twice as many samples show it"
-    assert rows["worse", "all"].workload.images == 16
-    assert rows["worse", "a"].workload.images == 8
+    assert verdict(rows["worse", "all"]) == "missed", "twice as many samples show it"
+    assert rows["worse", "all"].workload.B == 16
+    assert rows["worse", "a"].workload.B == 8
     single = compare(errors, ["a", "b"], workload._replace(dtype="fp32"), "cpu", SOURCE)
-    assert {row.verdict for row in single} == {"missed"}, "30 and 40 dB are no rounding of float32"
+    assert {verdict(row) for row in single} == {"missed"}, "30 and 40 dB are no rounding of float32"
 
 
 @pytest.mark.parametrize(
-    ("psnr_db", "error_db", "verdict"),
+    ("psnr_db", "error_db", "expected"),
     [(40.0, 0.0, "held"), (39.2, 0.3, "even"), (39.0, 0.3, "missed"), (math.nan, 0.3, "missed")],
 )
-def test_verdicts(psnr_db, error_db, verdict):
-    row = Row("mixed", "edit", "cpu", Workload("m", 64, 4, 20, "bf16"), psnr_db, 40.0, error_db, 39.0, SOURCE)
-    assert row.verdict == verdict
-    assert tuple(row.cells()) == (*SAMENESS_COLUMNS, *SOURCE)
+def test_verdicts(psnr_db, error_db, expected):
+    figures = {"psnr_db": psnr_db, "allowed_db": 40.0, "error_db": error_db, "pooled_db": 39.0}
+    row = Row(contender="mixed", part="edit", workload=WORKLOAD, source=SOURCE, **figures)
+    assert verdict(row) == expected
+    assert tuple(pipeline_psnr.TABLE.cells(row)) == (*pipeline_psnr.TABLE.columns, *SOURCE)

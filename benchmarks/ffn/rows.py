@@ -1,0 +1,12 @@
+"""The rows of `results/moe_ffn_*.csv` and `results/growth_*.csv`."""
+
+from benchmarks.harness.rows import TIMES, Table
+
+TABLE = Table(
+    "benchmarks.ffn.moe_ffn",
+    (
+        *("group", "contender", "device", "D", "L", "B", "E", "K", "tasks", "dtype", "pass", "graph"),
+        *(*TIMES, "rounds", "host_us", "peak_bytes", "saved_bytes"),
+    ),
+    fields={"pass": "direction"},
+)
