@@ -341,7 +341,8 @@ def _rows(unet: UNet2DConditionModel, batch: int | tuple[str, ...]) -> int:
             raise ValueError(f"Names of tasks are for upcycled UNets, but got {batch!r} for a {type(unet).__name__}.")
         specs = [unet.tasks[unet.task_index(name)] for name in batch]
         scales = [[getattr(spec, name) or 1.0 for spec in specs] for name in ("guidance_scale", "image_guidance_scale")]
-        rows = len(plan_guidance(specs, *scales).samples) if specs else 0
+        embeds_scale = unet.config.time_cond_proj_dim is not None
+        rows = len(plan_guidance(specs, *scales, embeds_scale=embeds_scale).samples) if specs else 0
     if rows < 1:
         raise ValueError(f"A batch has at least one row, but got {batch!r}.")
     return rows
@@ -359,6 +360,8 @@ def _example(unet: UNet2DConditionModel, rows: int, height: int, width: int, tex
         "timestep": torch.zeros((), device=unet.device),
         "encoder_hidden_states": zeros(rows, text_tokens, config.cross_attention_dim),
     }
+    if config.time_cond_proj_dim is not None:
+        inputs["timestep_cond"] = zeros(rows, config.time_cond_proj_dim)
     if config.addition_embed_type == "text_time":
         numbers = 6
         pooled = config.projection_class_embeddings_input_dim - numbers * config.addition_time_embed_dim

@@ -41,6 +41,10 @@ PRIVATE_WAYS = {
         "UNets' adapter scales by block are spread over their layers by `_maybe_expand_lora_scales`, which "
         "`set_adapters` looks up by the name of the UNet's class: a subclass has to call it by itself."
     ),
+    "call_settings": (
+        "Callbacks read and set `_guidance_scale`, `_image_guidance_scale`, `_guidance_rescale`, `_clip_skip`, "
+        "`_cross_attention_kwargs` and `_interrupt` of the pipeline, which the stock pipelines read at each step."
+    ),
     "constructor_signature": (
         "The keys of a model's configuration are read off the signature of its constructor, where `**stock` must be "
         "spelled out."

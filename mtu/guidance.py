@@ -42,6 +42,8 @@ def plan_guidance(
     guidance_scales: Sequence[float],
     image_guidance_scales: Sequence[float],
     device: torch.device | str | None = None,
+    *,
+    embeds_scale: bool = False,
 ) -> GuidancePlan:
     """Lay out the branches of a batch.
 
@@ -53,6 +55,8 @@ def plan_guidance(
         guidance_scales: s_text of each sample; ignored for tasks without guidance.
         image_guidance_scales: s_image of each sample; ignored but for dual guidance.
         device: of the plan's tensors.
+        embeds_scale: the UNet takes the guidance scale of text as an input (`timestep_cond`), as those of latent
+            consistency models: then tasks without an image run their prompt's branch alone, as in diffusers.
     """
     branches: list[tuple[int, bool, bool]] = []
     text, image, unconditional = [], [], []
@@ -63,7 +67,7 @@ def plan_guidance(
             image.append(len(branches))
             unconditional.append(len(branches) + 1)
             branches += [(sample, False, True), (sample, False, False)]
-        elif task.guidance == "text" and s_text > 1:
+        elif task.guidance == "text" and s_text > 1 and (task.takes_image or not embeds_scale):
             # With an image, classifier-free guidance drops the prompt and keeps the image.
             image.append(len(branches))
             unconditional.append(len(branches))

@@ -81,6 +81,8 @@ def _inputs(unet: UNet2DConditionModel, channels: int, latent_size: int) -> dict
         "timestep": torch.empty((), device="meta"),
         "encoder_hidden_states": torch.empty(1, _TEXT_TOKENS, width, device="meta"),
     }
+    if config.time_cond_proj_dim is not None:
+        inputs["timestep_cond"] = torch.empty(1, config.time_cond_proj_dim, device="meta")
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         embeds = {"text_embeds": torch.empty(1, pooled, device="meta"), "time_ids": torch.empty(1, 6, device="meta")}

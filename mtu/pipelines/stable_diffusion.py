@@ -1,9 +1,8 @@
 """The multi-task Stable Diffusion pipeline."""
 
-import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
@@ -17,25 +16,10 @@ from mtu.diffusers_compat import StockIndex
 from mtu.guidance import GuidancePlan, combine, plan_guidance
 from mtu.model_card import write_model_card
 from mtu.pipelines.conversion import check_convertible, converted
+from mtu.pipelines.denoising import Branches, Samples, StepEnd, common_scale, gather_branches
 from mtu.pipelines.inputs import Request, condition_image, output_size, parse_request
 
 __all__ = ["MTUPipeline"]
-
-
-class Branches(NamedTuple):
-    """What the UNet is called with, a row for each of N guidance branches.
-
-    Args:
-        plan: which branch is what.
-        prompt_embeds: (N, L, D).
-        condition: (N, 4, h, w) condition latents; None if no sample has an image.
-        task_ids: (N,) int64.
-    """
-
-    plan: GuidancePlan
-    prompt_embeds: Tensor
-    condition: Tensor | None
-    task_ids: Tensor
 
 
 class MTUPipeline(StableDiffusionPipeline):
@@ -91,8 +75,12 @@ class MTUPipeline(StableDiffusionPipeline):
             return_dict: return `StableDiffusionPipelineOutput` rather than a tuple.
             cross_attention_kwargs: for attention processors; `scale` is the LoRA scale.
             callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after each step; returns the
-                tensors to go on with, of the same shapes.
-            callback_on_step_end_tensor_inputs: of "latents" and "prompt_embeds" (one row per guidance branch).
+                tensors to go on with, of the same shapes. The next steps follow what it sets `pipeline._guidance_scale`
+                and `_image_guidance_scale` to: a number, which holds for all samples, or one per sample. They are
+                numbers where the guided samples' scales agree, else tensors (outputs,).
+            callback_on_step_end_tensor_inputs: of "latents" and "prompt_embeds" (one row per guidance branch, in the
+                order of the stock pipelines where all samples have equally many). A callback that turns text guidance
+                off (a scale ≤ 1) may return the rows of the prompts alone; one that turns it on returns all rows.
 
         Returns:
             Images in the order of the samples, and whether the safety checker (if any) flagged them.
@@ -119,36 +107,33 @@ class MTUPipeline(StableDiffusionPipeline):
         )
         size = output_size(request, height, width, self._default_size(), self.vae_scale_factor)
         self._check_call(request, size, generator, latents, eta, output_type, callback_on_step_end_tensor_inputs)
-        self._interrupt = False
-        self._cross_attention_kwargs = cross_attention_kwargs
-        self._guidance_scale = max(request.guidance_scales)
+        self._show_settings(request, cross_attention_kwargs)
 
-        # As the stock pipeline has them, for callbacks that ask.
-        self._clip_skip, self._guidance_rescale = None, 0.0
-
-        device = self._execution_device
-        plan = plan_guidance(request.tasks, request.guidance_scales, request.image_guidance_scales, device)
-        branches = Branches(
-            plan,
-            self._branch_prompts(request, plan, cross_attention_kwargs),
-            self._branch_conditions(request, plan, size),
-            self.unet.task_ids([spec.name for spec in request.tasks], device)[plan.samples],
+        device, embeds_scale = self._execution_device, self.unet.config.time_cond_proj_dim is not None
+        scales = request.guidance_scales, request.image_guidance_scales
+        plan = plan_guidance(request.tasks, *scales, device, embeds_scale=embeds_scale)
+        prompt_embeds = self._branch_prompts(request, plan, cross_attention_kwargs)
+        samples = Samples(
+            request.tasks,
+            self.unet.task_ids([spec.name for spec in request.tasks], device),
+            self._conditions(request, size),
+            self._timestep_cond(request).to(device, prompt_embeds.dtype) if embeds_scale else None,
         )
         self._num_timesteps = len(retrieve_timesteps(self.scheduler, request.num_inference_steps, device)[0])
-        dtype = branches.prompt_embeds.dtype
         sample: Tensor = self.prepare_latents(
             len(request.tasks),
             self.unet.config.in_channels,
             *size,
-            dtype,
+            prompt_embeds.dtype,
             device,
             generator,
-            None if latents is None else latents.to(dtype),
+            None if latents is None else latents.to(prompt_embeds.dtype),
         )
         step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
         on_step_end = None
         if callback_on_step_end is not None:
-            on_step_end = functools.partial(_call_back, callback_on_step_end, callback_on_step_end_tensor_inputs, self)
+            on_step_end = StepEnd(callback_on_step_end, callback_on_step_end_tensor_inputs, self, samples, embeds_scale)
+        branches = gather_branches(samples, plan, prompt_embeds)
         with self.unet.hold_routing(), self.progress_bar(total=request.num_inference_steps) as progress_bar:
             sample = self._denoise(sample, branches, step_kwargs, on_step_end, progress_bar)
         return self._finish(sample, generator, output_type, return_dict)
@@ -206,24 +191,44 @@ class MTUPipeline(StableDiffusionPipeline):
         super().save_pretrained(save_directory, *args, **kwargs)
         write_model_card(save_directory, self.unet)
 
+    @property
+    def image_guidance_scale(self) -> float | Tensor:
+        """s_image of the call, as `guidance_scale` is s_text."""
+        return self._image_guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether some sample's prompt is guided by a scale > 1."""
+        is_guided = bool((torch.as_tensor(self._guidance_scale) > 1).any())
+        return is_guided and self.unet.config.time_cond_proj_dim is None
+
     # ------------------------------------------------------------------------------------------------------- parts
+
+    def _show_settings(self, request: Request, cross_attention_kwargs: dict[str, Any] | None) -> None:
+        """Set what callbacks may ask for, and change: as the stock pipelines have it."""
+        self._interrupt = False
+        self._cross_attention_kwargs = cross_attention_kwargs
+        self._clip_skip, self._guidance_rescale = None, 0.0
+        guidance = [spec.guidance for spec in request.tasks]
+        self._guidance_scale = common_scale(request.guidance_scales, [kind != "none" for kind in guidance])
+        self._image_guidance_scale = common_scale(request.image_guidance_scales, [kind == "dual" for kind in guidance])
 
     def _denoise(
         self,
         sample: Tensor,
-        branches: "Branches",
+        branches: Branches,
         step_kwargs: dict[str, Any],
-        on_step_end: Callable[..., tuple[Tensor, Tensor]] | None,
+        on_step_end: StepEnd | None,
         progress_bar: Any,
     ) -> Tensor:
         """Run the scheduler's timesteps: one UNet call over all branches each, combined by their guidance."""
-        plan, prompt_embeds, condition, task_ids = branches
         timesteps, order = self.scheduler.timesteps, self.scheduler.order
         # Some schedulers (PNDM) have more timesteps than steps: as in diffusers, the first ones do not count.
         warmup = len(timesteps) - progress_bar.total * order
         for i, t in enumerate(timesteps):
             if self.interrupt:
                 continue
+            plan, prompt_embeds, condition, task_ids, timestep_cond = branches
             model_input = self.scheduler.scale_model_input(sample[plan.samples], t)
             if condition is not None:
                 model_input = torch.cat([model_input, condition], dim=1)
@@ -231,13 +236,14 @@ class MTUPipeline(StableDiffusionPipeline):
                 model_input,
                 t,
                 encoder_hidden_states=prompt_embeds,
+                timestep_cond=timestep_cond,
                 cross_attention_kwargs=self.cross_attention_kwargs,
                 return_dict=False,
                 task_ids=task_ids,
             )[0]
             sample = self.scheduler.step(combine(predictions, plan), t, sample, **step_kwargs, return_dict=False)[0]
             if on_step_end is not None:
-                sample, prompt_embeds = on_step_end(i, t, sample, prompt_embeds)
+                sample, branches = on_step_end(i, t, sample, branches)
             # Schedulers of higher order have several timesteps per step.
             if i == len(timesteps) - 1 or (i + 1 > warmup and (i + 1) % order == 0):
                 progress_bar.update()
@@ -304,8 +310,8 @@ class MTUPipeline(StableDiffusionPipeline):
             chosen = torch.where(plan.use_prompt[:, None, None], chosen, negative[plan.samples])
         return chosen.to(self.unet.dtype)
 
-    def _branch_conditions(self, request: Request, plan: GuidancePlan, size: tuple[int, int]) -> Tensor | None:
-        """(N, 4, h, w): the condition latents of each branch, zero where it has none; None if no sample has any."""
+    def _conditions(self, request: Request, size: tuple[int, int]) -> Tensor | None:
+        """(B, 4, h, w): the condition latents of each sample, zero where it has none; None if no sample has any."""
         with_image = [i for i, image in enumerate(request.images) if image is not None]
         if not with_image:
             return None
@@ -315,7 +321,16 @@ class MTUPipeline(StableDiffusionPipeline):
         encoded = retrieve_latents(self.vae.encode(torch.stack(pixels)), sample_mode="argmax").to(self.unet.dtype)
         conditions = encoded.new_zeros(len(request.images), *encoded.shape[1:])
         conditions[with_image] = encoded
-        return conditions[plan.samples] * plan.use_image[:, None, None, None].to(encoded.dtype)
+        return conditions
+
+    def _timestep_cond(self, request: Request) -> Tensor:
+        """(B, W): each sample's guidance scale embedded, as the stock pipelines do for text-to-image.
+
+        With a condition image they embed none, which zeros amount to: their projection has no bias.
+        """
+        scales = torch.tensor([scale - 1 for scale in request.guidance_scales])
+        embedding = self.get_guidance_scale_embedding(scales, self.unet.config.time_cond_proj_dim)
+        return embedding * torch.tensor([not spec.takes_image for spec in request.tasks])[:, None]
 
     def _finish(
         self,
@@ -340,32 +355,6 @@ def _safetensors_only(kwargs: dict[str, Any]) -> dict[str, Any]:
     if kwargs.get("use_safetensors") is False:
         raise ValueError("Only safetensors files are loaded, but got use_safetensors=False.")
     return {**kwargs, "use_safetensors": True}
-
-
-def _call_back(
-    callback: Callable,
-    names: Sequence[str],
-    pipeline: MTUPipeline,
-    step: int,
-    timestep: Tensor,
-    latents: Tensor,
-    prompt_embeds: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Latents and prompt embeddings after a user's callback has seen, and perhaps changed, those it asked for."""
-    tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
-    tensors |= _same_shapes(callback(pipeline, step, timestep, {name: tensors[name] for name in names}), tensors)
-    return tensors["latents"], tensors["prompt_embeds"]
-
-
-def _same_shapes(changed: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a callback returned, once it is known to fit the branches of this call."""
-    if not isinstance(changed, dict):
-        raise ValueError(f"callback_on_step_end must return its dictionary of tensors, but returned {changed!r}.")
-    for name, tensor in changed.items():
-        if name not in tensors or tensor.shape != tensors[name].shape:
-            expected = {known: tuple(old.shape) for known, old in tensors.items()}
-            raise ValueError(f"callback_on_step_end must return {expected}, but {name!r} is {tuple(tensor.shape)}.")
-    return changed
 
 
 # `model_index.json` names the module a class is imported from: the package, not this file.

@@ -2,9 +2,15 @@
 
 import inspect
 import json
+import types
 
 import pytest
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 import mtu
@@ -23,6 +29,19 @@ def test_block_scales():
     attentions = {"down_blocks.0": [0.5], "mid_block": [1.0], "up_blocks.1": [0.1, 0.2]}
     assert scales == {f"{name}.attentions.{i}": v for name, values in attentions.items() for i, v in enumerate(values)}
     assert expand_block_scales(stock_unet(SD), [None, 0.3]) == [1.0, 0.3]
+
+
+def test_call_settings():
+    text, edit = StableDiffusionPipeline, StableDiffusionInstructPix2PixPipeline
+    read = {text: "interrupt guidance_scale guidance_rescale", edit: "guidance_scale image_guidance_scale"}
+    expected = {"interrupt": 3, "guidance_scale": 2.0, "guidance_rescale": 4, "image_guidance_scale": 1.0}
+    pipe = types.SimpleNamespace(**{f"_{name}": value for name, value in expected.items()}, **expected)
+    pipe.unet, expected["do_classifier_free_guidance"] = stock_unet(SD), True
+    for cls, names in read.items():
+        for name in [*names.split(), "do_classifier_free_guidance"]:
+            loop = inspect.getsource(cls.__call__).partition("Denoising loop")[2]
+            assert f"self.{name}" in loop
+            assert getattr(cls, name).fget(pipe) == expected[name]
 
 
 def test_constructor_signature():
