@@ -125,7 +125,7 @@ def remove(directory: str | os.PathLike, stem: str) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file in place of the one before."""
     with _collecting(path.with_name(f".{path.name}.partial")) as partial:
-        (partial / path.name).write_text(text, encoding="utf-8")
+        (partial / path.name).write_text(text, encoding="utf-8", newline="")
         _settle(partial)
         os.replace(partial / path.name, path)
         _sync(path.parent)

@@ -13,6 +13,7 @@ from mtu.recipes.icons.denoiser import NOISE_SCHEDULE, DenoiserConfig, DenoiserL
 from mtu.recipes.icons.device import usable_device
 from mtu.recipes.icons.text import TextConfig, build_text_encoder, build_tokenizer
 from mtu.recipes.icons.vae import VAEConfig, VAELoss, build_vae, set_scaling_factor
+from mtu.storage import write_text
 from mtu.training import FitConfig, LogEntry, fit
 from mtu.training.checkpoint import check_free, has_checkpoint, remove_checkpoint
 from mtu.training.shards import operation_threads
@@ -166,6 +167,6 @@ def save_model(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     # Without `dtype`, diffusers loads its own modules in float32 but transformers goes by this entry: a plain
     # `from_pretrained(folder)` would end up with two dtypes.
     path = folder / "text_encoder" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    write_text(path, json.dumps({**json.loads(path.read_text()), "dtype": "float32"}, indent=2) + "\n")
     for weights in folder.rglob("*.safetensors"):
         weights.chmod(0o644)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mtu.storage import write_text
+
 CARD = """---
 license: apache-2.0
 library_name: diffusers
@@ -105,5 +107,5 @@ def write_card(folder: Path, metrics: Mapping[str, Any], provenance: Mapping[str
         "vae_psnr": metrics["vae_psnr"]["all"],
         "vae_kinds": ", ".join(f"{kind} {value:.1f} dB" for kind, value in kinds.items()),
     }
-    (folder / "README.md").write_text(CARD.format(**fields))
-    (folder / "metrics.json").write_text(json.dumps({**metrics, "training": dict(provenance)}, indent=2) + "\n")
+    write_text(folder / "README.md", CARD.format(**fields))
+    write_text(folder / "metrics.json", json.dumps({**metrics, "training": dict(provenance)}, indent=2) + "\n")

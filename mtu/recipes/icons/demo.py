@@ -17,6 +17,7 @@ from mtu.inspection import compare, format_comparison
 from mtu.pipelines import MTUPipeline
 from mtu.recipes.icons.device import autocast_dtype, describe, usable_device
 from mtu.recipes.icons.heldout import format_measurements, generate, held_out, measure, picture_grid, write_csv
+from mtu.storage import write_text
 from mtu.tasks import EDIT, REMOVE, SUPER_RESOLUTION, TEXT_TO_IMAGE, TaskSpec
 from mtu.training import FitConfig, fit
 from mtu.training.multitask import MultiTaskConfig, MultiTaskLoss, encode_examples
@@ -106,8 +107,8 @@ def run_demo(base: Path, output: Path, config: DemoConfig, device: str | torch.d
         "device": platform.machine() if on_cpu else describe(device),
     }
     write_csv(output / "metrics.csv", rows, provenance)
-    (output / "metrics.md").write_text(format_measurements(rows) + "\n")
-    (output / "model.txt").write_text(table + "\n")
+    write_text(output / "metrics.md", format_measurements(rows) + "\n")
+    write_text(output / "model.txt", table + "\n")
     picture_grid(examples, before, after).save(output / "grid.png")
     pipeline.save_pretrained(output / "model")
     print(f"\n{format_measurements(rows)}\n")

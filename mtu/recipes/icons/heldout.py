@@ -1,6 +1,7 @@
 """Held-out examples of all four icon tasks: generated in mixed batches, measured, and shown."""
 
 import csv
+import io
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from mtu.pipelines import MTUPipeline
 from mtu.pipelines.inputs import condition_image
 from mtu.recipes.icons.prompts import IconPicture
 from mtu.recipes.icons.score import read_colours, retrieved
+from mtu.storage import write_text
 
 __all__ = ["Measurement", "format_measurements", "generate", "held_out", "measure", "picture_grid", "write_csv"]
 
@@ -152,12 +154,13 @@ def format_measurements(rows: Sequence[Measurement]) -> str:
 
 def write_csv(path: Path, rows: Sequence[Measurement], provenance: dict[str, object]) -> None:
     """Write the metrics with their provenance in every row."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*Measurement._fields, *provenance])
-        for row in rows:
-            values = ["" if v is None else round(v, 3) if isinstance(v, float) else v for v in row]
-            writer.writerow([*values, *provenance.values()])
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow([*Measurement._fields, *provenance])
+    for row in rows:
+        values = ["" if v is None else round(v, 3) if isinstance(v, float) else v for v in row]
+        writer.writerow([*values, *provenance.values()])
+    write_text(path, text.getvalue())
 
 
 def picture_grid(examples: Sequence[IconExample], before: Tensor, after: Tensor, per_row: int = 4) -> Image.Image:

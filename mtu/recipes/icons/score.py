@@ -16,6 +16,7 @@ from mtu.data.icons import IMAGE_SIZE, paint_icon
 from mtu.recipes.icons.device import usable_device
 from mtu.recipes.icons.prompts import IconPicture, icon_pictures
 from mtu.recipes.icons.vae import reconstruction_psnr
+from mtu.storage import write_text
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def text_to_image_scores(
         "background_accuracy": float(np.mean([b == p.background for b, p in zip(backgrounds, pictures, strict=True)])),
         "retrieval_top1": float(hits.mean()),
         "retrieval_top1_of_all": float(everything.mean()),
-        "psnr_median": float(np.median(-10 * np.log10(error))),
+        "psnr_median": float(np.median(-10 * np.log10(np.maximum(error, 1e-10)))),
     }, images
 
 
@@ -203,6 +204,6 @@ def score_model(folder: Path, config: ScoreConfig, device: str | torch.device = 
         "vae_psnr": reconstruction_psnr(pipeline.vae, config.reconstructions),
         "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()},
     }
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     sample_grid(images, pictures).save(folder / "samples.png", optimize=True)
     return metrics

@@ -1,5 +1,6 @@
 """The autoencoder of the icon models: 64×64×3 pixels to 16×16×4 latents and back."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -153,9 +154,15 @@ def set_scaling_factor(vae: AutoencoderKL, seed: int, pictures: int = 512) -> fl
         vae: the trained autoencoder.
         seed: determines the training pictures that are measured.
         pictures: how many.
+
+    Raises:
+        FloatingPointError: all latents are equal, or some are not finite.
     """
     rng = np.random.default_rng([seed, 2])
-    factor = 1 / float(encode(vae, training_pictures(rng, VAEConfig(batch_size=pictures))).std())
+    deviation = float(encode(vae, training_pictures(rng, VAEConfig(batch_size=pictures))).std())
+    if not 0 < deviation < math.inf:
+        raise FloatingPointError(f"The autoencoder is of no use: its latents have the standard deviation {deviation}.")
+    factor = 1 / deviation
     vae.register_to_config(scaling_factor=factor)
     return factor
 

@@ -13,10 +13,12 @@ from mtu.data.icons import EDIT_KINDS, TASKS
 from mtu.recipes.icons.base import BaseConfig, new_pipeline, save_model
 from mtu.recipes.icons.demo import ICON_TASKS, DemoConfig, run_demo
 from mtu.recipes.icons.denoiser import DenoiserConfig
-from mtu.recipes.icons.heldout import generate, held_out, measure, picture_grid
+from mtu.recipes.icons.heldout import Measurement, generate, held_out, measure, picture_grid, write_csv
 from mtu.recipes.icons.text import TextConfig
 from mtu.recipes.icons.vae import VAEConfig
 from mtu.training.checkpoint import load_checkpoint, save_checkpoint
+
+from ..file_operations import CUTS, count_operations, run_cut_off
 
 MINIATURE = BaseConfig(
     vae=VAEConfig(block_out_channels=(8, 8, 16), norm_num_groups=4),
@@ -88,6 +90,17 @@ def test_images_do_not_depend_on_how_they_are_batched(base: Path, monkeypatch: p
     grid = picture_grid(examples, together, apart)
     assert grid.width > 4 * 64
     assert grid.height > 7 * 64
+
+
+def test_a_table_of_metrics_is_whole_or_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.csv"
+    row = Measurement("edit", "PSNR (dB)", 2, None, 1.0, 2.0, 3.0)
+    write_csv(path, [row], {"seed": 0})
+    older = path.read_text()
+    for operation in range(count_operations(monkeypatch, lambda: write_csv(path, [row, row], {"seed": 0}))):
+        write_csv(path, [row], {"seed": 0})
+        run_cut_off(monkeypatch, lambda: write_csv(path, [row, row], {"seed": 0}), operation, CUTS[0])
+        assert path.read_text() in (older, older + older.splitlines()[1] + "\n")
 
 
 def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:

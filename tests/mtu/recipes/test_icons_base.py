@@ -220,6 +220,15 @@ def test_the_command_does_not_destroy_a_training_unasked(tmp_path: Path, capsys:
     assert "holds the checkpoint of a training" in capsys.readouterr().err
 
 
+def test_an_autoencoder_of_no_use_stops_the_training() -> None:
+    vae = vae_module.build_vae(MINIATURE.vae)
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.zero_()
+    with pytest.raises(FloatingPointError, match=r"its latents have the standard deviation 0\.0\.$"):
+        vae_module.set_scaling_factor(vae, 0, pictures=2)
+
+
 def test_untrained_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
     first, again = new_pipeline(MINIATURE), new_pipeline(MINIATURE)
     save_model(first, tmp_path)
