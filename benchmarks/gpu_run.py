@@ -23,8 +23,8 @@ from benchmarks.gpu.output import Output, check_writable
 from benchmarks.gpu.stages import MARGIN_SECONDS, RESERVE_SECONDS, Interrupted, Run, fitting, stages
 from benchmarks.gpu.state import ENDED, FAILED, State, folder_of
 from benchmarks.gpu.steps import DIAGNOSIS, STEPS, Place, Step
+from benchmarks.harness.arguments import parse_choices
 from benchmarks.harness.provenance import provenance
-from benchmarks.harness.sweeps import parse_choices
 
 
 def schedule(steps: Sequence[Step], minutes: float, quick: bool, commit: str, state: Path) -> Iterator[str]:

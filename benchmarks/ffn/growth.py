@@ -15,10 +15,10 @@ import torch
 
 from benchmarks.ffn.moe_ffn import run
 from benchmarks.ffn.rows import TABLE
+from benchmarks.ffn.sweeps import Sweep
+from benchmarks.ffn.targets import TESTED
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
-from benchmarks.harness.report import TESTED
-from benchmarks.harness.sweeps import Sweep
 from benchmarks.harness.workloads import DENSE
 
 _SECONDS = {"cpu": 2.0, "cuda": 0.1}

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
-from benchmarks.harness.report import TESTED
+from benchmarks.ffn.peers import CONTENDERS
+from benchmarks.ffn.targets import TESTED
 from benchmarks.harness.rows import Row
-from benchmarks.harness.sweeps import heeded
 from benchmarks.harness.workloads import DENSE, Entry, Setting
 
 # Drawn beside the contender under test, where its group has them.
@@ -91,7 +91,7 @@ def _panel(kind: Kind, rows: Sequence[Row], experts: int) -> Panel | None:
     measured = {(row.group, row.workload, Entry(row.contender, row.setting)): row for row in rows}
 
     def beside(row: Row) -> list[Row]:
-        keys = ((row.group, row.workload, Entry(name, heeded(name, row.setting))) for name in _BESIDE)
+        keys = ((row.group, row.workload, Entry(name, CONTENDERS[name].relevant(row.setting))) for name in _BESIDE)
         return [measured[key] for key in keys if key in measured]
 
     families: dict[Hashable, list[Row]] = {}

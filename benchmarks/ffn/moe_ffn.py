@@ -20,25 +20,17 @@ import torch._functorch.config
 
 from benchmarks.ffn.correctness import check
 from benchmarks.ffn.inputs import Inputs, draw_shared, number_of_sets, route
-from benchmarks.ffn.peers import CONTENDERS, FFN, bind
+from benchmarks.ffn.peers import CONTENDERS, FFN, bind, default_contenders, make
 from benchmarks.ffn.rows import TABLE
+from benchmarks.ffn.sweeps import DEFAULT_SWEEPS, PASSES, QUICK, Sweep
+from benchmarks.ffn.targets import TARGETS, TESTED
+from benchmarks.harness.arguments import SHAPE_SETS, parse_choices, parse_counts, parse_shapes, parse_top_k
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.memory import peak_bytes, saved_bytes
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.harness.recording import Log, deadline, measured, record
 from benchmarks.harness.report import report
 from benchmarks.harness.rows import Row
-from benchmarks.harness.sweeps import (
-    DEFAULT_SWEEPS,
-    PASSES,
-    QUICK,
-    SHAPE_SETS,
-    Sweep,
-    parse_choices,
-    parse_counts,
-    parse_shapes,
-    parse_top_k,
-)
 from benchmarks.harness.timing import Call, host_us, time_interleaved, warm_up
 from benchmarks.harness.workloads import Entry, Group
 from mtu_kernels import check_backend
@@ -83,15 +75,16 @@ def measure(group: Group, device: torch.device, seconds: float, log: Log) -> Ite
 
 def _prepare(entry: Entry, sets: Sequence[Inputs], direction: str, device: torch.device) -> Prepared:
     contender = CONTENDERS[entry.contender]
-    if contender.backend is not None:
-        check_backend(contender.backend)
-    function = contender.make()
-    prepared = [contender.prepare(inputs) for inputs in sets]
+    implementation = contender.implementation
+    if implementation.backend is not None:
+        check_backend(implementation.backend)
+    function = make(contender)
+    prepared = [implementation.prepare(inputs) for inputs in sets]
     if function is not None:
-        check(function, prepared[0], contender.residual)
+        check(function, prepared[0], implementation.residual)
     calls = bind(function, prepared, direction)
     warm_up(calls, device)
-    capturable = not (contender.waits_for_top_k and entry.setting.K is not None)
+    capturable = not (implementation.waits_for_top_k and entry.setting.K is not None)
     return Prepared(entry, function, prepared, calls, capturable)
 
 
@@ -182,7 +175,7 @@ def sweeps_of(options: argparse.Namespace, device: str) -> tuple[Sweep, ...]:
         return (QUICK._replace(**given),)
     if not given:
         return DEFAULT_SWEEPS[device]
-    usual = Sweep(tuple(name for name in CONTENDERS if not name.endswith("-max") and "@" not in name))
+    usual = Sweep(default_contenders())
     if device == "cpu":
         usual = usual._replace(shapes=SHAPE_SETS["cpu"], batches=(1,))
     return (usual._replace(**given),)
@@ -199,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tested = options.tested[0] if options.tested else None
     try:
         if options.report is not None:
-            print("\n".join(report(TABLE.read(options.report), tested)))
+            print("\n".join(report(TABLE.read(options.report), TARGETS, TESTED, tested)))
             return 0
         if options.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda needs a CUDA device, and torch finds none.")
@@ -218,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         groups = [group for group in groups if not all((group.workload, entry) in done for entry in group.entries)]
     rows, failures = run(groups, device, options.seconds, output, source, until)
     print(f"{len(rows)} rows added to {output}")
-    print("\n".join(report(rows, tested)))
+    print("\n".join(report(rows, TARGETS, TESTED, tested)))
     return 1 if failures else 0
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.ffn.inputs import EPS, Inputs
+from benchmarks.harness.contenders import ALL, Contender, Run
 from mtu_kernels import ExpertWeights, NormAffine, Routing, cpp, dense_weights, moe_ffn
 
 FFN = Callable[[Tensor, NormAffine, ExpertWeights, Routing], Tensor]
@@ -92,44 +93,45 @@ def as_folded(inputs: Inputs) -> Inputs:
     return as_stock(inputs._replace(experts=inputs.experts._replace(w_out=folded)))
 
 
-class Contender(NamedTuple):
-    """One way to compute the feed-forward.
+class Implementation(NamedTuple):
+    """What computes a feed-forward.
 
     Attributes:
-        about: what it is, in a line.
         function: x, norm, experts, routing → y. None: the bare products, which compute nothing of use.
         prepare: what becomes of the inputs, outside of what is timed.
-        mode: of torch.compile; None: not compiled.
         backend: of `mtu_kernels`, which an installation may lack.
+        recompute: whether the backward pass computes hidden units again.
+        level: instruction set that its kernels are of, where it is not the best that the processor has.
         waits_for_top_k: whether top-k routing makes the host wait, so that no CUDA graph can hold it.
         residual: whether x is added to y.
     """
 
-    about: str
     function: FFN | None
     prepare: Callable[[Inputs], Inputs] = as_routed
-    mode: str | None = None
     backend: str | None = None
+    recompute: bool = False
+    level: str | None = None
     waits_for_top_k: bool = False
     residual: bool = False
 
-    def make(self) -> FFN | None:
-        """The function to call; compiled for the shapes that it meets first, and refusing to become dynamic."""
-        if self.mode is None:
-            return self.function
-        return torch.compile(self.function, mode=self.mode, dynamic=False, fullgraph=True)
+
+def make(contender: Contender) -> FFN | None:
+    """The function to call; compiled for the shapes that it meets first, and refusing to become dynamic."""
+    function = contender.implementation.function
+    if contender.run is None:
+        return function
+    return torch.compile(function, mode=contender.run.mode, dynamic=False, fullgraph=True)
 
 
 def _backend(name: str, recompute: bool) -> Contender:
     about = f"this library's backend {name!r}" + (", hidden units recomputed in the backward pass" * recompute)
     function = functools.partial(moe_ffn, eps=EPS, backend=name, recompute=recompute)
-    return Contender(about, function, backend=name)
+    return Contender(about, Implementation(function, backend=name, recompute=recompute), ALL)
 
 
 def _level(name: str) -> Contender:
-    return Contender(
-        f"this library's backend 'cpp', its kernels for {name}", functools.partial(cpp.moe_ffn, eps=EPS, level=name)
-    )
+    function = functools.partial(cpp.moe_ffn, eps=EPS, level=name)
+    return Contender(f"this library's backend 'cpp', its kernels for {name}", Implementation(function, level=name), ALL)
 
 
 def _with_residual(name: str) -> dict[str, Contender]:
@@ -138,27 +140,38 @@ def _with_residual(name: str) -> dict[str, Contender]:
 
     fused = functools.partial(moe_ffn, eps=EPS, backend=name, residual=True)
     about = f"this library's backend {name!r}, x added"
+    ways = {"add": (add, "by an operator of its own"), "residual": (fused, "by residual=True")}
     return {
-        f"mtu-{name}-add": Contender(f"{about} by an operator of its own", add, backend=name, residual=True),
-        f"mtu-{name}-residual": Contender(f"{about} by residual=True", fused, backend=name, residual=True),
+        f"mtu-{name}-{way}": Contender(f"{about} {how}", Implementation(function, backend=name, residual=True), ALL)
+        for way, (function, how) in ways.items()
     }
 
 
-_MAX = "max-autotune-no-cudagraphs"
+_COMPILE = Run("compile", "compiled", "default")
+# Minutes for each shape.
+TUNED = Run("max", "compiled with max-autotune-no-cudagraphs", "max-autotune-no-cudagraphs")
+_EAGER, _FOLDED = Implementation(_routed_eager), Implementation(stock_ffn, as_folded)
 CONTENDERS: dict[str, Contender] = {
-    "products": Contender("the bare matrix products into preallocated outputs: the floor", None),
-    "eager": Contender("the stock diffusers feed-forward, without routing", stock_ffn, as_stock),
-    "loop": Contender("a loop over the experts", loop_ffn, waits_for_top_k=True),
+    "products": Contender(
+        "the bare matrix products into preallocated outputs: the floor", Implementation(None), ("K",)
+    ),
+    "eager": Contender("the stock diffusers feed-forward, without routing", Implementation(stock_ffn, as_stock)),
+    "loop": Contender("a loop over the experts", Implementation(loop_ffn, waits_for_top_k=True), ALL),
     **{f"mtu-{name}": _backend(name, recompute=False) for name in ("eager", "triton", "cpp")},
     **{f"mtu-{name}-recompute": _backend(name, recompute=True) for name in ("eager", "triton", "cpp")},
     **_with_residual("cpp"),
     **_with_residual("triton"),
     **{f"mtu-cpp@{name}": _level(name) for name in ("avx512", "avx512_bf16", "avx2", "portable")},
-    "compile-routed": Contender("the routed eager code, compiled", _routed_eager, mode="default"),
-    "compile-routed-max": Contender(f"the same with {_MAX}", _routed_eager, mode=_MAX),
-    "compile-folded": Contender("the folded stock feed-forward, compiled", stock_ffn, as_folded, "default"),
-    "compile-folded-max": Contender(f"the same with {_MAX}", stock_ffn, as_folded, _MAX),
+    "compile-routed": Contender("the routed eager code, compiled", _EAGER, ALL, _COMPILE),
+    "compile-routed-max": Contender(f"the routed eager code, {TUNED.about}", _EAGER, ALL, TUNED),
+    "compile-folded": Contender("the folded stock feed-forward, compiled", _FOLDED, run=_COMPILE),
+    "compile-folded-max": Contender(f"the folded stock feed-forward, {TUNED.about}", _FOLDED, run=TUNED),
 }
+
+
+def default_contenders() -> tuple[str, ...]:
+    """What is measured where no contender is named: all but those that are tuned, or of a level of their own."""
+    return tuple(name for name, c in CONTENDERS.items() if c.run != TUNED and c.implementation.level is None)
 
 
 def bind(function: FFN | None, sets: Sequence[Inputs], direction: str) -> list[Callable[[], Any]]:

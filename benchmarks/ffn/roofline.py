@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from benchmarks.ffn.machine import Roofs, read_roofs
 from benchmarks.ffn.rows import TABLE
+from benchmarks.ffn.targets import TESTED
+from benchmarks.harness.arguments import SHAPE_SETS
 from benchmarks.harness.dtypes import DTYPES
-from benchmarks.harness.report import TESTED
 from benchmarks.harness.rows import Row
-from benchmarks.harness.sweeps import SHAPE_SETS
 from benchmarks.harness.workloads import Setting, Workload
 
 # The shapes of the models, and those that the CPU targets are stated for.

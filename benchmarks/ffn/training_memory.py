@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from benchmarks.ffn.inputs import EPS, Inputs, draw_shared, route
 from benchmarks.ffn.peers import as_stock, stock_ffn
+from benchmarks.harness.arguments import SHAPE_SETS
 from benchmarks.harness.memory import peak_bytes, saved_bytes
 from benchmarks.harness.provenance import RESULTS, provenance
-from benchmarks.harness.sweeps import SHAPE_SETS
 from benchmarks.harness.workloads import Setting, Workload
 from mtu_kernels.triton import operators
 from mtu_kernels.triton.launch import Machine

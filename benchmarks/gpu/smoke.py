@@ -18,9 +18,9 @@ import torch
 
 from benchmarks.ffn.correctness import check
 from benchmarks.ffn.inputs import EPS, draw_shared, route
+from benchmarks.harness.arguments import parse_shapes
 from benchmarks.harness.correctness import WrongResult
 from benchmarks.harness.provenance import provenance
-from benchmarks.harness.sweeps import parse_shapes
 from benchmarks.harness.workloads import Setting, Workload
 from mtu_kernels import check_backend, moe_ffn
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import triton
 from tqdm import tqdm
 
-from benchmarks.harness.sweeps import parse_shapes
+from benchmarks.harness.arguments import parse_shapes
 from benchmarks.kernels.ahead_of_time import CHIPS, Compiled, compile_launch, programs_per_processor, specialize
 from benchmarks.kernels.compiled_kernels import Result, table_tile, violations
 from benchmarks.kernels.kernel_calls import SD_SHAPES, NamedLaunch

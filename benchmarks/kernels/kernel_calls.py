@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from benchmarks.harness.arguments import SHAPE_SETS
 from benchmarks.harness.dtypes import DTYPES
-from benchmarks.harness.sweeps import SHAPE_SETS
 from benchmarks.kernels.products import Shape, draw_operands, prepare
 from mtu_kernels.triton import operators
 from mtu_kernels.triton.index_check import launch_index_check

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.harness.sweeps import parse_count, parse_shapes
+from benchmarks.harness.arguments import parse_count, parse_shapes
 from benchmarks.kernels.products import Shape, draw_operands, prepare
 from benchmarks.kernels.tile_measure import Task, Timer
 from mtu_kernels.triton.launch import arch_of, execute, interpreted

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from benchmarks.harness.arguments import parse_choices, parse_counts, parse_shapes
 from benchmarks.harness.provenance import command_line, provenance
-from benchmarks.harness.sweeps import parse_choices, parse_counts, parse_shapes
 from benchmarks.kernels.kernel_calls import SD_SHAPES
 from benchmarks.kernels.products import Shape
 from benchmarks.kernels.tile_candidates import PERSISTENT, candidates

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from benchmarks.harness.arguments import parse_counts
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.harness.rows import TIMES, Row, Table
-from benchmarks.harness.sweeps import parse_counts
 from benchmarks.harness.timing import Call, time_interleaved, warm_up
 from benchmarks.harness.workloads import Workload
 from mtu.conv_in import TaskConvIn

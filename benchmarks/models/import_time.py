@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from benchmarks.harness.arguments import parse_count
 from benchmarks.harness.provenance import RESULTS, ROOT, command_line, provenance
 from benchmarks.harness.rows import TIMES, Row, Table
-from benchmarks.harness.sweeps import parse_count
 from benchmarks.harness.timing import summary
 
 _ROUNDS = 20

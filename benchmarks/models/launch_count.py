@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtu
+from benchmarks.harness.arguments import SHAPE_SETS, parse_choices, parse_shapes
 from benchmarks.harness.dtypes import DTYPES
+from benchmarks.harness.fake_gpu import ARCH, WORKS, Generated, Operator, fake_gpu, generate, to_fake_gpu
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
-from benchmarks.harness.sweeps import SHAPE_SETS, parse_choices, parse_shapes
-from benchmarks.models.fake_gpu import ARCH, WORKS, Generated, Operator, fake_gpu, generate, to_fake_gpu
 from benchmarks.models.unet_models import MODELS, default_experts, default_size, tasks_of
 from mtu.config import ExpertConfig
 from mtu.ffn import CONTEXT_KEY, RoutedTransformerBlock

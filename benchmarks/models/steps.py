@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from benchmarks.harness.rows import Row
-from benchmarks.harness.sweeps import heeded
-from benchmarks.harness.workloads import DENSE, Setting
+from benchmarks.harness.workloads import DENSE
+from benchmarks.models.unet_catalogue import ONE_BY_ONE, ORIGINAL, ROUTERS, find, sibling
 
-ORIGINAL = "stock"
-# In the order they are shown; suffixes of a family's names stand for how it is run.
+# In the order they are shown.
 FAMILIES = ("stock", "stock-recipe", "mtu-eager", "mtu-cpp", "mtu-triton", "mtu-cpp-folded", "mtu-triton-folded")
 FAMILIES += ("four-unets", "swapped-unets", "lora-hotswap", "lora-per-sample")
 _USUAL_EXPERTS = {"sdxl": 1, "tiny-xl": 1}
@@ -31,6 +30,44 @@ class Scene(NamedTuple):
         return f"{name}, {self.size} × {self.size}, {self.dtype}{guidance}"
 
 
+class Case(NamedTuple):
+    """A contender, and what is unusual in its setting: by default all experts are active, and samples mix tasks.
+
+    Attributes:
+        contender: its name.
+        experts: E of dense routing, where it is not what the model usually has.
+        top_k: K and E of top-k routing.
+        one_task: whether all samples are of one task, though there is more than one sample.
+    """
+
+    contender: str
+    experts: int | None = None
+    top_k: tuple[int, int] | None = None
+    one_task: bool = False
+
+    @property
+    def family(self) -> str:
+        return find(self.contender).family
+
+    @property
+    def variant(self) -> str:
+        return find(self.contender).variant
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether neither the setting nor what the contender is asked to do is unusual."""
+        return self == Case(self.contender) and not self.variant
+
+    def __str__(self) -> str:
+        """The name with what is unusual."""
+        text = self.contender
+        if self.experts is not None:
+            text += f", {self.experts} experts" if self.experts > 1 else ", 1 expert"
+        if self.top_k is not None:
+            text += ", top-{} of {}".format(*self.top_k)
+        return text + ", one task" * self.one_task
+
+
 class Step(NamedTuple):
     """A row, and the one of the original, run eagerly, in its group; None where the group has none."""
 
@@ -42,70 +79,97 @@ class Step(NamedTuple):
         return us / self.original.median_us if self.original else None
 
 
-def family(contender: str) -> str:
-    """The contender's name without how it is run."""
-    return contender.partition("@")[0].partition("+")[0]
+Steps = dict[Case, dict[int, Step]]
 
 
-def label(row: Row) -> str:
-    """The contender, and what is unusual in its setting: by default all experts are active, and samples mix tasks."""
-    E, K, tasks = row.setting
-    text = row.contender
-    if heeded(row.contender, Setting(2)).E == 2:
-        experts = f"{E} experts" if E > 1 else "1 expert"
-        text += f", {experts}" * (K is DENSE and _USUAL_EXPERTS.get(row.workload.model, 4) != E)
-        text += "" if K is DENSE else f", top-{K} of {E}"
-    mixes = heeded(row.contender, Setting(1, DENSE, 2)).tasks == 2
-    return text + ", one task" * (mixes and tasks == 1 and row.workload.B > 1)
+def case_of(row: Row) -> Case:
+    """The contender of a row with what is unusual in its setting."""
+    (E, K, tasks), contender = row.setting, find(row.contender)
+    experts, top_k = None, None
+    if "E" in contender.depends_on:
+        if K is not DENSE:
+            top_k = (K, E)
+        elif _USUAL_EXPERTS.get(row.workload.model, 4) != E:
+            experts = E
+    return Case(row.contender, experts, top_k, "tasks" in contender.depends_on and tasks == 1 and row.workload.B > 1)
 
 
 def _order(row: Row) -> tuple:
-    name = family(row.contender)
-    place = FAMILIES.index(name) if name in FAMILIES else len(FAMILIES)
+    contender = find(row.contender)
+    place = FAMILIES.index(contender.family) if contender.family in FAMILIES else len(FAMILIES)
     E, K, tasks = row.setting
-    return place, "@" in row.contender, row.contender, K or 0, E, -min(tasks, row.workload.B)
+    return place, bool(contender.variant), row.contender, K or 0, E, -min(tasks, row.workload.B)
 
 
-def scenes(rows: Sequence[Row]) -> dict[Scene, dict[str, dict[int, Step]]]:
-    """The last measurement of each contender: by scene, label and batch; contenders in the order they are shown."""
+def scenes(rows: Sequence[Row]) -> dict[Scene, Steps]:
+    """The last measurement of each contender: by scene, case and batch; contenders in the order they are shown."""
     originals = {(row.group, row.workload): row for row in rows if row.contender == ORIGINAL}
-    found: dict[Scene, dict[str, dict[int, Step]]] = {}
+    found: dict[Scene, Steps] = {}
     for row in sorted(rows, key=_order):
         workload = row.workload
         scene = Scene(workload.model, workload.size, workload.branches, workload.dtype)
-        labels = found.setdefault(scene, {})
-        labels.setdefault(label(row), {})[workload.B] = Step(row, originals.get((row.group, row.workload)))
+        step = Step(row, originals.get((row.group, workload)))
+        found.setdefault(scene, {}).setdefault(case_of(row), {})[workload.B] = step
     return dict(sorted(found.items()))
 
 
-def usual(labels: dict[str, dict[int, Step]]) -> dict[str, dict[int, Step]]:
-    """Those contenders of a scene with nothing unusual in their setting, nor in what they are asked to do."""
-    return {name: steps for name, steps in labels.items() if "," not in name and "@" not in name}
+def usual(cases: Steps) -> Steps:
+    """Those of a scene with nothing unusual."""
+    return {case: steps for case, steps in cases.items() if case.is_usual}
 
 
-def deployed(labels: dict[str, dict[int, Step]]) -> tuple[int, dict[str, Step]]:
+def deployed(cases: Steps) -> tuple[int, dict[Case, Step]]:
     """The batch of four samples, one of each task, or else the largest one; and its steps."""
-    batches = {B for steps in labels.values() for B in steps}
+    batches = {B for steps in cases.values() for B in steps}
     B = _MANY_TASKS if _MANY_TASKS in batches else max(batches)
-    return B, {name: steps[B] for name, steps in labels.items() if B in steps}
+    return B, {case: steps[B] for case, steps in cases.items() if B in steps}
 
 
-# What is unusual, and what it is divided by: the same contender with nothing unusual.
-UNUSUAL = {
-    ", one task": "one task / mixed tasks",
-    "@each": "samples one after another / at once",
-    "@routers": "routers kept / dropped",
-    ", top-": "top-k / dense",
-}
+class Change(NamedTuple):
+    """One thing that may be unusual.
+
+    Attributes:
+        ratio: what is divided by what.
+        applies: whether a case has it.
+        undo: the case without it.
+    """
+
+    ratio: str
+    applies: Callable[[Case], bool]
+    undo: Callable[[Case], Case]
 
 
-def unusual(labels: dict[str, dict[int, Step]]) -> dict[str, dict[int, tuple[Step, Step]]]:
-    """Steps with one thing unusual, each with its contender's usual step of the same group: by name and batch."""
-    found: dict[str, dict[int, tuple[Step, Step]]] = {}
-    for name, steps in labels.items():
-        marks = [mark for mark in UNUSUAL if mark in name]
-        plain = labels.get(name.partition(marks[0])[0], {}) if len(marks) == 1 else {}
-        for B, step in steps.items():
-            if B in plain and plain[B].row.group == step.row.group:
-                found.setdefault(name, {})[B] = (step, plain[B])
+def _without_variant(case: Case) -> Case:
+    run = find(case.contender).run
+    return case._replace(contender=sibling(case.contender, run=run.name if run else None))
+
+
+CHANGES = (
+    Change("one task / mixed tasks", lambda case: case.one_task, lambda case: case._replace(one_task=False)),
+    Change("samples one after another / at once", lambda case: case.variant == ONE_BY_ONE, _without_variant),
+    Change("routers kept / dropped", lambda case: case.variant == ROUTERS, _without_variant),
+    Change("top-k / dense", lambda case: case.top_k is not None, lambda case: case._replace(top_k=None)),
+)
+
+
+class Comparison(NamedTuple):
+    """Steps with one thing unusual, by batch, each with the usual step of its contender in the same group."""
+
+    ratio: str
+    pairs: dict[int, tuple[Step, Step]]
+
+
+def comparisons(cases: Steps) -> dict[Case, Comparison]:
+    """What one unusual thing makes of a step; cases with several of them are left out."""
+    found = {}
+    for case, steps in cases.items():
+        changes = [change for change in CHANGES if change.applies(case)]
+        if len(changes) != 1:
+            continue
+        plain = cases.get(changes[0].undo(case), {})
+        pairs = {
+            B: (step, plain[B]) for B, step in steps.items() if B in plain and plain[B].row.group == step.row.group
+        }
+        if pairs:
+            found[case] = Comparison(changes[0].ratio, pairs)
     return found

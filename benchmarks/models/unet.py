@@ -24,17 +24,17 @@ from pathlib import Path
 import torch
 import torch.compiler.config
 
+from benchmarks.harness.arguments import parse_choices, parse_count, parse_counts, parse_top_k
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.harness.recording import Log, deadline, measured, record
 from benchmarks.harness.report import report
 from benchmarks.harness.rows import Row
-from benchmarks.harness.sweeps import parse_choices, parse_count, parse_counts, parse_top_k
 from benchmarks.harness.timing import MIN_ROUNDS, WARM_ROUNDS, Call
 from benchmarks.harness.workloads import DENSE, Entry, Setting, Workload
 from benchmarks.models import step_kernels
 from benchmarks.models.step_kernels import are_counted, kernels_of
-from benchmarks.models.unet_contenders import CONTENDERS, default_contenders
+from benchmarks.models.unet_catalogue import CONTENDERS, default_contenders
 from benchmarks.models.unet_measure import Measuring, Plan
 from benchmarks.models.unet_models import (
     LATENT_FACTOR,
@@ -47,7 +47,7 @@ from benchmarks.models.unet_models import (
     default_size,
     make_yardstick,
 )
-from benchmarks.models.unet_rows import TABLE, TARGETS
+from benchmarks.models.unet_targets import TABLE, TARGETS, TESTED
 
 # Seconds for each contender, by device; on a CPU the rounds take long enough.
 _SECONDS = {"cuda": 1.0, "cpu": 0.0}
@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     until = deadline(options.minutes)
     try:
         if options.report is not None:
-            print("\n".join(report(TABLE.read(options.report), options.tested, TARGETS)))
+            print("\n".join(report(TABLE.read(options.report), TARGETS, TESTED, options.tested)))
             return 0
         _fill_in(options)
         if options.wait_for is not None and len(options.batches) * len(options.branches) > 1:
@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
     rows, failures = run(workloads, device, plan, options.output, source, until)
     print(f"{len(rows)} rows added to {options.output}")
-    print("\n".join(report(rows, options.tested, TARGETS)))
+    print("\n".join(report(rows, TARGETS, TESTED, options.tested)))
     return 1 if failures else 0
 
 

@@ -11,10 +11,10 @@ import torch
 
 from benchmarks.harness.memory import peak_bytes
 from benchmarks.harness.recording import Log
-from benchmarks.harness.sweeps import heeded
 from benchmarks.harness.timing import Call, Timing, repeated_us, synchronize, time_interleaved
 from benchmarks.harness.workloads import DENSE, Entry, Setting, Workload
-from benchmarks.models.unet_contenders import CONTENDERS
+from benchmarks.models.unet_catalogue import CONTENDERS
+from benchmarks.models.unet_contenders import build
 from benchmarks.models.unet_models import Family, Yardstick, draw_batch, tasks_of
 from benchmarks.models.unet_subjects import Subject
 
@@ -53,7 +53,7 @@ class Plan(NamedTuple):
     def entries(self, workload: Workload) -> tuple[Entry, ...]:
         """Contenders in settings, each once. There are no more tasks in a batch than pictures."""
         settings = [setting._replace(tasks=min(setting.tasks, workload.B)) for setting in self.settings]
-        pairs = [Entry(name, heeded(name, setting)) for name in self.names for setting in settings]
+        pairs = [Entry(name, CONTENDERS[name].relevant(setting)) for name in self.names for setting in settings]
         return tuple(dict.fromkeys(pairs))
 
 
@@ -124,7 +124,7 @@ class Measuring:
         contender = CONTENDERS[entry.contender]
         built = entry._replace(setting=entry.setting._replace(tasks=1))
         if built not in self._subjects:
-            self._subjects[built] = contender.build(self._family, entry.setting)
+            self._subjects[built] = build(contender, self._family, entry.setting)
         subject, warm_up = self._subjects[built], None
         draw = functools.partial(draw_batch, device=self._device, tasks=entry.setting.tasks)
         mixes = range(_MIXES if entry.setting.tasks > 1 else 1)

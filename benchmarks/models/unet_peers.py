@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.utils import is_peft_available
 from torch import Tensor
 
+from benchmarks.harness.contenders import Contender
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.workloads import Setting
 from benchmarks.models.unet_models import TASKS, Batch, Family, share
@@ -22,7 +23,7 @@ _RANK = 16
 _ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
 
-def four_unets(family: Family, setting: Setting) -> Subject:
+def four_unets(family: Family, setting: Setting, contender: Contender) -> Subject:
     """A UNet for each task, all of them on the device; the pictures of a task go through its own together."""
     unets = tuple(share(family.fine_tuned(task)) for task in range(TASKS))
 
@@ -63,7 +64,7 @@ class _Slot:
         ]
 
 
-def swapped_unets(family: Family, setting: Setting) -> Subject:
+def swapped_unets(family: Family, setting: Setting, contender: Contender) -> Subject:
     """One UNet on the device, into which the weights of the next task are copied: from pinned host memory to a GPU."""
     unet = copy.deepcopy(family.original())
     live = [parameter.requires_grad_(False) for parameter in unet.parameters()]
@@ -85,7 +86,7 @@ def swapped_unets(family: Family, setting: Setting) -> Subject:
     )
 
 
-def lora_hotswap(family: Family, setting: Setting) -> Subject:
+def lora_hotswap(family: Family, setting: Setting, contender: Contender) -> Subject:
     """One adapter on the original: that of the next task is copied in place, as diffusers' hot-swapping does."""
     unet = family.original()
     unet.add_adapter(_adapter())
@@ -108,7 +109,7 @@ def lora_hotswap(family: Family, setting: Setting) -> Subject:
     )
 
 
-def lora_per_sample(family: Family, setting: Setting) -> Subject:
+def lora_per_sample(family: Family, setting: Setting, contender: Contender) -> Subject:
     """Four adapters on the original; PEFT selects those of each sample."""
     peft, unet = _peft(), family.original()
     names = [f"task_{task}" for task in range(TASKS)]

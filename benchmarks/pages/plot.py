@@ -12,7 +12,7 @@ from benchmarks.ffn import rows as ffn_rows
 from benchmarks.ffn.machine import read_roofs
 from benchmarks.ffn.roofline import read_marks
 from benchmarks.harness.provenance import RESULTS, ROOT
-from benchmarks.models import unet_rows
+from benchmarks.models import unet_targets
 from benchmarks.pages import plot_ffn, plot_growth, plot_roofline, plot_unet
 from benchmarks.pages.plot_ffn import points
 
@@ -26,7 +26,7 @@ def pictures(results: Path, images: Path, batch: int | None, experts: int) -> It
     kinds = {
         "moe_ffn_*.csv": lambda file, picture: plot_ffn.plot(ffn_rows.TABLE.read(file), picture, batch, experts),
         "growth_*.csv": lambda file, picture: plot_growth.plot(ffn_rows.TABLE.read(file), picture, experts),
-        "unet_*.csv": lambda file, picture: plot_unet.plot(unet_rows.TABLE.read(file), picture),
+        "unet_*.csv": lambda file, picture: plot_unet.plot(unet_targets.TABLE.read(file), picture),
     }
     for pattern, draw in kinds.items():
         for file in sorted(results.glob(pattern)):

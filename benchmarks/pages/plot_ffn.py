@@ -9,7 +9,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.harness.report import comparisons
+from benchmarks.ffn.targets import beside
 from benchmarks.harness.rows import Row
 from benchmarks.harness.workloads import Setting, Workload
 from benchmarks.pages.plot_style import FFN_LOOKS, FLOOR_LOOK, legend, letters, most_common_dtype, save
@@ -34,7 +34,7 @@ def points(rows: Sequence[Row], batch: int, experts: int) -> dict[tuple[str, Wor
     """
     drawn = {}
     for name in FFN_LOOKS:
-        for row, floor in comparisons(rows, name, _FLOOR):
+        for row, floor in beside(rows, name, _FLOOR):
             if batch == row.workload.B and row.setting in (Setting(), Setting(E=experts)):
                 times = (time / floor.median_us for time in (row.median_us, row.p20_us, row.p80_us))
                 # One expert is measured beside several of them: the ones asked for go first.

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from benchmarks.harness.rows import Row
-from benchmarks.models.steps import Scene, Step, family, scenes, usual
+from benchmarks.models.steps import Case, Scene, Step, Steps, scenes, usual
 from benchmarks.pages.plot_style import letters, save
 
 # Families as in the pictures of one feed-forward; folded ones darker, peers apart from all.
@@ -42,50 +42,50 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     Raises:
         ValueError: no contender was measured beside the original.
     """
-    drawn = {scene: _relative(usual(labels)) for scene, labels in scenes(rows).items()}
-    drawn = {scene: labels for scene, labels in drawn.items() if labels}
+    drawn = {scene: _relative(usual(cases)) for scene, cases in scenes(rows).items()}
+    drawn = {scene: cases for scene, cases in drawn.items() if cases}
     if not drawn:
         raise ValueError(f"{path.name} needs rows of stock and of contenders in its group, got none.")
-    batches = max((sorted({B for steps in labels.values() for B in steps}) for labels in drawn.values()), key=len)
+    batches = max((sorted({B for steps in cases.values() for B in steps}) for cases in drawn.values()), key=len)
     with letters():
-        heights = [0.6 + 0.24 * len(labels) for labels in drawn.values()]
+        heights = [0.6 + 0.24 * len(cases) for cases in drawn.values()]
         figure = Figure(figsize=(max(6.0, 2.2 + 2.2 * len(batches)), 1.2 + sum(heights)), layout="constrained")
         title = "One denoising step, time / the original's, run eagerly: shorter is faster"
         figure.suptitle(title, x=0.01, ha="left", fontsize=12)
         parts = figure.subfigures(len(drawn), squeeze=False, height_ratios=heights)[:, 0]
-        for part, (scene, labels) in zip(parts, drawn.items(), strict=True):
-            _scene(part, scene, labels)
-        shown = [step.row for labels in drawn.values() for steps in labels.values() for step in steps.values()]
+        for part, (scene, cases) in zip(parts, drawn.items(), strict=True):
+            _scene(part, scene, cases)
+        shown = [step.row for cases in drawn.values() for steps in cases.values() for step in steps.values()]
         save(figure, path, shown, "Medians; whiskers: 20th to 80th percentile.")
 
 
-def _relative(labels: dict[str, dict[int, Step]]) -> dict[str, dict[int, Step]]:
-    beside = {name: {B: step for B, step in steps.items() if step.original} for name, steps in labels.items()}
-    return {name: steps for name, steps in beside.items() if steps}
+def _relative(cases: Steps) -> Steps:
+    beside = {case: {B: step for B, step in steps.items() if step.original} for case, steps in cases.items()}
+    return {case: steps for case, steps in beside.items() if steps}
 
 
-def _scene(part: SubFigure, scene: Scene, labels: dict[str, dict[int, Step]]) -> None:
-    batches = sorted({B for steps in labels.values() for B in steps})
-    longest = max(step.relative(step.row.p80_us) for steps in labels.values() for step in steps.values())
+def _scene(part: SubFigure, scene: Scene, cases: Steps) -> None:
+    batches = sorted({B for steps in cases.values() for B in steps})
+    longest = max(step.relative(step.row.p80_us) for steps in cases.values() for step in steps.values())
     limit = min(longest, _LONGEST) * 1.25
     part.suptitle(str(scene), x=0.01, ha="left", fontsize=10, fontweight="bold")
     panels = part.subplots(1, len(batches), sharey=True, squeeze=False)[0]
     for axes, B in zip(panels, batches, strict=True):
-        steps = {name: steps[B] for name, steps in labels.items() if B in steps}
+        steps = {case: steps[B] for case, steps in cases.items() if B in steps}
         original = next(step.original for step in steps.values())
         axes.set_title(f"B = {B}  ({original.median_us / 1e3:,.0f} ms)", loc="left", fontsize=9)
-        _bars(axes, list(labels), steps, limit)
-    panels[0].set_yticks(range(len(labels)), list(labels), fontsize=8)
-    panels[0].set_ylim(len(labels) - 0.4, -0.6)
+        _bars(axes, list(cases), steps, limit)
+    panels[0].set_yticks(range(len(cases)), list(map(str, cases)), fontsize=8)
+    panels[0].set_ylim(len(cases) - 0.4, -0.6)
 
 
-def _bars(axes: Axes, names: Sequence[str], steps: dict[str, Step], limit: float) -> None:
-    for at, name in enumerate(names):
-        if name not in steps:
+def _bars(axes: Axes, cases: Sequence[Case], steps: dict[Case, Step], limit: float) -> None:
+    for at, case in enumerate(cases):
+        if case not in steps:
             continue
-        step = steps[name]
+        step = steps[case]
         median, low, high = (step.relative(getattr(step.row, column)) for column in ("median_us", "p20_us", "p80_us"))
-        axes.barh(at, min(median, limit), 0.8, color=_COLORS.get(family(step.row.contender), _OTHER))
+        axes.barh(at, min(median, limit), 0.8, color=_COLORS.get(case.family, _OTHER))
         axes.hlines(at, min(low, limit), min(high, limit), color="#444444", linewidth=0.8)
         cut = high > limit * 0.85
         x, away, side, color = (min(median, limit), -3, "right", "white") if cut else (high, 3, "left", "black")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from benchmarks.ffn.growth_lines import Line, panels, routing_name, us_per_token
 from benchmarks.ffn.roofline import Mark, read_marks
 from benchmarks.ffn.rows import TABLE
-from benchmarks.harness.report import TESTED, comparisons
+from benchmarks.ffn.targets import TESTED, beside
 from benchmarks.harness.rows import Row, read_cells
 from benchmarks.harness.workloads import DENSE, Setting
 from benchmarks.pages.markdown import MISSING, digits, duration, provenance_line, ratio, table
@@ -25,14 +25,14 @@ class Ratio(NamedTuple):
         what: the line's name, after the dtype.
         to: the contender it is divided by; None: the one under test itself.
         setting: of the row.
-        to_setting: fields in which the other one's setting differs.
+        changed: fields in which the other one's setting differs.
         direction: the pass.
     """
 
     what: str
     to: str | None
     setting: Setting
-    to_setting: dict[str, int | None]
+    changed: dict[str, int | None]
     direction: str = "forward"
 
 
@@ -89,7 +89,7 @@ def _batch(rows: Sequence[Row], tested: str) -> int:
 def _values(line: Ratio, rows: Sequence[Row], tested: str) -> dict[tuple[int, int], tuple[Row, float]]:
     return {
         (row.workload.D, row.workload.L): (row, row.median_us / other.median_us)
-        for row, other in comparisons(rows, tested, line.to or tested, line.to_setting)
+        for row, other in beside(rows, tested, line.to or tested, **line.changed)
         if row.setting == line.setting and row.workload.direction == line.direction
     }
 

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.harness.report import TESTED, geometric_mean, pairs_of
+from benchmarks.harness.report import Ratio, Target
 from benchmarks.harness.rows import Row
-from benchmarks.models import import_time, unet_rows
-from benchmarks.models.steps import ORIGINAL, UNUSUAL, Step, deployed, scenes, unusual, usual
+from benchmarks.models import import_time, unet_targets
+from benchmarks.models.steps import Step, comparisons, deployed, scenes, usual
+from benchmarks.models.unet_catalogue import ORIGINAL, find
 from benchmarks.pages.markdown import (
     MISSING,
     digits,
@@ -20,9 +21,8 @@ from benchmarks.pages.markdown import (
     small_ratio,
     table,
 )
-from benchmarks.pipelines import pipeline_psnr, pipeline_rows
-
-_STOCK_PIPELINES = "stock-each"
+from benchmarks.pipelines import pipeline_contenders, pipeline_psnr
+from benchmarks.pipelines.pipeline_contenders import STOCK
 
 
 def unet(results: Path, device: str) -> list[str]:
@@ -35,8 +35,8 @@ def unet(results: Path, device: str) -> list[str]:
     """
     rows = _unet_rows(results, device)
     lines = []
-    for scene, labels in scenes(rows).items():
-        chosen = usual(labels)
+    for scene, cases in scenes(rows).items():
+        chosen = usual(cases)
         if not chosen:
             continue
         served, steps = deployed(chosen)
@@ -44,8 +44,8 @@ def unet(results: Path, device: str) -> list[str]:
         header = [f"{scene}: time / `{ORIGINAL}`", *(f"B = {B}" for B in batches)]
         header += [f"B = {served}: images/s", "weights", "peak beside them", "a switch / a step", "warm-up"]
         cells = []
-        for name, found in chosen.items():
-            cells.append([f"`{name}`", *(_step(found.get(B)) for B in batches), *_served(steps.get(name))])
+        for case, found in chosen.items():
+            cells.append([f"`{case}`", *(_step(found.get(B)) for B in batches), *_served(steps.get(case))])
         lines += [*table(header, cells), ""]
     return [*lines, provenance_line((row.source for row in rows), f"unet_{device}.csv")]
 
@@ -64,7 +64,7 @@ def _warm_up(seconds: float | None) -> str:
 
 
 def _unet_rows(results: Path, device: str) -> list[Row]:
-    rows = unet_rows.TABLE.read(results / f"unet_{device}.csv")
+    rows = unet_targets.TABLE.read(results / f"unet_{device}.csv")
     if not rows:
         raise ValueError(f"There are no rows in {results / f'unet_{device}.csv'}.")
     return rows
@@ -88,14 +88,14 @@ def settings(results: Path, device: str) -> list[str]:
     """
     rows = _unet_rows(results, device)
     lines, used = [], []
-    for scene, labels in scenes(rows).items():
-        found = {name: pairs for name, pairs in unusual(labels).items() if name.startswith("mtu-")}
-        batches = sorted({B for pairs in found.values() for B in pairs})
+    for scene, cases in scenes(rows).items():
+        # Of upcycled UNets: the settings of their experts.
+        found = {case: of for case, of in comparisons(cases).items() if "E" in find(case.contender).depends_on}
+        batches = sorted({B for comparison in found.values() for B in comparison.pairs})
         cells = []
-        for name, pairs in found.items():
-            what = next(text for mark, text in UNUSUAL.items() if mark in name)
+        for case, (what, pairs) in found.items():
             ratios = {B: ratio(own.row.median_us / plain.row.median_us) for B, (own, plain) in pairs.items()}
-            cells.append([f"`{name}`", what, *(ratios.get(B, MISSING) for B in batches)])
+            cells.append([f"`{case}`", what, *(ratios.get(B, MISSING) for B in batches)])
             used += [step.row for pair in pairs.values() for step in pair]
         if cells:
             header = [str(scene), "ratio", *(f"B = {B}" for B in batches)]
@@ -112,15 +112,15 @@ def pipeline(results: Path, device: str) -> list[str]:
         ValueError: nothing was measured.
     """
     path = results / f"pipeline_{device}.csv"
-    rows = pipeline_rows.TABLE.read(path)
+    rows = pipeline_contenders.TABLE.read(path)
     last = {(row.workload, row.contender): row for row in rows}
-    stock = {row.group: row for row in rows if row.contender == _STOCK_PIPELINES}
+    stock = {row.group: row for row in rows if row.contender == STOCK}
     if not last:
         raise ValueError(f"There are no rows in {path}.")
     lines = []
     for place in dict.fromkeys(workload for workload, _ in last):
         title = f"{place.model}, {place.B} images of {place.size}², {place.steps} steps, {place.dtype}"
-        header = [title, "time", f"/ `{_STOCK_PIPELINES}`", "images/s", "weights", "warm-up"]
+        header = [title, "time", f"/ `{STOCK}`", "images/s", "weights", "warm-up"]
         cells = []
         for row in (row for (workload, _), row in last.items() if workload == place):
             relative = ratio(row.median_us / stock[row.group].median_us) if row.group in stock else MISSING
@@ -194,28 +194,26 @@ def imports(results: Path) -> list[str]:
 def targets(results: Path) -> list[str]:
     """Whether whole models meet their targets. What was not measured is said, so this table is always there."""
     lines, sources, files = [], [], []
-    for device, chosen in unet_rows.TARGETS.items():
+    for device, chosen in unet_targets.TARGETS.items():
         try:
-            rows = unet_rows.TABLE.read(results / f"unet_{device}.csv")
+            rows = unet_targets.TABLE.read(results / f"unet_{device}.csv")
         except ValueError:
             rows = []
         for target in chosen:
-            of_dtype = [row for row in rows if target.dtype in (None, row.workload.dtype)]
-            pairs = pairs_of(target, of_dtype, TESTED[device])
-            sources += [pair.row.source for pair in pairs]
-            files += [f"unet_{device}.csv"] * bool(pairs)
+            found = target.of(rows, unet_targets.TESTED[device])
+            sources += [of.row.source for of in found]
+            files += [f"unet_{device}.csv"] * bool(found)
             at_most = MISSING if target.at_most is None else ratio(target.at_most)
-            values = [pair.ratio for pair in pairs]
-            lines.append([_device(device), target.what, at_most, *_verdict(values, target.mean, target.at_most)])
+            lines.append([_device(device), target.what, at_most, *_verdict(target, found)])
     header = ["", "what", "at most", "measured", ""]
     return [*table(header, lines, 2), *(["", provenance_line(sources, *dict.fromkeys(files))] if sources else [])]
 
 
-def _verdict(values: Sequence[float], mean: bool, at_most: float | None) -> list[str]:
-    if not values:
+def _verdict(target: Target, found: Sequence[Ratio]) -> list[str]:
+    if not found:
         return ["not measured yet", MISSING]
-    value = geometric_mean(values) if mean else max(values)
-    verdict = MISSING if at_most is None else "met" if value <= at_most else "**missed**"
+    value = target.value(found)
+    verdict = MISSING if target.at_most is None else "met" if value <= target.at_most else "**missed**"
     return [small_ratio(value), verdict]
 
 

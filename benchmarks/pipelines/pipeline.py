@@ -22,14 +22,16 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import mtu
+from benchmarks.harness.arguments import parse_choices, parse_count
+from benchmarks.harness.contenders import Contender
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.memory import peak_bytes
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.harness.recording import Log, record
 from benchmarks.harness.rows import Row
-from benchmarks.harness.sweeps import parse_choices, parse_count
 from benchmarks.harness.timing import WARM_ROUNDS, synchronize, time_interleaved
 from benchmarks.harness.workloads import DENSE, Entry, Setting, Workload
+from benchmarks.pipelines.pipeline_contenders import CONTENDERS, EAGER, TABLE, Calls, comparison
 from benchmarks.pipelines.pipeline_models import (
     Sample,
     cast,
@@ -46,7 +48,6 @@ from benchmarks.pipelines.pipeline_models import (
     upcycled_images,
     weight_bytes,
 )
-from benchmarks.pipelines.pipeline_rows import TABLE, comparison
 
 _RUNS, _QUICK_RUNS, _QUICK_STEPS = 5, 2, 2
 # Of the images that are held to those of a wider dtype: every operation runs, and rounding has no time to grow.
@@ -54,29 +55,6 @@ _CHECKED_STEPS = 2
 
 # Number of steps → images of all samples, in their order.
 Generate = Callable[[int], Tensor]
-
-
-class Contender(NamedTuple):
-    """One way to make the images: what it is, in a line, its pipelines and calls, and the mode they are compiled in."""
-
-    about: str
-    kind: str
-    mode: str | None
-
-
-_KINDS = {
-    "stock-each": "a stock pipeline for each task, all resident, one after another",
-    "mtu": "the upcycled model, one call for all tasks",
-    "mtu-each": "the upcycled model, a call for each task",
-}
-_MODES = {"": None, "+compile": "default", "+graphs": "reduce-overhead"}
-_WORDS = {"": "", "+compile": ", compiled", "+graphs": ", compiled and in CUDA graphs"}
-CONTENDERS = {
-    kind + suffix: Contender(about + _WORDS[suffix], kind, mode)
-    for suffix, mode in _MODES.items()
-    for kind, about in _KINDS.items()
-}
-EAGER = tuple(name for name, contender in CONTENDERS.items() if contender.mode is None)
 
 
 class Ready(NamedTuple):
@@ -122,35 +100,34 @@ class Bench:
             ValueError: a way to compile that this device does not have.
             WrongResult: other images.
         """
-        sources = self.stock if contender.kind == "stock-each" else {"": self.upcycled}
+        sources = self.stock if contender.implementation.stock else {"": self.upcycled}
         pipes, seconds = {name: sharing_copy(pipe) for name, pipe in sources.items()}, None
-        if contender.mode is not None:
+        if contender.run is not None:
             for pipe in pipes.values():
-                mtu.compile(pipe, contender.mode)
-            seconds = sum(self._warm_up(contender.kind, name, pipe) for name, pipe in pipes.items())
-        generate = functools.partial(self._generate, contender.kind, pipes)
+                mtu.compile(pipe, contender.run.mode)
+            seconds = sum(self._warm_up(contender.implementation, name, pipe) for name, pipe in pipes.items())
+        generate = functools.partial(self._generate, contender.implementation, pipes)
         hold_images(generate(_CHECKED_STEPS), *self.yardstick)
         columns = {"warmup_s": seconds, "weight_bytes": weight_bytes(pipes.values())}
         # Steps add nothing to the most that is held at once.
         columns["peak_bytes"] = peak_bytes(functools.partial(generate, _CHECKED_STEPS), self.device)
         return Ready(generate, columns)
 
-    def _warm_up(self, kind: str, name: str, pipe: DiffusionPipeline) -> float:
+    def _warm_up(self, calls: Calls, name: str, pipe: DiffusionPipeline) -> float:
         specs = [sample.spec for sample in self.samples]
-        batches = {
-            "stock-each": [stock_rows(spec) for spec in specs if spec.name == name],
-            "mtu": [tuple(spec.name for spec in specs)],
-            "mtu-each": [(spec.name,) for spec in specs],
-        }
-        return sum(mtu.warmup(pipe, batches[kind], height=self.size, width=self.size).values())
+        if calls.stock:
+            batches = [stock_rows(spec) for spec in specs if spec.name == name]
+        else:
+            batches = [(spec.name,) for spec in specs] if calls.each else [tuple(spec.name for spec in specs)]
+        return sum(mtu.warmup(pipe, batches, height=self.size, width=self.size).values())
 
-    def _generate(self, kind: str, pipes: dict[str, DiffusionPipeline], steps: int) -> Tensor:
-        if kind == "mtu":
-            images = upcycled_images(pipes[""], self.samples, steps)
-        elif kind == "mtu-each":
+    def _generate(self, calls: Calls, pipes: dict[str, DiffusionPipeline], steps: int) -> Tensor:
+        if calls.stock:
+            images = torch.cat([stock_images(pipes[sample.spec.name], [sample], steps) for sample in self.samples])
+        elif calls.each:
             images = torch.cat([upcycled_images(pipes[""], [sample], steps) for sample in self.samples])
         else:
-            images = torch.cat([stock_images(pipes[sample.spec.name], [sample], steps) for sample in self.samples])
+            images = upcycled_images(pipes[""], self.samples, steps)
         synchronize(self.device)
         return images
 
@@ -173,7 +150,7 @@ def measure(
     clock = torch.device("cpu")
     timings = time_interleaved(calls, [False] * len(calls), clock, 0, runs, log.bar.update)
     for (name, one), timing in zip(ready.items(), timings, strict=True):
-        columns = timing._asdict() | {"graph": name.endswith("+graphs"), **one.columns}
+        columns = timing._asdict() | {"graph": CONTENDERS[name].graphs, **one.columns}
         yield name, columns | {"images_per_s": workload.B / timing.median_us * 1e6}
 
 
@@ -204,11 +181,9 @@ def run(
 
 
 def _setting(bench: Bench, name: str) -> Setting:
-    if CONTENDERS[name].kind == "stock-each":
-        return Setting()
-    config = bench.upcycled.unet.expert_config
-    tasks = len(bench.samples) if CONTENDERS[name].kind == "mtu" else 1
-    return Setting(config.num_experts, DENSE if config.is_dense else config.top_k, tasks)
+    config, calls = bench.upcycled.unet.expert_config, CONTENDERS[name].implementation
+    K = DENSE if config.is_dense else config.top_k
+    return CONTENDERS[name].relevant(Setting(config.num_experts, K, 1 if calls.each else len(bench.samples)))
 
 
 def _contenders(text: str) -> tuple[str, ...]:

@@ -28,11 +28,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import mtu
+from benchmarks.harness.arguments import parse_choices, parse_count
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.harness.recording import Log
 from benchmarks.harness.rows import Row
-from benchmarks.harness.sweeps import parse_choices, parse_count
 from benchmarks.harness.workloads import Entry, Setting, Workload
 from benchmarks.pipelines.pipeline_models import (
     Sample,

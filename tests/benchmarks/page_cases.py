@@ -5,26 +5,26 @@ import csv
 from benchmarks.ffn import rows
 from benchmarks.ffn.machine import Roofs
 from benchmarks.harness.rows import Row, append_cells
-from benchmarks.harness.sweeps import heeded
 from benchmarks.harness.workloads import DENSE, Setting, Workload
-from benchmarks.models import unet_rows
-from benchmarks.pipelines import pipeline_rows
+from benchmarks.models import unet_targets
+from benchmarks.models.unet_catalogue import CONTENDERS
+from benchmarks.pipelines import pipeline_contenders
 
 from .rows_cases import SOURCE, make_row
 
 MIXED = Setting(4, DENSE, 4)
 STEPS = {"stock": 1000.0, "stock+graphs": 600.0, "mtu-triton": 900.0, "mtu-triton+graphs": 550.0, "four-unets": 1500.0}
-_SWITCHED = ("mtu-", "four-", "lora-")
 
 
 def make_step(contender, median, B=4, model="sd15", setting=MIXED, group=None, **columns):
     """A row of a made-up GPU: a denoising step, its median in µs."""
-    mixed = heeded(contender, setting._replace(tasks=min(setting.tasks, B)))
+    mixed = CONTENDERS[contender].relevant(setting._replace(tasks=min(setting.tasks, B)))
     size = 1024 if model == "sdxl" else 512
     times = {"median_us": median, "p20_us": median * 0.9, "p80_us": median * 1.2, "rounds": 20}
     counts = {"peak_bytes": 2 * 10**9, "weight_bytes": 17 * 10**8, "images_per_s": 4.25, "source": SOURCE}
-    waits = {"warmup_s": 31.5 if "+" in contender else None, "graph": "graphs" in contender}
-    waits |= {"switch_us": 30.0 if contender.startswith(_SWITCHED) else None}
+    known = CONTENDERS[contender]
+    waits = {"warmup_s": 31.5 if known.compiles else None, "graph": known.graphs}
+    waits |= {"switch_us": 30.0 if "tasks" in known.depends_on else None}
     return Row(
         group=f"{model}-{B}" if group is None else group,
         contender=contender,
@@ -82,7 +82,12 @@ def grown():
 
 
 # Of each file's name the kind of rows; those of machines have cells of their own.
-_TABLES = {"moe_ffn": rows.TABLE, "growth": rows.TABLE, "unet": unet_rows.TABLE, "pipeline": pipeline_rows.TABLE}
+_TABLES = {
+    "moe_ffn": rows.TABLE,
+    "growth": rows.TABLE,
+    "unet": unet_targets.TABLE,
+    "pipeline": pipeline_contenders.TABLE,
+}
 
 
 def write_rows(path, made):

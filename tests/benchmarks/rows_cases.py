@@ -1,7 +1,7 @@
 """Rows that nobody measured, for the report and the plot."""
 
+from benchmarks.ffn.peers import CONTENDERS
 from benchmarks.harness.rows import Row
-from benchmarks.harness.sweeps import heeded
 from benchmarks.harness.workloads import Setting, Workload
 
 SOURCE = {"command": "none", "commit": "abc1234", "torch": "2.0", "triton": "3.0", "processor": "Some GPU"}
@@ -18,7 +18,7 @@ def make_row(contender, median, shape=(320, 4096), B=8, setting=FOUR, group="g",
         contender=contender,
         device="cuda",
         workload=Workload(*shape, B, "bf16", direction),
-        setting=heeded(contender, setting),
+        setting=CONTENDERS[contender].relevant(setting),
         **(times | defaults | columns),
         source=SOURCE,
     )

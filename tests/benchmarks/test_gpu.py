@@ -7,7 +7,8 @@ from benchmarks.ffn import moe_ffn
 from benchmarks.ffn.rows import TABLE
 from benchmarks.harness.memory import peak_bytes
 from benchmarks.harness.timing import host_us, time_interleaved, warm_up
-from benchmarks.models import unet, unet_rows
+from benchmarks.models import unet, unet_targets
+from benchmarks.models.unet_catalogue import CONTENDERS
 
 pytestmark = pytest.mark.gpu
 N = 2048
@@ -76,11 +77,11 @@ def test_whole_unets(model, tmp_path, capfd):
     arguments = ["--quick", "--device", "cuda", "--model", model, "--tasks", "4", "--warm-caches"]
     arguments += ["--contenders", ",".join(names), "--output", str(output)]
     assert unet.main(arguments) == 0
-    rows = {row.contender: row for row in unet_rows.TABLE.read(output)}
+    rows = {row.contender: row for row in unet_targets.TABLE.read(output)}
     assert list(rows) == names
     assert "without a CUDA graph" not in capfd.readouterr().err
     for name, row in rows.items():
-        assert row.graph == ("+graphs" in name or "+captured" in name)
+        assert row.graph == CONTENDERS[name].graphs
         assert row.peak_bytes > 0
         assert row.source["processor"] == torch.cuda.get_device_name()
     # Sources of the swap are in the host's memory.
@@ -94,7 +95,7 @@ def test_several_sizes_and_settings_of_captured_unets(tmp_path):
     arguments = ["--quick", "--device", "cuda", "--batches", "2,1", "--branches", "1,2", "--top-k", "dense,2"]
     arguments += ["--contenders", "stock+graphs,mtu-triton+graphs", "--output", str(output)]
     assert unet.main(arguments) == 0
-    rows = unet_rows.TABLE.read(output)
+    rows = unet_targets.TABLE.read(output)
     # Of two pictures with one task and two, of one picture with one; each dense and with top-2.
     assert len(rows) == 2 * (1 + 4) + 2 * (1 + 2)
     assert all(row.graph and row.warmup_s > 0 for row in rows)

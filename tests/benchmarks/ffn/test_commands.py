@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from benchmarks.ffn import moe_ffn
-from benchmarks.ffn.peers import CONTENDERS, Contender
+from benchmarks.ffn.peers import CONTENDERS, Implementation
 from benchmarks.ffn.rows import TABLE
+from benchmarks.ffn.sweeps import DEFAULT_SWEEPS, QUICK
+from benchmarks.harness.contenders import ALL, Contender
 from benchmarks.harness.provenance import ROOT, provenance
-from benchmarks.harness.sweeps import DEFAULT_SWEEPS, QUICK
 from benchmarks.harness.workloads import Setting
 from benchmarks.pages import plot
 
@@ -83,7 +84,7 @@ def test_refusals_are_said_once_and_failures_end_in_an_error(tmp_path, capsys, m
         raise KeyError("tile")
 
     for name, function in (("mtu-cpp", refuse), ("loop", halve), ("mtu-eager", crash)):
-        monkeypatch.setitem(CONTENDERS, name, Contender("broken", function))
+        monkeypatch.setitem(CONTENDERS, name, Contender("broken", Implementation(function), ALL))
     output = tmp_path / "rows.csv"
     arguments = [*QUICKLY, "--output", str(output), "--contenders", "products,mtu-cpp,loop,mtu-eager"]
     assert moe_ffn.main([*arguments, "--pass", "forward"]) == 1

@@ -7,9 +7,9 @@ from diffusers.models.attention import FeedForward
 from benchmarks.ffn.correctness import check
 from benchmarks.ffn.inputs import EPS, draw_shared, route
 from benchmarks.ffn.peers import CONTENDERS, as_folded, as_stock, bind, loop_ffn, stock_ffn, user_ffn
+from benchmarks.ffn.sweeps import PASSES
 from benchmarks.harness.correctness import WrongResult
 from benchmarks.harness.dtypes import DTYPES
-from benchmarks.harness.sweeps import PASSES
 from benchmarks.harness.workloads import Setting, Workload
 from mtu_kernels import ExpertWeights, available_backends, moe_ffn, reference
 
@@ -89,9 +89,9 @@ def test_products_do_the_share_of_the_active_experts(K, direction):
 @pytest.mark.parametrize("direction", PASSES)
 @pytest.mark.parametrize("name", ["eager", "loop", "mtu-eager", "mtu-eager-recompute"])
 def test_bound_calls_return_outputs_or_gradients(name, direction):
-    contender = CONTENDERS[name]
-    inputs = contender.prepare(make(direction=direction))
-    (call,) = bind(contender.make(), [inputs], direction)
+    implementation = CONTENDERS[name].implementation
+    inputs = implementation.prepare(make(direction=direction))
+    (call,) = bind(implementation.function, [inputs], direction)
     results = [call(), call()][1]
     if direction == "forward":
         assert results.shape == inputs.x.shape
@@ -100,7 +100,11 @@ def test_bound_calls_return_outputs_or_gradients(name, direction):
         assert [grad.shape for grad in results] == [leaf.shape for leaf in inputs.leaves]
 
 
-CHECKED = [name for name, c in CONTENDERS.items() if c.function and not c.mode and c.backend in (None, "eager")]
+CHECKED = [
+    name
+    for name, c in CONTENDERS.items()
+    if c.implementation.function and c.run is None and c.implementation.backend in (None, "eager")
+]
 CHECKED += [f"mtu-cpp-{way}" for way in ("add", "residual") if "cpp" in available_backends()]
 
 
@@ -108,11 +112,11 @@ CHECKED += [f"mtu-cpp-{way}" for way in ("add", "residual") if "cpp" in availabl
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", CHECKED)
 def test_right_contenders_pass_the_check(name, dtype, direction):
-    contender = CONTENDERS[name]
-    inputs = contender.prepare(make(SETTINGS["top2"], dtype, direction))
-    check(contender.function, inputs, contender.residual)
+    implementation = CONTENDERS[name].implementation
+    inputs = implementation.prepare(make(SETTINGS["top2"], dtype, direction))
+    check(implementation.function, inputs, implementation.residual)
     with pytest.raises(WrongResult):
-        check(contender.function, inputs, not contender.residual)
+        check(implementation.function, inputs, not implementation.residual)
 
 
 def without_bias(x, norm, experts, routing):

@@ -5,8 +5,8 @@ import torch
 
 from benchmarks.ffn.inputs import draw_shared, number_of_sets
 from benchmarks.ffn.peers import CONTENDERS
+from benchmarks.ffn.sweeps import DEFAULT_SWEEPS, QUICK, Sweep
 from benchmarks.harness.memory import peak_bytes, saved_bytes
-from benchmarks.harness.sweeps import DEFAULT_SWEEPS, QUICK, Sweep, heeded
 from benchmarks.harness.timing import MIN_ROUNDS, WARM_ROUNDS, host_us, summary, time_interleaved, warm_up
 from benchmarks.harness.workloads import DENSE, Entry, Setting, Workload
 
@@ -109,8 +109,8 @@ def test_entries_of_a_group_differ():
     ],
     ids=lambda value: value if isinstance(value, str) else "setting",
 )
-def test_what_contenders_heed(name, expected):
-    assert heeded(name, Setting(8, 2, 4)) == expected
+def test_settings_that_make_no_difference_are_left_out(name, expected):
+    assert CONTENDERS[name].relevant(Setting(8, 2, 4)) == expected
 
 
 def test_sweeps_name_contenders_that_exist():

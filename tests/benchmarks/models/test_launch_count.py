@@ -5,8 +5,8 @@ import csv
 import pytest
 import torch
 
+from benchmarks.harness.fake_gpu import WORKS, Generated, Operator
 from benchmarks.models import launch_count
-from benchmarks.models.fake_gpu import WORKS, Generated, Operator
 from benchmarks.models.launch_count import Subject, count, launches_of, recorded
 
 # Kernels are interpreted where there is no GPU, and bfloat16 is not served there. Inductor fuses both alike.

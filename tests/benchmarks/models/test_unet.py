@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from benchmarks.harness.provenance import provenance
-from benchmarks.harness.report import pairs_of, report
+from benchmarks.harness.report import report
 from benchmarks.harness.rows import Row
-from benchmarks.harness.sweeps import heeded
 from benchmarks.harness.workloads import Setting, Workload
 from benchmarks.models import unet
-from benchmarks.models.unet_contenders import CONTENDERS, Contender, default_contenders
+from benchmarks.models.unet_catalogue import CONTENDERS, ONE_BY_ONE, default_contenders, sibling
+from benchmarks.models.unet_contenders import BUILDERS
 from benchmarks.models.unet_models import tasks_of
-from benchmarks.models.unet_rows import TABLE, TARGETS
 from benchmarks.models.unet_subjects import Part, Subject, at_once, call, stock_inputs
+from benchmarks.models.unet_targets import TABLE, TARGETS, TESTED
 
 DENSE = Setting(4, None, 4)
 PUBLISHED = Workload(model="sd15", size=512, B=4)
@@ -40,7 +40,7 @@ def make_row(contender, seconds, workload=PUBLISHED, setting=DENSE, group="g", *
         "images_per_s": 0.5,
         **columns,
     }
-    setting = heeded(contender, setting)
+    setting = CONTENDERS[contender].relevant(setting)
     place = {"group": group, "contender": contender, "workload": workload, "setting": setting}
     return Row(**place, rounds=20, source=SOURCE, **columns)
 
@@ -85,7 +85,7 @@ def test_a_run_from_start_to_report(tmp_path, capsys):
     assert stock.weight_bytes < routed.weight_bytes <= 1.02 * stock.weight_bytes
 
     assert unet.main(["--report", str(output)]) == 0
-    assert capsys.readouterr().out.splitlines() == report(rows, targets=TARGETS)
+    assert capsys.readouterr().out.splitlines() == report(rows, TARGETS, TESTED)
 
 
 def test_settings_branches_and_the_larger_model(tmp_path):
@@ -101,22 +101,17 @@ def test_settings_branches_and_the_larger_model(tmp_path):
     assert rows[0].images_per_s == pytest.approx(2e6 / rows[0].median_us / 50, rel=1e-3)
 
 
-def _spoiled(make, family, setting):
-    upcycled = make(family, setting)
+def _spoiled(build, family, setting, contender):
+    if contender.implementation.backend == "cpp":
+        raise RuntimeError("The backend 'cpp' cannot run here: it is not compiled.")
+    upcycled = build(family, setting, contender)
     layer = upcycled.unets[0].routed_layers()[0]
     layer.net[2].bias.data = torch.zeros_like(layer.net[2].bias)
     return upcycled
 
 
-def _absent(family, setting):
-    raise RuntimeError("The backend 'cpp' cannot run here: it is not compiled.")
-
-
 def test_contenders_that_are_missing_are_skipped_and_wrong_ones_end_in_an_error(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(
-        CONTENDERS, "mtu-eager", Contender("wrong", functools.partial(_spoiled, CONTENDERS["mtu-eager"].make))
-    )
-    monkeypatch.setitem(CONTENDERS, "mtu-cpp", Contender("missing", _absent))
+    monkeypatch.setitem(BUILDERS, "upcycled", functools.partial(_spoiled, BUILDERS["upcycled"]))
     output = tmp_path / "rows.csv"
     assert run_quickly(output, contenders="mtu-cpp")[0] == 0
     assert not output.exists()
@@ -154,7 +149,7 @@ def test_compiled_contenders_are_warmed_up_once_for_all_tasks(tmp_path, monkeypa
     assert 0 <= four.warmup_s - one.warmup_s < one.warmup_s
 
 
-def _specialised(family, setting):
+def _specialised(family, setting, contender):
     """The original, and code behind it that is compiled anew for each task; for the first one it changes nothing."""
     unet = family.original()
     add = torch.compile(lambda output, task: output + task, backend="eager", fullgraph=True, dynamic=False)
@@ -170,8 +165,7 @@ def _specialised(family, setting):
 
 
 def test_what_is_compiled_again_for_other_tasks_is_not_timed(tmp_path, capsys, monkeypatch):
-    contender = CONTENDERS["stock+compile"]._replace(make=_specialised)
-    monkeypatch.setitem(CONTENDERS, "mtu-eager+compile", contender)
+    monkeypatch.setitem(BUILDERS, "upcycled", _specialised)
     output = tmp_path / "rows.csv"
     assert run_quickly(output, "--tasks", "4", contenders="mtu-eager+compile")[0] == 1
     assert "Recompiled: Detected recompile" in capsys.readouterr().err
@@ -304,14 +298,14 @@ def test_the_report_holds_four_tasks_to_the_original():
     rows = [make_row("stock", 6.0), make_row("mtu-eager", 6.6), make_row("mtu-cpp@each", 7.6)]
     rows.append(make_row("mtu-cpp", 5.7, weight_bytes=103, switch_us=570.0))
     at = "largest of 1, at sd15 512x512 B=4 bf16 E=4 dense tasks=4"
-    assert report(rows, targets=TARGETS) == [
+    assert report(rows, TARGETS, TESTED) == [
         "mtu-cpp, bf16, Some CPU at commit abc1234",
         f"  {TARGET}: 0.950 (at most 0.97; {at})",
         f"  switching tasks / a step: 0.000 (at most 0.01; {at})",
         f"  weights of four tasks / the original's: 1.030 (at most 1.02, missed; {at})",
         f"  four tasks at once / one after another: 0.750 (no target; {at})",
     ]
-    line = report(rows, "mtu-eager", TARGETS)[1]
+    line = report(rows, TARGETS, TESTED, "mtu-eager")[1]
     assert line == f"  {TARGET}: 1.100 (at most 0.97, missed; {at})"
 
 
@@ -322,7 +316,7 @@ def test_the_report_of_a_gpu_is_of_graphs():
     rows += [make("mtu-triton+graphs@each", 3.8), make("stock", 4.0, **two), make("mtu-triton+graphs", 2.0, **two)]
     xl = {"workload": Workload(model="sdxl", size=1024, B=8), "setting": Setting(1, None, 4), "group": "xl"}
     rows += [make("stock+graphs", 4.0, **xl), make("mtu-triton+graphs", 4.4, **xl)]
-    values = [line.partition(": ")[2].split(";")[0] for line in report(rows, targets=TARGETS)[1:]]
+    values = [line.partition(": ")[2].split(";")[0] for line in report(rows, TARGETS, TESTED)[1:]]
     assert values == [
         "0.950 (at most 1.00",
         "1.100 (at most 0.97, missed",
@@ -345,27 +339,29 @@ def test_the_report_of_a_gpu_is_of_graphs():
 )
 def test_other_rows_are_not_what_the_target_is_of(changes):
     rows = [make_row(name, 1.0, **changes) for name in ("stock", "mtu-cpp")]
-    assert pairs_of(TARGETS["cpu"][0], rows, "mtu-cpp") == []
-
-
-@pytest.mark.parametrize("device", TARGETS)
-def test_targets_are_of_contenders_and_columns_that_exist(device):
-    tested = {"cuda": "mtu-triton", "cpu": "mtu-cpp"}[device]
-    for target in TARGETS[device]:
-        assert {target.quantity, target.to_quantity or target.quantity} <= {*TABLE.columns}
-        assert {name.format(tested=tested) for name in (target.of, target.to)} <= {*CONTENDERS}
+    assert TARGETS["cpu"][0].of(rows, "mtu-cpp") == []
 
 
 def test_settings_that_make_no_difference_to_a_contender_are_left_out():
-    for name in CONTENDERS:
-        routed = name.startswith("mtu-") and "folded" not in name
-        mixed = name.startswith(("four", "swapped", "lora"))
-        assert heeded(name, DENSE) == (DENSE if routed else Setting(tasks=4) if mixed else Setting()), name
+    for name, contender in CONTENDERS.items():
+        routed = contender.implementation.source == "upcycled"
+        mixed = contender.implementation.source in ("four", "swapped", "hotswap", "per-sample")
+        expected = DENSE if routed else Setting(tasks=4) if mixed else Setting()
+        assert contender.relevant(DENSE) == expected, name
+
+
+def test_names_say_the_family_the_run_and_the_variant():
+    for name, contender in CONTENDERS.items():
+        run = "" if contender.run is None else f"+{contender.run.name}"
+        assert name == contender.family + run + (f"@{contender.variant}" if contender.variant else "")
+        assert contender.implementation.source in BUILDERS
+    assert sibling("mtu-cpp", run="graphs", variant=ONE_BY_ONE) == "mtu-cpp+graphs@each"
+    assert sibling("lora-per-sample", run="graphs") == ""
 
 
 def test_rows_are_compared_within_their_group_only():
     rows = [make_row("stock", 1.0, group="a"), make_row("mtu-cpp", 1.0, group="b")]
-    assert "not measured" in report(rows, targets=TARGETS)[1]
+    assert "not measured" in report(rows, TARGETS, TESTED)[1]
 
 
 def test_rows_survive_a_file(tmp_path):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks.harness.correctness import WrongResult
-from benchmarks.harness.sweeps import heeded
 from benchmarks.harness.workloads import Setting, Workload
-from benchmarks.models.unet_contenders import CONTENDERS
+from benchmarks.models.unet_catalogue import CONTENDERS
+from benchmarks.models.unet_contenders import build
 from benchmarks.models.unet_models import (
     TASKS,
     Family,
@@ -28,7 +28,11 @@ DENSE, TOP_2 = Setting(4, None, 4), Setting(4, 2, 4)
 WORKLOAD = Workload(model="tiny", size=64, B=4)
 draw = functools.partial(draw_batch, device=CPU)
 # Triton runs on GPUs, or takes its time.
-HERE = [name for name, contender in CONTENDERS.items() if not contender.compiles and "triton" not in name]
+HERE = [
+    name
+    for name, contender in CONTENDERS.items()
+    if not contender.compiles and contender.implementation.backend != "triton"
+]
 PEERS = ["four-unets", "swapped-unets", "lora-hotswap", "lora-per-sample"]
 
 
@@ -92,8 +96,8 @@ def test_copies_share_memory_but_not_what_is_done_to_them():
 
 @pytest.mark.parametrize("name", HERE)
 def test_contenders_compute_what_the_original_does(name):
-    setting = heeded(name, DENSE)
-    subject = CONTENDERS[name].build(family(), setting)
+    setting = CONTENDERS[name].relevant(DENSE)
+    subject = build(CONTENDERS[name], family(), setting)
     workload = WORKLOAD._replace(branches=2)
     batch = draw(workload, tasks=setting.tasks)
     output = subject.predict(batch)
@@ -109,7 +113,7 @@ def test_contenders_compute_what_the_original_does(name):
 
 @pytest.mark.parametrize("name", PEERS)
 def test_peers_give_each_sample_its_task(name):
-    peer = CONTENDERS[name].build(fine_tuned := Family("tiny", "fp32", CPU), Setting(tasks=4))
+    peer = build(CONTENDERS[name], fine_tuned := Family("tiny", "fp32", CPU), Setting(tasks=4))
     for task in range(TASKS):
         fine_tuned.fine_tuned(task).conv_out.bias.data += task
     if peer.settle is not None:
@@ -127,7 +131,7 @@ def test_peers_give_each_sample_its_task(name):
 
 def test_weights_are_counted_once_for_each_storage():
     names = ("stock", "mtu-eager", "mtu-eager@routers", "four-unets", "swapped-unets", "lora-per-sample")
-    subjects = {name: CONTENDERS[name].build(family(), heeded(name, DENSE)) for name in names}
+    subjects = {name: build(CONTENDERS[name], family(), CONTENDERS[name].relevant(DENSE)) for name in names}
     held = {name: subject.weight_bytes(CPU) for name, subject in subjects.items()}
     stock = held["stock"]
     assert stock == sum(p.numel() * 2 for p in family().original().parameters())
@@ -176,7 +180,7 @@ def test_what_is_computed_wrongly_is_not_timed(setting, spoil):
     # The last row is not among those that are compared.
     batch = draw(WORKLOAD._replace(B=5), tasks=4)
     held_to = yardstick(setting if setting.K else Setting())
-    subject = CONTENDERS["mtu-eager"].build(family(), setting)
+    subject = build(CONTENDERS["mtu-eager"], family(), setting)
     held_to.check(subject.predict(batch), branches=1)
     spoil(subject.unets[0])
     with pytest.raises(WrongResult, match=r"the UNet's output must be torch.bfloat16 within .* of float32, got"):

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.harness.workloads import DENSE, Setting
 from benchmarks.models import import_time
-from benchmarks.models.unet_rows import TARGETS
+from benchmarks.models.unet_targets import TARGETS
 from benchmarks.pages import markdown, page, tables_ffn, tables_models
 from benchmarks.pipelines import pipeline_psnr
 

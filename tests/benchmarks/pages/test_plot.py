@@ -5,7 +5,7 @@ from matplotlib.image import imread
 
 from benchmarks.ffn.roofline import marks
 from benchmarks.harness.workloads import DENSE, Setting
-from benchmarks.models.steps import deployed, label, scenes, unusual, usual
+from benchmarks.models.steps import Case, case_of, comparisons, deployed, scenes, usual
 from benchmarks.pages import plot, plot_growth, plot_roofline, plot_unet
 
 from ..page_cases import STEPS, grown, make_roofs, make_step, write_rows
@@ -20,25 +20,26 @@ def colors(path):
 
 
 def test_labels_say_what_is_unusual():
-    assert label(make_step("mtu-cpp+graphs", 1)) == "mtu-cpp+graphs"
-    assert label(make_step("mtu-cpp", 1, setting=Setting(8, 2, 4))) == "mtu-cpp, top-2 of 8"
-    assert label(make_step("mtu-cpp", 1, setting=Setting(4, 2, 1))) == "mtu-cpp, top-2 of 4, one task"
-    assert label(make_step("mtu-cpp", 1, setting=Setting(8))) == "mtu-cpp, 8 experts, one task"
-    assert label(make_step("mtu-cpp", 1, setting=Setting(1, DENSE, 4), model="sdxl")) == "mtu-cpp"
+    assert str(case_of(make_step("mtu-cpp+graphs", 1))) == "mtu-cpp+graphs"
+    assert str(case_of(make_step("mtu-cpp", 1, setting=Setting(8, 2, 4)))) == "mtu-cpp, top-2 of 8"
+    assert str(case_of(make_step("mtu-cpp", 1, setting=Setting(4, 2, 1)))) == "mtu-cpp, top-2 of 4, one task"
+    assert str(case_of(make_step("mtu-cpp", 1, setting=Setting(8)))) == "mtu-cpp, 8 experts, one task"
+    assert str(case_of(make_step("mtu-cpp", 1, setting=Setting(1, DENSE, 4), model="sdxl"))) == "mtu-cpp"
     # One sample has one task, whatever was asked for; the original and a folded task know of none.
-    assert label(make_step("mtu-cpp", 1, B=1)) == "mtu-cpp"
-    assert label(make_step("stock", 1)) == "stock"
-    assert label(make_step("mtu-cpp-folded", 1)) == "mtu-cpp-folded"
-    assert label(make_step("four-unets", 1, setting=Setting(4, DENSE, 1))) == "four-unets, one task"
+    assert str(case_of(make_step("mtu-cpp", 1, B=1))) == "mtu-cpp"
+    assert str(case_of(make_step("stock", 1))) == "stock"
+    assert str(case_of(make_step("mtu-cpp-folded", 1))) == "mtu-cpp-folded"
+    assert str(case_of(make_step("four-unets", 1, setting=Setting(4, DENSE, 1)))) == "four-unets, one task"
 
 
 def test_steps_are_relative_to_the_original_of_their_group():
     rows = [make_step("stock", 1000), make_step("mtu-cpp", 900), make_step("stock", 10, group="other")]
     rows += [make_step("mtu-cpp", 1, B=2, group="alone")]
-    (labels,) = scenes(rows).values()
-    assert labels["mtu-cpp"][4].relative(900) == 0.9
-    assert labels["mtu-cpp"][2].original is None
-    assert labels["mtu-cpp"][2].relative(1) is None
+    (cases,) = scenes(rows).values()
+    steps = cases[Case("mtu-cpp")]
+    assert steps[4].relative(900) == 0.9
+    assert steps[2].original is None
+    assert steps[2].relative(1) is None
 
 
 def test_what_is_unusual_is_divided_by_the_usual_row_of_the_group():
@@ -46,22 +47,22 @@ def test_what_is_unusual_is_divided_by_the_usual_row_of_the_group():
     rows = [make_step("mtu-cpp", 100), make_step("mtu-cpp", 98, setting=one_task)]
     rows += [make_step("mtu-cpp", 80, setting=top_2), make_step("mtu-cpp", 79, setting=top_2._replace(tasks=1))]
     rows += [make_step("mtu-cpp@each", 130), make_step("mtu-cpp@routers", 50, group="other")]
-    (labels,) = scenes(rows).values()
+    (cases,) = scenes(rows).values()
     ratios = {
-        name: own.row.median_us / plain.row.median_us
-        for name, pairs in unusual(labels).items()
-        for own, plain in pairs.values()
+        str(case): own.row.median_us / plain.row.median_us
+        for case, comparison in comparisons(cases).items()
+        for own, plain in comparison.pairs.values()
     }
     assert ratios == {"mtu-cpp, one task": 0.98, "mtu-cpp, top-2 of 4": 0.8, "mtu-cpp@each": 1.3}
-    assert list(usual(labels)) == ["mtu-cpp"]
+    assert list(usual(cases)) == [Case("mtu-cpp")]
 
 
 def test_deployed_are_four_tasks_or_the_largest_batch():
     rows = [make_step(name, time, B=B) for name, time in STEPS.items() for B in (2, 4, 8)]
-    ((B, steps),) = (deployed(labels) for labels in scenes(rows).values())
+    ((B, steps),) = (deployed(cases) for cases in scenes(rows).values())
     assert B == 4
-    assert list(steps) == ["stock", "stock+graphs", "mtu-triton", "mtu-triton+graphs", "four-unets"]
-    ((B, _),) = (deployed(labels) for labels in scenes([row for row in rows if row.workload.B != 4]).values())
+    assert list(map(str, steps)) == ["stock", "stock+graphs", "mtu-triton", "mtu-triton+graphs", "four-unets"]
+    ((B, _),) = (deployed(cases) for cases in scenes([row for row in rows if row.workload.B != 4]).values())
     assert B == 8
 
 

@@ -14,9 +14,9 @@ from benchmarks.harness.provenance import provenance
 from benchmarks.harness.rows import Row
 from benchmarks.harness.workloads import Workload
 from benchmarks.pipelines import pipeline, pipeline_models, pipeline_psnr, sameness
+from benchmarks.pipelines.pipeline_contenders import TABLE, comparison
 from benchmarks.pipelines.pipeline_models import draw_samples, hold_images, sharing_copy, stock_rows, unet_rows
 from benchmarks.pipelines.pipeline_psnr import STOCK, compare, psnr, squared_errors, standard_error, verdict
-from benchmarks.pipelines.pipeline_rows import TABLE, comparison
 from mtu.recipes.icons.base import BaseConfig, new_pipeline, save_model
 from mtu.recipes.icons.denoiser import DenoiserConfig
 from mtu.recipes.icons.text import TextConfig

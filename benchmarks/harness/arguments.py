@@ -1,0 +1,60 @@
+"""Arguments that several commands take, and how they are read."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from benchmarks.harness.workloads import DENSE
+
+# D×L: width and tokens of the transformer blocks.
+SHAPE_SETS: dict[str, tuple[tuple[int, int], ...]] = {
+    "sd15": ((320, 4096), (640, 1024), (1280, 256), (1280, 64)),
+    "sdxl": ((640, 4096), (1280, 1024)),
+    # Batches of SD 1.5 flattened to the token counts that the CPU targets are stated for.
+    "cpu": ((320, 8192), (640, 2048), (1280, 512), (1280, 128)),
+}
+
+
+def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
+    """Shapes of the command line: DxL and names of sets, separated by commas."""
+    shapes: list[tuple[int, int]] = []
+    for name in text.split(","):
+        width, _, tokens = name.partition("x")
+        if name in SHAPE_SETS:
+            shapes += SHAPE_SETS[name]
+        elif width.isdecimal() and tokens.isdecimal() and int(width) and int(tokens):
+            shapes.append((int(width), int(tokens)))
+        else:
+            sets = ", ".join(SHAPE_SETS)
+            raise argparse.ArgumentTypeError(f"unknown shape {name!r}: expected DxL as in 320x4096, or one of {sets}.")
+    return tuple(shapes)
+
+
+def parse_choices(text: str, known: Sequence[str], noun: str) -> tuple[str, ...]:
+    """Names of the command line, separated by commas; "all" stands for all that are known."""
+    names = tuple(known) if text == "all" else tuple(text.split(","))
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"unknown {noun} {name!r}: expected some of {', '.join(known)}.")
+    return names
+
+
+def parse_counts(text: str) -> tuple[int, ...]:
+    """Positive whole numbers of the command line, separated by commas."""
+    counts = text.split(",")
+    if not all(count.isdecimal() and int(count) for count in counts):
+        raise argparse.ArgumentTypeError(f"expected positive whole numbers such as 1,8, got {text!r}.")
+    return tuple(int(count) for count in counts)
+
+
+def parse_count(text: str, least: int = 1) -> int:
+    """A whole number of the command line."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}.")
+    return int(text)
+
+
+def parse_top_k(text: str) -> tuple[int | None, ...]:
+    """Numbers of active experts of the command line, separated by commas; "dense" stands for all of them."""
+    return tuple(DENSE if name == "dense" else parse_counts(name)[0] for name in text.split(","))

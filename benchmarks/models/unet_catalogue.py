@@ -1,0 +1,105 @@
+"""The contenders of whole UNets as data: what each is made from, how it is run. Building them is not done here."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from benchmarks.harness.contenders import ALL, Contender, Run
+
+ORIGINAL = "stock"
+ONE_BY_ONE, ROUTERS = "each", "routers"
+RUNS = {
+    run.name: run
+    for run in (
+        Run("channels-last", "with channels-last weights", "eager"),
+        Run("captured", "uncompiled, in CUDA graphs", "cudagraphs", graphs=True),
+        Run("compile", "compiled", "default"),
+        Run("graphs", "compiled, in CUDA graphs", "reduce-overhead", graphs=True),
+        Run("max", "compiled and tuned, in CUDA graphs", "max-autotune", graphs=True),
+    )
+}
+# By a user of torch, who has no other graphs than those of compiled code.
+_COMPILED = ("compile", "graphs", "max")
+_MULTITASK = ("tasks",)
+
+
+class UNets(NamedTuple):
+    """What a contender's UNets are.
+
+    Attributes:
+        source: what they are made from: a key of `unet_contenders.BUILDERS`.
+        backend: of upcycled ones.
+        by_user: compiled as a user of torch would, not by `mtu.compile`.
+    """
+
+    source: str
+    backend: str = ""
+    by_user: bool = False
+
+
+def _runs(family: str, contender: Contender, *runs: str) -> dict[str, Contender]:
+    """A contender as it is, and as it is run in other ways. The variant, if there is one, ends the name."""
+    variant = f"@{contender.variant}" * bool(contender.variant)
+    ways = {family + variant: contender._replace(family=family)}
+    for key in runs:
+        about = f"{contender.about}, {RUNS[key].about}"
+        ways[f"{family}+{key}{variant}"] = contender._replace(about=about, run=RUNS[key], family=family)
+    return ways
+
+
+def _of_backend(name: str) -> dict[str, Contender]:
+    about = f"upcycled, on the backend {name!r}"
+    unets, family = UNets("upcycled", name), f"mtu-{name}"
+    each = Contender(f"{about}, pictures one after another", unets, ALL, variant=ONE_BY_ONE)
+    routers = Contender(f"{about}, with its routers", unets, ALL, variant=ROUTERS)
+    return {
+        **_runs(family, Contender(about, unets, ALL), *RUNS),
+        **_runs(family, each, "graphs"),
+        **_runs(family, routers, "compile", "graphs"),
+    }
+
+
+def _folded(backend: str) -> dict[str, Contender]:
+    about = f"one task folded into plain layers, on the backend {backend!r}"
+    return _runs(f"mtu-{backend}-folded", Contender(about, UNets("folded", backend)), "compile", "graphs")
+
+
+_STOCK = Contender("the original UNet of diffusers", UNets("original"))
+_RECIPE = Contender("the original by diffusers' recipe", UNets("recipe", by_user=True))
+_FOUR = Contender("a UNet for each task, all resident", UNets("four"), _MULTITASK)
+_SWAPPED = Contender("one resident UNet, weights swapped in", UNets("swapped"), _MULTITASK)
+_HOTSWAP = Contender("adapters of rank 16 swapped between tasks", UNets("hotswap", by_user=True), _MULTITASK)
+_PER_SAMPLE = Contender("adapters of rank 16 mixed in a batch", UNets("per-sample"), _MULTITASK)
+CONTENDERS: dict[str, Contender] = {
+    **_runs(ORIGINAL, _STOCK, *RUNS),
+    **_runs("stock-recipe", _RECIPE, *_COMPILED),
+    **_of_backend("eager"),
+    **_of_backend("cpp"),
+    **_folded("cpp"),
+    **_of_backend("triton"),
+    **_folded("triton"),
+    **_runs("four-unets", _FOUR, "compile", "graphs"),
+    **_runs("swapped-unets", _SWAPPED, "compile", "graphs"),
+    **_runs("lora-hotswap", _HOTSWAP, "compile", "graphs"),
+    **_runs("lora-per-sample", _PER_SAMPLE),
+}
+
+
+def find(name: str) -> Contender:
+    """The contender of a row; rows of those that are not measured any more tell nothing but their name."""
+    return CONTENDERS.get(name) or Contender("not measured any more", UNets(""), family=name)
+
+
+def sibling(name: str, *, run: str | None = None, variant: str = "") -> str:
+    """Name of the contender of the same family that is run in another way; "" where there is none."""
+    wanted = (find(name).family, RUNS.get(run or ""), variant)
+    return next((key for key, c in CONTENDERS.items() if (c.family, c.run, c.variant) == wanted), "")
+
+
+def default_contenders(device: str) -> tuple[str, ...]:
+    """What is measured when nothing is named: on a CPU, where compiling takes minutes, what runs without."""
+    if device == "cpu":
+        return ("stock", "stock+channels-last", "mtu-eager", "mtu-cpp", "mtu-cpp+channels-last")
+    # Tuning takes minutes for each size.
+    tuned = RUNS["max"]
+    return tuple(name for name, c in CONTENDERS.items() if c.implementation.backend != "cpp" and c.run != tuned)

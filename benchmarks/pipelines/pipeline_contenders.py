@@ -1,0 +1,68 @@
+"""The contenders that make whole images, their rows in `results/pipeline_*.csv`, and how those compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from benchmarks.harness.contenders import ALL, Contender, Run
+from benchmarks.harness.rows import TIMES, Row, Table
+
+TABLE = Table(
+    "benchmarks.pipelines.pipeline",
+    (
+        *("group", "contender", "device", "model", "size", "images", "steps", "dtype", "E", "K", "tasks", "graph"),
+        *(*TIMES, "rounds", "warmup_s", "peak_bytes", "weight_bytes", "images_per_s"),
+    ),
+    times=".0f",
+    fields={"images": "B"},
+)
+
+
+class Calls(NamedTuple):
+    """How images of several tasks are asked for.
+
+    Attributes:
+        stock: of a stock pipeline for each task; or else of the upcycled model.
+        each: one task after another.
+    """
+
+    stock: bool
+    each: bool
+
+
+_RUNS = (
+    None,
+    Run("compile", "compiled", "default"),
+    Run("graphs", "compiled and in CUDA graphs", "reduce-overhead", graphs=True),
+)
+_FAMILIES = {
+    "stock-each": Contender("a stock pipeline for each task, all resident, one after another", Calls(True, True)),
+    "mtu": Contender("the upcycled model, one call for all tasks", Calls(False, False), ALL),
+    "mtu-each": Contender("the upcycled model, a call for each task", Calls(False, True), ALL),
+}
+CONTENDERS: dict[str, Contender] = {
+    family + (f"+{run.name}" if run else ""): contender._replace(
+        about=contender.about + (f", {run.about}" if run else ""), run=run, family=family
+    )
+    for run in _RUNS
+    for family, contender in _FAMILIES.items()
+}
+EAGER = tuple(name for name, contender in CONTENDERS.items() if contender.run is None)
+STOCK = "stock-each"
+
+
+def comparison(rows: Sequence[Row]) -> list[str]:
+    """For people: the time of each contender over that of the stock pipelines, run in the same way and eager."""
+    medians, lines = {row.contender: row.median_us for row in rows}, []
+    for row in rows:
+        runs = (CONTENDERS[row.contender].run, None)
+        stock = [name for run in runs for name, c in CONTENDERS.items() if (c.family, c.run) == (STOCK, run)]
+        ratios = [
+            f"{row.median_us / medians[name]:.3f} of {name}"
+            for name in dict.fromkeys(stock)
+            if name in medians and name != row.contender
+        ]
+        if ratios:
+            lines.append(f"{row.contender}: {', '.join(ratios)}")
+    return lines
