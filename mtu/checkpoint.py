@@ -173,7 +173,7 @@ def save_pretrained(save: Callable[..., None], given: dict[str, Any]) -> None:
     stem = re.escape(Path(SAFETENSORS_WEIGHTS_NAME).stem)
     weights = rf"{stem}{variant}(-\d{{5}}-of-\d{{5}})?\.safetensors|{stem}\.safetensors\.index{variant}\.json"
     with storage.replacing(given["save_directory"], re.compile(weights)) as folder:
-        save(folder, **rest, **extra)
+        save(str(folder), **rest, **extra)
 
 
 def load_pretrained(cls: type, load: Callable[..., Any], path: str | os.PathLike, kwargs: dict[str, Any]):

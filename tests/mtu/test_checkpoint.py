@@ -1,9 +1,12 @@
 """Whole checkpoints: same output after loading, and strictness."""
 
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from mtu import MTUUNet2DConditionModel
@@ -172,6 +175,20 @@ def test_another_variant_stays(folder):
     assert {path.name for path in folder.iterdir()} == {
         "config.json", WEIGHTS, "diffusion_pytorch_model.ema.safetensors"
     }  # fmt: skip
+
+
+def test_uploads_are_named_by_the_folder_and_other_processes_stay_out_of_the_way(tmp_path, monkeypatch):
+    uploads = []
+    monkeypatch.setattr("diffusers.models.modeling_utils.create_repo", lambda name, **_: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr("diffusers.models.modeling_utils.load_or_create_model_card", lambda *_, **__: ModelCard("card"))
+    monkeypatch.setattr("diffusers.models.modeling_utils.populate_model_card", lambda card: card)
+    monkeypatch.setattr(MTUUNet2DConditionModel, "_upload_folder", lambda self, folder, name, **_: uploads.append(
+        (name, sorted(os.listdir(folder)))))  # fmt: skip
+    upcycled_unet().save_pretrained(str(tmp_path / "mine"), push_to_hub=True)
+    assert uploads == [("mine", ["README.md", "config.json", WEIGHTS])]
+    assert sorted(os.listdir(tmp_path / "mine")) == ["README.md", "config.json", WEIGHTS]
+    upcycled_unet().save_pretrained(tmp_path / "other", is_main_process=False)
+    assert os.listdir(tmp_path / "other") == [WEIGHTS]
 
 
 def test_saving_to_a_file_raises(tmp_path):
