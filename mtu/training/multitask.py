@@ -192,7 +192,8 @@ class MultiTaskLoss:
     def settings(self) -> dict[str, Any]:
         """What determines the loss of a step; how it is computed, as the device may have it, is left out."""
         config = {k: v for k, v in asdict(self.config).items() if k not in ("autocast", "shards")}
-        examples = {name: len(latents.target) for name, latents in self.data.tasks.items()}
+        # In their order, as the draws follow it.
+        examples = [[name, len(latents.target)] for name, latents in self.data.tasks.items()]
         return {**config, "examples": examples, "prediction_type": self.prediction_type}
 
     def __call__(self, step: int) -> Tensor:
