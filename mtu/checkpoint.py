@@ -14,10 +14,9 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mtu import storage, task_rows
+from mtu import in_memory, storage, task_rows
 from mtu.config import ExpertConfig
 from mtu.export import stock_config
-from mtu.plain_linear import is_plain_linear
 from mtu.tasks import TaskSpec, as_task_specs
 
 if TYPE_CHECKING:
@@ -57,6 +56,7 @@ def load_task(
     unet: "MTUUNet2DConditionModel", directory: str | os.PathLike, replace: bool, name: str | None = None
 ) -> int:
     """Read what `save_task` wrote into a new task, or over the one of that name; returns its id."""
+    task_rows.check_surgery(unet, "load_task")
     description, rows = storage.read(directory, _task_stem(directory, name))
     spec = TaskSpec.from_dict(_entry(description, "task", directory))
     _check_architecture(description, _architecture(unet), directory)
@@ -107,15 +107,13 @@ def save_trained(unet: "MTUUNet2DConditionModel", directory: str | os.PathLike) 
     """Write the trained parameters alone, with what is needed to rebuild the model over its base.
 
     Raises:
-        ValueError: the routers were dropped, or adapters are loaded.
+        ValueError: the routers were dropped, adapters are loaded, or weights are quantized or on the meta device.
     """
     if unet.task_embedding is None:
         raise ValueError("Trained parameters include the routers, which were dropped: expected a model with routers.")
-    linears = (".ff.net.0.proj", ".ff.net.2", ".ff.router.linear_1", ".ff.router.linear_2")
-    for name, module in unet.named_modules():
-        if name.endswith(linears) and not is_plain_linear(module):
-            raise ValueError(f"{name} is a {type(module).__name__}: unload adapters and offloading before saving.")
-    tensors = {name: parameter.detach() for name, parameter in unet.named_trainable_parameters()}
+    in_memory.check_plain(unet, "save_trained")
+    in_memory.check_values(unet, "save_trained")
+    tensors = in_memory.read_tensors(unet, {name for name, _ in unet.named_trainable_parameters()})
     description = {
         "tasks": [spec.to_dict() for spec in unet.tasks],
         "experts": dataclasses.asdict(unet.expert_config),

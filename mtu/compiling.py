@@ -86,7 +86,8 @@ def compile(model: Model, mode: str = "auto", *, max_sizes: int = 8) -> Model:
         raise ValueError(f"mode must be one of {', '.join(('auto', *_MODES))}, but got {mode!r}.")
     if not isinstance(max_sizes, int) or max_sizes < 1:
         raise ValueError(f"max_sizes must be an integer ≥ 1, but got {max_sizes!r}.")
-    if mode != "eager" and any(map(is_replaced, unet.modules())):
+    is_offloaded = any(map(is_replaced, unet.modules()))
+    if mode != "eager" and is_offloaded:
         raise ValueError(
             "A model that stays on its device is needed, but this UNet is offloaded: compile one that is not."
         )
@@ -94,7 +95,8 @@ def compile(model: Model, mode: str = "auto", *, max_sizes: int = 8) -> Model:
     plan = _MODES[("reduce-overhead" if on_cuda else "eager") if mode == "auto" else mode]
     if plan.graphs and not on_cuda:
         raise ValueError(f"mode={mode!r} needs a UNet on a CUDA device, but this one is on {unet.device}.")
-    unet.to(memory_format=torch.channels_last)
+    if not is_offloaded:
+        unet.to(memory_format=torch.channels_last)
     # The place where `nn.Module.compile` puts what calls go through.
     unet._compiled_call_impl = None if plan == _MODES["eager"] else CompiledCalls(unet, plan, max_sizes)
     return model
@@ -351,13 +353,16 @@ def _rows(unet: UNet2DConditionModel, batch: int | tuple[str, ...]) -> int:
 def _example(unet: UNet2DConditionModel, rows: int, height: int, width: int, text_tokens: int) -> Inputs:
     """Arguments of a call of this size."""
     config = unet.config
+    # Where parameters are offloaded to the meta device, calls take their inputs from anywhere.
+    is_offloaded = unet.device.type == "meta" and any(map(is_replaced, unet.modules()))
+    device = torch.device("cpu") if is_offloaded else unet.device
 
     def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=unet.dtype, device=unet.device)
+        return torch.zeros(shape, dtype=unet.dtype, device=device)
 
     inputs = {
         "sample": zeros(rows, config.in_channels, height, width),
-        "timestep": torch.zeros((), device=unet.device),
+        "timestep": torch.zeros((), device=device),
         "encoder_hidden_states": zeros(rows, text_tokens, config.cross_attention_dim),
     }
     if config.time_cond_proj_dim is not None:

@@ -7,6 +7,7 @@ from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from mtu import in_memory
 from mtu_kernels import Routing, dense_weights
 
 if TYPE_CHECKING:
@@ -49,12 +50,12 @@ def export_task(unet: "MTUUNet2DConditionModel", index: int, *, prune: bool = Fa
         A `UNet2DConditionModel` with in_channels = 4 + the task's condition channels.
 
     Raises:
-        ValueError: the hidden width is not that of a stock FFN, and `prune` is false; or the model holds adapters.
-        RuntimeError: the parameters are not here (offloaded to another place).
+        ValueError: the hidden width is not that of a stock FFN, and `prune` is false; or the model holds adapters, or
+            quantized or sharded tensors.
     """
-    if any(p.is_meta for p in unet.parameters()) and any(hasattr(m, "_hf_hook") for m in unet.modules()):
-        raise RuntimeError("Some parameters are offloaded: expected a model that is wholly in memory.")
-    blocks = unet.routed_blocks()
+    in_memory.check_plain(unet, "export_task")
+    source = in_memory.in_memory(unet, computed=True)
+    blocks = source.routed_blocks()
     for name, block in blocks.items():
         hidden, stock = block.ff.net[2].in_features, 4 * block.dim
         if hidden != stock and not prune:
@@ -62,13 +63,13 @@ def export_task(unet: "MTUUNet2DConditionModel", index: int, *, prune: bool = Fa
                 f"{name} has {hidden} hidden units, but a stock configuration holds {stock}: pass prune=True for a "
                 "model in memory."
             )
-    channels = unet.conv_in.latent_channels + unet.tasks[index].condition_channels
-    state = dict(unet.state_dict())
+    channels = source.conv_in.latent_channels + unet.tasks[index].condition_channels
+    state = dict(source.state_dict())
     for name in [key for key in state if ".ff.router." in key or key.startswith("task_embedding.")]:
         del state[name]
     state["conv_in.weight"] = state["conv_in.weight"][index, :, :channels]
     state["conv_in.bias"] = state["conv_in.bias"][index]
-    embedding = None if unet.task_embedding is None else unet.task_embedding.weight
+    embedding = None if source.task_embedding is None else source.task_embedding.weight
     widths = {}
     for name, block in blocks.items():
         for key, tensor in _folded_block(block, index, embedding, prune).items():

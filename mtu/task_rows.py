@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from mtu import in_memory
 from mtu.conv_in import TaskConvIn
 from mtu.norm import TaskLayerNorm
 from mtu.router import RoutingTable
@@ -14,7 +15,7 @@ from mtu.tasks import TaskSpec
 if TYPE_CHECKING:
     from mtu.unet import MTUUNet2DConditionModel
 
-__all__ = ["add_task", "get_task_rows", "remove_task", "set_task_rows_"]
+__all__ = ["add_task", "check_surgery", "get_task_rows", "remove_task", "set_task_rows_"]
 
 
 def add_task(unet: "MTUUNet2DConditionModel", spec: TaskSpec, source: int) -> int:
@@ -29,6 +30,7 @@ def add_task(unet: "MTUUNet2DConditionModel", spec: TaskSpec, source: int) -> in
         raise ValueError(f"A task named {spec.name!r} exists already; expected a new name.")
     if unet.task_embedding is None:
         raise ValueError("No task can be added once the routers are dropped: expected a model with routers.")
+    check_surgery(unet, "add_task")
     specs = (*unet.tasks, spec)
     _select_rows_(unet, specs, [*range(len(unet.tasks)), source])
     return len(specs) - 1
@@ -43,13 +45,27 @@ def remove_task(unet: "MTUUNet2DConditionModel", index: int) -> None:
     specs = unet.tasks
     if len(specs) == 1:
         raise ValueError(f"{specs[0].name!r} is the only task of this model: a model needs at least one.")
+    check_surgery(unet, "remove_task")
     kept = [i for i in range(len(specs)) if i != index]
     _select_rows_(unet, tuple(specs[i] for i in kept), kept)
 
 
+def check_surgery(unet: "MTUUNet2DConditionModel", action: str) -> None:
+    """Raise a ValueError unless what is put in the place of per-task tensors reaches the calls of the model."""
+    in_memory.check_no_hooks(unet, action)
+    _check_rows(unet, action)
+
+
 def get_task_rows(unet: "MTUUNet2DConditionModel", index: int) -> dict[str, Tensor]:
-    """The tensors that task id `index` alone owns, under the names of the packed ones."""
-    return {name: tensor[index] for name, tensor in _packed_tensors(unet).items()}
+    """The tensors that task id `index` alone owns, under the names of the packed ones.
+
+    Raises:
+        ValueError: what holds them is wrapped, or they are sharded or without values.
+    """
+    _check_rows(unet, "reading a task's rows")
+    in_memory.check_values(unet, "Reading a task's rows")
+    tensors = in_memory.read_tensors(unet, _packed_tensors(unet))
+    return {name: tensor[index] for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
@@ -60,6 +76,27 @@ def set_task_rows_(unet: "MTUUNet2DConditionModel", index: int, rows: dict[str, 
         target = packed[name][index]
         target.zero_()
         target[tuple(slice(size) for size in row.shape)].copy_(row)
+    _release_routing(unet)
+
+
+def _check_rows(unet: "MTUUNet2DConditionModel", action: str) -> None:
+    owners = [(f"{name}.norm3", block.norm3, TaskLayerNorm) for name, block in unet.routed_blocks().items()]
+    owners.append(("conv_in", unet.conv_in, TaskConvIn))
+    if unet.task_embedding is not None:
+        owners.append(("task_embedding", unet.task_embedding, nn.Embedding))
+    for name, module, kind in owners:
+        if type(module) is not kind:
+            raise ValueError(
+                f"Unload adapters before {action}: {name} is a {type(module).__name__} around what it was."
+            )
+        in_memory.check_plain(module, action)
+
+
+def _release_routing(unet: "MTUUNet2DConditionModel") -> None:
+    """Have routers run again also within `hold_routing`: what they held is of other tasks."""
+    for router in unet.routers():
+        router.release()
+        router.invalidate()
 
 
 def _packed_tensors(unet: "MTUUNet2DConditionModel") -> dict[str, Tensor]:
@@ -94,3 +131,4 @@ def _select_rows_(unet: "MTUUNet2DConditionModel", specs: tuple[TaskSpec, ...], 
         weight[i, :, :width] = old[i, :, :width]
     conv.set_rows_(weight, conv.bias[index], counts)
     unet.register_to_config(tasks=[spec.to_dict() for spec in specs])
+    _release_routing(unet)

@@ -17,7 +17,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 import mtu_kernels
-from mtu import checkpoint, export, task_rows
+from mtu import checkpoint, export, in_memory, task_rows
 from mtu.config import ExpertConfig, NormMode
 from mtu.conv_in import TaskConvIn
 from mtu.diffusers_compat import expand_block_scales, with_stock_signature
@@ -272,19 +272,21 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             if isinstance(module, owners) and (not isinstance(module, nn.Embedding) or name == "task_embedding")
             for parameter in module.parameters()
         }
-        return [(name, parameter) for name, parameter in self.named_parameters() if id(parameter) in trainable]
+        return [(name, p) for name, p in in_memory.without_adapters(self) if id(p) in trainable]
 
     def freeze_stock_parameters_(self) -> None:
         """Let gradients reach `trainable_parameters` only."""
         self.requires_grad_(False)
         for parameter in self.trainable_parameters():
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(parameter.is_floating_point())  # quantizers keep integers
 
     @torch.no_grad()
     def router_weights(self) -> Tensor:
         """Routing weights (layers, T, E) float32, zero for inactive experts."""
-        embedding = self.embedding_table(self.task_device)
-        tables = [layer.router(embedding) for layer in self.routed_layers()]
+        # Hooks that bring parameters in are around whole blocks where those are offloaded to disk by groups.
+        unet = in_memory.in_memory(self) if in_memory.is_grouped_on_disk(self) else self
+        embedding = unet.embedding_table(unet.task_device)
+        tables = [layer.router(embedding) for layer in unet.routed_layers()]
         return torch.stack([mtu_kernels.dense_weights(table, self.config.num_experts) for table in tables]).clone()
 
     @torch.no_grad()
@@ -294,10 +296,11 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         The output stays the same; routers can no longer be trained and no task added.
 
         Raises:
-            ValueError: they are dropped already.
+            ValueError: they are dropped already, or under group offloading.
         """
         if self.task_embedding is None:
             raise ValueError("The routers of this model were dropped already; expected a model with routers.")
+        in_memory.check_no_group_hooks(self, "drop_routers_")
         embedding = self.embedding_table(self.task_device)
         for layer in self.routed_layers():
             routing = layer.router(embedding)
@@ -360,7 +363,8 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
     @functools.wraps(UNet2DConditionModel.save_pretrained)
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(super().save_pretrained).bind(*args, **kwargs).arguments
-        checkpoint.save_pretrained(super().save_pretrained, given)
+        model = in_memory.to_be_saved(self, "save_pretrained")
+        checkpoint.save_pretrained(functools.partial(UNet2DConditionModel.save_pretrained, model), given)
 
     def save_task(self, directory: str | os.PathLike, name: str) -> None:
         """Save what task `name` alone owns (embedding, norms, input convolution); a folder can hold several tasks."""

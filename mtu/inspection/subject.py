@@ -85,8 +85,11 @@ def read_subject(model: str | os.PathLike | UNet2DConditionModel) -> Subject:
     """The subject that a built-in name, a folder or a UNet stands for; of a folder only config.json is read.
 
     Raises:
+        TypeError: neither a UNet nor a name.
         ValueError: no such folder, or not that of a UNet.
     """
+    if not isinstance(model, str | os.PathLike | UNet2DConditionModel):
+        raise TypeError(f"A UNet or the folder of one is expected, but got a {type(model).__name__}.")
     if isinstance(model, str) and model in BUILT_IN:
         return Subject(model, BUILT_IN[model], None, _LATENT_FACTOR)
     if isinstance(model, UNet2DConditionModel):

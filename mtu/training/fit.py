@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from tqdm import tqdm
 
+from mtu import in_memory
 from mtu.plain_linear import RouterLinear
 from mtu.storage import make_folder
 from mtu.training.checkpoint import check_free, load_checkpoint, remove_checkpoint, save_checkpoint
@@ -359,6 +360,9 @@ def fit(
         raise ValueError("fit: resume continues the checkpoint that overwrite deletes: expected one of them, got both.")
     if directory is not None and not (resume or overwrite):
         check_free(directory)
+    for module in modules.values():
+        in_memory.check_trainable(module, "fit")
+        in_memory.check_values(module, "fit")
     torch.manual_seed(config.seed)
     training, losses = Training(modules, parameters, config, getattr(loss_fn, "settings", None)), []
     if directory is not None:

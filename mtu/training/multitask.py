@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from mtu import in_memory
 from mtu.pipelines import MTUPipeline
 from mtu.pipelines.inputs import condition_image
 from mtu.tasks import TaskSpec
@@ -163,12 +164,14 @@ class MultiTaskLoss:
 
     Raises:
         ValueError: a prediction type that is neither "epsilon" nor "v_prediction", or "epsilon" on a schedule that ends
-            in noise alone; data without tasks or examples, or of other tasks or shapes than the model's.
+            in noise alone; data without tasks or examples, or of other tasks or shapes than the model's; or a UNet that
+            is offloaded or under layerwise casting.
 
     Source: MTU (arXiv 2503.11905) eq. 2; dropout of conditions: InstructPix2Pix (arXiv 2211.09800) §3.2.
     """
 
     def __init__(self, pipeline: MTUPipeline, data: EncodedTasks, config: MultiTaskConfig) -> None:
+        in_memory.check_trainable(pipeline.unet, "MultiTaskLoss")
         self.unet, self.data, self.config = pipeline.unet, data, config
         self.scheduler: DDPMScheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.prediction_type = self.scheduler.config.prediction_type

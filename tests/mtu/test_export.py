@@ -175,7 +175,7 @@ def test_adapters_and_fused_projections_raise():
         unet.export_task("edit")
     unet = upcycled_unet()
     unet.add_adapter(LoraConfig(target_modules=["ff.net.2"]))
-    with pytest.raises(ValueError, match=r"Unload adapters .*base_layer"):
+    with pytest.raises(ValueError, match=r"Unload adapters, .*ff.net.2 is a Linear of peft"):
         unet.export_task("edit")
 
 
