@@ -64,7 +64,7 @@ def _candidate(product: str, arch: str, shapes: Sequence[Shape], tile: TileConfi
                 return Candidate(tile, None, (), (f"{type(error).__name__}: {' '.join(str(error).split())[-120:]}",))
             done[key] = compiled
             first = first or compiled
-            named = NamedLaunch(f"{product} {shape}", "bf16", None, launch)
+            named = NamedLaunch(f"{product} {shape}", "bf16", None, launch, shape)
             wrong |= dict.fromkeys(violations(Result(arch, named, (), compiled._replace(launch=launch))))
             if arch in GPUS:
                 program = read_tile(compiled, arch).program(depth_of(product, shape))

@@ -40,12 +40,21 @@ class Call(NamedTuple):
 
 
 class NamedLaunch(NamedTuple):
-    """A launch, what it belongs to, and the row of the table that it shows, if any."""
+    """A launch, and what it belongs to.
+
+    Attributes:
+        name: of that, for people.
+        row: of the table, if it shows one.
+        shape: of the call or the product.
+        phase: of the call: "inference", "training", "backward", or "backward, recomputing".
+    """
 
     name: str
     dtype: str
     row: TableRow | None
     launch: Launch
+    shape: Shape
+    phase: str = ""
 
 
 class Block(NamedTuple):
@@ -111,7 +120,7 @@ def record(call: Call, arch: str, *, recompute: bool = True) -> Iterator[NamedLa
         if name == "training":
             saved = results[1:]
         for launch in launches:
-            yield NamedLaunch(f"{name} {call}", call.dtype, None, launch)
+            yield NamedLaunch(f"{name} {call}", call.dtype, None, launch, call.shape, name)
 
 
 def record_rows(rows: Iterable[TableRow]) -> Iterator[NamedLaunch]:
@@ -127,7 +136,7 @@ def record_rows(rows: Iterable[TableRow]) -> Iterator[NamedLaunch]:
         )
         for dtype in (name for name, bits in BITS.items() if bits == key.bits):
             for step in prepare(key.product, draw_operands(shape, dtype, "meta"), row.tile).steps:
-                yield NamedLaunch(f"{key.product} {shape}", dtype, row, step)
+                yield NamedLaunch(f"{key.product} {shape}", dtype, row, step, shape)
 
 
 def record_others(dtype: str) -> Iterator[NamedLaunch]:
@@ -136,11 +145,11 @@ def record_others(dtype: str) -> Iterator[NamedLaunch]:
     for product in (product for product in PRODUCTS if product not in PLAIN_PRODUCTS):
         for step in prepare(product, draw_operands(shape, dtype, "meta"), LIBRARY).steps:
             if isinstance(step, Launch):
-                yield NamedLaunch(f"{product} by the library, {shape}", dtype, None, step)
+                yield NamedLaunch(f"{product} by the library, {shape}", dtype, None, step, shape)
     routed = top_2(640, 1024)
     indices = draw_operands(routed, dtype, "meta").routing.indices
     valid = torch.empty(1, dtype=torch.int8, device="meta")
-    yield NamedLaunch(f"index check, {routed}", dtype, None, launch_index_check(indices, valid, routed.E))
+    yield NamedLaunch(f"index check, {routed}", dtype, None, launch_index_check(indices, valid, routed.E), routed)
 
 
 def _tensors(call: Call) -> tuple[tuple[torch.Tensor | None, ...], torch.Tensor]:

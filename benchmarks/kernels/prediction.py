@@ -80,8 +80,9 @@ def kernels(rates: Rates, shapes: Sequence[tuple[int, int]] = SD_SHAPES) -> list
     for D, L in shapes:
         for shape in (dense(D, L), top_2(D, L)):
             call = Call(shape)
-            for name, _, _, launch in record(call, rates.arch, recompute=False):
-                if not name.startswith("inference") or not is_product(launch):
+            for named in record(call, rates.arch, recompute=False):
+                launch = named.launch
+                if named.phase != "inference" or not is_product(launch):
                     continue
                 key = specialize(launch, rates.arch).key
                 if key not in done:
