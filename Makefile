@@ -36,8 +36,8 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.models.unet
 	$(BIN)/python -m benchmarks.models.conv_in
 	$(BIN)/python -m benchmarks.pipelines.pipeline
-	$(BIN)/python -m benchmarks.pipelines.sameness
-	$(BIN)/python -m benchmarks.ffn.growth
+	$(BIN)/python -m benchmarks.pipelines.image_psnr
+	$(BIN)/python -m benchmarks.ffn.scaling
 	$(BIN)/python -m benchmarks.ffn.machine
 	$(BIN)/python -m benchmarks.models.import_time
 	$(BIN)/python -m benchmarks.pages.plot

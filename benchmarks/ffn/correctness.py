@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.ffn.inputs import EPS, Inputs
 from benchmarks.ffn.peers import FFN, stock_ffn, user_ffn
-from benchmarks.harness.correctness import WrongResult, hold
+from benchmarks.harness.correctness import WrongResult, check_close
 from mtu_kernels import ExpertWeights, NormAffine, Routing, reference
 
 # Tokens of a sample that are compared: spread over all of it, few enough for float64 on a CPU.
@@ -41,20 +41,20 @@ def check(function: FFN, inputs: Inputs, residual: bool = False) -> None:
     grad_y = torch.zeros_like(inputs.grad_y)
     grad_y[samples[:, None], tokens] = inputs.grad_y[samples[:, None], tokens]
     widened = _widened(inputs)
-    yardstick = stock_ffn if inputs.norm.weight.dim() == 1 else user_ffn
+    user_code = stock_ffn if inputs.norm.weight.dim() == 1 else user_ffn
     exactly = _reference
     if residual:
-        yardstick, exactly = _plus_x(yardstick), _plus_x(exactly)
+        user_code, exactly = _plus_x(user_code), _plus_x(exactly)
     with torch.set_grad_enabled(bool(inputs.leaves)):
         y, *gradients = _outputs(function, inputs._replace(grad_y=grad_y), inputs.leaves)
-        user = _outputs(yardstick, _excerpt(inputs, samples, tokens), inputs.leaves)
+        user = _outputs(user_code, _excerpt(inputs, samples, tokens), inputs.leaves)
         exact = _outputs(exactly, _excerpt(widened, samples, tokens), widened.leaves)
     actual = [y[samples[:, None], tokens], *gradients]
     labels = ("y", *(f"the gradient of {name}" for name in inputs.leaf_names))
     dtypes = (inputs.x.dtype, *(leaf.dtype for leaf in inputs.leaves))
     ulp = torch.finfo(inputs.x.dtype).eps
     for label, dtype, *tensors in zip(labels, dtypes, actual, user, exact, strict=True):
-        hold(label, *tensors, dtype, ulp)
+        check_close(label, *tensors, dtype, ulp)
 
 
 def _outputs(function: FFN, inputs: Inputs, leaves: Sequence[Tensor]) -> list[Tensor]:

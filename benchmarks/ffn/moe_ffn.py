@@ -1,6 +1,6 @@
 """`python -m benchmarks.ffn.moe_ffn`: times and memory of the routed feed-forward beside its peers.
 
-Writes a CSV row as soon as its group is measured, and prints the ratios that the feed-forward is held to. It needs
+Writes a CSV row as soon as its group is measured, and prints the ratios that have targets. It needs
 torch and tqdm; neither this package nor diffusers has to be installed.
 """
 
@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     lines = [f"  {name:22} {contender.about}" for name, contender in CONTENDERS.items()]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.ffn.moe_ffn",
-        description="Times and memory of the routed feed-forward beside its peers, and the ratios that it is held to.",
+        description="Times and memory of the routed feed-forward beside its peers, and the ratios that have targets.",
         epilog="contenders:\n" + "\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

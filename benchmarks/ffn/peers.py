@@ -31,7 +31,7 @@ def stock_ffn(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Rout
 def user_ffn(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing) -> Tensor:
     """What a user would write first: the stock feed-forward with weighed hidden units, all in the compute dtype.
 
-    It does the work of inactive experts, too. Its error is the yardstick for all others; it is not timed.
+    It does the work of inactive experts, too. Its error sets the tolerance of all others; it is not timed.
     """
     w_in, b_in, w_out, b_out, E = experts
     hidden, gate = F.linear(_normalized(x, norm), w_in, b_in).chunk(2, dim=-1)

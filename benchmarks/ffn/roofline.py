@@ -96,14 +96,14 @@ def _wanted(row: Row, experts: int) -> bool:
 
 
 def read_marks(results: Path, device: str) -> list[Mark]:
-    """The marks of a device, from its rows of `moe_ffn_*.csv` and `growth_*.csv`.
+    """The marks of a device, from its rows of `moe_ffn_*.csv` and `scaling_*.csv`.
 
     Raises:
         ValueError: there are none.
     """
     roofs = read_roofs(results / "machine.csv")
     # Where both have a shape, the feed-forward's own file counts.
-    files = [results / f"{name}_{device}.csv" for name in ("growth", "moe_ffn")]
+    files = [results / f"{name}_{device}.csv" for name in ("scaling", "moe_ffn")]
     found = marks([row for file in files if file.exists() for row in TABLE.read(file)], roofs)
     if not found:
         raise ValueError(f"There are no rows of {device} in {results} that have roofs in machine.csv.")

@@ -1,4 +1,4 @@
-"""The rows of `results/moe_ffn_*.csv` and `results/growth_*.csv`."""
+"""The rows of `results/moe_ffn_*.csv` and `results/scaling_*.csv`."""
 
 from benchmarks.harness.rows import TIMES, Table
 

@@ -1,7 +1,7 @@
 """`python -m benchmarks.gpu.smoke`: what this machine is, and whether the routed feed-forward computes rightly on it.
 
-Two shapes, dense, output and gradients of every input, each held to the float64 reference as all contenders of the
-benchmarks are. The outputs decide. Facts are printed first, so that they are there whatever comes after them.
+Two shapes, dense, output and gradients of every input, each checked against the float64 reference as all contenders of
+the benchmarks are. The outputs decide. Facts are printed first, so that they are there whatever comes after them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def check_machine() -> None:
 
 
 def check_shapes(shapes: Sequence[tuple[int, int]], batch: int, dtype: str, device: torch.device) -> None:
-    """Holds outputs, and then gradients, to the reference.
+    """Checks outputs, and then gradients, against the reference.
 
     Gradients that are wrong are said and not raised: all that is measured of inference is worth having without them.
 
@@ -65,16 +65,16 @@ def check_shapes(shapes: Sequence[tuple[int, int]], batch: int, dtype: str, devi
     check_backend("triton")
     function = functools.partial(moe_ffn, eps=EPS, backend="triton")
 
-    def held_to_the_reference(D: int, L: int, direction: str) -> None:
+    def check_shape(D: int, L: int, direction: str) -> None:
         workload = Workload(D, L, batch, dtype, direction)
         check(function, route(draw_shared(workload, device, 0), Setting(4, None, batch), 0))
         print(f"{workload}: right", flush=True)
 
     for D, L in shapes:
-        held_to_the_reference(D, L, "forward")
+        check_shape(D, L, "forward")
     for D, L in shapes:
         try:
-            held_to_the_reference(D, L, "forward+backward")
+            check_shape(D, L, "forward+backward")
         except (WrongResult, RuntimeError) as error:
             print(f"FAILED, gradients at {D}x{L}: {' '.join(str(error).split())}", flush=True)
 

@@ -10,13 +10,13 @@ class WrongResult(AssertionError):
     """A contender computes something else than the reference."""
 
 
-def hold(label: str, actual: Tensor, user: Tensor, exact: Tensor, dtype: torch.dtype, ulp: float) -> None:
+def check_close(label: str, actual: Tensor, user: Tensor, exact: Tensor, dtype: torch.dtype, ulp: float) -> None:
     """Asserts ``max|actual − exact| <= 2 · max|user − exact| + ulp · max|exact|``, and the dtype.
 
     Args:
         label: what it is, for the error.
         actual: of the contender.
-        user: of the code whose error is the yardstick.
+        user: of the code whose error sets the tolerance.
         exact: in a wider dtype.
         dtype: that `actual` must have.
         ulp: of the dtype that is computed in.

@@ -59,14 +59,15 @@ class Launches(NamedTuple):
         return sum(map(len, self))
 
 
-class Subject(NamedTuple):
+class CompiledPart(NamedTuple):
     """What is compiled.
 
     Attributes:
-        part: "feed-forward" (with its norm and residual), "block", or "unet" and its model.
+        part: "feed-forward" (with its norm and residual), "block", or "unet".
         contender: one of `CONTENDERS`.
         dtype: of weights and activations.
         width, tokens: of the block; 0 for a UNet.
+        model: of a UNet.
     """
 
     part: str
@@ -74,6 +75,12 @@ class Subject(NamedTuple):
     dtype: str = "bf16"
     width: int = 0
     tokens: int = 0
+    model: str = ""
+
+    @property
+    def cells(self) -> tuple[str | int, ...]:
+        """Those of the CSV file: a UNet's model is told with its part."""
+        return f"{self.part} {self.model}".strip(), *self[1:5]
 
 
 # ------------------------------------------------------------------------------------------------------------- counting
@@ -147,14 +154,14 @@ def _calls(wrapper: str) -> list[str]:
     return [ast.unparse(node.func) for node in sorted(calls, key=lambda node: (node.lineno, node.col_offset))]
 
 
-# ------------------------------------------------------------------------------------------------------------- subjects
+# ------------------------------------------------------------------------------------------------------------- parts
 
 
-def count(subject: Subject) -> Launches:
-    """What one call of a subject launches, once compiled for inference."""
+def count(compiled: CompiledPart) -> Launches:
+    """What one call of a part launches, once compiled for inference."""
     with fake_gpu():
-        make = _whole_unet if subject.part.startswith("unet") else _block
-        function, arguments = make(subject)
+        make = _whole_unet if compiled.model else _block
+        function, arguments = make(compiled)
         code = generate(function, *arguments)
     return launches_of(code)
 
@@ -163,42 +170,42 @@ def _tensor(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="cuda")
 
 
-def _block(subject: Subject) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    D, dtype = subject.width, DTYPES[subject.dtype]
-    is_xl = (D, subject.tokens) in SHAPE_SETS["sdxl"]
+def _block(compiled: CompiledPart) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    D, dtype = compiled.width, DTYPES[compiled.dtype]
+    is_xl = (D, compiled.tokens) in SHAPE_SETS["sdxl"]
     heads = D // 64 if is_xl else 8
     context_width = 2048 if is_xl else 768
     with torch.device("meta"):
         block = BasicTransformerBlock(D, heads, D // heads, cross_attention_dim=context_width)
-        if subject.contender != STOCK:
+        if compiled.contender != STOCK:
             experts = ExpertConfig(_EXPERTS, None, 1 / _EXPERTS, "task", float(_EXPERTS), context_width)
             block = RoutedTransformerBlock(block, experts, _TASKS, routers_dropped=True)
-            block.ff.backend = subject.contender
+            block.ff.backend = compiled.contender
     to_fake_gpu(block, dtype)
-    x = _tensor(_BATCH, subject.tokens, D, dtype=dtype)
+    x = _tensor(_BATCH, compiled.tokens, D, dtype=dtype)
     text = _tensor(_BATCH, _TEXT_TOKENS, context_width, dtype=dtype)
     task_ids = _tensor(_BATCH, dtype=torch.int64)
 
     def run_block(x: Tensor, text: Tensor, task_ids: Tensor) -> Tensor:
-        options = {} if subject.contender == STOCK else {CONTEXT_KEY: TaskContext(task_ids, None)}
+        options = {} if compiled.contender == STOCK else {CONTEXT_KEY: TaskContext(task_ids, None)}
         return block(x, encoder_hidden_states=text, cross_attention_kwargs=options)
 
     def run_feed_forward(x: Tensor, task_ids: Tensor) -> Tensor:
-        if subject.contender == STOCK:
+        if compiled.contender == STOCK:
             return x + block.ff(block.norm3(x))
         return block.ff(x, block.norm3(task_ids), TaskContext(task_ids, None), residual=True)
 
-    if subject.part == "block":
+    if compiled.part == "block":
         return run_block, (x, text, task_ids)
     return run_feed_forward, (x, task_ids)
 
 
-def _whole_unet(subject: Subject) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
-    model, dtype = subject.part.split()[1], DTYPES[subject.dtype]
+def _whole_unet(compiled: CompiledPart) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+    model, dtype = compiled.model, DTYPES[compiled.dtype]
     with torch.device("meta"):
         unet = UNet2DConditionModel(**MODELS[model])
-        if subject.contender != STOCK:
-            options = {"num_experts": default_experts(model), "init": "paper", "backend": subject.contender}
+        if compiled.contender != STOCK:
+            options = {"num_experts": default_experts(model), "init": "paper", "backend": compiled.contender}
             unet = mtu.upcycle(unet, tasks=tasks_of(model), **options)
             unet.drop_routers_()
     to_fake_gpu(unet, dtype)
@@ -213,7 +220,7 @@ def _whole_unet(subject: Subject) -> tuple[Callable[..., Tensor], tuple[Any, ...
     if unet.config.addition_embed_type == "text_time":
         pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
         inputs["added_cond_kwargs"] = {"text_embeds": tensor(_BATCH, pooled), "time_ids": tensor(_BATCH, 6)}
-    if subject.contender != STOCK:
+    if compiled.contender != STOCK:
         inputs["task_ids"] = _tensor(_BATCH, dtype=torch.int64)
     return lambda inputs: unet(**inputs, return_dict=False)[0], (inputs,)
 
@@ -221,15 +228,15 @@ def _whole_unet(subject: Subject) -> tuple[Callable[..., Tensor], tuple[Any, ...
 # --------------------------------------------------------------------------------------------------------- command line
 
 
-def subjects(shapes: Sequence[tuple[int, int]], models: Sequence[str], dtype: str) -> Iterator[Subject]:
+def all_parts(shapes: Sequence[tuple[int, int]], models: Sequence[str], dtype: str) -> Iterator[CompiledPart]:
     """All that is counted: each part for all contenders."""
     for part in ("feed-forward", "block"):
         for width, tokens in shapes:
             for contender in CONTENDERS:
-                yield Subject(part, contender, dtype, width, tokens)
+                yield CompiledPart(part, contender, dtype, width, tokens)
     for model in models:
         for contender in CONTENDERS:
-            yield Subject(f"unet {model}", contender, dtype)
+            yield CompiledPart("unet", contender, dtype, model=model)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -250,15 +257,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = provenance(command_line("benchmarks.models.launch_count", argv), commit=options.commit)
     with options.output.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*Subject._fields, "B", *Launches._fields, "launches", *source])
-        for subject in subjects(options.shapes, options.unets, options.dtype):
-            launches = count(subject)
+        writer.writerow([*CompiledPart._fields[:5], "B", *Launches._fields, "launches", *source])
+        for compiled in all_parts(options.shapes, options.unets, options.dtype):
+            launches = count(compiled)
             counts = [*map(len, launches), launches.total]
-            shape = f"{subject.width}x{subject.tokens}" if subject.width else ""
-            print(
-                f"{subject.part:14} {shape:10} {subject.contender:8} {counts[3]:5} = {' + '.join(map(str, counts[:3]))}"
-            )
-            writer.writerow([*subject, _BATCH, *counts, *source.values()])
+            shape = f"{compiled.width}x{compiled.tokens}" if compiled.width else ""
+            what = f"{compiled.cells[0]:14} {shape:10} {compiled.contender:8}"
+            print(f"{what} {counts[3]:5} = {' + '.join(map(str, counts[:3]))}")
+            writer.writerow([*compiled.cells, _BATCH, *counts, *source.values()])
             file.flush()
     return 0
 

@@ -4,7 +4,7 @@ Contenders run interleaved in one process. A batch of several tasks has another 
 contenders are timed where compiling anew is an error, so a row of theirs says that switching tasks recompiles nothing.
 Peers that hold one task at a time run those of a batch in turn. The upcycled UNets hold tables in the place of their
 routers, as deployed ones do, unless a name ends in @routers. Writes a CSV row for each contender and setting, and
-prints the ratios that they are held to.
+prints the ratios that have targets.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from benchmarks.models.unet_models import (
     MODELS,
     TASKS,
     Family,
-    Yardstick,
+    ReferenceOutputs,
     check_setting,
+    compute_reference_outputs,
     default_experts,
     default_size,
-    make_yardstick,
 )
 from benchmarks.models.unet_targets import TABLE, TARGETS, TESTED
 
@@ -80,12 +80,12 @@ def run(
     rounds = len(workloads) * len(kinds) * (WARM_ROUNDS + plan.runs)
     log = Log(sum(len(plan.entries(workload)) for workload in workloads) + rounds, unit="step")
     family = Family(workloads[0].model, workloads[0].dtype, device)
-    yardstick = functools.cache(functools.partial(_lean_yardstick, family))
+    reference = functools.cache(functools.partial(_reference_outputs, family))
 
     def rows_of(group: str, workload: Workload) -> Iterator[Row]:
         place = {"group": group, "device": device.type, "workload": workload, "source": source}
         with _caches_of_the_compiler(plan.cold):
-            for entry, columns in Measuring(family, workload, plan, log, yardstick).columns():
+            for entry, columns in Measuring(family, workload, plan, log, reference).columns():
                 yield Row(contender=entry.contender, setting=entry.setting, **place, **columns)
         # Compiled code is of this group's sizes, and so are the blocks of memory that its contenders leave.
         torch.compiler.reset()
@@ -96,8 +96,8 @@ def run(
     return record(workloads, rows_of, log, TABLE, output, until), log.failures
 
 
-def _lean_yardstick(family: Family, workload: Workload, setting: Setting) -> Yardstick:
-    made = make_yardstick(family, workload, setting)
+def _reference_outputs(family: Family, workload: Workload, setting: Setting) -> ReferenceOutputs:
+    made = compute_reference_outputs(family, workload, setting)
     if family.device.type == "cuda":
         # The wide copy of the UNet, 20 GB of SDXL, is not kept from what runs beside.
         torch.cuda.empty_cache()

@@ -11,15 +11,15 @@ from torch import Tensor
 import mtu
 from benchmarks.harness.contenders import Contender
 from benchmarks.harness.workloads import Setting
+from benchmarks.models.deployments import Deployment, Division, Part, at_once, call, each_picture, stock_inputs
 from benchmarks.models.unet_catalogue import ONE_BY_ONE, ROUTERS
 from benchmarks.models.unet_models import Batch, Family, take
 from benchmarks.models.unet_peers import four_unets, lora_hotswap, lora_per_sample, swapped_unets
-from benchmarks.models.unet_subjects import Division, Part, Subject, at_once, call, each_picture, stock_inputs
 
-Builder = Callable[[Family, Setting, Contender], Subject]
+Builder = Callable[[Family, Setting, Contender], Deployment]
 
 
-def build(contender: Contender, family: Family, setting: Setting) -> Subject:
+def build(contender: Contender, family: Family, setting: Setting) -> Deployment:
     """A contender with its UNets made to run as they should; nothing is compiled before the first call.
 
     Raises:
@@ -29,15 +29,15 @@ def build(contender: Contender, family: Family, setting: Setting) -> Subject:
     if contender.graphs and family.device.type != "cuda":
         raise ValueError(f"CUDA graphs need a CUDA device, got the device {str(family.device)!r}.")
     unets = contender.implementation
-    subject = BUILDERS[unets.source](family, setting, contender)
-    for unet in subject.unets if contender.run is not None else ():
+    deployment = BUILDERS[unets.source](family, setting, contender)
+    for unet in deployment.unets if contender.run is not None else ():
         if unets.by_user:
             # Of one size each: dynamic shapes, which a second one would bring, are slower.
             unet.compile(mode=contender.run.mode, fullgraph=True, dynamic=False)
         else:
             mtu.compile(unet, contender.run.mode)
     # The next replay of a user's graph overwrites the outputs of this one.
-    return subject._replace(parts=_cloned(subject.parts)) if contender.graphs and unets.by_user else subject
+    return deployment._replace(parts=_cloned(deployment.parts)) if contender.graphs and unets.by_user else deployment
 
 
 def _cloned(parts: Callable[[Batch], list[Part]]) -> Callable[[Batch], list[Part]]:
@@ -47,16 +47,16 @@ def _cloned(parts: Callable[[Batch], list[Part]]) -> Callable[[Batch], list[Part
     return lambda batch: [part._replace(predict=functools.partial(clone, part.predict)) for part in parts(batch)]
 
 
-def _stock(family: Family, setting: Setting, contender: Contender) -> Subject:
+def _stock(family: Family, setting: Setting, contender: Contender) -> Deployment:
     unet = family.original()
 
     def parts(batch: Batch) -> list[Part]:
         return [Part(functools.partial(call, unet), stock_inputs(unet, batch, rows), rows) for rows in at_once(batch)]
 
-    return Subject((unet,), parts)
+    return Deployment((unet,), parts)
 
 
-def _stock_recipe(family: Family, setting: Setting, contender: Contender) -> Subject:
+def _stock_recipe(family: Family, setting: Setting, contender: Contender) -> Deployment:
     """What diffusers' guide to faster inference asks for before compiling: channels-last, projections fused."""
     unet = family.original()
     unet.to(memory_format=torch.channels_last)
@@ -68,20 +68,20 @@ def _stock_recipe(family: Family, setting: Setting, contender: Contender) -> Sub
         inputs["sample"] = inputs["sample"].to(memory_format=torch.channels_last)
         return [Part(functools.partial(call, unet), inputs, rows)]
 
-    return Subject((unet,), parts)
+    return Deployment((unet,), parts)
 
 
-def _upcycled(family: Family, setting: Setting, contender: Contender) -> Subject:
+def _upcycled(family: Family, setting: Setting, contender: Contender) -> Deployment:
     unet = family.upcycled(setting, contender.implementation.backend, contender.variant == ROUTERS)
     return _routed(unet, each_picture if contender.variant == ONE_BY_ONE else at_once)
 
 
-def _folded(family: Family, setting: Setting, contender: Contender) -> Subject:
+def _folded(family: Family, setting: Setting, contender: Contender) -> Deployment:
     # Of one task, so there is nothing to switch to.
     return _routed(family.folded(contender.implementation.backend), at_once)._replace(switch=None)
 
 
-def _routed(unet: mtu.MTUUNet2DConditionModel, division: Division) -> Subject:
+def _routed(unet: mtu.MTUUNet2DConditionModel, division: Division) -> Deployment:
     names = [spec.name for spec in unet.tasks]
 
     def part(batch: Batch, rows: tuple[int, ...]) -> Part:
@@ -90,7 +90,7 @@ def _routed(unet: mtu.MTUUNet2DConditionModel, division: Division) -> Subject:
         inputs = take(batch, rows, unet.conv_in.in_channels) | {"task_ids": task_ids}
         return Part(functools.partial(call, unet), inputs, rows)
 
-    return Subject(
+    return Deployment(
         (unet,),
         lambda batch: [part(batch, rows) for rows in division(batch)],
         switch=functools.partial(unet.task_ids, names),

@@ -13,10 +13,10 @@ from benchmarks.harness.memory import peak_bytes
 from benchmarks.harness.recording import Log
 from benchmarks.harness.timing import Call, Timing, repeated_us, synchronize, time_interleaved
 from benchmarks.harness.workloads import DENSE, Entry, Setting, Workload
+from benchmarks.models.deployments import Deployment
 from benchmarks.models.unet_catalogue import CONTENDERS
 from benchmarks.models.unet_contenders import build
-from benchmarks.models.unet_models import Family, Yardstick, draw_batch, tasks_of
-from benchmarks.models.unet_subjects import Subject
+from benchmarks.models.unet_models import Family, ReferenceOutputs, draw_batch, tasks_of
 
 # Pictures on which contenders that are not compiled for a size are checked: small enough for a wider dtype on a CPU.
 _CHECKED_SIZE = 64
@@ -73,7 +73,7 @@ class Prepared(NamedTuple):
     """
 
     entry: Entry
-    subject: Subject
+    deployment: Deployment
     steps: list[Call]
     warm_up: WarmUp | None
 
@@ -86,7 +86,7 @@ class Measuring:
         workload: of the group.
         plan: what is measured.
         log: where failures are said.
-        yardstick: one picture's workload, setting → what outputs are held to.
+        reference: one picture's workload, setting → the outputs they are checked against.
     """
 
     def __init__(
@@ -95,13 +95,13 @@ class Measuring:
         workload: Workload,
         plan: Plan,
         log: Log,
-        yardstick: Callable[[Workload, Setting], Yardstick],
+        reference: Callable[[Workload, Setting], ReferenceOutputs],
     ) -> None:
         self._family, self._workload, self._plan, self._log = family, workload, plan, log
         self._device = family.device
-        self._subjects: dict[Entry, Subject] = {}
+        self._deployments: dict[Entry, Deployment] = {}
         self._warm_ups: dict[Entry, WarmUp] = {}
-        self._yardstick = yardstick
+        self._reference = reference
 
     def columns(self) -> Iterator[tuple[Entry, dict[str, Any]]]:
         """Yields the entries that could be measured: timed interleaved, then memory and switching one by one."""
@@ -110,9 +110,9 @@ class Measuring:
             self._log.bar.set_description(f"{entry.contender} at {self._workload}")
             with self._log.attempt(entry, self._workload):
                 ready.append(self._prepare(entry))
-        for settle in dict.fromkeys(prepared.subject.settle for prepared in ready):
-            if settle is not None:
-                settle()
+        for after_check in dict.fromkeys(prepared.deployment.after_check for prepared in ready):
+            if after_check is not None:
+                after_check()
         self._plan.before_timing()
         self._log.bar.set_description(f"rounds of {self._workload}")
         for prepared, timing in zip(ready, self._times(ready), strict=True):
@@ -123,31 +123,31 @@ class Measuring:
     def _prepare(self, entry: Entry) -> Prepared:
         contender = CONTENDERS[entry.contender]
         built = entry._replace(setting=entry.setting._replace(tasks=1))
-        if built not in self._subjects:
-            self._subjects[built] = build(contender, self._family, entry.setting)
-        subject, warm_up = self._subjects[built], None
+        if built not in self._deployments:
+            self._deployments[built] = build(contender, self._family, entry.setting)
+        deployment, warm_up = self._deployments[built], None
         draw = functools.partial(draw_batch, device=self._device, tasks=entry.setting.tasks)
         mixes = range(_MIXES if entry.setting.tasks > 1 else 1)
-        steps = [subject.bind(draw(self._workload, first=first)) for first in mixes]
+        steps = [deployment.bind(draw(self._workload, first=first)) for first in mixes]
         checked = self._workload
         if not contender.compiles:
             checked = checked._replace(size=min(_CHECKED_SIZE, checked.size))
         else:
             # In another setting of the same contender only sizes are new.
-            before, more = self._warm_ups.get(built, WarmUp()), self._warm_up(subject, steps)
+            before, more = self._warm_ups.get(built, WarmUp()), self._warm_up(deployment, steps)
             warm_up = WarmUp(before.seconds + more.seconds, max(before.peak_bytes, more.peak_bytes))
             self._warm_ups[built] = warm_up
-        output = subject.predict(draw(checked))
-        self._held_to(entry.setting, checked).check(output, checked.branches)
-        return Prepared(entry, subject, steps, warm_up)
+        output = deployment.predict(draw(checked))
+        self._reference_for(entry.setting, checked).check(output, checked.branches)
+        return Prepared(entry, deployment, steps, warm_up)
 
-    def _held_to(self, setting: Setting, workload: Workload) -> Yardstick:
-        # All dense ones are held to the original, and share its outputs; those of top-k routing differ by task.
-        return self._yardstick(workload._replace(B=1, branches=1), Setting() if setting.K is DENSE else setting)
+    def _reference_for(self, setting: Setting, workload: Workload) -> ReferenceOutputs:
+        # All dense ones are checked against the original, and share its outputs; those of top-k routing differ by task.
+        return self._reference(workload._replace(B=1, branches=1), Setting() if setting.K is DENSE else setting)
 
-    def _warm_up(self, subject: Subject, steps: Sequence[Call]) -> WarmUp:
+    def _warm_up(self, deployment: Deployment, steps: Sequence[Call]) -> WarmUp:
         # The other mixes come as a surprise to those that have no reason to mind.
-        known = steps if subject.sizes_differ else steps[:1]
+        known = steps if deployment.sizes_differ else steps[:1]
 
         def first_calls() -> None:
             # Those of a user's CUDA graphs run, are captured, and are replayed.
@@ -181,13 +181,13 @@ class Measuring:
             return time_interleaved(steps, eager, self._device, plan.seconds, plan.runs, after_round, replaying)
 
     def _row(self, prepared: Prepared, timing: Timing) -> dict[str, Any]:
-        graphs, subject, warm_up = CONTENDERS[prepared.entry.contender].graphs, prepared.subject, prepared.warm_up
+        graphs, deployment, warm_up = CONTENDERS[prepared.entry.contender].graphs, prepared.deployment, prepared.warm_up
         steps = tasks_of(self._workload.model)[0].num_inference_steps
         peak = warm_up.peak_bytes if graphs else peak_bytes(prepared.steps[0], self._device)
-        switch = subject.switch
+        switch = deployment.switch
         return timing._asdict() | {
             "peak_bytes": peak,
-            "weight_bytes": subject.weight_bytes(self._device),
+            "weight_bytes": deployment.weight_bytes(self._device),
             "warmup_s": warm_up.seconds if warm_up is not None and self._plan.cold else None,
             "switch_us": None if switch is None else repeated_us(switch, self._device, _SWITCHES).median_us,
             "images_per_s": self._workload.B * 1e6 / (timing.median_us * steps),

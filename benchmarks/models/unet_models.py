@@ -1,4 +1,4 @@
-"""The UNets that are measured, the original and those made from it; their inputs; and what outputs are held to."""
+"""The UNets that are measured, the original and those made from it; their inputs; and their reference outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 import mtu
-from benchmarks.harness.correctness import hold
+from benchmarks.harness.correctness import check_close
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.workloads import Setting, Workload
 from mtu.inspection import BUILT_IN
@@ -40,6 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "tiny": BUILT_IN["sd15"] | _TINY | _TINY_SD,
     "tiny-xl": BUILT_IN["sdxl"] | _TINY | _TINY_XL,
 }
+_SMOKE_TESTS = ("tiny", "tiny-xl")
 # Pixels per latent.
 LATENT_FACTOR = 8
 TASKS = len(SD_TASKS)
@@ -65,7 +66,7 @@ def default_experts(model: str) -> int:
 
 def default_size(model: str) -> int:
     """Edge of the pictures that the model was made for, in pixels; of the tiny ones a small one."""
-    return 64 if model.startswith("tiny") else LATENT_FACTOR * MODELS[model]["sample_size"]
+    return 64 if model in _SMOKE_TESTS else LATENT_FACTOR * MODELS[model]["sample_size"]
 
 
 def check_setting(model: str, setting: Setting) -> None:
@@ -234,12 +235,12 @@ def take(batch: Batch, rows: Sequence[int], channels: int) -> dict[str, Any]:
     return inputs | {"sample": inputs["sample"][:, :channels].contiguous()}
 
 
-class Yardstick(NamedTuple):
+class ReferenceOutputs(NamedTuple):
     """Outputs for the first branch of the first few pictures, which a contender's are compared with.
 
     Attributes:
         dtype: that is computed in.
-        user: of the code whose error is the yardstick, in that dtype.
+        user: of the code whose error sets the tolerance, in that dtype.
         exact: of the same code and weights in a wider dtype.
     """
 
@@ -261,15 +262,15 @@ class Yardstick(NamedTuple):
         user, exact = self.user[: len(compared)], self.exact[: len(compared)]
         # A row that is not a number is not compared, but would be timed.
         compared = torch.where(output.isfinite().all(), compared, torch.nan)
-        hold("the UNet's output", compared, user, exact, self.dtype, torch.finfo(self.dtype).eps)
+        check_close("the UNet's output", compared, user, exact, self.dtype, torch.finfo(self.dtype).eps)
 
 
 @torch.no_grad()
-def make_yardstick(family: Family, workload: Workload, setting: Setting) -> Yardstick:
-    """What UNets of this setting are held to, at this size.
+def compute_reference_outputs(family: Family, workload: Workload, setting: Setting) -> ReferenceOutputs:
+    """What UNets of this setting are checked against, at this size.
 
-    With dense routing, a freshly upcycled UNet computes for each of its tasks what the original does, so it is held to
-    the original. Top-k routing leaves hidden units out: there it is held to the upcycled UNet on the specification.
+    With dense routing, a freshly upcycled UNet computes for each of its tasks what the original does, so the original
+    is the reference. Top-k routing leaves hidden units out: there it is the upcycled UNet on the backend "reference".
     Pictures go one by one, so that a wide dtype needs little memory.
     """
     batch = draw_batch(workload._replace(B=TASKS, branches=1), family.device, setting.tasks)
@@ -278,7 +279,7 @@ def make_yardstick(family: Family, workload: Workload, setting: Setting) -> Yard
     user = _one_by_one(unet, batch)
     # Products of float32 may be rounded to TF32 on a GPU.
     wide = torch.float64 if workload.dtype == "fp32" or family.device.type == "cuda" else torch.float32
-    return Yardstick(DTYPES[workload.dtype], user, _one_by_one(_cast(unet, wide), batch))
+    return ReferenceOutputs(DTYPES[workload.dtype], user, _one_by_one(_cast(unet, wide), batch))
 
 
 def _one_by_one(unet: UNet2DConditionModel, batch: Batch) -> Tensor:

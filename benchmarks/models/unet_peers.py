@@ -16,21 +16,21 @@ from torch import Tensor
 from benchmarks.harness.contenders import Contender
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.workloads import Setting
+from benchmarks.models.deployments import Deployment, Part, at_once, by_task, call, stock_inputs
 from benchmarks.models.unet_models import TASKS, Batch, Family, share
-from benchmarks.models.unet_subjects import Part, Subject, at_once, by_task, call, stock_inputs
 
 _RANK = 16
 _ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
 
-def four_unets(family: Family, setting: Setting, contender: Contender) -> Subject:
+def four_unets(family: Family, setting: Setting, contender: Contender) -> Deployment:
     """A UNet for each task, all of them on the device; the pictures of a task go through its own together."""
     unets = tuple(share(family.fine_tuned(task)) for task in range(TASKS))
 
     def parts(batch: Batch) -> list[Part]:
         return [_part(unets[batch.tasks[rows[0]]], batch, rows) for rows in by_task(batch)]
 
-    return Subject(unets, parts, sizes_differ=True)
+    return Deployment(unets, parts, sizes_differ=True)
 
 
 class _Slot:
@@ -64,7 +64,7 @@ class _Slot:
         ]
 
 
-def swapped_unets(family: Family, setting: Setting, contender: Contender) -> Subject:
+def swapped_unets(family: Family, setting: Setting, contender: Contender) -> Deployment:
     """One UNet on the device, into which the weights of the next task are copied: from pinned host memory to a GPU."""
     unet = copy.deepcopy(family.original())
     live = [parameter.requires_grad_(False) for parameter in unet.parameters()]
@@ -77,7 +77,7 @@ def swapped_unets(family: Family, setting: Setting, contender: Contender) -> Sub
         return [torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor) for tensor in live]
 
     slot = _Slot(live, sources)
-    return Subject(
+    return Deployment(
         (unet,),
         functools.partial(slot.parts, unet),
         kept=lambda: [tensor for task in range(TASKS) for tensor in sources(task)],
@@ -86,7 +86,7 @@ def swapped_unets(family: Family, setting: Setting, contender: Contender) -> Sub
     )
 
 
-def lora_hotswap(family: Family, setting: Setting, contender: Contender) -> Subject:
+def lora_hotswap(family: Family, setting: Setting, contender: Contender) -> Deployment:
     """One adapter on the original: that of the next task is copied in place, as diffusers' hot-swapping does."""
     unet = family.original()
     unet.add_adapter(_adapter())
@@ -94,22 +94,22 @@ def lora_hotswap(family: Family, setting: Setting, contender: Contender) -> Subj
     sources = [[tensor.detach().clone() for tensor in live] for _ in range(TASKS)]
     slot = _Slot(live, sources.__getitem__)
 
-    def settle() -> None:
+    def after_check() -> None:
         for task, tensors in enumerate(sources):
             _randomise_(tensors, seed=task)
         slot.switch()
 
-    return Subject(
+    return Deployment(
         (unet,),
         functools.partial(slot.parts, unet),
         kept=lambda: [tensor for tensors in sources for tensor in tensors],
         switch=slot.switch,
-        settle=settle,
+        after_check=after_check,
         sizes_differ=True,
     )
 
 
-def lora_per_sample(family: Family, setting: Setting, contender: Contender) -> Subject:
+def lora_per_sample(family: Family, setting: Setting, contender: Contender) -> Deployment:
     """Four adapters on the original; PEFT selects those of each sample."""
     peft, unet = _peft(), family.original()
     names = [f"task_{task}" for task in range(TASKS)]
@@ -126,7 +126,7 @@ def lora_per_sample(family: Family, setting: Setting, contender: Contender) -> S
             for rows in at_once(batch)
         ]
 
-    return Subject((unet,), parts, settle=functools.partial(_randomise_, weights, seed=0))
+    return Deployment((unet,), parts, after_check=functools.partial(_randomise_, weights, seed=0))
 
 
 def _part(unet: UNet2DConditionModel, batch: Batch, rows: tuple[int, ...]) -> Part:

@@ -54,10 +54,10 @@ BLOCKS: dict[str, tuple[Part, ...]] = {
     "unet": _of_devices(tables_models.unet, "models.unet", "unet"),
     "settings": _of_devices(tables_models.settings, "models.unet"),
     "pipeline": _of_devices(tables_models.pipeline, "pipelines.pipeline"),
-    "sameness": _of_devices(tables_models.sameness, "pipelines.sameness"),
+    "image_psnr": _of_devices(tables_models.image_psnr, "pipelines.image_psnr"),
     "ffn": _of_devices(tables_ffn.feed_forward, "ffn.moe_ffn", "moe_ffn"),
     "roofline": _of_devices(tables_ffn.roofline, "ffn.machine", "roofline"),
-    "growth": _of_devices(tables_ffn.growth, "ffn.growth", "growth"),
+    "scaling": _of_devices(tables_ffn.scaling, "ffn.scaling", "scaling"),
 }
 
 

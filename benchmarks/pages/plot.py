@@ -13,7 +13,7 @@ from benchmarks.ffn.machine import read_roofs
 from benchmarks.ffn.roofline import read_marks
 from benchmarks.harness.provenance import RESULTS, ROOT
 from benchmarks.models import unet_targets
-from benchmarks.pages import plot_ffn, plot_growth, plot_roofline, plot_unet
+from benchmarks.pages import plot_ffn, plot_roofline, plot_scaling, plot_unet
 from benchmarks.pages.plot_ffn import points
 
 __all__ = ["IMAGES", "main", "points"]
@@ -25,7 +25,7 @@ def pictures(results: Path, images: Path, batch: int | None, experts: int) -> It
     """Paths of the pictures that the files of a folder may be drawn as, each with what draws it."""
     kinds = {
         "moe_ffn_*.csv": lambda file, picture: plot_ffn.plot(ffn_rows.TABLE.read(file), picture, batch, experts),
-        "growth_*.csv": lambda file, picture: plot_growth.plot(ffn_rows.TABLE.read(file), picture, experts),
+        "scaling_*.csv": lambda file, picture: plot_scaling.plot(ffn_rows.TABLE.read(file), picture, experts),
         "unet_*.csv": lambda file, picture: plot_unet.plot(unet_targets.TABLE.read(file), picture),
     }
     for pattern, draw in kinds.items():

@@ -30,7 +30,7 @@ class Point(NamedTuple):
 def points(rows: Sequence[Row], batch: int, experts: int) -> dict[tuple[str, Workload], Point]:
     """What is drawn: for each contender and workload of this batch size the last measurement with dense routing.
 
-    Rows of contenders that heed the routing are those of `experts` experts and one task.
+    Rows of contenders that depend on the routing are those of `experts` experts and one task.
     """
     drawn = {}
     for name in FFN_LOOKS:
@@ -51,7 +51,7 @@ def plot(rows: Sequence[Row], path: Path, batch: int | None = None, experts: int
         rows: of one device.
         path: of the picture.
         batch: samples; by default 8, or the largest that was measured.
-        experts: E of the contenders that heed the routing.
+        experts: E of the contenders that depend on the routing.
 
     Raises:
         ValueError: no contender was measured beside the bare products.

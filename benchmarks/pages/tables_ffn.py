@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.ffn.growth_lines import Line, panels, routing_name, us_per_token
 from benchmarks.ffn.roofline import Mark, read_marks
 from benchmarks.ffn.rows import TABLE
+from benchmarks.ffn.scaling_lines import Line, panels, routing_name, us_per_token
 from benchmarks.ffn.targets import TESTED, beside
 from benchmarks.harness.rows import Row, read_cells
 from benchmarks.harness.workloads import DENSE, Setting
@@ -112,7 +112,7 @@ def roofline(results: Path, device: str) -> list[str]:
         work = [f"{must.flops / 1e9:.1f}", f"{must.bytes / 1e6:.1f}", f"{must.intensity:.0f}"]
         share = [_share(here.get(name)) for name in (TESTED[device], "eager")]
         lines.append([f"{place.dtype} {place.D}×{place.L}", must.bound(roofs), *work, *share])
-    names = (f"moe_ffn_{device}.csv", f"growth_{device}.csv")
+    names = (f"moe_ffn_{device}.csv", f"scaling_{device}.csv")
     header = [f"B = {batch}", "bound by", "GFLOP", "MB", "FLOP/byte", f"`{TESTED[device]}`", "stock, eager"]
     sources = [*{mark.roofs.dtype: mark.roofs.source for mark in drawn}.values(), *(mark.row.source for mark in drawn)]
     files = ["machine.csv", *(name for name in names if (results / name).exists())]
@@ -132,13 +132,13 @@ def _share(mark: Mark | None) -> str:
     return MISSING if mark is None else f"{digits(mark.flops_per_s / 1e12)} TFLOP/s ({mark.share:.2f})"
 
 
-def growth(results: Path, device: str) -> list[str]:
+def scaling(results: Path, device: str) -> list[str]:
     """µs a token by what is varied; of the bare products, and of what knows no such thing, only the picture tells.
 
     Raises:
         ValueError: nothing was varied.
     """
-    rows = TABLE.read(results / f"growth_{device}.csv")
+    rows = TABLE.read(results / f"scaling_{device}.csv")
     lines, used = [], []
     for panel in panels(rows):
         for line in panel.lines:
@@ -148,11 +148,11 @@ def growth(results: Path, device: str) -> list[str]:
                 lines[-1] += [f"{x}: **{digits(us_per_token(row))}**" for x, row in line.rows.items()]
                 used += line.rows.values()
     if not lines:
-        raise ValueError(f"Nothing is varied in {results / f'growth_{device}.csv'}.")
+        raise ValueError(f"Nothing is varied in {results / f'scaling_{device}.csv'}.")
     columns = max(map(len, lines))
     body = [cells + [""] * (columns - len(cells)) for cells in lines]
     header = ["µs a token by", "", *[""] * (columns - 2)]
-    return [*table(header, body, 2), "", provenance_line((row.source for row in used), f"growth_{device}.csv")]
+    return [*table(header, body, 2), "", provenance_line((row.source for row in used), f"scaling_{device}.csv")]
 
 
 def _line_name(line: Line) -> str:

@@ -1,4 +1,4 @@
-"""Tables of whole models: a denoising step, what serving four tasks holds, whole images, sameness, imports, targets."""
+"""Tables of whole models: a denoising step, what four tasks hold, whole images and their PSNR, imports, targets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.pages.markdown import (
     small_ratio,
     table,
 )
-from benchmarks.pipelines import pipeline_contenders, pipeline_psnr
+from benchmarks.pipelines import pipeline_contenders, psnr_rows
 from benchmarks.pipelines.pipeline_contenders import STOCK
 
 
@@ -130,14 +130,14 @@ def pipeline(results: Path, device: str) -> list[str]:
     return [*lines, provenance_line((row.source for row in last.values()), path.name)]
 
 
-def sameness(results: Path, device: str) -> list[str]:
+def image_psnr(results: Path, device: str) -> list[str]:
     """PSNR of each path's images, what is allowed, and whether it was held: by task, in float32 the worst task alone.
 
     Raises:
         ValueError: nothing was measured.
     """
-    path = results / f"sameness_{device}.csv"
-    rows = pipeline_psnr.TABLE.read(path)
+    path = results / f"image_psnr_{device}.csv"
+    rows = psnr_rows.TABLE.read(path)
     if not rows:
         raise ValueError(f"There are no rows in {path}.")
     lines = []

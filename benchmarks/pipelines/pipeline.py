@@ -3,8 +3,8 @@
 Four stock pipelines, one after another, beside one upcycled model. The shipped icons model and stock folders are
 upcycled; as they know nothing of their tasks yet, those get small seeded random differences (in the norms, the
 routers' last layers and the kernels of the condition images), so that each task computes what no other does. Weights
-make no difference to time. Contenders run interleaved in one process, timed by the clock, after their images were held
-to those of float32. Writes a CSV row for each of them.
+make no difference to time. Contenders run interleaved in one process, timed by the clock, after their images were
+checked against those of float32. Writes a CSV row for each of them.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from benchmarks.pipelines.pipeline_contenders import CONTENDERS, EAGER, TABLE, C
 from benchmarks.pipelines.pipeline_models import (
     Sample,
     cast,
+    check_images,
     draw_samples,
     export,
-    hold_images,
     load_pipeline,
     model_name,
     output_size,
@@ -50,7 +50,7 @@ from benchmarks.pipelines.pipeline_models import (
 )
 
 _RUNS, _QUICK_RUNS, _QUICK_STEPS = 5, 2, 2
-# Of the images that are held to those of a wider dtype: every operation runs, and rounding has no time to grow.
+# Of the images that are checked against those of a wider dtype: every operation runs, and rounding has no time to grow.
 _CHECKED_STEPS = 2
 
 # Number of steps → images of all samples, in their order.
@@ -85,7 +85,7 @@ class Bench:
         return {sample.spec.name: export(self.exact, sample.spec.name, self.upcycled) for sample in self.samples}
 
     @functools.cached_property
-    def yardstick(self) -> tuple[Tensor, Tensor]:
+    def reference(self) -> tuple[Tensor, Tensor]:
         """Images of a user's code, which are the measure of rounding, and of the same code in a wider dtype."""
         dtype = self.upcycled.unet.dtype
         wide = torch.float64 if dtype == torch.float32 else torch.float32
@@ -94,7 +94,7 @@ class Bench:
         return user, exact
 
     def build(self, contender: Contender) -> Ready:
-        """Builds a contender, warms it up, and holds its images to those of a user's code.
+        """Builds a contender, warms it up, and checks its images against those of a user's code.
 
         Raises:
             ValueError: a way to compile that this device does not have.
@@ -107,7 +107,7 @@ class Bench:
                 mtu.compile(pipe, contender.run.mode)
             seconds = sum(self._warm_up(contender.implementation, name, pipe) for name, pipe in pipes.items())
         generate = functools.partial(self._generate, contender.implementation, pipes)
-        hold_images(generate(_CHECKED_STEPS), *self.yardstick)
+        check_images(generate(_CHECKED_STEPS), *self.reference)
         columns = {"warmup_s": seconds, "weight_bytes": weight_bytes(pipes.values())}
         # Steps add nothing to the most that is held at once.
         columns["peak_bytes"] = peak_bytes(functools.partial(generate, _CHECKED_STEPS), self.device)

@@ -243,14 +243,14 @@ def each_task(samples: Sequence[Sample]) -> Mapping[str, list[int]]:
     return positions
 
 
-def hold_images(images: Tensor, user: Tensor, exact: Tensor) -> None:
+def check_images(images: Tensor, user: Tensor, exact: Tensor) -> None:
     """Asserts ``rms(images − exact) <= 2 · rms(user − exact) + ulp``.
 
     Not the largest difference, as for one call of a kernel: the steps of a sampler pass single pixels' errors on.
 
     Args:
         images: (n, 3, H, W) of a contender.
-        user: of the code whose error is the yardstick, in the same dtype.
+        user: of the code whose error sets the tolerance, in the same dtype.
         exact: of the same code and weights in a wider dtype.
 
     Raises:

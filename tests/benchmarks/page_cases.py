@@ -84,7 +84,7 @@ def grown():
 # Of each file's name the kind of rows; those of machines have cells of their own.
 _TABLES = {
     "moe_ffn": rows.TABLE,
-    "growth": rows.TABLE,
+    "scaling": rows.TABLE,
     "unet": unet_targets.TABLE,
     "pipeline": pipeline_contenders.TABLE,
 }

@@ -122,6 +122,6 @@ def test_marks_of_files(tmp_path):
     write_rows(tmp_path / "machine.csv", [make_roofs()])
     with pytest.raises(ValueError, match=r"There are no rows of cuda in .* that have roofs"):
         read_marks(tmp_path, "cuda")
-    write_rows(tmp_path / "growth_cuda.csv", [make_row("mtu-triton", 70), make_row("eager", 90, shape=(640, 1024))])
+    write_rows(tmp_path / "scaling_cuda.csv", [make_row("mtu-triton", 70), make_row("eager", 90, shape=(640, 1024))])
     write_rows(tmp_path / "moe_ffn_cuda.csv", [make_row("mtu-triton", 60)])
     assert [mark.row.median_us for mark in read_marks(tmp_path, "cuda")] == [60, 90]

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.harness.fake_gpu import WORKS, Generated, Operator
 from benchmarks.models import launch_count
-from benchmarks.models.launch_count import Subject, count, launches_of, recorded
+from benchmarks.models.launch_count import CompiledPart, count, launches_of, recorded
 
 # Kernels are interpreted where there is no GPU, and bfloat16 is not served there. Inductor fuses both alike.
 DTYPE = "fp16"
@@ -16,7 +16,7 @@ counted = pytest.mark.skipif(not WORKS, reason="Compilers before torch 2.11 do n
 
 
 def counts(part):
-    return [count(Subject(part, contender, DTYPE, 640, 1024)) for contender in ("stock", "triton")]
+    return [count(CompiledPart(part, contender, DTYPE, 640, 1024)) for contender in ("stock", "triton")]
 
 
 @counted

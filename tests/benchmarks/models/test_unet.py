@@ -11,10 +11,10 @@ from benchmarks.harness.report import report
 from benchmarks.harness.rows import Row
 from benchmarks.harness.workloads import Setting, Workload
 from benchmarks.models import unet
+from benchmarks.models.deployments import Deployment, Part, at_once, call, stock_inputs
 from benchmarks.models.unet_catalogue import CONTENDERS, ONE_BY_ONE, default_contenders, sibling
 from benchmarks.models.unet_contenders import BUILDERS
 from benchmarks.models.unet_models import tasks_of
-from benchmarks.models.unet_subjects import Part, Subject, at_once, call, stock_inputs
 from benchmarks.models.unet_targets import TABLE, TARGETS, TESTED
 
 DENSE = Setting(4, None, 4)
@@ -161,7 +161,7 @@ def _specialised(family, setting, contender):
         (rows,) = at_once(batch)
         return [Part(predict, stock_inputs(unet, batch, rows) | {"task": batch.tasks[0]}, rows)]
 
-    return Subject((), parts)
+    return Deployment((), parts)
 
 
 def test_what_is_compiled_again_for_other_tasks_is_not_timed(tmp_path, capsys, monkeypatch):

@@ -14,10 +14,10 @@ from benchmarks.models.unet_models import (
     Family,
     build_original,
     check_setting,
+    compute_reference_outputs,
     default_experts,
     default_size,
     draw_batch,
-    make_yardstick,
     share,
     take,
     tasks_of,
@@ -42,8 +42,8 @@ def family():
 
 
 @functools.cache
-def yardstick(setting):
-    return make_yardstick(family(), WORKLOAD, setting)
+def reference(setting):
+    return compute_reference_outputs(family(), WORKLOAD, setting)
 
 
 # ------------------------------------------------------------------------------------------------- models and inputs
@@ -97,18 +97,18 @@ def test_copies_share_memory_but_not_what_is_done_to_them():
 @pytest.mark.parametrize("name", HERE)
 def test_contenders_compute_what_the_original_does(name):
     setting = CONTENDERS[name].relevant(DENSE)
-    subject = build(CONTENDERS[name], family(), setting)
+    deployment = build(CONTENDERS[name], family(), setting)
     workload = WORKLOAD._replace(branches=2)
     batch = draw(workload, tasks=setting.tasks)
-    output = subject.predict(batch)
-    yardstick(Setting()).check(output, branches=2)
-    rows = sorted(row for part in subject.parts(batch) for row in part.rows)
+    output = deployment.predict(batch)
+    reference(Setting()).check(output, branches=2)
+    rows = sorted(row for part in deployment.parts(batch) for row in part.rows)
     assert rows == [*range(8)]
-    if subject.settle is not None:
-        subject.settle()
-        assert not torch.equal(subject.predict(batch), output)
-    if subject.switch is not None:
-        subject.switch()
+    if deployment.after_check is not None:
+        deployment.after_check()
+        assert not torch.equal(deployment.predict(batch), output)
+    if deployment.switch is not None:
+        deployment.switch()
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -116,8 +116,8 @@ def test_peers_give_each_sample_its_task(name):
     peer = build(CONTENDERS[name], fine_tuned := Family("tiny", "fp32", CPU), Setting(tasks=4))
     for task in range(TASKS):
         fine_tuned.fine_tuned(task).conv_out.bias.data += task
-    if peer.settle is not None:
-        peer.settle()
+    if peer.after_check is not None:
+        peer.after_check()
     workload = WORKLOAD._replace(dtype="fp32")
     mixes = [peer.predict(draw(workload, tasks=4, first=first)) for first in range(4)]
     # Picture 0 has task 0 at first, then others.
@@ -131,8 +131,8 @@ def test_peers_give_each_sample_its_task(name):
 
 def test_weights_are_counted_once_for_each_storage():
     names = ("stock", "mtu-eager", "mtu-eager@routers", "four-unets", "swapped-unets", "lora-per-sample")
-    subjects = {name: build(CONTENDERS[name], family(), CONTENDERS[name].relevant(DENSE)) for name in names}
-    held = {name: subject.weight_bytes(CPU) for name, subject in subjects.items()}
+    deployments = {name: build(CONTENDERS[name], family(), CONTENDERS[name].relevant(DENSE)) for name in names}
+    held = {name: deployment.weight_bytes(CPU) for name, deployment in deployments.items()}
     stock = held["stock"]
     assert stock == sum(p.numel() * 2 for p in family().original().parameters())
     assert stock < held["mtu-eager"] <= 1.02 * stock
@@ -179,9 +179,9 @@ def _other_dtype(upcycled):
 def test_what_is_computed_wrongly_is_not_timed(setting, spoil):
     # The last row is not among those that are compared.
     batch = draw(WORKLOAD._replace(B=5), tasks=4)
-    held_to = yardstick(setting if setting.K else Setting())
-    subject = build(CONTENDERS["mtu-eager"], family(), setting)
-    held_to.check(subject.predict(batch), branches=1)
-    spoil(subject.unets[0])
+    expected = reference(setting if setting.K else Setting())
+    deployment = build(CONTENDERS["mtu-eager"], family(), setting)
+    expected.check(deployment.predict(batch), branches=1)
+    spoil(deployment.unets[0])
     with pytest.raises(WrongResult, match=r"the UNet's output must be torch.bfloat16 within .* of float32, got"):
-        held_to.check(subject.predict(batch), branches=1)
+        expected.check(deployment.predict(batch), branches=1)

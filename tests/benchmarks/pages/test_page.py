@@ -8,7 +8,7 @@ from benchmarks.harness.workloads import DENSE, Setting
 from benchmarks.models import import_time
 from benchmarks.models.unet_targets import TARGETS
 from benchmarks.pages import markdown, page, tables_ffn, tables_models
-from benchmarks.pipelines import pipeline_psnr
+from benchmarks.pipelines import psnr_rows
 
 from ..page_cases import MIXED, STEPS, make_images, make_roofs, make_step, write_cells, write_rows
 from ..rows_cases import SOURCE, make_row
@@ -102,7 +102,7 @@ def test_files_that_are_missing_or_of_other_columns_are_not_measured(name, paths
     empty = page.written(FRAME.format(name), results, images)
     assert empty.count("*Not measured yet: `python -m benchmarks.") == 1
     assert "|" not in empty
-    for stem in ("unet", "pipeline", "sameness", "moe_ffn", "growth"):
+    for stem in ("unet", "pipeline", "image_psnr", "moe_ffn", "scaling"):
         (results / f"{stem}_cpu.csv").write_text("group,contender\na,b\n")
     for stem in ("machine", "import_time", "model_sizes"):
         (results / f"{stem}.csv").write_text("a\n1\n")
@@ -177,7 +177,7 @@ def test_whole_images(paths):
     assert "icons, 4 images of 64², 20 steps, bf16" in table
 
 
-def test_sameness_says_what_was_held(paths):
+def test_psnr_says_what_was_missed(paths):
     results, _, _ = paths
     lines = [("stock-eager", "edit", "bf16", 30, 30, 0), ("mtu-cpp", "edit", "bf16", 29.5, 30, 0.3)]
     lines += [("graphs", "edit", "bf16", 29.3, 30, 0.3), ("mixed", "edit", "bf16", "nan", 30, 0.3)]
@@ -185,9 +185,9 @@ def test_sameness_says_what_was_held(paths):
     place = {"images": 16, "pooled_db": 30, "model": "icons", "device": "cuda", "size": 64, "steps": 20}
     names = ("path", "task", "dtype", "psnr_db", "allowed_db", "error_db")
     rows = [dict(zip(names, line, strict=True)) | place for line in lines]
-    columns = pipeline_psnr.TABLE.columns
-    write_cells(results / "sameness_cuda.csv", columns, [[row[name] for name in columns] for row in rows])
-    table = cells(tables_models.sameness(results, "cuda"))
+    columns = psnr_rows.TABLE.columns
+    write_cells(results / "image_psnr_cuda.csv", columns, [[row[name] for name in columns] for row in rows])
+    table = cells(tables_models.image_psnr(results, "cuda"))
     assert table["icons, 16 images of 20 steps: PSNR in dB (allowed)"] == ["bf16, edit", "fp32, worst task"]
     assert table["`stock-eager`"] == ["30.0 (30.0)", "110.0 (60.0)"]
     assert table["`mtu-cpp`"] == ["29.5 (30.0) even", "–"]
@@ -243,12 +243,14 @@ def test_the_roofline(paths):
     assert cells(lines)["bf16 1280×64"][0] == "products"
 
 
-def test_growth_has_a_line_for_each_contender_and_routing(paths):
+def test_scaling_has_a_line_for_each_contender_and_routing(paths):
     results, _, _ = paths
     for L in (256, 512):
         names = (("products", 1), ("eager", L), ("mtu-triton", L / 2))
-        write_rows(results / "growth_cuda.csv", [make_row(name, us, (640, L), B=1, group=str(L)) for name, us in names])
-    lines = [line for line in tables_ffn.growth(results, "cuda") if line.startswith("| tokens")]
+        write_rows(
+            results / "scaling_cuda.csv", [make_row(name, us, (640, L), B=1, group=str(L)) for name, us in names]
+        )
+    lines = [line for line in tables_ffn.scaling(results, "cuda") if line.startswith("| tokens")]
     assert lines == [
         "| tokens (width 640, B = 1, 4 experts, bf16) | `mtu-triton` | 256: **0.500** | 512: **0.500** |",
         "| tokens (width 640, B = 1, 4 experts, bf16) | `eager` | 256: **1.00** | 512: **1.00** |",

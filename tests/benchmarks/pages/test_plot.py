@@ -6,7 +6,7 @@ from matplotlib.image import imread
 from benchmarks.ffn.roofline import marks
 from benchmarks.harness.workloads import DENSE, Setting
 from benchmarks.models.steps import Case, case_of, comparisons, deployed, scenes, usual
-from benchmarks.pages import plot, plot_growth, plot_roofline, plot_unet
+from benchmarks.pages import plot, plot_roofline, plot_scaling, plot_unet
 
 from ..page_cases import STEPS, grown, make_roofs, make_step, write_rows
 from ..rows_cases import FOUR, make_row
@@ -70,13 +70,13 @@ def test_pictures_of_each_kind(tmp_path):
     places = [{"model": model, "B": B} for model in ("sd15", "sdxl") for B in (1, 4)]
     steps = [make_step(name, time * place["B"], **place) for place in places for name, time in STEPS.items()]
     plot_unet.plot([*steps, make_step("swapped-unets", 9e4)], tmp_path / "unet.png")
-    plot_growth.plot(grown(), tmp_path / "deep" / "growth.png")
+    plot_scaling.plot(grown(), tmp_path / "deep" / "scaling.png")
     shapes = ((320, 4096), (640, 1024), (1280, 64))
     rows = [
         make_row(name, 100 + at, shape=shape) for shape in shapes for at, name in enumerate(("eager", "mtu-triton"))
     ]
     plot_roofline.plot(marks(rows, {("cuda", "bf16"): make_roofs()}), tmp_path / "roofline.png")
-    for name in ("unet", "deep/growth", "roofline"):
+    for name in ("unet", "deep/scaling", "roofline"):
         assert colors(tmp_path / f"{name}.png") > 10
 
 
@@ -84,21 +84,21 @@ def test_all_pictures_of_a_folder(tmp_path, capsys):
     results, images = tmp_path / "results", tmp_path / "images"
     results.mkdir()
     write_rows(results / "moe_ffn_cuda.csv", [make_row(name, 100) for name in ("products", "eager", "mtu-triton")])
-    write_rows(results / "growth_cuda.csv", grown())
+    write_rows(results / "scaling_cuda.csv", grown())
     write_rows(results / "machine.csv", [make_roofs(), make_roofs("cpu")])
     write_rows(results / "unet_cuda.csv", [make_step(name, time) for name, time in STEPS.items()])
     assert plot.main(["--results", str(results), "--output", str(images)]) == 0
-    names = ["growth_cuda.png", "moe_ffn_cuda.png", "roofline_cuda.png", "unet_cuda.png"]
+    names = ["moe_ffn_cuda.png", "roofline_cuda.png", "scaling_cuda.png", "unet_cuda.png"]
     assert sorted(path.name for path in images.iterdir()) == names
     assert sorted(line.rpartition("/")[2] for line in capsys.readouterr().out.splitlines()) == names
 
 
 def test_what_cannot_be_drawn_is_said_after_the_others_were(tmp_path, capsys):
-    write_rows(tmp_path / "growth_cuda.csv", [make_row("eager", 1, setting=FOUR)])
+    write_rows(tmp_path / "scaling_cuda.csv", [make_row("eager", 1, setting=FOUR)])
     write_rows(tmp_path / "unet_cuda.csv", [make_step("stock", 10), make_step("mtu-triton", 9)])
     with pytest.raises(SystemExit, match="2"):
         plot.main(["--results", str(tmp_path), "--output", str(tmp_path)])
-    assert "error: growth_cuda.png needs rows of two token counts" in capsys.readouterr().err
+    assert "error: scaling_cuda.png needs rows of two token counts" in capsys.readouterr().err
     assert [path.name for path in tmp_path.glob("*.png")] == ["unet_cuda.png"]
 
 

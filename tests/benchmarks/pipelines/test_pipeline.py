@@ -1,4 +1,4 @@
-"""Whole images: the commands on a small model, contenders and their check, and PSNR held to that of stock pipelines."""
+"""Whole images: the commands on a small model, contenders and their check, and PSNR beside that of stock pipelines."""
 
 import csv
 import json
@@ -13,10 +13,10 @@ from benchmarks.harness.correctness import WrongResult
 from benchmarks.harness.provenance import provenance
 from benchmarks.harness.rows import Row
 from benchmarks.harness.workloads import Workload
-from benchmarks.pipelines import pipeline, pipeline_models, pipeline_psnr, sameness
+from benchmarks.pipelines import image_psnr, pipeline, pipeline_models, psnr_rows
 from benchmarks.pipelines.pipeline_contenders import TABLE, comparison
-from benchmarks.pipelines.pipeline_models import draw_samples, hold_images, sharing_copy, stock_rows, unet_rows
-from benchmarks.pipelines.pipeline_psnr import STOCK, compare, psnr, squared_errors, standard_error, verdict
+from benchmarks.pipelines.pipeline_models import check_images, draw_samples, sharing_copy, stock_rows, unet_rows
+from benchmarks.pipelines.psnr_rows import STOCK, compare, psnr, squared_errors, standard_error, verdict
 from mtu.recipes.icons.base import BaseConfig, new_pipeline, save_model
 from mtu.recipes.icons.denoiser import DenoiserConfig
 from mtu.recipes.icons.text import TextConfig
@@ -137,7 +137,7 @@ def test_wrong_arguments(arguments, words, folder, tmp_path, capsys):
     assert words in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("module", [pipeline, sameness], ids=["pipeline", "sameness"])
+@pytest.mark.parametrize("module", [pipeline, image_psnr], ids=["pipeline", "image_psnr"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_a_gpu_that_is_not_there(module, folder, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -145,7 +145,7 @@ def test_a_gpu_that_is_not_there(module, folder, tmp_path, capsys):
     assert "--device cuda needs a CUDA device, got none." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", [pipeline, sameness], ids=["pipeline", "sameness"])
+@pytest.mark.parametrize("module", [pipeline, image_psnr], ids=["pipeline", "image_psnr"])
 def test_a_file_of_other_columns_is_refused_before_anything_is_loaded(module, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module, "load_pipeline", None)
     output = tmp_path / "rows.csv"
@@ -249,10 +249,10 @@ def test_copies_share_weights_but_not_their_layout(pipe):
 def test_what_is_computed_wrongly_is_not_timed():
     exact = torch.linspace(0, 1, 48).view(1, 3, 4, 4)
     user = (exact + 0.01).bfloat16()
-    hold_images((exact - 0.015).bfloat16(), user, exact)
+    check_images((exact - 0.015).bfloat16(), user, exact)
     for images in ((exact + 0.04).bfloat16(), exact + 0.01, (exact * torch.nan).bfloat16()):
         with pytest.raises(WrongResult, match=r"the images must be torch.bfloat16 within .* of the exact ones, got"):
-            hold_images(images, user, exact)
+            check_images(images, user, exact)
 
 
 def test_contenders_are_compared_with_the_stock_pipelines_run_in_the_same_way():
@@ -265,16 +265,16 @@ def test_contenders_are_compared_with_the_stock_pipelines_run_in_the_same_way():
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------- sameness
+# ---------------------------------------------------------------------------------------------------------- PSNR
 
 
 def test_a_run_of_all_paths_from_start_to_table(folder, tmp_path, capsys, no_compiler):
-    output = tmp_path / "sameness_cpu.csv"
+    output = tmp_path / "image_psnr_cpu.csv"
     arguments = ["--paths", "mtu-eager,mixed,compiled", "--samples", "1", "--steps", "1"]
-    _, arguments = run_quickly(sameness, folder, output, *arguments)
+    _, arguments = run_quickly(image_psnr, folder, output, *arguments)
     out = capsys.readouterr().out
-    rows, source = read(output), provenance(f"python -m benchmarks.pipelines.sameness {' '.join(arguments)}")
-    assert tuple(rows[0]) == (*pipeline_psnr.TABLE.columns, *source)
+    rows, source = read(output), provenance(f"python -m benchmarks.pipelines.image_psnr {' '.join(arguments)}")
+    assert tuple(rows[0]) == (*psnr_rows.TABLE.columns, *source)
     paths = [STOCK, "mtu-eager", "mixed", "compiled"]
     expected = [(path, task, "bf16") for path in paths for task in (*NAMES, "all")]
     expected += [(path, task, "fp32") for path in paths if path != "mtu-eager" for task in (*NAMES, "all")]
@@ -293,18 +293,18 @@ def test_paths_that_cannot_run_are_skipped_and_wrong_ones_end_in_an_error(folder
     def refuse(*arguments):
         raise RuntimeError("Nothing of the kind runs here.")
 
-    right = sameness.PATHS["mtu-eager"]
-    monkeypatch.setitem(sameness.PATHS, "mtu-cpp", right._replace(images=refuse))
-    monkeypatch.setitem(sameness.PATHS, "mixed", right._replace(images=lambda *given: 1 - right.images(*given)))
+    right = image_psnr.PATHS["mtu-eager"]
+    monkeypatch.setitem(image_psnr.PATHS, "mtu-cpp", right._replace(images=refuse))
+    monkeypatch.setitem(image_psnr.PATHS, "mixed", right._replace(images=lambda *given: 1 - right.images(*given)))
     output = tmp_path / "rows.csv"
     given = ["--samples", "1", "--steps", "1", "--dtypes", "fp32"]
-    assert run_quickly(sameness, folder, output, *given, "--paths", "mtu-cpp")[0] == 0
+    assert run_quickly(image_psnr, folder, output, *given, "--paths", "mtu-cpp")[0] == 0
     skipped = "skipped mtu-cpp at miniature 64x64 images=4 steps=1 fp32: Nothing of the kind runs here."
     assert skipped in capsys.readouterr().err
-    assert run_quickly(sameness, folder, output, *given, "--paths", "mixed")[0] == 1
+    assert run_quickly(image_psnr, folder, output, *given, "--paths", "mixed")[0] == 1
     assert capsys.readouterr().out.count("missed") == 5
     with pytest.raises(SystemExit, match="2"):
-        run_quickly(sameness, folder, output, "--paths", "graphs")
+        run_quickly(image_psnr, folder, output, "--paths", "graphs")
     assert "on this device, got graphs." in capsys.readouterr().err
 
 
@@ -322,7 +322,7 @@ def test_the_standard_error_of_a_mean():
     assert standard_error(torch.ones(1)) == math.inf, "one sample says nothing of chance"
 
 
-def test_rows_are_held_to_the_stock_pipelines_task_by_task():
+def test_rows_are_compared_with_the_stock_pipelines_task_by_task():
     stock = torch.tensor([1e-4, 1e-3] * 8, dtype=torch.float64)
     # As far as a factor of two, but for the first sample of each task: it makes most of what is pooled.
     worse = 2 * stock
@@ -336,7 +336,7 @@ def test_rows_are_held_to_the_stock_pipelines_task_by_task():
     assert rows["worse", "a"].pooled_db == pytest.approx(psnr(torch.tensor([2e-4 * 107 / 8])).item(), abs=0.01)
     assert rows["worse", "a"].error_db == pytest.approx(20 / 8, abs=0.01)
     verdicts = {path: verdict(rows[path, "a"]) for path in errors}
-    assert verdicts == {STOCK: "held", "worse": "even", "better": "held", "even": "held"}
+    assert verdicts == {STOCK: "met", "worse": "even", "better": "met", "even": "met"}
     assert verdict(rows["worse", "all"]) == "missed", "twice as many samples show it"
     assert rows["worse", "all"].workload.B == 16
     assert rows["worse", "a"].workload.B == 8
@@ -346,10 +346,10 @@ def test_rows_are_held_to_the_stock_pipelines_task_by_task():
 
 @pytest.mark.parametrize(
     ("psnr_db", "error_db", "expected"),
-    [(40.0, 0.0, "held"), (39.2, 0.3, "even"), (39.0, 0.3, "missed"), (math.nan, 0.3, "missed")],
+    [(40.0, 0.0, "met"), (39.2, 0.3, "even"), (39.0, 0.3, "missed"), (math.nan, 0.3, "missed")],
 )
 def test_verdicts(psnr_db, error_db, expected):
     figures = {"psnr_db": psnr_db, "allowed_db": 40.0, "error_db": error_db, "pooled_db": 39.0}
     row = Row(contender="mixed", part="edit", workload=WORKLOAD, source=SOURCE, **figures)
     assert verdict(row) == expected
-    assert tuple(pipeline_psnr.TABLE.cells(row)) == (*pipeline_psnr.TABLE.columns, *SOURCE)
+    assert tuple(psnr_rows.TABLE.cells(row)) == (*psnr_rows.TABLE.columns, *SOURCE)

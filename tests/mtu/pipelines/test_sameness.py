@@ -7,10 +7,10 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import mtu_kernels
-from benchmarks.pipelines import sameness
+from benchmarks.pipelines import image_psnr
+from benchmarks.pipelines.image_psnr import Origin
 from benchmarks.pipelines.pipeline_models import cast, draw_samples, load_pipeline, upcycled_images
-from benchmarks.pipelines.pipeline_psnr import STOCK, psnr, squared_errors
-from benchmarks.pipelines.sameness import Origin
+from benchmarks.pipelines.psnr_rows import STOCK, psnr, squared_errors
 from mtu.compiling import CompiledCalls, Plan
 
 # diffusers looks the version of torch up while a bfloat16 UNet is traced.
@@ -23,7 +23,7 @@ PER_TASK, STEPS = 2, 3
 FLOAT32_DB = 100
 # In bfloat16 two ways that round as often are apart by chance: by up to 1 dB on these few images. Twice the stock
 # pipelines' mean squared error is none of it; what a tenth of a decibel means,
-# `benchmarks.pipelines.sameness` finds out on more.
+# `benchmarks.pipelines.image_psnr` finds out on more.
 BFLOAT16_DB = 3
 
 
@@ -40,13 +40,13 @@ def samples(pipe):
 @pytest.fixture(scope="module")
 def exact(pipe, samples):
     """Images of the eager path in float32."""
-    return sameness.mixed("eager", origin_of(pipe, torch.float32), samples, STEPS)
+    return image_psnr.mixed("eager", origin_of(pipe, torch.float32), samples, STEPS)
 
 
 @pytest.fixture(scope="module")
 def allowed(pipe, samples, exact):
     """PSNR of the stock pipelines on the exported tasks in bfloat16, of each task and of all."""
-    images = sameness.PATHS[STOCK].images(origin_of(pipe, torch.bfloat16), samples, STEPS)
+    images = image_psnr.PATHS[STOCK].images(origin_of(pipe, torch.bfloat16), samples, STEPS)
     return psnrs(pipe, images, exact)
 
 
@@ -94,7 +94,7 @@ def through(plan):
     return images
 
 
-PATHS = {name: sameness.PATHS[name].images for name in (STOCK, "mtu-eager", "mtu-cpp", "mixed", "folded-cpp")}
+PATHS = {name: image_psnr.PATHS[name].images for name in (STOCK, "mtu-eager", "mtu-cpp", "mixed", "folded-cpp")}
 PATHS |= {"compiled": through(Plan({"backend": "eager"}, False)), "graphs": through(Plan(None, True))}
 
 
@@ -130,6 +130,6 @@ def test_a_mixed_up_task_is_far_below(pipe, samples, exact, allowed):
     with torch.no_grad():
         for parameter in mixed_up:
             parameter.copy_(parameter.roll(1, 0))
-    values = psnrs(pipe, sameness.mixed("eager", origin, samples, STEPS), exact)
+    values = psnrs(pipe, image_psnr.mixed("eager", origin, samples, STEPS), exact)
     assert max(values.values()) < FLOAT32_DB - 40
     assert values["all"] < allowed["all"] - BFLOAT16_DB

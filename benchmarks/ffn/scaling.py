@@ -1,4 +1,4 @@
-"""`python -m benchmarks.ffn.growth`: one feed-forward with more and more tokens, samples, tasks and experts.
+"""`python -m benchmarks.ffn.scaling`: one feed-forward with more and more tokens, samples, tasks and experts.
 
 Rows are those of `benchmarks.ffn.moe_ffn`, in a file of their own: its pictures are of the models' shapes.
 """
@@ -49,14 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Or else the profiler, which counts memory on a CPU, writes two lines for each row. Read when it starts first.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ffn.growth",
+        prog="python -m benchmarks.ffn.scaling",
         description="One feed-forward with more and more tokens, samples, tasks and experts.",
     )
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="(default: bf16)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     parser.add_argument("--seconds", type=float, help="for each row (default: 2 on a CPU, 0.1 on a GPU)")
     parser.add_argument("--quick", action="store_true", help="a smoke test: two tiny shapes")
-    parser.add_argument("--output", type=Path, help="CSV to add rows to (default: results/growth_DEVICE.csv)")
+    parser.add_argument("--output", type=Path, help="CSV to add rows to (default: results/scaling_DEVICE.csv)")
     parser.add_argument("--commit", help="for the provenance, in a copy of the tree without its git directory")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -64,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     kind = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     chosen = (_QUICK,) if options.quick else sweeps(kind)
     groups = [group for sweep in chosen for group in sweep.groups(options.dtype)]
-    output = options.output or RESULTS / f"growth_{kind}.csv"
-    source = provenance(command_line("benchmarks.ffn.growth", argv), torch.device(kind), options.commit)
+    output = options.output or RESULTS / f"scaling_{kind}.csv"
+    source = provenance(command_line("benchmarks.ffn.scaling", argv), torch.device(kind), options.commit)
     try:
         TABLE.check(output, source)
     except ValueError as error:

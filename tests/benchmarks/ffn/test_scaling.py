@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ffn import growth
-from benchmarks.ffn.growth_lines import panels, us_per_token
+from benchmarks.ffn import scaling
 from benchmarks.ffn.rows import TABLE
-from benchmarks.pages import plot_growth
+from benchmarks.ffn.scaling_lines import panels, us_per_token
+from benchmarks.pages import plot_scaling
 
 from ..page_cases import grown
 from ..rows_cases import make_row
 
 
-def test_growth_is_told_apart_by_what_varies():
+def test_panels_are_told_apart_by_what_varies():
     drawn = {panel.name: panel for panel in panels(grown())}
     assert list(drawn) == ["tokens", "batch", "tasks", "experts"]
     lines = {name: {(line.contender, line.K): line.rows for line in panel.lines} for name, panel in drawn.items()}
@@ -36,21 +36,21 @@ def test_growth_is_told_apart_by_what_varies():
 
 def test_one_point_is_no_line():
     assert panels([make_row("eager", 1), make_row("mtu-triton", 1)]) == []
-    with pytest.raises(ValueError, match=r"growth\.png needs rows of two token counts, .* got none\."):
-        plot_growth.plot([make_row("eager", 1)], Path("growth.png"))
+    with pytest.raises(ValueError, match=r"scaling\.png needs rows of two token counts, .* got none\."):
+        plot_scaling.plot([make_row("eager", 1)], Path("scaling.png"))
 
 
-def test_a_quick_growth(tmp_path):
-    output = tmp_path / "growth_cpu.csv"
-    assert growth.main(["--quick", "--seconds", "0", "--device", "cpu", "--output", str(output)]) == 0
+def test_a_quick_run(tmp_path):
+    output = tmp_path / "scaling_cpu.csv"
+    assert scaling.main(["--quick", "--seconds", "0", "--device", "cpu", "--output", str(output)]) == 0
     rows = TABLE.read(output)
     assert {row.contender for row in rows} == {"products", "eager", "mtu-eager"}
     assert {row.workload.L for row in rows} == {16, 32}
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_growth_varies_all_four_quantities(device):
-    groups = [group for sweep in growth.sweeps(device) for group in sweep.groups("bf16")]
+def test_sweeps_vary_all_four_quantities(device):
+    groups = [group for sweep in scaling.sweeps(device) for group in sweep.groups("bf16")]
     rows = [
         make_row(entry.contender, 1, group.workload[:2], group.workload.B, entry.setting, group=str(number))
         for number, group in enumerate(groups)

@@ -34,7 +34,7 @@ class Part(NamedTuple):
     prepare: Call | None = None
 
 
-class Subject(NamedTuple):
+class Deployment(NamedTuple):
     """A contender that is built.
 
     Attributes:
@@ -42,7 +42,7 @@ class Subject(NamedTuple):
         parts: batch → the calls of a step.
         kept: tensors besides those of the UNets.
         switch: what must happen between two steps when the tasks of the batch change.
-        settle: what is done after the check, which asks for the original's weights, and before timing.
+        after_check: what is done after the check, which asks for the original's weights, and before timing.
         sizes_differ: whether another mix of tasks may bring calls of other sizes, or of another UNet.
     """
 
@@ -50,7 +50,7 @@ class Subject(NamedTuple):
     parts: Callable[[Batch], list[Part]]
     kept: Callable[[], Iterable[Tensor]] = tuple
     switch: Call | None = None
-    settle: Call | None = None
+    after_check: Call | None = None
     sizes_differ: bool = False
 
     def bind(self, batch: Batch) -> Callable[[], list[Tensor]]:

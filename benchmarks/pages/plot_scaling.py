@@ -1,4 +1,4 @@
-"""Pictures of `results/growth_*.csv`: µs a token as tokens, samples, tasks and experts become more."""
+"""Pictures of `results/scaling_*.csv`: µs a token as tokens, samples, tasks and experts become more."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.ffn.growth_lines import Panel, panels, routing_name, tokens
+from benchmarks.ffn.scaling_lines import Panel, panels, routing_name, tokens
 from benchmarks.harness.rows import Row
 from benchmarks.harness.workloads import DENSE
 from benchmarks.pages.plot_style import FFN_LOOKS, legend, letters, most_common_dtype, save

@@ -1,4 +1,4 @@
-"""How the time of a feed-forward grows with tokens, batch, tasks and experts: lines through rows of `growth_*.csv`."""
+"""How the time of a feed-forward grows with tokens, batch, tasks and experts: lines through rows of `scaling_*.csv`."""
 
 from __future__ import annotations
 
