@@ -26,8 +26,6 @@ class TaskConvIn(nn.Module):
     Parameters: weight (T, C, Cin, k, k) with Cin the widest task's channels, bias (T, C).
     """
 
-    channels: Tensor  # (T,) int64, latent and condition channels of each task
-
     def __init__(
         self, condition_channels: Sequence[int], latent_channels: int, out_channels: int, kernel_size: int
     ) -> None:
@@ -38,13 +36,14 @@ class TaskConvIn(nn.Module):
         tasks, widest = len(self.task_channels), max(self.task_channels)
         self.weight = nn.Parameter(torch.zeros(tasks, out_channels, widest, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(tasks, out_channels))
-        # Not where the parameters are: a model under construction may have those on the meta device.
-        self.register_buffer("channels", torch.tensor(self.task_channels), persistent=False)
+        # (T,) int64. A buffer would be left on the meta device, or moved on its own, by offloading: as it follows from
+        # the configuration, it is made wherever it is needed.
+        self.channels = torch.tensor(self.task_channels, device="cpu")
 
     @property
     def in_channels(self) -> int:
         """Cin, the channels of the widest task."""
-        return self.weight.shape[2]
+        return max(self.task_channels)
 
     def forward(self, sample: Tensor, task_ids: Tensor | None = None, *, channels_last: bool = False) -> Tensor:
         """Convolve each sample with the kernel of its task.
@@ -67,11 +66,13 @@ class TaskConvIn(nn.Module):
         _, given, height, width = sample.shape
         self.check_channels(given)
         # `where`, not a product: what another task left in an ignored channel may be infinite.
-        own = torch.arange(given, device=sample.device) < self.channels[task_ids][:, None]
+        channels = self._channels_on(sample.device)
+        own = torch.arange(given, device=sample.device) < channels[task_ids][:, None]
         sample = torch.where(own[:, :, None, None], sample, 0.0)
-        kernels = select_rows(self.weight[:, :, :given], task_ids).flatten(2)
+        # Layerwise casting, which does not know this layer, leaves it wider than the layers that it casts.
+        kernels = select_rows(self.weight[:, :, :given], task_ids).flatten(2).to(sample.dtype)
         patches = F.unfold(sample, self.kernel_size, padding=self.kernel_size // 2)
-        bias = select_rows(self.bias, task_ids)
+        bias = select_rows(self.bias, task_ids).to(sample.dtype)
         if channels_last:
             # A product with channels along the rows is in that layout already.
             output = torch.baddbmm(bias[:, None], patches.mT, kernels.mT)
@@ -103,16 +104,27 @@ class TaskConvIn(nn.Module):
         self.place_channels_()
 
     def place_channels_(self) -> None:
-        """Put the channel counts where the parameters are; needed only where those were set one by one.
+        """Put the channel counts where the parameters are; needed only where those were set one by one."""
+        # Parameters on the meta device are offloaded, or have no values yet.
+        device = self.channels.device if self.weight.is_meta else self.weight.device
+        # What is made in inference mode could not be written to outside it.
+        with torch.inference_mode(False):
+            channels = torch.tensor(self.task_channels, device=device)
+            if (self.channels.shape, self.channels.device) == (channels.shape, channels.device):
+                # CUDA graphs read them where they are.
+                self.channels.copy_(channels)
+            else:
+                self.channels = channels
 
-        They are no part of the state dict, and nothing else would fill them once the parameters leave the meta device.
-        """
-        channels = torch.tensor(self.task_channels, device=self.weight.device)
-        if (self.channels.shape, self.channels.device) == (channels.shape, channels.device):
-            # CUDA graphs read them where they are.
-            self.channels.copy_(channels)
-        else:
-            self.register_buffer("channels", channels, persistent=False)
+    def _channels_on(self, device: torch.device) -> Tensor:
+        """The channel counts where the sample is, and from now on there: offloading does not say where that will be."""
+        if self.channels.device == device:
+            return self.channels
+        if torch.compiler.is_compiling():
+            return self.channels.to(device)
+        with torch.inference_mode(False):
+            self.channels = self.channels.to(device)
+        return self.channels
 
     def set_rows_(self, weight: Tensor, bias: Tensor, condition_channels: Sequence[int]) -> None:
         """Replace the packed tensors, for another number of tasks or of channels."""

@@ -14,12 +14,12 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mtu.norm import TaskLayerNorm
-from mtu.plain_linear import is_plain_linear, is_replaced
+from mtu.plain_linear import RouterLinear, is_called_as_it_is, is_plain_linear, is_replaced
 from mtu.router import Gathered, Router, RoutingTable
 from mtu_kernels import NormAffine, Routing
 from mtu_kernels.exporting import is_exporting
 
-__all__ = ["BlockStack", "find_stacks", "gather"]
+__all__ = ["BlockStack", "can_route_ahead", "find_stacks", "gather"]
 
 # Compilers of kernels make another variant for a tensor that does not start at a multiple of 16 bytes.
 _ALIGNMENT = 4  # elements of float32
@@ -89,6 +89,28 @@ def gather(stacks: Sequence[BlockStack], task_ids: Tensor, embedding: Tensor | N
     return Gathered(affines, routings, is_traced)
 
 
+def can_route_ahead(unet: nn.Module, block_names: Iterable[str]) -> bool:
+    """Whether the routers of these blocks may run outside a call of the UNet, with the weights of the call.
+
+    Not where a module around them brings in or casts what is within it for the time of its call: group offloading, and
+    layerwise casting of whole models. Offloading by accelerate does so for each layer by itself, or keeps the weights.
+    """
+    names = {outer for name in block_names for outer in ("", *_prefixes(f"{name}.ff.router"))}
+    for module in map(unet.get_submodule, names):
+        if is_replaced(module) and not hasattr(module, "_hf_hook"):
+            return False
+        if isinstance(module, Router) and not all(map(_has_its_weights, module.children())):
+            return False
+    return True
+
+
+def _has_its_weights(linear: nn.Module) -> bool:
+    """Whether a layer of a router may be called, whatever is not being called around it."""
+    if type(linear) is not RouterLinear or is_replaced(linear):
+        return True
+    return is_plain_linear(linear) and not linear.weight.is_meta
+
+
 def _rows(tables: Sequence[Tensor], task_ids: Tensor) -> list[Tensor]:
     """`table[task_ids]` of each table (T, …), as (B, …) contiguous; floating-point ones in float32."""
     alike: dict[tuple, list[int]] = defaultdict(list)
@@ -115,7 +137,7 @@ def _rows(tables: Sequence[Tensor], task_ids: Tensor) -> list[Tensor]:
 
 def _open_layers(stack: BlockStack, device: torch.device) -> Iterator[_Layer]:
     """The layers of a stack whose tensors may be read before their turn."""
-    if not all(map(_is_called_as_it_is, stack.outer)):
+    if not all(map(is_called_as_it_is, stack.outer)):
         return
     for block in stack.blocks:
         # Not by attribute: that takes five times as long, and there are seventy of these in every step.
@@ -125,23 +147,12 @@ def _open_layers(stack: BlockStack, device: torch.device) -> Iterator[_Layer]:
             type(norm) is TaskLayerNorm
             # What wraps the network (a compiler, an adapter) has no router of its own.
             and router is not None
-            and all(map(_is_called_as_it_is, (block, norm, feed_forward, router)))
+            and all(map(is_called_as_it_is, (block, norm, feed_forward, router)))
             and _is_at_hand(norm._parameters.get("weight"), device)
             and _is_at_hand(norm._parameters.get("bias"), device)
             and _can_route(router, device)
         ):
             yield _Layer(norm, router)
-
-
-def _is_called_as_it_is(module: nn.Module) -> bool:
-    """Whether calling a module runs the forward of its class, here, and nothing before or after it."""
-    own = vars(module)
-    return not (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own.get("_compiled_call_impl") is not None
-        or is_replaced(module)
-    )
 
 
 def _is_at_hand(table: Tensor | None, device: torch.device) -> bool:

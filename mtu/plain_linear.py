@@ -1,11 +1,13 @@
 """The linear layers of routers, and when the tensors of a linear layer may be read directly, instead of calling it."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["RouterLinear", "is_plain_linear", "is_replaced"]
+__all__ = ["RouterLinear", "is_called_as_it_is", "is_plain_linear", "is_replaced", "without_eight_bits"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,6 +37,22 @@ class RouterLinear(nn.Module):
         """The product with each row of `x` (..., in_features): (..., out_features)."""
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
+    def _apply(self, fn, recurse: bool = True):
+        return super()._apply(without_eight_bits(fn), recurse)
+
+
+def without_eight_bits(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn` of `nn.Module._apply`, but for casts to eight bits, as which layerwise casting stores whole models.
+
+    Routing weights from such routers pick other experts with top-k.
+    """
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        return result if result.dtype.itemsize > 1 else tensor.to(result.device)
+
+    return moved
+
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether calling `module` is `x Wᵀ + b` with its own `weight` and `bias`, and nothing else.
@@ -55,6 +73,17 @@ def is_plain_linear(module: nn.Module) -> bool:
         and not is_replaced(module)
         and weight.dtype in _DTYPES
         and not is_traceable_wrapper_subclass(weight)
+    )
+
+
+def is_called_as_it_is(module: nn.Module) -> bool:
+    """Whether calling a module runs the forward of its class, here, and nothing before or after it."""
+    own = vars(module)
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own.get("_compiled_call_impl") is not None
+        or is_replaced(module)
     )
 
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtu.config import ExpertConfig
-from mtu.plain_linear import RouterLinear, is_plain_linear
+from mtu.plain_linear import RouterLinear, is_plain_linear, is_replaced, without_eight_bits
 from mtu_kernels import NormAffine, Routing, top_k_routing
 from mtu_kernels.autocast import has_autocast
 
-__all__ = ["Gathered", "Router", "RoutingTable", "TaskContext", "held", "select_rows"]
+__all__ = ["Gathered", "Router", "RoutingTable", "TaskContext", "TaskEmbedding", "held", "select_rows"]
 
 # Elements looked at per tensor when a cached table is checked: few enough to cost microseconds, spread enough that
 # an optimizer's or an averaging step, which changes everything, cannot go unseen.
@@ -80,6 +80,32 @@ def select_rows(table: Tensor, task_ids: Tensor) -> Tensor:
     one_hot = F.one_hot(task_ids, table.shape[0]).to(table.dtype)
     one_hot = one_hot.view(*one_hot.shape, *(1,) * (table.dim() - 1))
     return (one_hot * table).sum(1)
+
+
+class TaskEmbedding(nn.Module):
+    """The learnable embeddings e_t of all tasks, which the routers read.
+
+    It is no `nn.Embedding`, which layerwise casting would round.
+
+    Args:
+        num_tasks: T.
+        width: W.
+
+    Parameters: weight (T, W).
+    """
+
+    def __init__(self, num_tasks: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_tasks, width))
+        nn.init.normal_(self.weight)
+
+    def forward(self) -> Tensor:
+        """All embeddings, (T, W)."""
+        # Not the parameter itself, whose memory offloading takes away after the call.
+        return self.weight.view_as(self.weight)
+
+    def _apply(self, fn, recurse: bool = True):
+        return super()._apply(without_eight_bits(fn), recurse)
 
 
 class Router(nn.Module):
@@ -195,25 +221,38 @@ class RoutingTable(nn.Module):
     Args:
         config: expert layout.
         num_tasks: T.
+
+    Parameters, which no gradient reaches: weights (T, K) float32, indices (T, K) int32 or None. Constants would be
+    buffers, were those not forgotten by offloading to disk.
     """
 
     def __init__(self, config: ExpertConfig, num_tasks: int) -> None:
         super().__init__()
         shape = (num_tasks, config.active_experts)
-        self.register_buffer("weights", torch.zeros(shape, dtype=torch.float32))
-        self.register_buffer("indices", None if config.is_dense else torch.zeros(shape, dtype=torch.int32))
+        self.weights = _constant(torch.zeros(shape, dtype=torch.float32))
+        self.register_parameter(
+            "indices", None if config.is_dense else _constant(torch.zeros(shape, dtype=torch.int32))
+        )
 
     def forward(self, embedding: Tensor | None = None) -> Routing:
         """The routing of every task: weights (T, K) float32, indices (T, K) int32 or None."""
+        if is_replaced(self):
+            # Offloading takes the memory of parameters away where they are, after the call.
+            return Routing(self.weights.detach(), None if self.indices is None else self.indices.detach())
         return Routing(self.weights, self.indices)
 
+    def select_rows_(self, index: Tensor) -> None:
+        """Make the old row `index[i]` the new row i."""
+        self.weights = _constant(self.weights[index])
+        self.indices = None if self.indices is None else _constant(self.indices[index])
+
     def _apply(self, fn, recurse: bool = True):
-        # `.to(torch.bfloat16)` must not round routing weights: move the table, keep its type.
-        weights = self.weights
-        super()._apply(fn, recurse)
-        if self.weights.dtype != torch.float32:
-            self.weights = weights.to(self.weights.device)
-        return self
+        # `.to(torch.bfloat16)` and layerwise casting must not round routing weights: move the table, keep its type.
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(moved, recurse)
 
 
 @contextlib.contextmanager
@@ -227,6 +266,10 @@ def held(routers: Iterable[Router], embedding: Tensor | None) -> Iterator[None]:
     finally:
         for router in routers:
             router.release()
+
+
+def _constant(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def _written(kept: Tensor | None, new: Tensor | None) -> Tensor | None:

@@ -115,12 +115,10 @@ def _select_rows_(unet: "MTUUNet2DConditionModel", specs: tuple[TaskSpec, ...], 
             module.weight = nn.Parameter(module.weight[index], module.weight.requires_grad)
             module.bias = nn.Parameter(module.bias[index], module.bias.requires_grad)
         elif isinstance(module, RoutingTable):
-            module.weights = module.weights[index]
-            module.indices = None if module.indices is None else module.indices[index]
+            module.select_rows_(index)
     if unet.task_embedding is not None:
         weight = unet.task_embedding.weight
         unet.task_embedding.weight = nn.Parameter(weight[index], weight.requires_grad)
-        unet.task_embedding.num_embeddings = len(specs)
     conv = unet.conv_in
     counts = [spec.condition_channels for spec in specs]
     old_counts = [unet.tasks[row].condition_channels for row in rows]

@@ -22,9 +22,10 @@ from mtu.config import ExpertConfig, NormMode
 from mtu.conv_in import TaskConvIn
 from mtu.diffusers_compat import expand_block_scales, with_stock_signature
 from mtu.ffn import CONTEXT_KEY, RoutedFeedForward, RoutedTransformerBlock, check_blocks
-from mtu.gathering import find_stacks, gather
+from mtu.gathering import can_route_ahead, find_stacks, gather
 from mtu.norm import TaskLayerNorm
-from mtu.router import Router, RoutingTable, TaskContext, held
+from mtu.plain_linear import is_called_as_it_is
+from mtu.router import Router, RoutingTable, TaskContext, TaskEmbedding, held
 from mtu.tasks import TaskSpec, as_task_specs
 
 __all__ = ["MTUUNet2DConditionModel"]
@@ -84,7 +85,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             self.conv_in.out_channels,
             self.conv_in.kernel_size[0],
         )
-        self.task_embedding = None if routers_dropped else nn.Embedding(len(specs), router_width)
+        self.task_embedding = None if routers_dropped else TaskEmbedding(len(specs), router_width)
         # Found once, as looking through thousands of modules takes longer than a step's gather. A block that is put in
         # later gathers for itself.
         self._stacks = find_stacks(self, self.routed_blocks())
@@ -215,7 +216,9 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
     @property
     def is_channels_last(self) -> bool:
         """Whether the weights of convolutions are in that layout, which their outputs then have."""
-        weight = self.conv_out.weight
+        weight = getattr(self.conv_out, "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 4:
+            return False  # wrapped or sharded: it is only a layout
         return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
     def checked_task_ids(self, task_ids: Tensor | None, sample: Tensor) -> Tensor:
@@ -240,10 +243,8 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         embedding = self.task_embedding
         if embedding is None:
             return None
-        # Under offloading and layerwise casting, the weight is itself within its module's forward only.
-        if "forward" in embedding.__dict__:
-            return embedding(torch.arange(embedding.num_embeddings, device=device))
-        return embedding.weight
+        # Under offloading, the weight is itself within its module's forward only.
+        return embedding.weight if is_called_as_it_is(embedding) else embedding().to(device)
 
     # ------------------------------------------------------------------------------- parameters, routers, backend
 
@@ -265,6 +266,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
 
     def named_trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """`trainable_parameters` with their names."""
+<<<<<<< HEAD
         owners = (RoutedFeedForward, TaskLayerNorm, TaskConvIn, nn.Embedding)
         trainable = {
             id(parameter)
@@ -273,6 +275,18 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             for parameter in module.parameters()
         }
         return [(name, p) for name, p in in_memory.without_adapters(self) if id(p) in trainable]
+=======
+        owners = (RoutedFeedForward, TaskLayerNorm, TaskConvIn, TaskEmbedding)
+        trainable = {id(p) for m in self.modules() if isinstance(m, owners) for p in m.parameters()}
+        trainable -= {id(p) for m in self.modules() if isinstance(m, RoutingTable) for p in m.parameters()}
+        return [(name, parameter) for name, parameter in self.named_parameters() if id(parameter) in trainable]
+>>>>>>> 5e5f72e (Weights are right whoever holds them: routing tables are parameters, nothing is routed ahead of offloaded weights, and layerwise casting leaves routing alone)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "MTUUNet2DConditionModel":
+        """As in torch; integers, which tables of dropped routers hold, have no gradients."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(requires_grad and parameter.is_floating_point())
+        return self
 
     def freeze_stock_parameters_(self) -> None:
         """Let gradients reach `trainable_parameters` only."""
@@ -324,10 +338,12 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         For calls without gradients in eval mode; others run the routers themselves, and so do models that offloading
         moves meanwhile. Changes to routers and task embedding count from the next context on.
         """
-        if self.training or torch.is_grad_enabled():
+        blocks = {} if self.training or torch.is_grad_enabled() else self.routed_blocks()
+        routers = [block.ff.router for block in blocks.values() if isinstance(block.ff.router, Router)]
+        if not routers or not can_route_ahead(self, blocks):
             yield
             return
-        with held(self.routers(), self.embedding_table(self.task_device)):
+        with held(routers, self.embedding_table(self.task_device)):
             yield
 
     def set_backend(self, backend: str) -> None:

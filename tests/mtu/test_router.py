@@ -11,7 +11,7 @@ from mtu.initial_routing import initial_router_state
 from mtu.router import Router, RoutingTable, held, select_rows
 from mtu_kernels import dense_weights
 
-from .tiny import randomise_
+from .tiny import randomise_, upcycled_unet
 
 TASKS, WIDTH, EXPERTS = 3, 16, 4
 
@@ -238,6 +238,18 @@ def test_a_table_stays_float32(convert, top_k):
     assert torch.equal(table.weights, before)
     assert table.indices is None if top_k is None else table.indices.dtype == torch.int32
     assert table.to("meta").weights.is_meta
+
+
+def test_tables_of_dropped_routers_are_not_trained():
+    unet = upcycled_unet(top_k=2)
+    unet.drop_routers_()
+    unet.freeze_stock_parameters_()
+    tables = {name for name, _ in unet.named_parameters() if ".ff.router." in name}
+    assert {name.rpartition(".")[2] for name in tables} == {"weights", "indices"}
+    assert not tables & {name for name, parameter in unet.named_parameters() if parameter.requires_grad}
+    assert not tables & {name for name, _ in unet.named_trainable_parameters()}
+    unet.requires_grad_(True)
+    assert {p.dtype for p in unet.parameters() if not p.requires_grad} == {torch.int32}
 
 
 def test_a_table_is_its_state_dict():
