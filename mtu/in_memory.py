@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mtu.plain_linear import is_replaced
+from mtu.router import RoutingTable
 
 __all__ = [
     "check_no_group_hooks",
@@ -81,6 +82,8 @@ def check_plain(module: nn.Module, action: str) -> None:
                 f"Unload adapters before {action}: the forward of {name or 'the model'} is not that of its "
                 f"{type(layer).__name__}."
             )
+        if isinstance(layer, RoutingTable):
+            continue  # its indices are integers by nature
         for key, parameter in layer.named_parameters(recurse=False):
             if is_traceable_wrapper_subclass(parameter) or not parameter.is_floating_point():
                 kind = "sharded or quantized" if is_traceable_wrapper_subclass(parameter) else "quantized"

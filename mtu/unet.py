@@ -266,21 +266,10 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
 
     def named_trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """`trainable_parameters` with their names."""
-<<<<<<< HEAD
-        owners = (RoutedFeedForward, TaskLayerNorm, TaskConvIn, nn.Embedding)
-        trainable = {
-            id(parameter)
-            for name, module in self.named_modules()
-            if isinstance(module, owners) and (not isinstance(module, nn.Embedding) or name == "task_embedding")
-            for parameter in module.parameters()
-        }
-        return [(name, p) for name, p in in_memory.without_adapters(self) if id(p) in trainable]
-=======
         owners = (RoutedFeedForward, TaskLayerNorm, TaskConvIn, TaskEmbedding)
         trainable = {id(p) for m in self.modules() if isinstance(m, owners) for p in m.parameters()}
         trainable -= {id(p) for m in self.modules() if isinstance(m, RoutingTable) for p in m.parameters()}
-        return [(name, parameter) for name, parameter in self.named_parameters() if id(parameter) in trainable]
->>>>>>> 5e5f72e (Weights are right whoever holds them: routing tables are parameters, nothing is routed ahead of offloaded weights, and layerwise casting leaves routing alone)
+        return [(name, p) for name, p in in_memory.without_adapters(self) if id(p) in trainable]
 
     def requires_grad_(self, requires_grad: bool = True) -> "MTUUNet2DConditionModel":
         """As in torch; integers, which tables of dropped routers hold, have no gradients."""
