@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mtu import in_memory
 from mtu.conv_in import TaskConvIn
 from mtu.norm import TaskLayerNorm
-from mtu.router import RoutingTable
+from mtu.router import RoutingTable, TaskEmbedding
 from mtu.tasks import TaskSpec
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _check_rows(unet: "MTUUNet2DConditionModel", action: str) -> None:
     owners = [(f"{name}.norm3", block.norm3, TaskLayerNorm) for name, block in unet.routed_blocks().items()]
     owners.append(("conv_in", unet.conv_in, TaskConvIn))
     if unet.task_embedding is not None:
-        owners.append(("task_embedding", unet.task_embedding, nn.Embedding))
+        owners.append(("task_embedding", unet.task_embedding, TaskEmbedding))
     for name, module, kind in owners:
         if type(module) is not kind:
             raise ValueError(
