@@ -75,9 +75,9 @@ class TaskConvIn(nn.Module):
         bias = select_rows(self.bias, task_ids).to(sample.dtype)
         if channels_last:
             # A product with channels along the rows is in that layout already.
-            output = torch.baddbmm(bias[:, None], patches.mT, kernels.mT)
-            return output.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-        return torch.baddbmm(bias[:, :, None], kernels, patches).unflatten(2, (height, width))
+            output = torch.baddbmm(bias[:, None], patches.transpose(1, 2), kernels.transpose(1, 2))
+            return output.view(-1, height, width, bias.shape[1]).permute(0, 3, 1, 2)
+        return torch.baddbmm(bias[:, :, None], kernels, patches).view(-1, bias.shape[1], height, width)
 
     def check_channels(self, given: int) -> None:
         """Raise a ValueError unless a sample may have this many channels."""

@@ -15,6 +15,7 @@ from mtu.norm import TaskLayerNorm
 from mtu.plain_linear import is_plain_linear
 from mtu.router import Router, RoutingTable, TaskContext
 from mtu_kernels import ExpertWeights, NormAffine, Routing, dense_weights, moe_ffn
+from mtu_kernels.exporting import fixed
 
 __all__ = ["CONTEXT_KEY", "RoutedFeedForward", "RoutedTransformerBlock", "check_blocks", "why_not_upcyclable"]
 
@@ -122,7 +123,7 @@ class RoutedFeedForward(FeedForward):
     def _by_modules(self, hidden_states: Tensor, affine: NormAffine, routing: Routing) -> Tensor:
         activation, dropout, project_out = self.net[0], self.net[1], self.net[2]
         dtype = hidden_states.dtype
-        unit = F.layer_norm(hidden_states.float(), hidden_states.shape[-1:], eps=self.eps)
+        unit = F.layer_norm(hidden_states.float(), (fixed(hidden_states.shape[-1]),), eps=self.eps)
         if affine.weight.dim() == 2:
             normed = unit * affine.weight[:, None] + affine.bias[:, None]
             hidden = activation(normed.to(dtype))
@@ -135,9 +136,9 @@ class RoutedFeedForward(FeedForward):
                 parts.append(activation(normed.to(dtype)).chunk(self.num_experts, dim=-1)[expert])
             hidden = torch.cat(parts, dim=-1)
         weights = dense_weights(routing, self.num_experts)
-        columns = weights.repeat_interleave(hidden.shape[-1] // self.num_experts, dim=-1)
         # float32 weights: the product is rounded once, as in the fused path.
-        hidden = project_out(dropout((hidden * columns[:, None]).to(hidden.dtype)))
+        weighted = hidden.unflatten(-1, (self.num_experts, -1)) * weights[:, None, :, None]
+        hidden = project_out(dropout(weighted.to(hidden.dtype).flatten(2)))
         for module in self.net[3:]:
             hidden = module(hidden)
         return hidden

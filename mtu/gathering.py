@@ -17,7 +17,7 @@ from mtu.norm import TaskLayerNorm
 from mtu.plain_linear import RouterLinear, is_called_as_it_is, is_plain_linear, is_replaced
 from mtu.router import Gathered, Router, RoutingTable
 from mtu_kernels import NormAffine, Routing
-from mtu_kernels.exporting import is_exporting
+from mtu_kernels.exporting import becomes_program
 
 __all__ = ["BlockStack", "can_route_ahead", "find_stacks", "gather"]
 
@@ -71,7 +71,7 @@ def gather(stacks: Sequence[BlockStack], task_ids: Tensor, embedding: Tensor | N
     """
     # Of a program that is traced for any batch, the strides of one would become part. Hooks of all modules, which
     # profilers and counters set, are shown each module in its turn.
-    if torch.is_grad_enabled() or is_exporting() or torch.jit.is_tracing() or _has_any_global_hook():
+    if torch.is_grad_enabled() or becomes_program() or _has_any_global_hook():
         return None
     layers = [layer for stack in stacks for layer in _open_layers(stack, task_ids.device)]
     if not layers:

@@ -12,6 +12,7 @@ from mtu.config import ExpertConfig
 from mtu.plain_linear import RouterLinear, is_plain_linear, is_replaced, without_eight_bits
 from mtu_kernels import NormAffine, Routing, top_k_routing
 from mtu_kernels.autocast import has_autocast
+from mtu_kernels.exporting import becomes_program
 
 __all__ = ["Gathered", "Router", "RoutingTable", "TaskContext", "TaskEmbedding", "held", "select_rows"]
 
@@ -60,7 +61,7 @@ class TaskContext(NamedTuple):
         if routing is not None:
             return routing
         table = router(self.embedding)
-        indices = None if table.indices is None else table.indices[self.task_ids]
+        indices = None if table.indices is None else table.indices.index_select(0, self.task_ids)
         return Routing(select_rows(table.weights, self.task_ids), indices)
 
     def _gathered_here(self) -> Gathered | None:
@@ -75,8 +76,8 @@ def select_rows(table: Tensor, task_ids: Tensor) -> Tensor:
     With gradients it is a product with one-hot rows: the backward of plain indexing adds with atomics on GPUs, in an
     order that differs from run to run. Both ways give the same bits for finite tables.
     """
-    if not (torch.is_grad_enabled() and table.requires_grad):
-        return table[task_ids]
+    if not (torch.is_grad_enabled() and table.requires_grad) or becomes_program():
+        return table.index_select(0, task_ids)
     one_hot = F.one_hot(task_ids, table.shape[0]).to(table.dtype)
     one_hot = one_hot.view(*one_hot.shape, *(1,) * (table.dim() - 1))
     return (one_hot * table).sum(1)
@@ -144,7 +145,7 @@ class Router(nn.Module):
             return self._route(embedding)
         if self._table is not None and self.is_held_on(embedding.device):
             return self._table
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._route(embedding)
         key = self._cache_key(embedding)
         if key is None:

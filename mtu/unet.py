@@ -232,7 +232,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         if task_ids.shape[0] not in (1, batch):
             raise ValueError(f"task_ids must have one id for each of {batch} samples, but got {task_ids.shape[0]}.")
         # Values are looked at where that costs nothing; on a GPU it would be a synchronisation at every call.
-        if task_ids.device.type == "cpu" and not torch.compiler.is_compiling() and type(task_ids) is Tensor:
+        if task_ids.device.type == "cpu" and mtu_kernels.arguments.has_values(task_ids):
             wrong = [i for i in task_ids.tolist() if not 0 <= i < len(self.config.tasks)]
             if wrong:
                 raise ValueError(f"task_ids must be in [0, {len(self.config.tasks)}), but got {wrong[0]}.")

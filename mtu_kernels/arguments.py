@@ -69,7 +69,7 @@ def check_arguments(
     _check_shapes(x, norm, experts, routing)
     _check_dtypes(x, norm, experts, routing)
     _check_devices(x, norm, experts, routing)
-    if routing.indices is not None and _has_values(routing.indices):
+    if routing.indices is not None and has_values(routing.indices):
         _check_index_values(routing.indices, experts.num_experts, are_valid or indices_are_valid)
 
 
@@ -143,7 +143,7 @@ def _check_devices(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing:
                 raise ValueError(f"{group}.{name} must be on the device {x.device} of x, got {tensor.device}.")
 
 
-def _has_values(tensor: Tensor) -> bool:
+def has_values(tensor: Tensor) -> bool:
     """Whether values can be looked at: not while tracing, not for fake, meta or vmapped tensors."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.is_meta:
         return False

@@ -1,7 +1,7 @@
-"""The backend "eager": ordinary PyTorch operators, for every device, every dtype and every exporter.
+"""The backend "eager": ordinary PyTorch operators, for every device, every dtype and torch's exporters.
 
-It is deliberately not a custom operator: `torch.export` and ONNX see only aten operators, autograd differentiates it
-any number of times, and `torch.compile` can fuse through it.
+It is deliberately not a custom operator: `torch.export`, `torch.jit.trace` and both exporters to ONNX see only aten
+operators, autograd differentiates it any number of times, and `torch.compile` can fuse through it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mtu_kernels.arguments import ExpertWeights, NormAffine
-from mtu_kernels.exporting import is_exporting
+from mtu_kernels.exporting import fixed, is_exporting
 from mtu_kernels.routing import Routing
 
 
@@ -53,14 +53,14 @@ def _moe_ffn_flat(x: Tensor, *args) -> Tensor:
 def normalize(x: Tensor, norm: NormAffine, compute: torch.dtype, eps: float) -> Tensor:
     """x̂ (B, L, D) in the compute dtype, rounded once, behind one affine (B, D) for each sample."""
     accumulate = torch.promote_types(compute, torch.float32)
-    n_BLD = F.layer_norm(x.to(accumulate), x.shape[-1:], eps=eps)
+    n_BLD = _normalize(x.to(accumulate), eps)
     return _apply_affine(n_BLD, NormAffine(norm.weight.to(accumulate), norm.bias.to(accumulate)), compute)
 
 
 def _moe_ffn(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing, eps: float) -> Tensor:
     compute = experts.w_in.dtype
     accumulate = torch.promote_types(compute, torch.float32)
-    n_BLD = F.layer_norm(x.to(accumulate), x.shape[-1:], eps=eps)
+    n_BLD = _normalize(x.to(accumulate), eps)
     norm = NormAffine(norm.weight.to(accumulate), norm.bias.to(accumulate))
     weights_BK = routing.weights.to(accumulate)
     if routing.indices is not None:
@@ -69,55 +69,64 @@ def _moe_ffn(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routi
     h_BLH = _weigh(hidden(n_BLD, norm, experts), weights_BK, compute)
     if experts.b_out.dim() == 1:
         return F.linear(h_BLH, experts.w_out, experts.b_out)
-    bias_BD = (weights_BK[:, :, None] * experts.b_out).sum(dim=1)
-    return (F.linear(h_BLH, experts.w_out) + bias_BD[:, None]).to(compute)
+    bias_B1D = (weights_BK.unsqueeze(2) * experts.b_out).sum(dim=1, keepdim=True)
+    return (F.linear(h_BLH, experts.w_out) + bias_B1D).to(compute)
+
+
+def _normalize(x: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, (fixed(x.shape[-1]),), eps=eps)
+
+
+def _expert_size(experts: ExpertWeights) -> int:
+    """F, the hidden units of one expert."""
+    return fixed(experts.w_out.shape[1]) // experts.num_experts
 
 
 def _apply_affine(n_BLD: Tensor, norm: NormAffine, compute: torch.dtype) -> Tensor:
-    return torch.addcmul(norm.bias[:, None], n_BLD, norm.weight[:, None]).to(compute)
+    return torch.addcmul(norm.bias.unsqueeze(1), n_BLD, norm.weight.unsqueeze(1)).to(compute)
 
 
 def _hidden(n_BLD: Tensor, norm: NormAffine, experts: ExpertWeights) -> Tensor:
     """Activations (B, L, E, F) of all experts behind one affine (B, D)."""
     x_hat_BLD = _apply_affine(n_BLD, norm, experts.w_in.dtype)
     u_BLH, g_BLH = F.linear(x_hat_BLD, experts.w_in, experts.b_in).chunk(2, dim=-1)
-    return (u_BLH * F.gelu(g_BLH)).unflatten(-1, (experts.num_experts, -1))
+    B, L, _ = n_BLD.shape
+    return (u_BLH * F.gelu(g_BLH)).view(B, L, experts.num_experts, _expert_size(experts))
 
 
 def _hidden_of_expert_norms(n_BLD: Tensor, norm: NormAffine, experts: ExpertWeights) -> Tensor:
     """Activations (B, L, E, F) of all experts, each behind its own affine of (B, E, D): a batch of products over E."""
-    B, L, D = n_BLD.shape
-    E = experts.num_experts
-    gamma_EB1D, beta_EB1D = (affine.transpose(0, 1)[:, :, None] for affine in norm)
+    B, L, _ = n_BLD.shape
+    E, D, size = experts.num_experts, fixed(n_BLD.shape[2]), _expert_size(experts)
+    gamma_EB1D, beta_EB1D = (affine.transpose(0, 1).unsqueeze(2) for affine in norm)
     x_hat_END = torch.addcmul(beta_EB1D, n_BLD, gamma_EB1D).to(experts.w_in.dtype).reshape(E, B * L, D)
-    w_u_EFD, w_g_EFD = experts.w_in.unflatten(0, (2, E, -1)).unbind()
-    b_u_EF, b_g_EF = experts.b_in.unflatten(0, (2, E, -1)).unbind()
-    u_ENF = torch.baddbmm(b_u_EF[:, None], x_hat_END, w_u_EFD.mT)
-    g_ENF = torch.baddbmm(b_g_EF[:, None], x_hat_END, w_g_EFD.mT)
-    return (u_ENF * F.gelu(g_ENF)).unflatten(1, (B, L)).permute(1, 2, 0, 3)
+    w_u_EFD, w_g_EFD = experts.w_in.view(2, E, size, D).unbind()
+    b_u_EF, b_g_EF = experts.b_in.view(2, E, size).unbind()
+    u_ENF = torch.baddbmm(b_u_EF.unsqueeze(1), x_hat_END, w_u_EFD.transpose(1, 2))
+    g_ENF = torch.baddbmm(b_g_EF.unsqueeze(1), x_hat_END, w_g_EFD.transpose(1, 2))
+    return (u_ENF * F.gelu(g_ENF)).view(E, B, L, size).permute(1, 2, 0, 3)
 
 
 def _top_k(n_BLD: Tensor, norm: NormAffine, experts: ExpertWeights, weights_BK: Tensor, indices_BK: Tensor) -> Tensor:
-    B, L, D = n_BLD.shape
-    K = indices_BK.shape[1]
-    H = experts.w_out.shape[1]
-    size = H // experts.num_experts
+    B, L, _ = n_BLD.shape
+    D, K, size = fixed(n_BLD.shape[2]), fixed(indices_BK.shape[1]), _expert_size(experts)
+    H = experts.num_experts * size
     compute = experts.w_in.dtype
-    units_BKF = indices_BK[:, :, None] * size + torch.arange(size, device=n_BLD.device, dtype=indices_BK.dtype)
+    units_BKF = indices_BK.unsqueeze(2) * size + torch.arange(size, device=n_BLD.device, dtype=indices_BK.dtype)
     # For each slot its value rows, then its gate rows: the products below then need no further copy.
     rows = torch.stack([units_BKF, units_BKF + H], dim=2).flatten()
     w_in = experts.w_in.index_select(0, rows)
     b_in = experts.b_in.index_select(0, rows)
     if norm.weight.dim() == 2:
         x_hat_BLD = _apply_affine(n_BLD, norm, compute)
-        z = torch.baddbmm(b_in.view(B, 1, 2 * K * size), x_hat_BLD, w_in.view(B, 2 * K * size, D).mT)
+        z = torch.baddbmm(b_in.view(B, 1, 2 * K * size), x_hat_BLD, w_in.view(B, 2 * K * size, D).transpose(1, 2))
         z_BLK2F = z.view(B, L, K, 2, size)
     else:
-        picked_BKD = indices_BK[:, :, None].expand(B, K, D).long()
-        gamma_BK1D, beta_BK1D = (affine.gather(1, picked_BKD)[:, :, None] for affine in norm)
-        x_hat_BKLD = torch.addcmul(beta_BK1D, n_BLD[:, None], gamma_BK1D).to(compute)
+        picked_BKD = indices_BK.unsqueeze(2).expand(B, K, D).long()
+        gamma_BK1D, beta_BK1D = (affine.gather(1, picked_BKD).unsqueeze(2) for affine in norm)
+        x_hat_BKLD = torch.addcmul(beta_BK1D, n_BLD.unsqueeze(1), gamma_BK1D).to(compute)
         x_hat = x_hat_BKLD.reshape(B * K, L, D)
-        z = torch.baddbmm(b_in.view(B * K, 1, 2 * size), x_hat, w_in.view(B * K, 2 * size, D).mT)
+        z = torch.baddbmm(b_in.view(B * K, 1, 2 * size), x_hat, w_in.view(B * K, 2 * size, D).transpose(1, 2))
         z_BLK2F = z.view(B, K, L, 2, size).transpose(1, 2)
     u_BLKF, g_BLKF = z_BLK2F.unbind(3)
     h_BLH = _weigh(u_BLKF * F.gelu(g_BLKF), weights_BK, compute)
@@ -126,9 +135,9 @@ def _top_k(n_BLD: Tensor, norm: NormAffine, experts: ExpertWeights, weights_BK: 
     if experts.b_out.dim() == 1:
         return y_BLD + experts.b_out
     b_out_BKD = experts.b_out.index_select(0, indices_BK.flatten()).view(B, K, D)
-    return (y_BLD + (weights_BK[:, :, None] * b_out_BKD).sum(dim=1)[:, None]).to(compute)
+    return (y_BLD + (weights_BK.unsqueeze(2) * b_out_BKD).sum(dim=1, keepdim=True)).to(compute)
 
 
 def _weigh(a_BLKF: Tensor, weights_BK: Tensor, compute: torch.dtype) -> Tensor:
     """``w · a`` as (B, L, K·F). The product is rounded once: weights are never rounded to the compute dtype first."""
-    return (a_BLKF * weights_BK[:, None, :, None]).to(compute).flatten(2)
+    return (a_BLKF * weights_BK.unsqueeze(1).unsqueeze(3)).to(compute).flatten(2)

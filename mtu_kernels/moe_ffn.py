@@ -13,7 +13,7 @@ from torch import Tensor
 from mtu_kernels import cpp, eager, reference_ops, triton
 from mtu_kernels.arguments import ExpertWeights, NormAffine, check_arguments, indices_are_valid
 from mtu_kernels.autocast import has_autocast
-from mtu_kernels.exporting import is_exporting
+from mtu_kernels.exporting import becomes_program, is_exporting_to_onnx
 from mtu_kernels.ops import in_transform
 from mtu_kernels.routing import Routing
 
@@ -161,6 +161,8 @@ def _choose(backend: str, x: Tensor, experts: ExpertWeights) -> _Backend:
     if backend == "auto":
         return _fastest(x, experts)
     reason = _BACKENDS[backend].why_not(x.device, experts.w_in.dtype)
+    if reason is None and backend != "eager" and is_exporting_to_onnx():
+        reason = "ONNX does not know its operators, so export with backend='auto' or 'eager'"
     if reason is not None:
         raise RuntimeError(f"The backend {backend!r} cannot serve this call: {reason}.")
     return _BACKENDS[backend]
@@ -186,9 +188,7 @@ def _fastest(x: Tensor, experts: ExpertWeights) -> _Backend:
 def _wants_plain_operators() -> bool:
     """Whether the call becomes part of an exported program, or of a derivative or transform that the fused operators
     have no rule for."""
-    if torch.compiler.is_compiling():
-        return is_exporting()
-    return torch.jit.is_tracing() or in_transform()
+    return becomes_program() or (not torch.compiler.is_compiling() and in_transform())
 
 
 @functools.cache

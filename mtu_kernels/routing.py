@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mtu_kernels.exporting import becomes_program, fixed
+
 
 class Routing(NamedTuple):
     """The routing weights of every sample, and the experts that they belong to.
@@ -54,7 +56,7 @@ def top_k_routing(logits: Tensor, k: int) -> Routing:
         )
     if not 1 <= k <= logits.shape[1]:
         raise ValueError(f"top_k_routing needs 1 <= k <= E = {logits.shape[1]}, got k = {k}.")
-    sorted_TE, order_TE = torch.sort(logits, dim=-1, descending=True, stable=True)
+    sorted_TE, order_TE = _stable_descending_sort(logits)
     weights_TK = torch.softmax(sorted_TE[:, :k], dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     if k == 1 < logits.shape[1] and torch.is_grad_enabled() and logits.requires_grad:
         weights_TK = _straight_through(weights_TK, logits, order_TE[:, :1])
@@ -86,3 +88,23 @@ def dense_weights(routing: Routing, num_experts: int) -> Tensor:
         return routing.weights
     zeros_BE = routing.weights.new_zeros(routing.weights.shape[0], num_experts)
     return zeros_BE.scatter(1, routing.indices.long(), routing.weights)
+
+
+def _stable_descending_sort(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits (T, E) of each row in descending order, NaN first, and the experts (T, E) that they belong to.
+
+    ``place_e = #{j < e : l_j ≥ l_e} + #{j > e : l_j > l_e}`` where other runtimes may read the program: ONNX has no
+    stable sort. Elsewhere PyTorch's, which takes fewer kernels.
+    """
+    if not becomes_program():
+        return torch.sort(logits, dim=-1, descending=True, stable=True)
+    l_T1E = logits.unsqueeze(1)
+    # [t, e, j]: l_j ≥ l_e. NaN alone differs from itself.
+    not_less_TEE = (l_T1E >= logits.unsqueeze(2)) | (l_T1E != l_T1E)
+    expert_E = torch.arange(fixed(logits.shape[1]), device=logits.device)
+    is_lower_EE = expert_E < expert_E.unsqueeze(1)
+    # Each pair of experts is compared once, for both of them.
+    place_TE = (not_less_TEE & is_lower_EE).sum(dim=2) + (not_less_TEE.logical_not() & is_lower_EE).sum(dim=1)
+    # No two places are the same.
+    order_TE = place_TE.topk(fixed(logits.shape[1]), largest=False).indices
+    return logits.gather(1, order_TE), order_TE

@@ -1,9 +1,11 @@
 """Exported programs are told from compiled ones, on every version of torch."""
 
+import io
+
 import pytest
 import torch
 
-from mtu_kernels import available_backends, moe_ffn
+from mtu_kernels import available_backends, moe_ffn, top_k_routing
 from mtu_kernels.exporting import is_exporting
 
 from .moe_ffn_cases import Sizes, make_problem
@@ -40,3 +42,62 @@ def test_compiled_code_takes_the_fused_operator_by_itself(monkeypatch):
     with torch.no_grad():
         torch.compile(lambda: moe_ffn(x, norm, experts, routing), backend=keep, fullgraph=True)()
     assert [target for target in targets if "moe_ffn" in target] == ["mtu_kernels.moe_ffn_cpp.default"]
+
+
+class Routes(torch.nn.Module):
+    def __init__(self, k):
+        super().__init__()
+        self.k = k
+
+    def forward(self, logits):
+        return tuple(top_k_routing(logits, self.k))
+
+
+def ties(num_experts):
+    """Rows of few different logits, so that most tie: infinities, NaN, both zeros and the smallest number too."""
+    numbers = torch.tensor([0.0, -0.0, 1.0, 2.0, -1.0, float("inf"), -float("inf"), float("nan"), 1e-45])
+    return numbers[torch.randint(0, len(numbers), (500, num_experts), generator=torch.Generator().manual_seed(0))]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize(("num_experts", "k"), [(1, 1), (2, 1), (5, 3), (33, 33)])
+def test_exported_top_k_is_the_stable_sort_to_the_bit(num_experts, k):
+    logits = ties(num_experts)
+    expected = top_k_routing(logits, k)
+    for program in (
+        torch.export.export(Routes(k), (logits[:7],), dynamic_shapes=({0: torch.export.Dim("rows")},)).module(),
+        torch.jit.trace(Routes(k), (logits[:7],), check_trace=False),
+    ):
+        weights, indices = program(logits)
+        assert torch.equal(indices, expected.indices)
+        torch.testing.assert_close(weights, expected.weights, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
+def test_ties_go_to_the_lower_index_in_onnx(dynamo):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    logits, file = ties(5), io.BytesIO()
+    program = torch.onnx.export(
+        Routes(3).eval(), (logits,), None if dynamo else file, dynamo=dynamo, opset_version=18, verbose=False
+    )
+    graph = program.model_proto.SerializeToString() if dynamo else file.getvalue()
+    session = runtime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    _, indices = session.run(None, {session.get_inputs()[0].name: logits.numpy()})
+    assert torch.equal(torch.from_numpy(indices), top_k_routing(logits, 3).indices)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
+def test_onnx_gets_no_operator_that_it_does_not_know(dynamo):
+    pytest.importorskip("onnxscript")
+    x, *rest = make_problem().arguments
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return moe_ffn(x, *rest, backend="reference")
+
+    with pytest.raises(RuntimeError, match=r"'reference' cannot serve .*: ONNX does not know .*'auto' or 'eager'"):
+        torch.onnx.export(Module().eval(), (x,), io.BytesIO(), dynamo=dynamo, verbose=False)
+    assert torch.isfinite(Module()(x)).all()
