@@ -20,6 +20,7 @@ __all__ = [
     "check_no_group_hooks",
     "check_no_hooks",
     "check_plain",
+    "check_saveable",
     "check_trainable",
     "check_values",
     "in_memory",
@@ -27,7 +28,6 @@ __all__ = [
     "is_cast",
     "is_grouped_on_disk",
     "read_tensors",
-    "to_be_saved",
     "without_adapters",
 ]
 
@@ -148,7 +148,14 @@ def in_memory(unet: Model, *, computed: bool = False) -> Model:
         return unet
     with init_empty_weights():
         copy = type(unet)(**{key: value for key, value in unet.config.items() if not key.startswith("_")})
-    copy.load_state_dict(read_tensors(unet), assign=True)
+    tensors = read_tensors(unet)
+    different = copy.state_dict().keys() ^ tensors.keys()
+    if different:
+        raise ValueError(
+            f"Unload adapters and unfuse projections before reading an offloaded model: {len(different)} tensors are "
+            f"not those of its configuration, for example {min(different)!r}."
+        )
+    copy.load_state_dict(tensors, assign=True)
     copy.train(unet.training)
     return copy.to(unet.dtype) if to_cast else copy
 
@@ -161,16 +168,11 @@ def without_adapters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
-def to_be_saved(unet: Model, action: str) -> Model:
-    """The model whose `save_pretrained` writes what this one holds: itself, or where it is offloaded a copy.
-
-    Raises:
-        ValueError: layers are wrapped, quantized by hand, or without values, so that no file of it could be loaded.
-    """
+def check_saveable(unet: UNet2DConditionModel, action: str) -> None:
+    """Raise a ValueError if layers are wrapped, quantized by hand, or without values: no file of it could be loaded."""
     if getattr(unet, "hf_quantizer", None) is None:
         check_plain(unet, action)
     check_values(unet, action)
-    return in_memory(unet)
 
 
 def is_adapter(module: nn.Module) -> bool:

@@ -368,8 +368,9 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
     @functools.wraps(UNet2DConditionModel.save_pretrained)
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(super().save_pretrained).bind(*args, **kwargs).arguments
-        model = in_memory.to_be_saved(self, "save_pretrained")
-        checkpoint.save_pretrained(functools.partial(UNet2DConditionModel.save_pretrained, model), given)
+        in_memory.check_saveable(self, "save_pretrained")
+        save = functools.partial(UNet2DConditionModel.save_pretrained, in_memory.in_memory(self))
+        checkpoint.save_pretrained(save, given)
 
     def save_task(self, directory: str | os.PathLike, name: str) -> None:
         """Save what task `name` alone owns (embedding, norms, input convolution); a folder can hold several tasks."""

@@ -12,6 +12,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retri
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_instruct_pix2pix import retrieve_latents
 from torch import Tensor
 
+from mtu import in_memory
 from mtu.diffusers_compat import StockIndex
 from mtu.guidance import GuidancePlan, combine, plan_guidance
 from mtu.model_card import write_model_card
@@ -188,6 +189,8 @@ class MTUPipeline(StableDiffusionPipeline):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save as diffusers does, with a README.md (unless there is one) that says how to load the folder."""
+        # Before any part is written.
+        in_memory.check_saveable(self.unet, "save_pretrained")
         super().save_pretrained(save_directory, *args, **kwargs)
         write_model_card(save_directory, self.unet)
 

@@ -420,6 +420,8 @@ def assert_same(actual, expected):
             assert error <= CLOSE * scale, f"error {error:.3g} of {scale:.3g}"
 
 
+# Not right yet: the input convolution's channel counts follow its weights to the meta device, and `hold_routing` reads
+# routers on disk.
 PENDING = {
     *((name, method) for name in ("cpu_offload", "disk_offload") for method in ("to_bfloat16", "channels_last")),
     ("adapted_offloaded", "channels_last"),

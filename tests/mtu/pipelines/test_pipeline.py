@@ -657,6 +657,13 @@ def test_lora(pipe, mixed):
     assert_same(mixed(), reference)
 
 
+def test_a_pipeline_with_adapters_is_not_saved_in_part(pipe, tmp_path):
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match=r"Unload adapters, .* before save_pretrained: .*to_q is a Linear of peft\.$"):
+        pipe.save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
 def test_bfloat16(pipe, mixed):
     reference = mixed(output_type="latent")
     pipe.to(torch.bfloat16)
