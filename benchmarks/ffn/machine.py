@@ -7,7 +7,6 @@ processor's data sheet says: kernels with products of their own may pass it.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.harness.commands import add_common_options, choose_device, make_parser, parse
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.harness.rows import append_cells, check_header, read_cells
@@ -29,6 +29,7 @@ _MATRICES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}
 _ARRAY_BYTES = 2**30
 # A smoke test, nothing to learn from.
 _QUICK = ((64,), 2**16, 2)
+MODULE = "benchmarks.ffn.machine"
 COLUMNS = ("device", "dtype", "matrix", "flops_per_s", "traffic", "array_bytes", "bytes_per_s", "rounds")
 
 
@@ -116,7 +117,7 @@ def read_roofs(path: Path) -> dict[tuple[str, str], Roofs]:
     Raises:
         ValueError: there is no such file, or a column is missing.
     """
-    found = read_cells(path, COLUMNS, "benchmarks.ffn.machine")
+    found = read_cells(path, COLUMNS, MODULE)
     return {(cells["device"], cells["dtype"]): _roofs(cells) for cells in found}
 
 
@@ -136,29 +137,24 @@ def _roofs(cells: dict[str, str]) -> Roofs:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ffn.machine", description=__doc__.partition(": ")[2])
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    parser = make_parser(MODULE, __doc__.partition(": ")[2])
+    add_common_options(parser, "machine.csv", dtype=False)
     parser.add_argument("--quick", action="store_true", help="a smoke test: tiny matrices and arrays")
-    parser.add_argument("--output", type=Path, default=RESULTS / "machine.csv", help="(default: %(default)s)")
-    parser.add_argument("--commit", help="for the provenance, in a copy of the tree without its git directory")
-    options = parser.parse_args(argv)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a CUDA device, and torch finds none.")
-    kind = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(kind)
-    source = provenance(command_line("benchmarks.ffn.machine", argv), device, options.commit)
-    sizes = _QUICK if options.quick else (None, _ARRAY_BYTES, MIN_ROUNDS)
+    argv, options = parse(parser, argv)
+    output = options.output or RESULTS / "machine.csv"
     try:
-        check_header(options.output, [*COLUMNS, *source])
+        device = choose_device(options.device)
+        source = provenance(command_line(MODULE, argv), device, options.commit)
+        check_header(output, [*COLUMNS, *source])
     except ValueError as error:
         parser.error(str(error))
+    sizes = _QUICK if options.quick else (None, _ARRAY_BYTES, MIN_ROUNDS)
     for dtype in _MEASURED:
         roofs = measure(device, dtype, source, *sizes)
-        append_cells(options.output, roofs.cells())
+        append_cells(output, roofs.cells())
         product = f"{roofs.flops_per_s / 1e12:.3g} TFLOP/s by products of edge {roofs.matrix}"
-        print(f"{kind}, {dtype}: {product}, {roofs.bytes_per_s / 1e9:.3g} GB/s by {roofs.traffic}")
-    print(f"{len(_MEASURED)} rows added to {options.output}")
+        print(f"{device.type}, {dtype}: {product}, {roofs.bytes_per_s / 1e9:.3g} GB/s by {roofs.traffic}")
+    print(f"{len(_MEASURED)} rows added to {output}")
     return 0
 
 

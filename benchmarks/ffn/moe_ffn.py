@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -25,9 +24,8 @@ from benchmarks.ffn.rows import TABLE
 from benchmarks.ffn.sweeps import DEFAULT_SWEEPS, PASSES, QUICK, Sweep
 from benchmarks.ffn.targets import TARGETS, TESTED
 from benchmarks.harness.arguments import SHAPE_SETS, parse_choices, parse_counts, parse_shapes, parse_top_k
-from benchmarks.harness.dtypes import DTYPES
+from benchmarks.harness.commands import add_common_options, make_parser, parse, start
 from benchmarks.harness.memory import peak_bytes, saved_bytes
-from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.harness.recording import Log, deadline, measured, record
 from benchmarks.harness.report import report
 from benchmarks.harness.rows import Row
@@ -133,13 +131,8 @@ def _passes(text: str) -> tuple[str, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    lines = [f"  {name:22} {contender.about}" for name, contender in CONTENDERS.items()]
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ffn.moe_ffn",
-        description="Times and memory of the routed feed-forward beside its peers, and the ratios that have targets.",
-        epilog="contenders:\n" + "\n".join(lines),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description = "Times and memory of the routed feed-forward beside its peers, and the ratios that have targets."
+    parser = make_parser(TABLE.module, description, CONTENDERS)
     what = parser.add_argument_group(
         "what to measure", "Without any of these: a default sweep. With some: all combinations of what they list."
     )
@@ -153,15 +146,12 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--pass", type=_passes, dest="passes", help=f"{', '.join(PASSES)}, or all (default: forward)")
     what.add_argument("--contenders", type=_contenders, help="names, or all (default: all but those with -max or @)")
     what.add_argument("--quick", action="store_true", help="a smoke test: tiny defaults for all of the above")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="(default: bf16)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    add_common_options(parser, "moe_ffn_DEVICE.csv")
     parser.add_argument("--seconds", type=float, default=_SECONDS, help=f"for each row (default: {_SECONDS})")
     parser.add_argument("--minutes", type=float, help="no group is begun after these (default: all are)")
     parser.add_argument(
         "--resume", action="store_true", help="leave out groups with all rows of this commit in the file"
     )
-    parser.add_argument("--output", type=Path, help="CSV to add rows to (default: results/moe_ffn_DEVICE.csv)")
-    parser.add_argument("--commit", help="for the provenance, in a copy of the tree without its git directory")
     parser.add_argument("--report", type=Path, metavar="CSV", help="measure nothing: print the ratios of these rows")
     parser.add_argument("--tested", type=_contenders, help="contender that the ratios are of (default: by device)")
     return parser
@@ -183,29 +173,20 @@ def sweeps_of(options: argparse.Namespace, device: str) -> tuple[Sweep, ...]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 if a contender was wrong or broke."""
-    argv = sys.argv[1:] if argv is None else argv
-    # Or else the profiler, which counts memory on a CPU, writes two lines for each row. Read when it starts first.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     parser = _parser()
-    options = parser.parse_args(argv)
+    argv, options = parse(parser, argv)
     until = deadline(options.minutes)
     tested = options.tested[0] if options.tested else None
     try:
         if options.report is not None:
             print("\n".join(report(TABLE.read(options.report), TARGETS, TESTED, tested)))
             return 0
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda needs a CUDA device, and torch finds none.")
-        kind = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(kind)
-        groups = [group for sweep in sweeps_of(options, kind) for group in sweep.groups(options.dtype)]
-        if not groups:
-            raise ValueError("There is nothing to measure: --top-k must be at most --experts, --tasks 1 for --batch 1.")
-        output = options.output or RESULTS / f"moe_ffn_{kind}.csv"
-        source = provenance(command_line("benchmarks.ffn.moe_ffn", argv), device, options.commit)
-        TABLE.check(output, source)
+        device, output, source = start(TABLE, options, argv, "moe_ffn_{device}.csv")
     except ValueError as error:
         parser.error(str(error))
+    groups = [group for sweep in sweeps_of(options, device.type) for group in sweep.groups(options.dtype)]
+    if not groups:
+        parser.error("There is nothing to measure: --top-k must be at most --experts, --tasks 1 for --batch 1.")
     if options.resume and output.exists():
         done = measured(TABLE.read(output), source)
         groups = [group for group in groups if not all((group.workload, entry) in done for entry in group.entries)]

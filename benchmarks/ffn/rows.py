@@ -10,3 +10,4 @@ TABLE = Table(
     ),
     fields={"pass": "direction"},
 )
+SCALING_TABLE = TABLE._replace(module="benchmarks.ffn.scaling")

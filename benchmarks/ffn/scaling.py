@@ -5,20 +5,14 @@ Rows are those of `benchmarks.ffn.moe_ffn`, in a file of their own: its pictures
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-import torch
 
 from benchmarks.ffn.moe_ffn import run
-from benchmarks.ffn.rows import TABLE
+from benchmarks.ffn.rows import SCALING_TABLE
 from benchmarks.ffn.sweeps import Sweep
 from benchmarks.ffn.targets import TESTED
-from benchmarks.harness.dtypes import DTYPES
-from benchmarks.harness.provenance import RESULTS, command_line, provenance
+from benchmarks.harness.commands import add_common_options, make_parser, parse, start
 from benchmarks.harness.workloads import DENSE
 
 _SECONDS = {"cpu": 2.0, "cuda": 0.1}
@@ -45,33 +39,20 @@ _QUICK = Sweep((*_BESIDE, "mtu-eager"), ((32, 16), (32, 32)), (1,))
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 if a contender was wrong or broke."""
-    argv = sys.argv[1:] if argv is None else argv
-    # Or else the profiler, which counts memory on a CPU, writes two lines for each row. Read when it starts first.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ffn.scaling",
-        description="One feed-forward with more and more tokens, samples, tasks and experts.",
-    )
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="(default: bf16)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    description = "One feed-forward with more and more tokens, samples, tasks and experts."
+    parser = make_parser(SCALING_TABLE.module, description)
+    add_common_options(parser, "scaling_DEVICE.csv")
     parser.add_argument("--seconds", type=float, help="for each row (default: 2 on a CPU, 0.1 on a GPU)")
     parser.add_argument("--quick", action="store_true", help="a smoke test: two tiny shapes")
-    parser.add_argument("--output", type=Path, help="CSV to add rows to (default: results/scaling_DEVICE.csv)")
-    parser.add_argument("--commit", help="for the provenance, in a copy of the tree without its git directory")
-    options = parser.parse_args(argv)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a CUDA device, and torch finds none.")
-    kind = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = (_QUICK,) if options.quick else sweeps(kind)
-    groups = [group for sweep in chosen for group in sweep.groups(options.dtype)]
-    output = options.output or RESULTS / f"scaling_{kind}.csv"
-    source = provenance(command_line("benchmarks.ffn.scaling", argv), torch.device(kind), options.commit)
+    argv, options = parse(parser, argv)
     try:
-        TABLE.check(output, source)
+        device, output, source = start(SCALING_TABLE, options, argv, "scaling_{device}.csv")
     except ValueError as error:
         parser.error(str(error))
-    seconds = _SECONDS[kind] if options.seconds is None else options.seconds
-    rows, failures = run(groups, torch.device(kind), seconds, output, source)
+    chosen = (_QUICK,) if options.quick else sweeps(device.type)
+    groups = [group for sweep in chosen for group in sweep.groups(options.dtype)]
+    seconds = _SECONDS[device.type] if options.seconds is None else options.seconds
+    rows, failures = run(groups, device, seconds, output, source)
     print(f"{len(rows)} rows added to {output}")
     return 1 if failures else 0
 

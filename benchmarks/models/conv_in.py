@@ -6,19 +6,17 @@ editing model); the task one gets 8, four tasks in turn.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import functools
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from benchmarks.harness.arguments import parse_counts
+from benchmarks.harness.commands import add_common_options, make_parser, parse, start
 from benchmarks.harness.dtypes import DTYPES
-from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.harness.rows import TIMES, Row, Table
 from benchmarks.harness.timing import Call, time_interleaved, warm_up
 from benchmarks.harness.workloads import Workload
@@ -69,16 +67,15 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.models.conv_in", description=__doc__.partition(": ")[2])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = make_parser(TABLE.module, __doc__.partition(": ")[2])
+    add_common_options(parser, "conv_in_DEVICE.csv", dtype=False)
     parser.add_argument("--batches", type=parse_counts, default=(1, 2, 4, 8), help="(default: 1,2,4,8)")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each convolution (default: 1)")
-    parser.add_argument("--output", type=Path, help="CSV to add rows to (default: results/conv_in_DEVICE.csv)")
-    options = parser.parse_args(argv)
-    device = torch.device(options.device)
-    output = options.output or RESULTS / f"conv_in_{device.type}.csv"
-    source = provenance(command_line("benchmarks.models.conv_in", argv), device)
+    argv, options = parse(parser, argv)
+    try:
+        device, output, source = start(TABLE, options, argv, "conv_in_{device}.csv")
+    except ValueError as error:
+        parser.error(str(error))
     # Graphs are captured on a stream of their own.
     stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else torch.no_grad()
     times: dict[tuple[Workload, str], float] = {}

@@ -6,7 +6,6 @@ name of mtu, against diffusers with the stock pipeline. Times are those of whole
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import functools
 import subprocess
@@ -19,6 +18,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from benchmarks.harness.arguments import parse_count
+from benchmarks.harness.commands import make_parser, parse
 from benchmarks.harness.provenance import RESULTS, ROOT, command_line, provenance
 from benchmarks.harness.rows import TIMES, Row, Table
 from benchmarks.harness.timing import summary
@@ -106,17 +106,14 @@ def report(rows: Sequence[Row]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.models.import_time", description=__doc__.split("\n")[0])
+    parser = make_parser(TABLE.module, __doc__.split("\n")[0])
+    at_least_two = functools.partial(parse_count, least=2)
     parser.add_argument(
-        "--rounds",
-        type=functools.partial(parse_count, least=2),
-        default=_ROUNDS,
-        help="timed runs of each (default: %(default)s)",
+        "--rounds", type=at_least_two, default=_ROUNDS, help="timed runs of each (default: %(default)s)"
     )
     parser.add_argument("--output", type=Path, default=RESULTS / "import_time.csv", help="CSV to add rows to")
-    given = parser.parse_args(argv)
-    source = provenance(command_line("benchmarks.models.import_time", argv))
+    argv, given = parse(parser, argv)
+    source = provenance(command_line(TABLE.module, argv))
     try:
         TABLE.check(given.output, source)
     except ValueError as error:

@@ -25,8 +25,7 @@ import torch
 import torch.compiler.config
 
 from benchmarks.harness.arguments import parse_choices, parse_count, parse_counts, parse_top_k
-from benchmarks.harness.dtypes import DTYPES
-from benchmarks.harness.provenance import RESULTS, command_line, provenance
+from benchmarks.harness.commands import add_common_options, choose_device, make_parser, parse, start
 from benchmarks.harness.recording import Log, deadline, measured, record
 from benchmarks.harness.report import report
 from benchmarks.harness.rows import Row
@@ -156,17 +155,11 @@ def _up_to(most: int) -> Callable[[str], tuple[int, ...]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    lines = [f"  {name:24} {contender.about}" for name, contender in CONTENDERS.items()]
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.models.unet",
-        description="One denoising step of a whole UNet with random weights: upcycled, the original, other peers.",
-        epilog="contenders:\n" + "\n".join(lines),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description = "One denoising step of a whole UNet with random weights: upcycled, the original, other peers."
+    parser = make_parser(TABLE.module, description, CONTENDERS)
+    add_common_options(parser, "unet_DEVICE.csv")
     add = parser.add_argument
     add("--model", choices=tuple(MODELS), help="(default: sd15)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
-    add("--dtype", choices=tuple(DTYPES), default="bf16", help="(default: bf16)")
     add("--batches", type=parse_counts, help=f"pictures of a step (default: 1,2,4,8; {TASKS} on a CPU)")
     add("--branches", type=_up_to(3), default=(1,), help="rows of a picture: guidance doubles, triples (default: 1)")
     add("--size", type=_size, help="edge of the pictures in pixels (default: 512; 1024 for sdxl)")
@@ -188,8 +181,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--kernels", type=Path, metavar="CSV", help="add the kernels of a step of each contender, by the profiler")
     add("--quick", action="store_true", help="a smoke test: a tiny model, two runs")
-    add("--output", type=Path, help="CSV to add rows to (default: results/unet_DEVICE.csv)")
-    add("--commit", help="for the provenance, in a copy of the tree without its git directory")
     add("--report", type=Path, metavar="CSV", help="measure nothing: print the ratios of these rows")
     add("--tested", help="contender that the ratios are of, without +graphs (default: by device)")
     return parser
@@ -201,10 +192,7 @@ def _fill_in(options: argparse.Namespace) -> None:
     Raises:
         ValueError: there is no such device.
     """
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda needs a CUDA device, and torch finds none.")
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.device = choose_device(options.device).type
     small = options.quick or options.device == "cpu"
     options.model = options.model or ("tiny" if options.quick else "sd15")
     defaults = {
@@ -214,7 +202,6 @@ def _fill_in(options: argparse.Namespace) -> None:
         "contenders": default_contenders(options.device),
         "runs": 2 if options.quick else MIN_ROUNDS,
         "seconds": 0.0 if options.quick else _SECONDS[options.device],
-        "output": RESULTS / f"unet_{options.device}.csv",
     }
     for name, value in defaults.items():
         if getattr(options, name) is None:
@@ -223,11 +210,8 @@ def _fill_in(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 if a contender was wrong or broke."""
-    argv = sys.argv[1:] if argv is None else argv
-    # Or else the profiler, which counts memory on a CPU, writes two lines for each row. Read when it starts first.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     parser = _parser()
-    options = parser.parse_args(argv)
+    argv, options = parse(parser, argv)
     until = deadline(options.minutes)
     try:
         if options.report is not None:
@@ -238,12 +222,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--wait-for is for one batch of one number of branches, got {argv}.")
         if options.wait_for is not None and not options.wait_for.parent.is_dir():
             raise ValueError(f"--wait-for must be in a folder that is there, got {options.wait_for}.")
-        device = torch.device(options.device)
         layouts = [Setting(E, K) for E in options.experts for K in options.top_k]
         for layout in layouts:
             check_setting(options.model, layout)
-        source = provenance(command_line("benchmarks.models.unet", argv), device, options.commit)
-        TABLE.check(options.output, source)
+        device, output, source = start(TABLE, options, argv, "unet_{device}.csv")
         if options.kernels is not None:
             step_kernels.TABLE.check(options.kernels, source)
     except ValueError as error:
@@ -259,8 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for branches in options.branches
         for B in options.batches
     ]
-    if options.resume and options.output.exists():
-        done = measured(TABLE.read(options.output), source)
+    if options.resume and output.exists():
+        done = measured(TABLE.read(output), source)
 
         def complete(workload: Workload) -> bool:
             entries = plan.entries(workload)
@@ -270,10 +252,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         workloads = [workload for workload in workloads if not complete(workload)]
         if not workloads:
-            print(f"All rows are in {options.output} already")
+            print(f"All rows are in {output} already")
             return 0
-    rows, failures = run(workloads, device, plan, options.output, source, until)
-    print(f"{len(rows)} rows added to {options.output}")
+    rows, failures = run(workloads, device, plan, output, source, until)
+    print(f"{len(rows)} rows added to {output}")
     print("\n".join(report(rows, TARGETS, TESTED, options.tested)))
     return 1 if failures else 0
 

@@ -29,23 +29,22 @@ from torch import Tensor
 
 import mtu
 from benchmarks.harness.arguments import parse_choices, parse_count
+from benchmarks.harness.commands import add_common_options, make_parser, parse, start
 from benchmarks.harness.dtypes import DTYPES
-from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.harness.recording import Log
 from benchmarks.harness.rows import Row
 from benchmarks.harness.workloads import Entry, Setting, Workload
 from benchmarks.pipelines.pipeline_models import (
     Sample,
+    add_model_options,
     cast,
     draw_samples,
     each_task,
     export,
     load_pipeline,
-    model_name,
-    output_size,
-    steps_of,
     stock_images,
     upcycled_images,
+    workload_of,
 )
 from benchmarks.pipelines.psnr_rows import STOCK, TABLE, compare, squared_errors, table, verdict
 from mtu.export import stock_config
@@ -258,51 +257,40 @@ def _dtypes(text: str) -> tuple[str, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pipelines.image_psnr",
-        description="Images of every way to run the model, compared with those of the eager one.",
-        epilog="paths:\n" + "\n".join(f"  {name:20} {path.about}" for name, path in PATHS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--folder", type=Path, help="a pipeline's folder, stock or upcycled (default: shipped icons)")
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=found, help=f"(default: {found})")
+    parser = make_parser(TABLE.module, "Images of every way to run the model, compared with those of the eager one.")
+    parser.epilog = "paths:\n" + "\n".join(f"  {name:20} {path.about}" for name, path in PATHS.items())
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_common_options(parser, "image_psnr_DEVICE.csv", dtype=False)
+    add_model_options(parser)
     parser.add_argument("--dtypes", type=_dtypes, default=("bf16", "fp32"), help="(default: bf16,fp32)")
     parser.add_argument("--paths", type=_paths, help="names, separated by commas (default: all that the device has)")
     parser.add_argument("--samples", type=parse_count, help=f"of each task (default: {_PER_TASK})")
-    parser.add_argument("--steps", type=parse_count, help="denoising steps (default: the tasks' own)")
     parser.add_argument("--quick", action="store_true", help="a smoke test: two samples of each task, two steps")
-    parser.add_argument("--output", type=Path, help="CSV to add rows to (default: results/image_psnr_DEVICE.csv)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 if a path missed its target."""
-    argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
-    options = parser.parse_args(argv)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a CUDA device, got none.")
-    device = torch.device(options.device)
+    argv, options = parse(parser, argv)
+    try:
+        device, output, source = start(TABLE, options, argv, "image_psnr_{device}.csv")
+    except ValueError as error:
+        parser.error(str(error))
     here = [name for name, path in PATHS.items() if device.type in path.devices]
     paths = here if options.paths is None else [STOCK, *(name for name in options.paths if name != STOCK)]
     elsewhere = [name for name in paths if name not in here]
     if elsewhere:
         parser.error(f"--paths must be some of {', '.join(here)} on this device, got {elsewhere[0]}.")
-    output = options.output or RESULTS / f"image_psnr_{device.type}.csv"
-    source = provenance(command_line("benchmarks.pipelines.image_psnr", argv), device)
     try:
-        TABLE.check(output, source)
         pipe = load_pipeline(options.folder)
-        steps = steps_of(pipe.unet.tasks, options.steps or (_QUICK["steps"] if options.quick else None))
-        size = output_size(pipe)
+        workload = workload_of(pipe, options, _QUICK["steps"])
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     # Otherwise convolutions of float32 tensors are those of ten bits.
     torch.backends.cudnn.allow_tf32 = False
     images = len(pipe.unet.tasks) * (options.samples or (_QUICK["samples"] if options.quick else _PER_TASK))
-    place = {"model": model_name(options.folder), "size": size, "B": images, "steps": steps}
-    workloads = [Workload(dtype=dtype, **place) for dtype in options.dtypes]
+    workloads = [workload._replace(B=images, dtype=dtype) for dtype in options.dtypes]
     rows, failures = run(pipe, paths, workloads, device, output, source)
     print("\n".join(table(rows)))
     print(f"{len(rows)} rows added to {output}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,10 +22,10 @@ from torch import Tensor
 
 import mtu
 from benchmarks.harness.arguments import parse_choices, parse_count
+from benchmarks.harness.commands import add_common_options, make_parser, parse, start
 from benchmarks.harness.contenders import Contender
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.memory import peak_bytes
-from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.harness.recording import Log, record
 from benchmarks.harness.rows import Row
 from benchmarks.harness.timing import WARM_ROUNDS, synchronize, time_interleaved
@@ -34,19 +33,19 @@ from benchmarks.harness.workloads import DENSE, Entry, Setting, Workload
 from benchmarks.pipelines.pipeline_contenders import CONTENDERS, EAGER, TABLE, Calls, comparison
 from benchmarks.pipelines.pipeline_models import (
     Sample,
+    add_model_options,
     cast,
     check_images,
     draw_samples,
     export,
     load_pipeline,
-    model_name,
     output_size,
     sharing_copy,
-    steps_of,
     stock_images,
     stock_rows,
     upcycled_images,
     weight_bytes,
+    workload_of,
 )
 
 _RUNS, _QUICK_RUNS, _QUICK_STEPS = 5, 2, 2
@@ -191,52 +190,28 @@ def _contenders(text: str) -> tuple[str, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    lines = [f"  {name:20} {contender.about}" for name, contender in CONTENDERS.items()]
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pipelines.pipeline",
-        description="Whole images, one of each task: stock pipelines beside one upcycled model.",
-        epilog="contenders:\n" + "\n".join(lines),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--folder", type=Path, help="a pipeline's folder, stock or upcycled (default: shipped icons)")
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=found, help=f"(default: {found})")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="(default: bf16)")
-    parser.add_argument("--steps", type=parse_count, help="denoising steps (default: the tasks' own)")
+    description = "Whole images, one of each task: stock pipelines beside one upcycled model."
+    parser = make_parser(TABLE.module, description, CONTENDERS)
+    add_common_options(parser, "pipeline_DEVICE.csv")
+    add_model_options(parser)
     # A percentile needs two times.
     at_least_two = functools.partial(parse_count, least=2)
     parser.add_argument("--runs", type=at_least_two, help=f"timed runs of each contender (default: {_RUNS})")
     parser.add_argument("--contenders", type=_contenders, help="names, separated by commas (default: all)")
     parser.add_argument("--quick", action="store_true", help="a smoke test: two steps, two runs, nothing compiled")
-    parser.add_argument("--output", type=Path, help="CSV to add rows to (default: results/pipeline_DEVICE.csv)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 if a contender was wrong or broke."""
-    argv = sys.argv[1:] if argv is None else argv
-    # Or else the profiler, which counts memory on a CPU, writes two lines for each row. Read when it starts first.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     parser = _parser()
-    options = parser.parse_args(argv)
-    steps = options.steps or (_QUICK_STEPS if options.quick else None)
+    argv, options = parse(parser, argv)
     runs = options.runs or (_QUICK_RUNS if options.quick else _RUNS)
     names = options.contenders or (EAGER if options.quick else tuple(CONTENDERS))
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a CUDA device, got none.")
-    device = torch.device(options.device)
-    output = options.output or RESULTS / f"pipeline_{options.device}.csv"
-    source = provenance(command_line("benchmarks.pipelines.pipeline", argv), device)
     try:
-        TABLE.check(output, source)
+        device, output, source = start(TABLE, options, argv, "pipeline_{device}.csv")
         pipe = load_pipeline(options.folder)
-        workload = Workload(
-            model=model_name(options.folder),
-            size=output_size(pipe),
-            B=len(pipe.unet.tasks),
-            steps=steps_of(pipe.unet.tasks, steps),
-            dtype=options.dtype,
-        )
+        workload = workload_of(pipe, options, _QUICK_STEPS)._replace(B=len(pipe.unet.tasks), dtype=options.dtype)
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     rows, failures = run(Bench(pipe, options.dtype, device), names, workload, runs, output, source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,9 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 
 import mtu
+from benchmarks.harness.arguments import parse_count
 from benchmarks.harness.correctness import WrongResult
+from benchmarks.harness.workloads import Workload
 from mtu.data import icons
 from mtu.data.icons import Icons
 from mtu.guidance import plan_guidance
@@ -43,6 +46,22 @@ class Sample(NamedTuple):
     prompt: str
     image: Tensor | None
     latents: Tensor
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --folder and --steps."""
+    parser.add_argument("--folder", type=Path, help="a pipeline's folder, stock or upcycled (default: shipped icons)")
+    parser.add_argument("--steps", type=parse_count, help="denoising steps (default: the tasks' own)")
+
+
+def workload_of(pipe: mtu.MTUPipeline, options: argparse.Namespace, quick_steps: int) -> Workload:
+    """Model, size and steps of the images that the options ask for.
+
+    Raises:
+        ValueError: the pictures are no squares, or tasks have different numbers of steps and none is given.
+    """
+    steps = steps_of(pipe.unet.tasks, options.steps or (quick_steps if options.quick else None))
+    return Workload(model=model_name(options.folder), size=output_size(pipe), steps=steps)
 
 
 def model_name(folder: Path | None) -> str:

@@ -142,7 +142,7 @@ def test_wrong_arguments(arguments, words, folder, tmp_path, capsys):
 def test_a_gpu_that_is_not_there(module, folder, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         run_quickly(module, folder, tmp_path / "rows.csv", "--device", "cuda")
-    assert "--device cuda needs a CUDA device, got none." in capsys.readouterr().err
+    assert "--device cuda needs a CUDA device, and torch finds none." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", [pipeline, image_psnr], ids=["pipeline", "image_psnr"])
