@@ -7,7 +7,6 @@ Routing is top-2, whose products all are kernels; a library product would run on
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch
 
 from benchmarks.ffn.inputs import EPS, Inputs, draw_shared, route
 from benchmarks.harness.provenance import RESULTS, provenance
+from benchmarks.harness.rows import write_cells
 from benchmarks.harness.workloads import Setting, Workload
 from mtu_kernels.arguments import check_arguments
 from mtu_kernels.triton import operators
@@ -75,13 +75,12 @@ def main() -> None:
         launches.clear()
         step()
         counts[name] = len(launches)
-    with torch.no_grad(), given.output.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["part", "launches", "median_us", *source])
+    rows = []
+    with torch.no_grad():
         for name, step in steps_of(inputs, lambda launch: None).items():
-            row = [name, counts[name], f"{median_us(step):.1f}"]
-            print(*row)
-            writer.writerow([*row, *source.values()])
+            rows.append({"part": name, "launches": counts[name], "median_us": f"{median_us(step):.1f}"})
+            print(*rows[-1].values())
+    write_cells(given.output, rows, source)
 
 
 if __name__ == "__main__":

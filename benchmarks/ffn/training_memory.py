@@ -8,7 +8,6 @@ first, which its CUDA sum does not: on a GPU the peaks are lower by B·L·D·4 b
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from benchmarks.ffn.peers import as_stock, stock_ffn
 from benchmarks.harness.arguments import SHAPE_SETS
 from benchmarks.harness.memory import peak_bytes, saved_bytes
 from benchmarks.harness.provenance import RESULTS, provenance
+from benchmarks.harness.rows import write_cells
 from benchmarks.harness.workloads import Setting, Workload
 from mtu_kernels.triton import operators
 from mtu_kernels.triton.launch import Machine
@@ -88,15 +88,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "training_memory.csv")
     given = parser.parse_args()
     source = provenance(f"python -m benchmarks.ffn.training_memory --arch {given.arch}")
-    with given.output.open("w", newline="") as file:
-        writer = csv.writer(file)
-        names = [*Memory._fields, *(f"{name}_ratio" for name in ("saved", "peak", "recomputed_peak"))]
-        writer.writerow(["arch", "D", "L", "B", "E", "dtype", *names, *source])
-        for D, L in tqdm(SHAPE_SETS["sd15"] + SHAPE_SETS["sdxl"], unit="shape"):
-            workload = Workload(D, L, 2, "bf16", "forward+backward")
-            memory = count(workload, Setting(E=4), given.arch)
-            ratios = [f"{ratio:.4f}" for ratio in memory.ratios.values()]
-            writer.writerow([given.arch, D, L, 2, 4, "bf16", *memory, *ratios, *source.values()])
+    rows = []
+    for D, L in tqdm(SHAPE_SETS["sd15"] + SHAPE_SETS["sdxl"], unit="shape"):
+        workload = Workload(D, L, 2, "bf16", "forward+backward")
+        memory = count(workload, Setting(E=4), given.arch)
+        ratios = {f"{name}_ratio": f"{ratio:.4f}" for name, ratio in memory.ratios.items()}
+        place = {"arch": given.arch, "D": D, "L": L, "B": workload.B, "E": 4, "dtype": workload.dtype}
+        rows.append(place | memory._asdict() | ratios)
+    write_cells(given.output, rows, source)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,10 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.harness.contenders import Contender
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.harness.rows import Table
@@ -32,14 +31,14 @@ class Start(NamedTuple):
 
 
 def make_parser(
-    module: str, description: str, contenders: Mapping[str, Contender] | None = None
+    module: str, description: str, contenders: Mapping[str, Any] | None = None, noun: str = "contenders"
 ) -> argparse.ArgumentParser:
-    """The parser of a command, whose help ends with the contenders, if there are any to choose from."""
+    """The parser of a command, whose help ends with what there is to choose from: names, and what each is about."""
     lines = [f"  {name:24} {contender.about}" for name, contender in (contenders or {}).items()]
     return argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=description,
-        epilog="contenders:\n" + "\n".join(lines) if lines else None,
+        epilog=f"{noun}:\n" + "\n".join(lines) if lines else None,
         formatter_class=argparse.RawDescriptionHelpFormatter if lines else argparse.HelpFormatter,
     )
 

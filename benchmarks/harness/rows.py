@@ -168,6 +168,21 @@ def append_cells(path: Path, cells: Mapping[str, str]) -> None:
         writer.writerow(cells.values())
 
 
+def write_cells(
+    path: Path,
+    rows: Sequence[Mapping[str, Any]],
+    source: Mapping[str, str],
+    kept: Sequence[Mapping[str, str]] = (),
+) -> None:
+    """Writes a CSV file anew: rows with their source, and kept rows as they are; cells that they lack are empty."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *source], restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows({**row, **source} for row in rows)
+        writer.writerows(kept)
+
+
 def check_header(path: Path, columns: list[str]) -> None:
     """Raises ValueError if a file is there and has other columns."""
     if path.exists():

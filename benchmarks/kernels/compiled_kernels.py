@@ -19,6 +19,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
+from benchmarks.harness.rows import write_cells
 from benchmarks.kernels.ahead_of_time import (
     ARCHITECTURES,
     CHIPS,
@@ -229,18 +230,6 @@ def rows_of_others(path: Path, source: dict[str, str]) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row["triton"] != source["triton"]]
 
 
-def write(
-    path: Path, rows: Sequence[dict[str, str]], source: dict[str, str], kept: Sequence[dict[str, str]] = ()
-) -> None:
-    """A CSV file of rows with their source, and of rows that are kept as they are; columns that they lack are empty."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *source], restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(row | source for row in rows)
-        writer.writerows(kept)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 if any kernel is not as it should be."""
     argv = sys.argv[1:] if argv is None else argv
@@ -265,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = provenance(command_line("benchmarks.kernels.compiled_kernels", argv))
     if options.output is not None or not options.check:
         path = options.output or RESULTS / "compiled_kernels.csv"
-        write(path, [cells(result) for result in results], source, kept=rows_of_others(path, source))
+        write_cells(path, [cells(result) for result in results], source, kept=rows_of_others(path, source))
     for sentence in wrong:
         print(sentence)
     print(f"{len(results)} kernels compiled for {', '.join(options.arch)}: {len(wrong)} violations.")

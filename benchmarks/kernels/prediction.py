@@ -16,8 +16,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
+from benchmarks.harness.rows import write_cells
 from benchmarks.kernels.ahead_of_time import Compiled, compile_launch, specialize
-from benchmarks.kernels.compiled_kernels import is_product, tile_of, write
+from benchmarks.kernels.compiled_kernels import is_product, tile_of
 from benchmarks.kernels.forward_model import (
     UNETS,
     FirstProduct,
@@ -198,8 +199,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         each += [kernel_cells(kernel, rates) for kernel in found]
         for variant in variants(rates, dense_firsts(found)):
             whole += list(forward_cells(variant, rates))
-    write(RESULTS / "predicted_kernels.csv", each, source)
-    write(RESULTS / "predicted_forward.csv", whole, source)
+    write_cells(RESULTS / "predicted_kernels.csv", each, source)
+    write_cells(RESULTS / "predicted_forward.csv", whole, source)
     print("Predicted: op / two products, compiled / compiled stock")
     for row in whole:
         if not row["total_us"]:

@@ -257,9 +257,8 @@ def _dtypes(text: str) -> tuple[str, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser(TABLE.module, "Images of every way to run the model, compared with those of the eager one.")
-    parser.epilog = "paths:\n" + "\n".join(f"  {name:20} {path.about}" for name, path in PATHS.items())
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    description = "Images of every way to run the model, compared with those of the eager one."
+    parser = make_parser(TABLE.module, description, PATHS, "paths")
     add_common_options(parser, "image_psnr_DEVICE.csv", dtype=False)
     add_model_options(parser)
     parser.add_argument("--dtypes", type=_dtypes, default=("bf16", "fp32"), help="(default: bf16,fp32)")

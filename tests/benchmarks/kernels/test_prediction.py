@@ -4,7 +4,8 @@ import csv
 
 import pytest
 
-from benchmarks.kernels.compiled_kernels import rows_of_others, write
+from benchmarks.harness.rows import write_cells
+from benchmarks.kernels.compiled_kernels import rows_of_others
 from benchmarks.kernels.forward_model import (
     UNETS,
     FirstProduct,
@@ -149,10 +150,10 @@ def test_rows_of_other_versions_of_triton_stay(tmp_path):
     path = tmp_path / "kernels.csv"
     rows = [{"kernel": "a", "registers": "1"}, {"kernel": "b", "registers": "2"}]
     assert rows_of_others(path, {"triton": "3.6.0"}) == []
-    write(path, rows, {"triton": "3.6.0"})
+    write_cells(path, rows, {"triton": "3.6.0"})
     for _ in range(2):
         new = {"triton": "3.8.0"}
-        write(path, [row | {"waits": "1"} for row in rows[:1]], new, kept=rows_of_others(path, new))
+        write_cells(path, [row | {"waits": "1"} for row in rows[:1]], new, kept=rows_of_others(path, new))
     with path.open(newline="") as file:
         found = [tuple(row.values()) for row in csv.DictReader(file)]
     assert found == [("a", "1", "1", "3.8.0"), ("a", "1", "", "3.6.0"), ("b", "2", "", "3.6.0")]
