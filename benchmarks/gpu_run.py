@@ -20,9 +20,9 @@ import torch
 
 from benchmarks.gpu.collect import collect_and_redraw
 from benchmarks.gpu.output import Output, check_writable
-from benchmarks.gpu.stages import MARGIN_SECONDS, RESERVE_SECONDS, Interrupted, Run, fitting, stages
+from benchmarks.gpu.stages import MARGIN_SECONDS, RESERVE_SECONDS, Interrupted, Run, stages, steps_that_fit
 from benchmarks.gpu.state import ENDED, FAILED, State, folder_of
-from benchmarks.gpu.steps import DIAGNOSIS, STEPS, Place, Step
+from benchmarks.gpu.steps import DIAGNOSIS, STEPS, Step, StepContext
 from benchmarks.harness.arguments import parse_choices
 from benchmarks.harness.provenance import provenance
 
@@ -32,13 +32,13 @@ def schedule(steps: Sequence[Step], minutes: float, quick: bool, commit: str, st
     now, end = 0.0, 60 * minutes - RESERVE_SECONDS
     cuda, folder = torch.cuda.is_available(), folder_of(state, commit + "+quick" * quick) / "steps"
     for stage in stages(steps):
-        begun = fitting(stage, end - now)
+        begun = steps_that_fit(stage, end - now)
         timed = sum(step.timed for step in begun)
         for step in stage:
             when = f"{now:4.0f} s" if step in begun else "  late"
             alone = f"beside others, then {step.timed:.0f} s alone" if step.timed else "beside others"
             seconds = min(step.seconds, end - now - timed)
-            place = Place(folder / step.name, commit, quick, cuda, max(1.0, seconds - MARGIN_SECONDS))
+            place = StepContext(folder / step.name, commit, quick, cuda, max(1.0, seconds - MARGIN_SECONDS))
             alone = "alone" if step.alone else alone
             yield f"{when}  {step.name}: {step.least:.0f} to {step.seconds:.0f} s, {alone}: {step.yields}"
             yield f"        {shlex.join(step.command(place))}"

@@ -45,7 +45,7 @@ class Cost(NamedTuple):
         return "products" if roofs.flops_per_s <= self.intensity * roofs.bytes_per_s else "memory"
 
 
-class Mark(NamedTuple):
+class RooflinePoint(NamedTuple):
     """A measured row under its roof."""
 
     row: Row
@@ -70,7 +70,9 @@ def cost(workload: Workload, setting: Setting) -> Cost:
     return Cost(6 * B * L * D * H, numbers * DTYPES[dtype].itemsize)
 
 
-def marks(rows: Sequence[Row], roofs: Mapping[tuple[str, str], Roofs], experts: int = 4) -> list[Mark]:
+def roofline_points(
+    rows: Sequence[Row], roofs: Mapping[tuple[str, str], Roofs], experts: int = 4
+) -> list[RooflinePoint]:
     """The forward passes with dense routing at the models' shapes, of the stock feed-forward and of the one under test.
 
     Of each shape the last measurement counts; all are of the batch that most rows have.
@@ -85,7 +87,9 @@ def marks(rows: Sequence[Row], roofs: Mapping[tuple[str, str], Roofs], experts: 
     batch = max(set(batches), key=lambda B: (batches.count(B), B == _USUAL_BATCH), default=0)
     last = {(row.contender, row.workload): row for row in wanted if batch == row.workload.B}
     ordered = sorted(last.values(), key=lambda row: (row.workload.dtype, row.workload.D, -row.workload.L))
-    return [Mark(row, cost(row.workload, row.setting), roofs[row.device, row.workload.dtype]) for row in ordered]
+    return [
+        RooflinePoint(row, cost(row.workload, row.setting), roofs[row.device, row.workload.dtype]) for row in ordered
+    ]
 
 
 def _wanted(row: Row, experts: int) -> bool:
@@ -95,8 +99,8 @@ def _wanted(row: Row, experts: int) -> bool:
     return known and row.setting == setting
 
 
-def read_marks(results: Path, device: str) -> list[Mark]:
-    """The marks of a device, from its rows of `moe_ffn_*.csv` and `scaling_*.csv`.
+def read_roofline_points(results: Path, device: str) -> list[RooflinePoint]:
+    """The points of a device, from its rows of `moe_ffn_*.csv` and `scaling_*.csv`.
 
     Raises:
         ValueError: there are none.
@@ -104,7 +108,7 @@ def read_marks(results: Path, device: str) -> list[Mark]:
     roofs = read_roofs(results / "machine.csv")
     # Where both have a shape, the feed-forward's own file counts.
     files = [results / f"{name}_{device}.csv" for name in ("scaling", "moe_ffn")]
-    found = marks([row for file in files if file.exists() for row in TABLE.read(file)], roofs)
+    found = roofline_points([row for file in files if file.exists() for row in TABLE.read(file)], roofs)
     if not found:
         raise ValueError(f"There are no rows of {device} in {results} that have roofs in machine.csv.")
     return found

@@ -16,7 +16,7 @@ _BESIDE = ("eager", "products")
 _LEAST_POINTS = 2
 
 
-class Kind(NamedTuple):
+class VariedQuantity(NamedTuple):
     """What is varied in a panel.
 
     Attributes:
@@ -36,11 +36,15 @@ def _plain(setting: Setting, experts: int) -> bool:
     return setting == Setting(experts)
 
 
-KINDS = (
-    Kind("tokens", lambda row: row.workload.L, lambda row: row.workload._replace(L=0), _plain),
-    Kind("batch", lambda row: row.workload.B, lambda row: row.workload._replace(B=0), _plain),
-    Kind("tasks", lambda row: row.setting.tasks, lambda row: (row.workload, row.setting.E), lambda *_: True),
-    Kind("experts", lambda row: row.setting.E, lambda row: row.workload, lambda setting, _: setting.tasks == 1),
+def _one_task(setting: Setting, experts: int) -> bool:
+    return setting.tasks == 1
+
+
+VARIED_QUANTITIES = (
+    VariedQuantity("tokens", lambda row: row.workload.L, lambda row: row.workload._replace(L=0), _plain),
+    VariedQuantity("batch", lambda row: row.workload.B, lambda row: row.workload._replace(B=0), _plain),
+    VariedQuantity("tasks", lambda row: row.setting.tasks, lambda row: (row.workload, row.setting.E), lambda *_: True),
+    VariedQuantity("experts", lambda row: row.setting.E, lambda row: row.workload, _one_task),
 )
 
 
@@ -84,13 +88,13 @@ def panels(rows: Sequence[Row], experts: int = 4) -> list[Panel]:
         experts: E where it is not what is varied.
     """
     rows = [row for row in rows if row.workload.direction == "forward"]
-    return [panel for kind in KINDS if (panel := _panel(kind, rows, experts))]
+    return [panel for kind in VARIED_QUANTITIES if (panel := _panel(kind, rows, experts))]
 
 
-def _panel(kind: Kind, rows: Sequence[Row], experts: int) -> Panel | None:
+def _panel(kind: VariedQuantity, rows: Sequence[Row], experts: int) -> Panel | None:
     measured = {(row.group, row.workload, Entry(row.contender, row.setting)): row for row in rows}
 
-    def beside(row: Row) -> list[Row]:
+    def paired_rows(row: Row) -> list[Row]:
         keys = ((row.group, row.workload, Entry(name, CONTENDERS[name].relevant(row.setting))) for name in _BESIDE)
         return [measured[key] for key in keys if key in measured]
 
@@ -101,14 +105,14 @@ def _panel(kind: Kind, rows: Sequence[Row], experts: int) -> Panel | None:
     family = max(families.values(), key=lambda family: len({kind.x(row) for row in family}), default=[])
     groups = Counter(row.group for row in family)
     # Of what was measured twice: the row of the group that most others are from, with the most beside it, or the last.
-    family.sort(key=lambda row: (groups[row.group], len(beside(row))))
+    family.sort(key=lambda row: (groups[row.group], len(paired_rows(row))))
     best = {(row.setting.K, kind.x(row)): row for row in family}
     if len({x for _, x in best}) < _LEAST_POINTS:
         return None
     lines: dict[tuple[str, int | None], dict[int, Row]] = {}
     for (K, x), row in sorted(best.items(), key=lambda item: (item[0][0] or 0, item[0][1])):
         lines.setdefault((row.contender, K), {})[x] = row
-        for other in beside(row):
+        for other in paired_rows(row):
             lines.setdefault((other.contender, other.setting.K), {})[x] = other
     tested = next(iter(best.values()))
     ordered = sorted(lines, key=lambda key: (key[0] != tested.contender, key[0], key[1] or 0))

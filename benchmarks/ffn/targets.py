@@ -14,7 +14,7 @@ TESTED = {"cuda": "mtu-triton", "cpu": "mtu-cpp"}
 _Ratios = Callable[[Sequence[Row], str], list[Ratio]]
 
 
-def beside(rows: Sequence[Row], of: str, to: str, **changed: int | None) -> Iterator[tuple[Row, Row]]:
+def paired_rows(rows: Sequence[Row], of: str, to: str, **changed: int | None) -> Iterator[tuple[Row, Row]]:
     """Rows of a contender, each with that of another one in its group, in its setting but for what is changed."""
     return comparisons(rows, of, to, lambda setting: CONTENDERS[to].relevant(setting._replace(**changed)))
 
@@ -25,7 +25,7 @@ def _with_dense_routing(row: Row, direction: str) -> bool:
 
 def _forward(to: str, where: Callable[[Workload], bool] = lambda workload: True, figure: str = "median_us") -> _Ratios:
     def found(rows: Sequence[Row], tested: str) -> list[Ratio]:
-        pairs = beside(rows, tested, to)
+        pairs = paired_rows(rows, tested, to)
         return ratios((p for p in pairs if _with_dense_routing(p[0], "forward") and where(p[0].workload)), figure)
 
     return found
@@ -36,7 +36,7 @@ def _training(figure: str = "median_us", recompute: bool = False) -> _Ratios:
 
     def found(rows: Sequence[Row], tested: str) -> list[Ratio]:
         of = _recomputing(tested) if recompute else tested
-        pairs = beside(rows, of, "eager")
+        pairs = paired_rows(rows, of, "eager")
         return ratios((p for p in pairs if _with_dense_routing(p[0], "forward+backward")), figure)
 
     return found
@@ -53,7 +53,7 @@ def _top_2_of_8(where: Callable[[Workload], bool] = lambda workload: True) -> _R
     """Over all experts."""
 
     def found(rows: Sequence[Row], tested: str) -> list[Ratio]:
-        pairs = beside(rows, tested, tested, K=DENSE)
+        pairs = paired_rows(rows, tested, tested, K=DENSE)
         return ratios(p for p in pairs if _is_top_2_of_8(p[0]) and where(p[0].workload))
 
     return found
@@ -65,7 +65,7 @@ def _is_top_2_of_8(row: Row) -> bool:
 
 def _tasks(many: int, few: int) -> _Ratios:
     def found(rows: Sequence[Row], tested: str) -> list[Ratio]:
-        pairs = beside(rows, tested, tested, tasks=few)
+        pairs = paired_rows(rows, tested, tested, tasks=few)
         return ratios(p for p in pairs if p[0].workload.direction == "forward" and p[0].setting.tasks == many)
 
     return found

@@ -24,21 +24,21 @@ from mtu_kernels.triton.tiles import TableRow
 _MEASURED = "measured on "
 
 
-class Places(NamedTuple):
+class Destinations(NamedTuple):
     """Where things are put: the table of tiles, and the folder of the CSV files."""
 
     table: Path = tune.SHIPPED
     results: Path = PLACE
 
 
-class Found(NamedTuple):
+class CollectedResults(NamedTuple):
     """What a folder holds: rows of tuned tiles, and of each CSV file's name the rows of all steps."""
 
     tiles: tuple[TableRow, ...]
     files: dict[str, list[dict[str, str]]]
 
 
-def collect(folder: Path, places: Places | None = None) -> list[str]:
+def collect(folder: Path, places: Destinations | None = None) -> list[str]:
     """Puts returned files in their places. Rows that are there already are left out.
 
     Args:
@@ -51,7 +51,7 @@ def collect(folder: Path, places: Places | None = None) -> list[str]:
     Raises:
         ValueError: the folder holds no result of a run, or rows of other columns; nothing is changed then.
     """
-    places = places or Places()
+    places = places or Destinations()
     found = _found(folder)
     for name, rows in found.files.items():
         check_header(places.results / name, list(rows[0]))
@@ -71,7 +71,7 @@ def collect(folder: Path, places: Places | None = None) -> list[str]:
     return lines
 
 
-def _found(folder: Path) -> Found:
+def _found(folder: Path) -> CollectedResults:
     refusal = f"--collect must be the output folder of a run, got {folder}"
     try:
         facts = json.loads((folder / FACTS).read_text())
@@ -83,7 +83,7 @@ def _found(folder: Path) -> Found:
             if archive.testzip() is not None:
                 raise ValueError(f"{RESULTS} is damaged")
             contents = {name: archive.read(name).decode() for name in archive.namelist()}
-        return Found(tuple(_tiles(contents)), _rows(contents))
+        return CollectedResults(tuple(_tiles(contents)), _rows(contents))
     except (OSError, ValueError, KeyError, TypeError, SyntaxError, ImportError, zipfile.BadZipFile) as error:
         raise ValueError(f"{refusal}: {' '.join(str(error).split())}.") from None
 

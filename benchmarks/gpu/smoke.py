@@ -27,7 +27,7 @@ from mtu_kernels import check_backend, moe_ffn
 _SHAPES = ((320, 4096), (1280, 256))
 
 
-class Unfit(Exception):
+class UnfitMachine(Exception):
     """A machine that nothing can be measured on: one sentence."""
 
 
@@ -48,9 +48,11 @@ def facts(commit: str | None) -> Iterator[str]:
 def check_machine() -> None:
     """Raises Unfit if measurements on CUDA would fail here for reasons that are not the kernels'."""
     if not torch.cuda.is_available():
-        raise Unfit("A CUDA device is needed, and torch finds none.")
+        raise UnfitMachine("A CUDA device is needed, and torch finds none.")
     if _compiler() is None:
-        raise Unfit("Triton needs a C compiler for the launchers of its kernels, and finds neither gcc nor clang.")
+        raise UnfitMachine(
+            "Triton needs a C compiler for the launchers of its kernels, and finds neither gcc nor clang."
+        )
 
 
 def check_shapes(shapes: Sequence[tuple[int, int]], batch: int, dtype: str, device: torch.device) -> None:
@@ -101,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             check_machine()
             check_shapes(options.shapes, 2, "bf16", torch.device("cuda"))
-    except (Unfit, WrongResult, RuntimeError) as error:
+    except (UnfitMachine, WrongResult, RuntimeError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 1
     return 0

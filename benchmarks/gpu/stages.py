@@ -14,7 +14,7 @@ import torch
 from benchmarks.gpu.output import LOG, Output
 from benchmarks.gpu.process import GRACE_SECONDS, Group, pause
 from benchmarks.gpu.state import CUT, DONE, ENDED, FAILED, LATE, Outcome, State
-from benchmarks.gpu.steps import DIAGNOSIS, GO, TUNE, Place, Step
+from benchmarks.gpu.steps import DIAGNOSIS, GO, TUNE, Step, StepContext
 
 # For the last results to be packed, and for what is still running to end.
 RESERVE_SECONDS = 2 * GRACE_SECONDS
@@ -74,7 +74,7 @@ class Run:
         Raises:
             Interrupted: the run was told to end; what ran is ended then, and noted.
         """
-        for stage in stages(in_turn(steps, self._state.outcomes(step.name for step in steps))):
+        for stage in stages(order_steps(steps, self._state.outcomes(step.name for step in steps))):
             self._stage(stage)
             for outcome in (self._state.outcome(step.name) for step in stage if step.decides):
                 if outcome is None or outcome.status != DONE:
@@ -88,7 +88,7 @@ class Run:
         rows_of = self._commit_of_rows()
         try:
             left = self._until - time.monotonic()
-            chosen = list(stage) if self._quick else fitting(stage, left)
+            chosen = list(stage) if self._quick else steps_that_fit(stage, left)
             for step in stage:
                 if step in chosen:
                     # What compiles must leave time for what is then timed.
@@ -127,7 +127,7 @@ class Run:
             folder = self._state.step(step.name)
             for name in (GO, f"{GO}.ready"):
                 (folder / name).unlink(missing_ok=True)
-            place = Place(folder, commit, self._quick, self._cuda, max(1.0, seconds - MARGIN_SECONDS))
+            place = StepContext(folder, commit, self._quick, self._cuda, max(1.0, seconds - MARGIN_SECONDS))
             log, note = folder / LOG, self._state.note(step.name)
             said = log.stat().st_size if log.exists() else 0
             group = Group(step.command(place), note, log, self._state.tree, self._environment(beside))
@@ -223,7 +223,7 @@ class Run:
         return os.environ | caches | interpreter | threads | paths | {"PYTHONUNBUFFERED": "1"}
 
 
-def in_turn(steps: Sequence[Step], before: Mapping[str, Outcome]) -> list[Step]:
+def order_steps(steps: Sequence[Step], before: Mapping[str, Outcome]) -> list[Step]:
     """The steps that are not done: those that failed in an earlier call after the others, and last what fills the time.
 
     Of those that failed the tiles are tuned last: they need a long while again, and what was not measured with them in
@@ -250,7 +250,7 @@ def stages(steps: Sequence[Step]) -> Iterator[list[Step]]:
         yield stage
 
 
-def fitting(stage: Sequence[Step], left: float) -> list[Step]:
+def steps_that_fit(stage: Sequence[Step], left: float) -> list[Step]:
     """The steps of a stage for which so many seconds are enough, the first ones first.
 
     They run beside each other, but what some of them do alone adds up.

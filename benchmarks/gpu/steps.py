@@ -39,7 +39,7 @@ TEST_FILES = (
 _ICONS_PICTURES_SECONDS = 120
 
 
-class Place(NamedTuple):
+class StepContext(NamedTuple):
     """Where and how a step runs.
 
     Attributes:
@@ -83,7 +83,7 @@ class Step(NamedTuple):
 
     name: str
     yields: str
-    command: Callable[[Place], list[str]]
+    command: Callable[[StepContext], list[str]]
     seconds: float
     least: float
     alone: bool = True
@@ -101,11 +101,11 @@ def _python(*arguments: str) -> list[str]:
     return [sys.executable, "-m", *arguments]
 
 
-def _smoke(place: Place) -> list[str]:
+def _smoke(place: StepContext) -> list[str]:
     return _python("benchmarks.gpu.smoke", *["--quick"] * place.quick, "--commit", place.commit)
 
 
-def _tune(place: Place) -> list[str]:
+def _tune(place: StepContext) -> list[str]:
     arguments = ["--products", "expert_in,expert_sum", "--routing", "dense", "--batches", "2,8", *place.minutes]
     arguments += ["--shapes", "64x64" if place.quick else _SHAPES]
     return _python(
@@ -113,15 +113,15 @@ def _tune(place: Place) -> list[str]:
     )
 
 
-def _persistent(place: Place) -> list[str]:
+def _persistent(place: StepContext) -> list[str]:
     # Not the name that is collected: a kernel that runs for the first time is looked at before it is shipped.
     table = str(place.folder / "with_persistent.py")
     arguments = ["--persistent", "--batches", "2,8", *place.minutes, *["--shapes", "64x64"] * place.quick]
     return _python("benchmarks.kernels.tune", *arguments, "--table", table, "--commit", place.commit)
 
 
-def _ffn(contenders: str, batches: str, *sweep: str) -> Callable[[Place], list[str]]:
-    def command(place: Place) -> list[str]:
+def _ffn(contenders: str, batches: str, *sweep: str) -> Callable[[StepContext], list[str]]:
+    def command(place: StepContext) -> list[str]:
         sizes = ["--quick", "--seconds", "0"] if place.quick else ["--shapes", _SHAPES, "--batch", batches]
         # Triton's interpreter and compilers for CPUs take their time.
         names = contenders if place.cuda else "products,eager,mtu-eager"
@@ -144,13 +144,13 @@ def _ffn(contenders: str, batches: str, *sweep: str) -> Callable[[Place], list[s
     return command
 
 
-def _machine(place: Place) -> list[str]:
+def _machine(place: StepContext) -> list[str]:
     arguments = ["--output", str(place.folder / "machine.csv"), "--commit", place.commit, *["--quick"] * place.quick]
     return _python("benchmarks.ffn.machine", "--device", place.device, *arguments)
 
 
-def _unet(model: str, batches: str, run: str, wait: bool = False) -> Callable[[Place], list[str]]:
-    def command(place: Place) -> list[str]:
+def _unet(model: str, batches: str, run: str, wait: bool = False) -> Callable[[StepContext], list[str]]:
+    def command(place: StepContext) -> list[str]:
         sizes = ["--model", _TINY[model], "--quick", "--tasks", "4"] if place.quick else ["--model", model]
         # Eager ones are what ratios are of, and have rounds of their own.
         contenders = f"stock,stock+{run},mtu-triton+{run}" if place.cuda else "stock,mtu-eager"
@@ -185,7 +185,7 @@ def _compiled_unet(model: str, batch: int, seconds: float, timed: float) -> Step
     )
 
 
-def _tests(place: Place) -> list[str]:
+def _tests(place: StepContext) -> list[str]:
     options = ["-m", "gpu", "-k", _TESTS, "-p", "no:cacheprovider", "-W", "default", "--tb=short"]
     options += ["--continue-on-collection-errors"]
     if place.quick:
@@ -193,7 +193,7 @@ def _tests(place: Place) -> list[str]:
     return [*_NICE, *_python("pytest", *options, "-v", "-n", str(_TEST_WORKERS), *TEST_FILES)]
 
 
-def _profile(place: Place) -> list[str]:
+def _profile(place: StepContext) -> list[str]:
     command = _python("benchmarks.kernels.product_profile", "--product", "expert_in", *["--quick"] * place.quick)
     if place.cuda and shutil.which("ncu"):
         # The clocks are left as they are found.
@@ -203,7 +203,7 @@ def _profile(place: Place) -> list[str]:
     return command
 
 
-def _icons(place: Place) -> list[str]:
+def _icons(place: StepContext) -> list[str]:
     minutes = (place.seconds - _ICONS_PICTURES_SECONDS) / 60
     arguments = ["--device", place.device, "--output", str(place.folder / "output")]
     if place.quick:
@@ -279,7 +279,7 @@ STEPS: tuple[Step, ...] = (
 )
 
 
-def _diagnosis(place: Place) -> list[str]:
+def _diagnosis(place: StepContext) -> list[str]:
     test = "test_shapes_of_stable_diffusion and norm and bfloat16 and 320"
     options = ["-x", "-W", "default", "-m", "gpu", "--tb=long", "-p", "no:cacheprovider", "-k", test]
     return _python("pytest", *options, "tests/mtu_kernels/test_triton_gpu.py")

@@ -16,7 +16,7 @@ from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.harness.rows import Table
 
 
-class Start(NamedTuple):
+class CommandContext(NamedTuple):
     """What a command knows before it measures.
 
     Attributes:
@@ -77,7 +77,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
-def start(table: Table, options: argparse.Namespace, argv: Sequence[str], output: str) -> Start:
+def start(table: Table, options: argparse.Namespace, argv: Sequence[str], output: str) -> CommandContext:
     """Device, file and provenance of a command.
 
     Args:
@@ -93,4 +93,4 @@ def start(table: Table, options: argparse.Namespace, argv: Sequence[str], output
     path = options.output or RESULTS / output.format(device=device.type)
     source = provenance(command_line(table.module, argv), device, options.commit)
     table.check(path, source)
-    return Start(device, path, source)
+    return CommandContext(device, path, source)

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from benchmarks.harness.timing import Call
-from benchmarks.models.unet_models import Batch, take
+from benchmarks.models.unet_models import Batch, select_rows
 
 Rows = tuple[int, ...]
 # The calls that a batch is divided into: of each its rows.
@@ -106,4 +106,4 @@ def by_task(batch: Batch) -> list[Rows]:
 
 def stock_inputs(unet: UNet2DConditionModel, batch: Batch, rows: Rows) -> dict[str, Any]:
     """Arguments of the original, which reads the noisy latents alone."""
-    return take(batch, rows, unet.config.in_channels)
+    return select_rows(batch, rows, unet.config.in_channels)

@@ -16,7 +16,7 @@ _USUAL_EXPERTS = {"sdxl": 1, "tiny-xl": 1}
 _MANY_TASKS = 4
 
 
-class Scene(NamedTuple):
+class ModelSetup(NamedTuple):
     """What steps share that are shown side by side."""
 
     model: str
@@ -101,13 +101,13 @@ def _order(row: Row) -> tuple:
     return place, bool(contender.variant), row.contender, K or 0, E, -min(tasks, row.workload.B)
 
 
-def scenes(rows: Sequence[Row]) -> dict[Scene, Steps]:
+def steps_by_setup(rows: Sequence[Row]) -> dict[ModelSetup, Steps]:
     """The last measurement of each contender: by scene, case and batch; contenders in the order they are shown."""
     originals = {(row.group, row.workload): row for row in rows if row.contender == ORIGINAL}
-    found: dict[Scene, Steps] = {}
+    found: dict[ModelSetup, Steps] = {}
     for row in sorted(rows, key=_order):
         workload = row.workload
-        scene = Scene(workload.model, workload.size, workload.branches, workload.dtype)
+        scene = ModelSetup(workload.model, workload.size, workload.branches, workload.dtype)
         step = Step(row, originals.get((row.group, workload)))
         found.setdefault(scene, {}).setdefault(case_of(row), {})[workload.B] = step
     return dict(sorted(found.items()))
@@ -125,7 +125,7 @@ def deployed(cases: Steps) -> tuple[int, dict[Case, Step]]:
     return B, {case: steps[B] for case, steps in cases.items() if B in steps}
 
 
-class Change(NamedTuple):
+class UnusualTrait(NamedTuple):
     """One thing that may be unusual.
 
     Attributes:
@@ -144,11 +144,11 @@ def _without_variant(case: Case) -> Case:
     return case._replace(contender=sibling(case.contender, run=run.name if run else None))
 
 
-CHANGES = (
-    Change("one task / mixed tasks", lambda case: case.one_task, lambda case: case._replace(one_task=False)),
-    Change("samples one after another / at once", lambda case: case.variant == ONE_BY_ONE, _without_variant),
-    Change("routers kept / dropped", lambda case: case.variant == ROUTERS, _without_variant),
-    Change("top-k / dense", lambda case: case.top_k is not None, lambda case: case._replace(top_k=None)),
+UNUSUAL_TRAITS = (
+    UnusualTrait("one task / mixed tasks", lambda case: case.one_task, lambda case: case._replace(one_task=False)),
+    UnusualTrait("samples one after another / at once", lambda case: case.variant == ONE_BY_ONE, _without_variant),
+    UnusualTrait("routers kept / dropped", lambda case: case.variant == ROUTERS, _without_variant),
+    UnusualTrait("top-k / dense", lambda case: case.top_k is not None, lambda case: case._replace(top_k=None)),
 )
 
 
@@ -163,7 +163,7 @@ def comparisons(cases: Steps) -> dict[Case, Comparison]:
     """What one unusual thing makes of a step; cases with several of them are left out."""
     found = {}
     for case, steps in cases.items():
-        changes = [change for change in CHANGES if change.applies(case)]
+        changes = [change for change in UNUSUAL_TRAITS if change.applies(case)]
         if len(changes) != 1:
             continue
         plain = cases.get(changes[0].undo(case), {})

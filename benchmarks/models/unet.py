@@ -34,7 +34,7 @@ from benchmarks.harness.workloads import DENSE, Entry, Setting, Workload
 from benchmarks.models import step_kernels
 from benchmarks.models.step_kernels import are_counted, kernels_of
 from benchmarks.models.unet_catalogue import CONTENDERS, default_contenders
-from benchmarks.models.unet_measure import Measuring, Plan
+from benchmarks.models.unet_measure import GroupMeasurement, MeasurementPlan
 from benchmarks.models.unet_models import (
     LATENT_FACTOR,
     MODELS,
@@ -56,7 +56,7 @@ _POLL_SECONDS = 0.05
 def run(
     workloads: Sequence[Workload],
     device: torch.device,
-    plan: Plan,
+    plan: MeasurementPlan,
     output: Path,
     source: dict[str, str],
     until: float = math.inf,
@@ -84,7 +84,7 @@ def run(
     def rows_of(group: str, workload: Workload) -> Iterator[Row]:
         place = {"group": group, "device": device.type, "workload": workload, "source": source}
         with _caches_of_the_compiler(plan.cold):
-            for entry, columns in Measuring(family, workload, plan, log, reference).columns():
+            for entry, columns in GroupMeasurement(family, workload, plan, log, reference).columns():
                 yield Row(contender=entry.contender, setting=entry.setting, **place, **columns)
         # Compiled code is of this group's sizes, and so are the blocks of memory that its contenders leave.
         torch.compiler.reset()
@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     settings = tuple(layout._replace(tasks=tasks) for layout in layouts for tasks in options.tasks)
-    plan = Plan(options.contenders, settings, options.runs, options.seconds, not options.warm_caches)
+    plan = MeasurementPlan(options.contenders, settings, options.runs, options.seconds, not options.warm_caches)
     if options.kernels is not None:
         plan = plan._replace(after_timing=functools.partial(_record_kernels, options.kernels, device, source))
     if options.wait_for is not None:

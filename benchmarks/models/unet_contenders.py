@@ -13,7 +13,7 @@ from benchmarks.harness.contenders import Contender
 from benchmarks.harness.workloads import Setting
 from benchmarks.models.deployments import Deployment, Division, Part, at_once, call, each_picture, stock_inputs
 from benchmarks.models.unet_catalogue import ONE_BY_ONE, ROUTERS
-from benchmarks.models.unet_models import Batch, Family, take
+from benchmarks.models.unet_models import Batch, Family, select_rows
 from benchmarks.models.unet_peers import four_unets, lora_hotswap, lora_per_sample, swapped_unets
 
 Builder = Callable[[Family, Setting, Contender], Deployment]
@@ -87,7 +87,7 @@ def _routed(unet: mtu.MTUUNet2DConditionModel, division: Division) -> Deployment
     def part(batch: Batch, rows: tuple[int, ...]) -> Part:
         # The tasks of a batch change between steps, not within: this is what `switch` takes.
         task_ids = unet.task_ids([names[batch.tasks[row]] for row in rows])
-        inputs = take(batch, rows, unet.conv_in.in_channels) | {"task_ids": task_ids}
+        inputs = select_rows(batch, rows, unet.conv_in.in_channels) | {"task_ids": task_ids}
         return Part(functools.partial(call, unet), inputs, rows)
 
     return Deployment(

@@ -29,7 +29,7 @@ class Recompiled(Exception):
     """Compiled code was compiled again when the tasks changed."""
 
 
-class Plan(NamedTuple):
+class MeasurementPlan(NamedTuple):
     """What is measured, and for how long.
 
     Attributes:
@@ -78,7 +78,7 @@ class Prepared(NamedTuple):
     warm_up: WarmUp | None
 
 
-class Measuring:
+class GroupMeasurement:
     """The measurement of one group: contenders are built once, whatever the number of settings that they are run in.
 
     Args:
@@ -93,7 +93,7 @@ class Measuring:
         self,
         family: Family,
         workload: Workload,
-        plan: Plan,
+        plan: MeasurementPlan,
         log: Log,
         reference: Callable[[Workload, Setting], ReferenceOutputs],
     ) -> None:

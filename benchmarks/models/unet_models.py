@@ -101,7 +101,7 @@ def build_original(model: str, dtype: str, device: torch.device) -> UNet2DCondit
     return unet
 
 
-def share(unet: Unet) -> Unet:
+def share_weights(unet: Unet) -> Unet:
     """A copy of a UNet's modules on the same memory; what is done to its modules and parameters leaves the other be."""
     tensors: dict[int, Tensor] = {id(t): nn.Parameter(t.detach(), requires_grad=False) for t in unet.parameters()}
     tensors |= {id(t): t.detach() for t in unet.buffers()}
@@ -134,7 +134,7 @@ class Family:
 
     def original(self) -> UNet2DConditionModel:
         """The stock UNet."""
-        return share(self._original)
+        return share_weights(self._original)
 
     def upcycled(self, setting: Setting, backend: str, routers: bool = False) -> mtu.MTUUNet2DConditionModel:
         """The original upcycled to the paper's four tasks, in eval mode.
@@ -154,11 +154,11 @@ class Family:
                 warnings.simplefilter("ignore", UserWarning)
                 unet = mtu.upcycle(self.original(), num_experts=setting.E, top_k=setting.K, backend="eager")
             self._upcycled[setting] = unet.requires_grad_(False)
-        return _deployed(share(self._upcycled[setting]), backend, routers)
+        return _deployed(share_weights(self._upcycled[setting]), backend, routers)
 
     def folded(self, backend: str) -> mtu.MTUUNet2DConditionModel:
         """One task of the upcycled UNet, folded into plain layers and upcycled again to one expert."""
-        return _deployed(share(self._folded), backend, routers=False)
+        return _deployed(share_weights(self._folded), backend, routers=False)
 
     def fine_tuned(self, task: int) -> UNet2DConditionModel:
         """A UNet of the task's own: a stock one on memory of its own, the same at every call."""
@@ -223,7 +223,7 @@ def draw_batch(workload: Workload, device: torch.device, tasks: int, first: int 
     return Batch(inputs, tuple(task for task in of_pictures for _ in range(workload.branches)), workload.branches)
 
 
-def take(batch: Batch, rows: Sequence[int], channels: int) -> dict[str, Any]:
+def select_rows(batch: Batch, rows: Sequence[int], channels: int) -> dict[str, Any]:
     """Arguments of a call for some rows, whose `sample` has so many channels: tensors of their own."""
 
     def taken(value: Any) -> Any:
@@ -285,7 +285,7 @@ def compute_reference_outputs(family: Family, workload: Workload, setting: Setti
 def _one_by_one(unet: UNet2DConditionModel, batch: Batch) -> Tensor:
     outputs = []
     for row, task in enumerate(batch.tasks):
-        inputs = take(batch, [row], unet.conv_in.in_channels)
+        inputs = select_rows(batch, [row], unet.conv_in.in_channels)
         added = inputs.get("added_cond_kwargs", {})
         inputs |= {name: t.to(unet.dtype) for name, t in inputs.items() if name in ("sample", "encoder_hidden_states")}
         if added:

@@ -17,7 +17,7 @@ from benchmarks.harness.contenders import Contender
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.workloads import Setting
 from benchmarks.models.deployments import Deployment, Part, at_once, by_task, call, stock_inputs
-from benchmarks.models.unet_models import TASKS, Batch, Family, share
+from benchmarks.models.unet_models import TASKS, Batch, Family, share_weights
 
 _RANK = 16
 _ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
@@ -25,7 +25,7 @@ _ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
 def four_unets(family: Family, setting: Setting, contender: Contender) -> Deployment:
     """A UNet for each task, all of them on the device; the pictures of a task go through its own together."""
-    unets = tuple(share(family.fine_tuned(task)) for task in range(TASKS))
+    unets = tuple(share_weights(family.fine_tuned(task)) for task in range(TASKS))
 
     def parts(batch: Batch) -> list[Part]:
         return [_part(unets[batch.tasks[rows[0]]], batch, rows) for rows in by_task(batch)]

@@ -61,7 +61,7 @@ BLOCKS: dict[str, tuple[Part, ...]] = {
 }
 
 
-def written(text: str, results: Path, images: Path) -> str:
+def render_page(text: str, results: Path, images: Path) -> str:
     """A page with its tables made anew.
 
     Args:
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"There is no {options.page} with markers to write tables between.")
     text = options.page.read_text(encoding="utf-8")
     try:
-        new = written(text, options.results, options.page.parent / "images")
+        new = render_page(text, options.results, options.page.parent / "images")
     except ValueError as error:
         parser.error(str(error))
     if not options.check:

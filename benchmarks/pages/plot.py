@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.ffn import rows as ffn_rows
 from benchmarks.ffn.machine import read_roofs
-from benchmarks.ffn.roofline import read_marks
+from benchmarks.ffn.roofline import read_roofline_points
 from benchmarks.harness.provenance import RESULTS, ROOT
 from benchmarks.models import unet_targets
 from benchmarks.pages import plot_ffn, plot_roofline, plot_scaling, plot_unet
@@ -40,7 +40,7 @@ def pictures(results: Path, images: Path, batch: int | None, experts: int) -> It
 
 
 def _draw_roofline(results: Path, device: str, picture: Path) -> None:
-    plot_roofline.plot(read_marks(results, device), picture)
+    plot_roofline.plot(read_roofline_points(results, device), picture)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

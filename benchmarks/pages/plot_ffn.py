@@ -9,10 +9,10 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.ffn.targets import beside
+from benchmarks.ffn.targets import paired_rows
 from benchmarks.harness.rows import Row
 from benchmarks.harness.workloads import Setting, Workload
-from benchmarks.pages.plot_style import FFN_LOOKS, FLOOR_LOOK, legend, letters, most_common_dtype, save
+from benchmarks.pages.plot_style import FFN_LOOKS, FLOOR_LOOK, legend, most_common_dtype, save, text_style
 
 _FLOOR = "products"
 _PASSES = ("forward", "forward+backward")
@@ -34,7 +34,7 @@ def points(rows: Sequence[Row], batch: int, experts: int) -> dict[tuple[str, Wor
     """
     drawn = {}
     for name in FFN_LOOKS:
-        for row, floor in beside(rows, name, _FLOOR):
+        for row, floor in paired_rows(rows, name, _FLOOR):
             if batch == row.workload.B and row.setting in (Setting(), Setting(E=experts)):
                 times = (time / floor.median_us for time in (row.median_us, row.p20_us, row.p80_us))
                 # One expert is measured beside several of them: the ones asked for go first.
@@ -64,7 +64,7 @@ def plot(rows: Sequence[Row], path: Path, batch: int | None = None, experts: int
     passes = [name for name in _PASSES if any(workload.direction == name for _, workload in drawn)]
     if not passes:
         raise ValueError(f"{path.name} needs rows of {_FLOOR} and of other contenders at B = {batch}, got none.")
-    with letters():
+    with text_style():
         figure = Figure(figsize=(11, 1.6 + 3.4 * len(passes)), layout="constrained")
         panels = figure.subplots(len(passes), squeeze=False)[:, 0]
         for axes, name in zip(panels, passes, strict=True):

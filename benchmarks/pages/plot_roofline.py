@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from benchmarks.ffn.roofline import Mark
-from benchmarks.pages.plot_style import FFN_LOOKS, legend, letters, save
+from benchmarks.ffn.roofline import RooflinePoint
+from benchmarks.pages.plot_style import FFN_LOOKS, legend, save, text_style
 
 _ROOF = "#D55E00"
 _SHAPE = {"color": "#999999", "linewidth": 0.6, "linestyle": ":"}
@@ -20,7 +20,7 @@ _TERA = 1e12
 _LEAST_GAP = 0.011
 
 
-def plot(marks: Sequence[Mark], path: Path) -> None:
+def plot(roofline_points: Sequence[RooflinePoint], path: Path) -> None:
     """Draws a panel for each dtype, and writes a PNG.
 
     Args:
@@ -28,33 +28,33 @@ def plot(marks: Sequence[Mark], path: Path) -> None:
         path: of the picture.
 
     Raises:
-        ValueError: there is no mark.
+        ValueError: there is no point.
     """
-    if not marks:
+    if not roofline_points:
         raise ValueError(f"{path.name} needs forward passes with dense routing at the models' shapes, got none.")
-    dtypes = sorted({mark.roofs.dtype for mark in marks})
-    with letters():
+    dtypes = sorted({point.roofs.dtype for point in roofline_points})
+    with text_style():
         figure = Figure(figsize=(11, 1.2 + 4 * len(dtypes)), layout="constrained")
         panels = figure.subplots(len(dtypes), squeeze=False)[:, 0]
         for axes, dtype in zip(panels, dtypes, strict=True):
-            _panel(axes, [mark for mark in marks if mark.roofs.dtype == dtype])
-        batch = marks[0].row.workload.B
+            _panel(axes, [point for point in roofline_points if point.roofs.dtype == dtype])
+        batch = roofline_points[0].row.workload.B
         title = f"Roofline of one feed-forward, forward, B = {batch}, dense routing: higher is faster"
         legend(figure, panels, title)
         says = "Roofs: the fastest matrix product of torch, and the fastest way through memory, measured."
-        save(figure, path, [mark.row for mark in marks], says)
+        save(figure, path, [point.row for point in roofline_points], says)
 
 
-def _panel(axes: Axes, marks: Sequence[Mark]) -> None:
-    roofs = marks[0].roofs
+def _panel(axes: Axes, roofline_points: Sequence[RooflinePoint]) -> None:
+    roofs = roofline_points[0].roofs
     ridge = roofs.flops_per_s / roofs.bytes_per_s
-    low, high = _span([mark.cost.intensity for mark in marks] + [ridge], 2)
+    low, high = _span([point.cost.intensity for point in roofline_points] + [ridge], 2)
     peak, slope = roofs.flops_per_s / _TERA, roofs.bytes_per_s / _TERA
     axes.plot([low, ridge, high], [low * slope, peak, peak], color=_ROOF, label="the roofs")
-    for name in dict.fromkeys(mark.row.contender for mark in marks):
+    for name in dict.fromkeys(point.row.contender for point in roofline_points):
         color, label = FFN_LOOKS[name]
-        chosen = [mark for mark in marks if mark.row.contender == name]
-        xs, ys = [mark.cost.intensity for mark in chosen], [mark.flops_per_s / _TERA for mark in chosen]
+        chosen = [point for point in roofline_points if point.row.contender == name]
+        xs, ys = [point.cost.intensity for point in chosen], [point.flops_per_s / _TERA for point in chosen]
         axes.plot(xs, ys, _MARKS.get(name, "o"), color=color, markersize=7, label=label)
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -63,21 +63,21 @@ def _panel(axes: Axes, marks: Sequence[Mark]) -> None:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
     axes.set_xlim(low, high)
-    bottom, top = _span([*(mark.flops_per_s / _TERA for mark in marks), peak], 1.6)
+    bottom, top = _span([*(point.flops_per_s / _TERA for point in roofline_points), peak], 1.6)
     # Names of shapes stand below all marks.
     axes.set_ylim(bottom / 4, top)
-    _name_shapes(axes, marks)
+    _name_shapes(axes, roofline_points)
     axes.set_xlabel("FLOP for each byte that must move (x, y and weights once)")
     axes.set_ylabel("TFLOP/s")
     roof = f"{peak:.4g} TFLOP/s, {roofs.bytes_per_s / 1e9:,.4g} GB/s"
     axes.set_title(f"{roofs.dtype}: {roof}", loc="left", fontsize=10, fontweight="bold")
 
 
-def _name_shapes(axes: Axes, marks: Sequence[Mark]) -> None:
+def _name_shapes(axes: Axes, roofline_points: Sequence[RooflinePoint]) -> None:
     low, high = axes.get_xlim()
     gap = (high / low) ** _LEAST_GAP
     free = low
-    for x, shape in sorted({(mark.cost.intensity, mark.row.workload[:2]) for mark in marks}):
+    for x, shape in sorted({(point.cost.intensity, point.row.workload[:2]) for point in roofline_points}):
         axes.axvline(x, **_SHAPE, zorder=0)
         # Neighbours' names would cover each other.
         at = max(x, free)

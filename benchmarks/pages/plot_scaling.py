@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from benchmarks.ffn.scaling_lines import Panel, panels, routing_name, tokens
 from benchmarks.harness.rows import Row
 from benchmarks.harness.workloads import DENSE
-from benchmarks.pages.plot_style import FFN_LOOKS, legend, letters, most_common_dtype, save
+from benchmarks.pages.plot_style import FFN_LOOKS, legend, most_common_dtype, save, text_style
 
 _PRODUCTS = ("#D55E00", "the bare matrix products")
 _AXES = {
@@ -41,7 +41,7 @@ def plot(rows: Sequence[Row], path: Path, experts: int = 4) -> None:
     drawn = panels([row for row in rows if row.workload.dtype == dtype], experts)
     if not drawn:
         raise ValueError(f"{path.name} needs rows of two token counts, batches, tasks or experts, got none.")
-    with letters():
+    with text_style():
         lines, columns = (len(drawn) + 1) // 2, min(len(drawn), 2)
         figure = Figure(figsize=(5.5 * columns, 1.4 + 3.2 * lines), layout="constrained")
         grid = figure.subplots(lines, columns, squeeze=False).ravel()

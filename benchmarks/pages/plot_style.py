@@ -31,7 +31,7 @@ _LETTERS = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": Fals
 _GREY = "#555555"
 
 
-def letters() -> mpl.rc_context:
+def text_style() -> mpl.rc_context:
     """The context that pictures are drawn in: sizes of letters, no frame."""
     return mpl.rc_context(_LETTERS)
 

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from benchmarks.harness.rows import Row
-from benchmarks.models.steps import Case, Scene, Step, Steps, scenes, usual
-from benchmarks.pages.plot_style import letters, save
+from benchmarks.models.steps import Case, ModelSetup, Step, Steps, steps_by_setup, usual
+from benchmarks.pages.plot_style import save, text_style
 
 # Families as in the pictures of one feed-forward; folded ones darker, peers apart from all.
 _COLORS = {
@@ -42,12 +42,12 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     Raises:
         ValueError: no contender was measured beside the original.
     """
-    drawn = {scene: _relative(usual(cases)) for scene, cases in scenes(rows).items()}
+    drawn = {scene: _relative(usual(cases)) for scene, cases in steps_by_setup(rows).items()}
     drawn = {scene: cases for scene, cases in drawn.items() if cases}
     if not drawn:
         raise ValueError(f"{path.name} needs rows of stock and of contenders in its group, got none.")
     batches = max((sorted({B for steps in cases.values() for B in steps}) for cases in drawn.values()), key=len)
-    with letters():
+    with text_style():
         heights = [0.6 + 0.24 * len(cases) for cases in drawn.values()]
         figure = Figure(figsize=(max(6.0, 2.2 + 2.2 * len(batches)), 1.2 + sum(heights)), layout="constrained")
         title = "One denoising step, time / the original's, run eagerly: shorter is faster"
@@ -60,11 +60,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def _relative(cases: Steps) -> Steps:
-    beside = {case: {B: step for B, step in steps.items() if step.original} for case, steps in cases.items()}
-    return {case: steps for case, steps in beside.items() if steps}
+    paired_rows = {case: {B: step for B, step in steps.items() if step.original} for case, steps in cases.items()}
+    return {case: steps for case, steps in paired_rows.items() if steps}
 
 
-def _scene(part: SubFigure, scene: Scene, cases: Steps) -> None:
+def _scene(part: SubFigure, scene: ModelSetup, cases: Steps) -> None:
     batches = sorted({B for steps in cases.values() for B in steps})
     longest = max(step.relative(step.row.p80_us) for steps in cases.values() for step in steps.values())
     limit = min(longest, _LONGEST) * 1.25

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.ffn.roofline import Mark, read_marks
+from benchmarks.ffn.roofline import RooflinePoint, read_roofline_points
 from benchmarks.ffn.rows import TABLE
 from benchmarks.ffn.scaling_lines import Line, panels, routing_name, us_per_token
-from benchmarks.ffn.targets import TESTED, beside
+from benchmarks.ffn.targets import TESTED, paired_rows
 from benchmarks.harness.rows import Row, read_cells
 from benchmarks.harness.workloads import DENSE, Setting
 from benchmarks.pages.markdown import MISSING, digits, duration, provenance_line, ratio, table
@@ -89,7 +89,7 @@ def _batch(rows: Sequence[Row], tested: str) -> int:
 def _values(line: Ratio, rows: Sequence[Row], tested: str) -> dict[tuple[int, int], tuple[Row, float]]:
     return {
         (row.workload.D, row.workload.L): (row, row.median_us / other.median_us)
-        for row, other in beside(rows, tested, line.to or tested, **line.changed)
+        for row, other in paired_rows(rows, tested, line.to or tested, **line.changed)
         if row.setting == line.setting and row.workload.direction == line.direction
     }
 
@@ -102,34 +102,37 @@ def roofline(results: Path, device: str) -> list[str]:
     Raises:
         ValueError: the roofs, or all rows, are missing.
     """
-    drawn = read_marks(results, device)
+    drawn = read_roofline_points(results, device)
     batch = drawn[0].row.workload.B
-    lines, dtypes = [], [mark.roofs.dtype for mark in drawn]
+    lines, dtypes = [], [point.roofs.dtype for point in drawn]
     dtype = max(sorted(set(dtypes)), key=dtypes.count)
-    for place in dict.fromkeys(mark.row.workload for mark in drawn if mark.roofs.dtype == dtype):
-        here = {mark.row.contender: mark for mark in drawn if mark.row.workload == place}
-        must, roofs = next((mark.cost, mark.roofs) for mark in here.values())
+    for place in dict.fromkeys(point.row.workload for point in drawn if point.roofs.dtype == dtype):
+        here = {point.row.contender: point for point in drawn if point.row.workload == place}
+        must, roofs = next((point.cost, point.roofs) for point in here.values())
         work = [f"{must.flops / 1e9:.1f}", f"{must.bytes / 1e6:.1f}", f"{must.intensity:.0f}"]
         share = [_share(here.get(name)) for name in (TESTED[device], "eager")]
         lines.append([f"{place.dtype} {place.D}×{place.L}", must.bound(roofs), *work, *share])
     names = (f"moe_ffn_{device}.csv", f"scaling_{device}.csv")
     header = [f"B = {batch}", "bound by", "GFLOP", "MB", "FLOP/byte", f"`{TESTED[device]}`", "stock, eager"]
-    sources = [*{mark.roofs.dtype: mark.roofs.source for mark in drawn}.values(), *(mark.row.source for mark in drawn)]
+    sources = [
+        *{point.roofs.dtype: point.roofs.source for point in drawn}.values(),
+        *(point.row.source for point in drawn),
+    ]
     files = ["machine.csv", *(name for name in names if (results / name).exists())]
     return [_roofs(drawn), "", *table(header, lines, 2), "", provenance_line(sources, *files)]
 
 
-def _roofs(drawn: Sequence[Mark]) -> str:
+def _roofs(drawn: Sequence[RooflinePoint]) -> str:
     texts = []
-    for dtype, roofs in {mark.roofs.dtype: mark.roofs for mark in drawn}.items():
+    for dtype, roofs in {point.roofs.dtype: point.roofs for point in drawn}.items():
         product = f"{digits(roofs.flops_per_s / 1e12)} TFLOP/s (matrices of edge {roofs.matrix})"
         meet = f"they meet at {roofs.flops_per_s / roofs.bytes_per_s:.0f} FLOP/byte"
         texts.append(f"{dtype} {product} and {digits(roofs.bytes_per_s / 1e9)} GB/s ({roofs.traffic}); {meet}")
     return f"Roofs: {'. '.join(texts)}."
 
 
-def _share(mark: Mark | None) -> str:
-    return MISSING if mark is None else f"{digits(mark.flops_per_s / 1e12)} TFLOP/s ({mark.share:.2f})"
+def _share(point: RooflinePoint | None) -> str:
+    return MISSING if point is None else f"{digits(point.flops_per_s / 1e12)} TFLOP/s ({point.share:.2f})"
 
 
 def scaling(results: Path, device: str) -> list[str]:

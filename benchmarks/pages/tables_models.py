@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.harness.report import Ratio, Target
 from benchmarks.harness.rows import Row
 from benchmarks.models import import_time, unet_targets
-from benchmarks.models.steps import Step, comparisons, deployed, scenes, usual
+from benchmarks.models.steps import Step, comparisons, deployed, steps_by_setup, usual
 from benchmarks.models.unet_catalogue import ORIGINAL, find
 from benchmarks.pages.markdown import (
     MISSING,
@@ -35,7 +35,7 @@ def unet(results: Path, device: str) -> list[str]:
     """
     rows = _unet_rows(results, device)
     lines = []
-    for scene, cases in scenes(rows).items():
+    for scene, cases in steps_by_setup(rows).items():
         chosen = usual(cases)
         if not chosen:
             continue
@@ -88,7 +88,7 @@ def settings(results: Path, device: str) -> list[str]:
     """
     rows = _unet_rows(results, device)
     lines, used = [], []
-    for scene, cases in scenes(rows).items():
+    for scene, cases in steps_by_setup(rows).items():
         # Of upcycled UNets: the settings of their experts.
         found = {case: of for case, of in comparisons(cases).items() if "E" in find(case.contender).depends_on}
         batches = sorted({B for comparison in found.values() for B in comparison.pairs})

@@ -56,7 +56,7 @@ _QUICK = {"samples": 2, "steps": 2}
 _BATCH = 16
 
 
-class Origin(NamedTuple):
+class PipelinePair(NamedTuple):
     """What pipelines are made of: one in float32 to fold, and the same in the dtype and place that are looked at."""
 
     exact: mtu.MTUPipeline
@@ -68,7 +68,7 @@ class Origin(NamedTuple):
         return self.upcycled
 
 
-Images = Callable[[Origin, Sequence[Sample], int], Tensor]
+Images = Callable[[PipelinePair, Sequence[Sample], int], Tensor]
 
 
 class ExecutionPath(NamedTuple):
@@ -79,7 +79,7 @@ class ExecutionPath(NamedTuple):
     images: Images
 
 
-def stock(layout: torch.memory_format, origin: Origin, samples: Sequence[Sample], steps: int) -> Tensor:
+def stock(layout: torch.memory_format, origin: PipelinePair, samples: Sequence[Sample], steps: int) -> Tensor:
     """A stock pipeline for each task, folded in float32; its UNet in a memory layout."""
 
     def pipeline(name: str) -> DiffusionPipeline:
@@ -90,18 +90,18 @@ def stock(layout: torch.memory_format, origin: Origin, samples: Sequence[Sample]
     return _by_task(samples, pipeline, stock_images, steps)
 
 
-def routed(backend: str, origin: Origin, samples: Sequence[Sample], steps: int) -> Tensor:
+def routed(backend: str, origin: PipelinePair, samples: Sequence[Sample], steps: int) -> Tensor:
     """The upcycled pipeline, one task in each call."""
     pipe = origin.on(backend)
     return _by_task(samples, lambda name: pipe, upcycled_images, steps)
 
 
-def mixed(backend: str, origin: Origin, samples: Sequence[Sample], steps: int) -> Tensor:
+def mixed(backend: str, origin: PipelinePair, samples: Sequence[Sample], steps: int) -> Tensor:
     """The upcycled pipeline, all tasks in each call."""
     return _in_batches(origin.on(backend), samples, upcycled_images, steps)
 
 
-def compiled(mode: str, origin: Origin, samples: Sequence[Sample], steps: int) -> Tensor:
+def compiled(mode: str, origin: PipelinePair, samples: Sequence[Sample], steps: int) -> Tensor:
     """The upcycled pipeline compiled, all tasks in each call."""
     unet = origin.upcycled.unet
     pipe = mtu.compile(cast(origin.upcycled, unet.dtype, unet.device, "auto"), mode)
@@ -110,7 +110,7 @@ def compiled(mode: str, origin: Origin, samples: Sequence[Sample], steps: int) -
     return _in_batches(pipe, samples, upcycled_images, steps)
 
 
-def folded(backend: str, origin: Origin, samples: Sequence[Sample], steps: int) -> Tensor:
+def folded(backend: str, origin: PipelinePair, samples: Sequence[Sample], steps: int) -> Tensor:
     """The exported UNet of each task as a model of one task and one expert, on a backend."""
 
     def pipeline(name: str) -> DiffusionPipeline:
@@ -187,9 +187,9 @@ def measure(
     steps = workloads[0].steps
     samples = draw_samples(pipe, workloads[0].B // len(pipe.unet.tasks))
     log.bar.set_description("float32, eager")
-    exact = routed("eager", Origin(pipe, cast(pipe, torch.float32, device, "eager")), samples, steps)
+    exact = routed("eager", PipelinePair(pipe, cast(pipe, torch.float32, device, "eager")), samples, steps)
     for workload in workloads:
-        origin, errors = Origin(pipe, cast(pipe, DTYPES[workload.dtype], device, "eager")), {}
+        origin, errors = PipelinePair(pipe, cast(pipe, DTYPES[workload.dtype], device, "eager")), {}
         for path in paths:
             log.bar.set_description(f"{path} {workload.dtype}")
             with log.attempt(Entry(path, Setting()), workload):

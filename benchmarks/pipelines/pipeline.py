@@ -36,11 +36,11 @@ from benchmarks.pipelines.pipeline_models import (
     add_model_options,
     cast,
     check_images,
+    copy_sharing_weights,
     draw_samples,
     export,
     load_pipeline,
     output_size,
-    sharing_copy,
     stock_images,
     stock_rows,
     upcycled_images,
@@ -56,14 +56,14 @@ _CHECKED_STEPS = 2
 Generate = Callable[[int], Tensor]
 
 
-class Ready(NamedTuple):
+class PreparedContender(NamedTuple):
     """A contender that was built: what makes its images, and the columns that are known already."""
 
     generate: Generate
     columns: dict[str, Any]
 
 
-class Bench:
+class PipelineBenchmark:
     """The pipelines of a run: one model in float32, and in the dtype and place where it is measured.
 
     Args:
@@ -92,7 +92,7 @@ class Bench:
         user, exact = (upcycled_images(pipe, self.samples, _CHECKED_STEPS) for pipe in pipes)
         return user, exact
 
-    def build(self, contender: Contender) -> Ready:
+    def build(self, contender: Contender) -> PreparedContender:
         """Builds a contender, warms it up, and checks its images against those of a user's code.
 
         Raises:
@@ -100,7 +100,7 @@ class Bench:
             WrongResult: other images.
         """
         sources = self.stock if contender.implementation.stock else {"": self.upcycled}
-        pipes, seconds = {name: sharing_copy(pipe) for name, pipe in sources.items()}, None
+        pipes, seconds = {name: copy_sharing_weights(pipe) for name, pipe in sources.items()}, None
         if contender.run is not None:
             for pipe in pipes.values():
                 mtu.compile(pipe, contender.run.mode)
@@ -110,7 +110,7 @@ class Bench:
         columns = {"warmup_s": seconds, "weight_bytes": weight_bytes(pipes.values())}
         # Steps add nothing to the most that is held at once.
         columns["peak_bytes"] = peak_bytes(functools.partial(generate, _CHECKED_STEPS), self.device)
-        return Ready(generate, columns)
+        return PreparedContender(generate, columns)
 
     def _warm_up(self, calls: Calls, name: str, pipe: DiffusionPipeline) -> float:
         specs = [sample.spec for sample in self.samples]
@@ -132,7 +132,7 @@ class Bench:
 
 
 def measure(
-    bench: Bench, names: Sequence[str], workload: Workload, runs: int, log: Log
+    bench: PipelineBenchmark, names: Sequence[str], workload: Workload, runs: int, log: Log
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the contenders that run here with their columns, all of them timed interleaved."""
     ready = {}
@@ -154,7 +154,7 @@ def measure(
 
 
 def run(
-    bench: Bench, names: Sequence[str], workload: Workload, runs: int, output: Path, source: dict[str, str]
+    bench: PipelineBenchmark, names: Sequence[str], workload: Workload, runs: int, output: Path, source: dict[str, str]
 ) -> tuple[list[Row], int]:
     """Measures contenders, and appends their rows to the file.
 
@@ -179,7 +179,7 @@ def run(
     return record([workload], rows_of, log, TABLE, output), log.failures
 
 
-def _setting(bench: Bench, name: str) -> Setting:
+def _setting(bench: PipelineBenchmark, name: str) -> Setting:
     config, calls = bench.upcycled.unet.expert_config, CONTENDERS[name].implementation
     K = DENSE if config.is_dense else config.top_k
     return CONTENDERS[name].relevant(Setting(config.num_experts, K, 1 if calls.each else len(bench.samples)))
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         workload = workload_of(pipe, options, _QUICK_STEPS)._replace(B=len(pipe.unet.tasks), dtype=options.dtype)
     except (ValueError, TypeError) as error:
         parser.error(str(error))
-    rows, failures = run(Bench(pipe, options.dtype, device), names, workload, runs, output, source)
+    rows, failures = run(PipelineBenchmark(pipe, options.dtype, device), names, workload, runs, output, source)
     print(f"{len(rows)} rows added to {output}")
     print("\n".join(comparison(rows)))
     return 1 if failures else 0

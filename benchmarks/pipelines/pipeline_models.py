@@ -208,7 +208,7 @@ def export(pipe: mtu.MTUPipeline, name: str, parts: mtu.MTUPipeline) -> StableDi
     return stock
 
 
-def sharing_copy(pipe: DiffusionPipeline) -> DiffusionPipeline:
+def copy_sharing_weights(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """A pipeline with a UNet of its own on the same weights, so that one may be compiled and the other not."""
     unet = pipe.unet
     # Parameters of its own: a change of their layout would be one for both.

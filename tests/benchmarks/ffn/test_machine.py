@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.ffn import machine
-from benchmarks.ffn.roofline import cost, marks, read_marks
+from benchmarks.ffn.roofline import cost, read_roofline_points, roofline_points
 from benchmarks.harness.provenance import provenance
 from benchmarks.harness.timing import Timing
 from benchmarks.harness.workloads import Setting, Workload
@@ -110,18 +110,18 @@ def test_marks_are_dense_rows_of_known_shapes_and_one_batch():
     rows = [make_row(name, time) for name, time in (("products", 90), ("eager", 200), ("mtu-triton", 100))]
     rows += [make_row("mtu-triton", 60), make_row("mtu-triton", 50, setting=Setting(8, 2))]
     rows += [make_row("mtu-triton", 10, B=1), make_row("mtu-triton", 1, shape=(96, 100))]
-    drawn = marks(rows, {("cuda", "bf16"): make_roofs()})
+    drawn = roofline_points(rows, {("cuda", "bf16"): make_roofs()})
     assert {(mark.row.contender, mark.row.median_us) for mark in drawn} == {("eager", 200), ("mtu-triton", 60)}
     (tested,) = (mark for mark in drawn if mark.row.contender == "mtu-triton")
     assert tested.flops_per_s == pytest.approx(24 * 8 * 4096 * 320**2 / 60e-6)
     assert tested.share == pytest.approx(tested.flops_per_s / 8e14)
-    assert marks(rows, {("cpu", "bf16"): make_roofs("cpu")}) == []
+    assert roofline_points(rows, {("cpu", "bf16"): make_roofs("cpu")}) == []
 
 
 def test_marks_of_files(tmp_path):
     write_rows(tmp_path / "machine.csv", [make_roofs()])
     with pytest.raises(ValueError, match=r"There are no rows of cuda in .* that have roofs"):
-        read_marks(tmp_path, "cuda")
+        read_roofline_points(tmp_path, "cuda")
     write_rows(tmp_path / "scaling_cuda.csv", [make_row("mtu-triton", 70), make_row("eager", 90, shape=(640, 1024))])
     write_rows(tmp_path / "moe_ffn_cuda.csv", [make_row("mtu-triton", 60)])
-    assert [mark.row.median_us for mark in read_marks(tmp_path, "cuda")] == [60, 90]
+    assert [mark.row.median_us for mark in read_roofline_points(tmp_path, "cuda")] == [60, 90]

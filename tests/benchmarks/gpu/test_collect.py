@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import gpu_run
 from benchmarks.ffn.rows import TABLE as ROWS_TABLE
-from benchmarks.gpu.collect import Places, collect
+from benchmarks.gpu.collect import Destinations, collect
 from benchmarks.gpu.output import FACTS, RESULTS, Output
 from benchmarks.gpu.stages import RESERVE_SECONDS, Run
 from benchmarks.gpu.state import State
@@ -31,7 +31,7 @@ def places(tmp_path):
     table = tmp_path / "places" / TABLE
     table.parent.mkdir()
     shutil.copy(tune.SHIPPED, table)
-    return Places(table, tmp_path / "places" / "results")
+    return Destinations(table, tmp_path / "places" / "results")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from benchmarks import gpu_run
 from benchmarks.gpu.output import FACTS, RESULTS, SUMMARY
 from benchmarks.gpu.process import Group, end_leftover
-from benchmarks.gpu.stages import RESERVE_SECONDS, Interrupted, Run, fitting, in_turn, stages
+from benchmarks.gpu.stages import RESERVE_SECONDS, Interrupted, Run, order_steps, stages, steps_that_fit
 from benchmarks.gpu.state import CUT, DONE, ENDED, FAILED, LATE, Outcome, State
 from benchmarks.gpu.steps import GO, STEPS, Step
 from benchmarks.harness.provenance import ROOT
@@ -102,7 +102,7 @@ def test_what_fills_the_time_comes_after_what_is_tried_again_and_tuning_is_tried
     names = ["smoke", "tune", "ffn", "unet", "icons", "new", "cut", "done"]
     steps = [shell(name, "true", decides=name == "smoke", fills=name == "icons") for name in names]
     before = {"smoke": FAILED, "tune": ENDED, "ffn": FAILED, "unet": ENDED, "cut": CUT, "icons": LATE, "done": DONE}
-    todo = in_turn(steps, {name: Outcome(status, 1) for name, status in before.items()})
+    todo = order_steps(steps, {name: Outcome(status, 1) for name, status in before.items()})
     assert [step.name for step in todo] == ["smoke", "new", "cut", "ffn", "unet", "tune", "icons"]
     assert [step.name for step in STEPS if step.fills] == ["icons"]
 
@@ -173,7 +173,7 @@ def test_what_is_timed_alone_must_fit_beside_what_else_is():
     a, b, c = (Step(name, "", lambda place: [], 100, 40, alone=False, timed=20) for name in "abc")
     beside = Step("beside", "", lambda place: [], 100, 30, alone=False)
     stage = [a, b, c, beside]
-    assert [fitting(stage, left) for left in (100, 99, 60, 59, 29)] == [
+    assert [steps_that_fit(stage, left) for left in (100, 99, 60, 59, 29)] == [
         stage,
         [a, b, beside],
         [a, beside],

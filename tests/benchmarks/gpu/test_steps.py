@@ -16,7 +16,7 @@ from benchmarks.ffn import moe_ffn
 from benchmarks.gpu.output import FACTS
 from benchmarks.gpu.stages import stages
 from benchmarks.gpu.state import DONE, FAILED
-from benchmarks.gpu.steps import STEPS, TEST_FILES, Place
+from benchmarks.gpu.steps import STEPS, TEST_FILES, StepContext
 from benchmarks.harness.provenance import ROOT
 from benchmarks.kernels import tune
 from benchmarks.models import unet
@@ -39,7 +39,9 @@ def test_a_dry_run_says_when_each_step_begins_and_how_to_make_it(tmp_path, capsy
 
 
 def test_the_tests_are_those_with_a_gpu_and_give_way_to_what_compiles(tmp_path):
-    command = next(step for step in STEPS if step.name == "tests").command(Place(tmp_path, COMMIT, False, True, 100))
+    command = next(step for step in STEPS if step.name == "tests").command(
+        StepContext(tmp_path, COMMIT, False, True, 100)
+    )
     assert command[:3] == ["nice", "-n", "15"]
     assert "--continue-on-collection-errors" in command
     assert command[command.index("-k") + 1].endswith(" and not persistent")
@@ -66,7 +68,7 @@ _WITH_ROWS = {step.name for step in STEPS} - _OTHERS
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("step", [s for s in STEPS if s.name in _WITH_ROWS], ids=lambda step: step.name)
 def test_commands_for_a_gpu_are_understood(step, quick, tmp_path):
-    place = Place(tmp_path, COMMIT, quick, True, step.seconds)
+    place = StepContext(tmp_path, COMMIT, quick, True, step.seconds)
     python, flag, module, *arguments = step.command(place)
     assert (python, flag) == (sys.executable, "-m")
     modules = {known.__name__: known for known in (moe_ffn, unet, tune)}

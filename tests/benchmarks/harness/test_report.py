@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.ffn.moe_ffn import main
 from benchmarks.ffn.rows import TABLE
-from benchmarks.ffn.targets import TARGETS, TESTED, beside
+from benchmarks.ffn.targets import TARGETS, TESTED, paired_rows
 from benchmarks.harness.report import Target, geometric_mean, ratios, report
 from benchmarks.harness.workloads import Setting
 
@@ -17,7 +17,7 @@ TRITON = "mtu-triton"
 
 def values(rows, to, figure="median_us", divisor=None, **changed):
     """Ratios of the contender under test to another one."""
-    return [ratio.value for ratio in ratios(beside(rows, TRITON, to, **changed), figure, divisor)]
+    return [ratio.value for ratio in ratios(paired_rows(rows, TRITON, to, **changed), figure, divisor)]
 
 
 def of_target(what, rows):
@@ -75,7 +75,7 @@ def test_a_ratio_without_a_target_is_said():
     rows = [make_row("eager", 100), make_row(TRITON, 300)]
     chosen = {
         "cuda": [
-            Target(f"to {to}", None, lambda rows, tested, to=to: ratios(beside(rows, tested, to)))
+            Target(f"to {to}", None, lambda rows, tested, to=to: ratios(paired_rows(rows, tested, to)))
             for to in ("eager", "products")
         ]
     }

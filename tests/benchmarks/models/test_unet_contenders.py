@@ -18,8 +18,8 @@ from benchmarks.models.unet_models import (
     default_experts,
     default_size,
     draw_batch,
-    share,
-    take,
+    select_rows,
+    share_weights,
     tasks_of,
 )
 
@@ -72,7 +72,7 @@ def test_a_picture_has_the_same_numbers_in_every_batch():
     for name in ("sample", "encoder_hidden_states"):
         assert torch.equal(small.inputs[name][0], large.inputs[name][0])
         assert not torch.equal(large.inputs[name][0], large.inputs[name][1])
-    assert take(large, [3, 5], 4)["sample"].shape == (2, 4, 8, 8)
+    assert select_rows(large, [3, 5], 4)["sample"].shape == (2, 4, 8, 8)
 
 
 def test_all_tasks_have_their_turn():
@@ -82,7 +82,7 @@ def test_all_tasks_have_their_turn():
 
 def test_copies_share_memory_but_not_what_is_done_to_them():
     unet = build_original("tiny", "bf16", CPU)
-    copied = share(unet)
+    copied = share_weights(unet)
     for a, b in zip(unet.parameters(), copied.parameters(), strict=True):
         assert a is not b
         assert a.data_ptr() == b.data_ptr()

@@ -99,14 +99,14 @@ def test_a_page_must_be_there(tmp_path, capsys):
 @pytest.mark.parametrize("name", [name for name in page.BLOCKS if name != "targets"])
 def test_files_that_are_missing_or_of_other_columns_are_not_measured(name, paths):
     results, _, images = paths
-    empty = page.written(FRAME.format(name), results, images)
+    empty = page.render_page(FRAME.format(name), results, images)
     assert empty.count("*Not measured yet: `python -m benchmarks.") == 1
     assert "|" not in empty
     for stem in ("unet", "pipeline", "image_psnr", "moe_ffn", "scaling"):
         (results / f"{stem}_cpu.csv").write_text("group,contender\na,b\n")
     for stem in ("machine", "import_time", "model_sizes"):
         (results / f"{stem}.csv").write_text("a\n1\n")
-    assert page.written(FRAME.format(name), results, images) == empty
+    assert page.render_page(FRAME.format(name), results, images) == empty
 
 
 def test_targets_are_met_missed_or_not_measured(paths):

@@ -3,9 +3,9 @@
 import pytest
 from matplotlib.image import imread
 
-from benchmarks.ffn.roofline import marks
+from benchmarks.ffn.roofline import roofline_points
 from benchmarks.harness.workloads import DENSE, Setting
-from benchmarks.models.steps import Case, case_of, comparisons, deployed, scenes, usual
+from benchmarks.models.steps import Case, case_of, comparisons, deployed, steps_by_setup, usual
 from benchmarks.pages import plot, plot_roofline, plot_scaling, plot_unet
 
 from ..page_cases import STEPS, grown, make_roofs, make_step, write_rows
@@ -35,7 +35,7 @@ def test_labels_say_what_is_unusual():
 def test_steps_are_relative_to_the_original_of_their_group():
     rows = [make_step("stock", 1000), make_step("mtu-cpp", 900), make_step("stock", 10, group="other")]
     rows += [make_step("mtu-cpp", 1, B=2, group="alone")]
-    (cases,) = scenes(rows).values()
+    (cases,) = steps_by_setup(rows).values()
     steps = cases[Case("mtu-cpp")]
     assert steps[4].relative(900) == 0.9
     assert steps[2].original is None
@@ -47,7 +47,7 @@ def test_what_is_unusual_is_divided_by_the_usual_row_of_the_group():
     rows = [make_step("mtu-cpp", 100), make_step("mtu-cpp", 98, setting=one_task)]
     rows += [make_step("mtu-cpp", 80, setting=top_2), make_step("mtu-cpp", 79, setting=top_2._replace(tasks=1))]
     rows += [make_step("mtu-cpp@each", 130), make_step("mtu-cpp@routers", 50, group="other")]
-    (cases,) = scenes(rows).values()
+    (cases,) = steps_by_setup(rows).values()
     ratios = {
         str(case): own.row.median_us / plain.row.median_us
         for case, comparison in comparisons(cases).items()
@@ -59,10 +59,10 @@ def test_what_is_unusual_is_divided_by_the_usual_row_of_the_group():
 
 def test_deployed_are_four_tasks_or_the_largest_batch():
     rows = [make_step(name, time, B=B) for name, time in STEPS.items() for B in (2, 4, 8)]
-    ((B, steps),) = (deployed(cases) for cases in scenes(rows).values())
+    ((B, steps),) = (deployed(cases) for cases in steps_by_setup(rows).values())
     assert B == 4
     assert list(map(str, steps)) == ["stock", "stock+graphs", "mtu-triton", "mtu-triton+graphs", "four-unets"]
-    ((B, _),) = (deployed(cases) for cases in scenes([row for row in rows if row.workload.B != 4]).values())
+    ((B, _),) = (deployed(cases) for cases in steps_by_setup([row for row in rows if row.workload.B != 4]).values())
     assert B == 8
 
 
@@ -75,7 +75,7 @@ def test_pictures_of_each_kind(tmp_path):
     rows = [
         make_row(name, 100 + at, shape=shape) for shape in shapes for at, name in enumerate(("eager", "mtu-triton"))
     ]
-    plot_roofline.plot(marks(rows, {("cuda", "bf16"): make_roofs()}), tmp_path / "roofline.png")
+    plot_roofline.plot(roofline_points(rows, {("cuda", "bf16"): make_roofs()}), tmp_path / "roofline.png")
     for name in ("unet", "deep/scaling", "roofline"):
         assert colors(tmp_path / f"{name}.png") > 10
 

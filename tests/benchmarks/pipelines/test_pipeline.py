@@ -15,7 +15,7 @@ from benchmarks.harness.rows import Row
 from benchmarks.harness.workloads import Workload
 from benchmarks.pipelines import image_psnr, pipeline, pipeline_models, psnr_rows
 from benchmarks.pipelines.pipeline_contenders import TABLE, comparison
-from benchmarks.pipelines.pipeline_models import check_images, draw_samples, sharing_copy, stock_rows, unet_rows
+from benchmarks.pipelines.pipeline_models import check_images, copy_sharing_weights, draw_samples, stock_rows, unet_rows
 from benchmarks.pipelines.psnr_rows import STOCK, compare, psnr, squared_errors, standard_error, verdict
 from mtu.recipes.icons.base import BaseConfig, new_pipeline, save_model
 from mtu.recipes.icons.denoiser import DenoiserConfig
@@ -237,7 +237,7 @@ def test_rows_of_the_unets_batches():
 
 
 def test_copies_share_weights_but_not_their_layout(pipe):
-    copied = sharing_copy(pipe)
+    copied = copy_sharing_weights(pipe)
     pairs = list(zip(pipe.unet.parameters(), copied.unet.parameters(), strict=True))
     assert all(a is not b and a.data_ptr() == b.data_ptr() for a, b in pairs)
     assert copied.vae is pipe.vae

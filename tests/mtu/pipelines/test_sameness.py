@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import mtu_kernels
 from benchmarks.pipelines import image_psnr
-from benchmarks.pipelines.image_psnr import Origin
+from benchmarks.pipelines.image_psnr import PipelinePair
 from benchmarks.pipelines.pipeline_models import cast, draw_samples, load_pipeline, upcycled_images
 from benchmarks.pipelines.psnr_rows import STOCK, psnr, squared_errors
 from mtu.compiling import CompiledCalls, Plan
@@ -58,7 +58,7 @@ def dynamo():
 
 
 def origin_of(pipe, dtype):
-    return Origin(pipe, cast(pipe, dtype, CPU, "eager"))
+    return PipelinePair(pipe, cast(pipe, dtype, CPU, "eager"))
 
 
 def psnrs(pipe, images, exact):
