@@ -15,7 +15,10 @@ from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 from torch import nn
 
 __all__ = [
+    "FUSED_ATTRIBUTES",
+    "FUSED_PROJECTIONS",
     "PRIVATE_WAYS",
+    "RUNTIME_ATTRIBUTES",
     "StockIndex",
     "expand_block_scales",
     "is_offloaded",
@@ -29,6 +32,10 @@ PRIVATE_WAYS = {
         "components of libraries that are not in `LOADABLE_CLASSES`: it is shown their stock class instead, whose "
         "files have the same names."
     ),
+    "fused_projections": (
+        "`fuse_qkv_projections` adds the Linears `to_qkv` and `to_kv` to attentions and sets `fused_projections`; "
+        "unfusing takes only the processors back, which `original_attn_processors` of the model keeps."
+    ),
     "model_offload": (
         "`enable_model_cpu_offload` keeps its hooks in `_all_hooks` of the pipeline and in `_hf_hook` of the modules "
         "(accelerate); group offloading is asked for by `_is_group_offload_enabled`."
@@ -41,6 +48,13 @@ PRIVATE_WAYS = {
         "UNets' adapter scales by block are spread over their layers by `_maybe_expand_lora_scales`, which "
         "`set_adapters` looks up by the name of the UNet's class: a subclass has to call it by itself."
     ),
+    "chunks": (
+        "`set_chunk_feed_forward` keeps what it was given in `_chunk_size` and `_chunk_dim` of transformer blocks."
+    ),
+    "runtime_attributes": (
+        "What offloading (accelerate: `_hf_hook`, `_old_forward`), casting, group offloading and caching (diffusers: "
+        "`_diffusers_hook`), and `nn.Module.compile` (`_compiled_call_impl`) leave on modules besides `forward`."
+    ),
     "call_settings": (
         "Callbacks read and set `_guidance_scale`, `_image_guidance_scale`, `_guidance_rescale`, `_clip_skip`, "
         "`_cross_attention_kwargs` and `_interrupt` of the pipeline, which the stock pipelines read at each step."
@@ -50,6 +64,22 @@ PRIVATE_WAYS = {
         "spelled out."
     ),
 }
+
+# Attributes of modules that say how they run just now, and belong to no model; see "runtime_attributes".
+RUNTIME_ATTRIBUTES = {
+    "forward",
+    "_hf_hook",
+    "_old_forward",
+    "_diffusers_hook",
+    "_compiled_call_impl",
+    "processor",
+    "hf_device_map",
+    "_internal_dict",
+}
+
+# What fusing leaves behind: parts of the names of parameters, and attributes.
+FUSED_PROJECTIONS = (".to_qkv.", ".to_kv.")
+FUSED_ATTRIBUTES = {"fused_projections", "original_attn_processors"}
 
 
 class StockIndex(StableDiffusionPipeline):

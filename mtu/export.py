@@ -1,5 +1,6 @@
 """Folding one task back into a plain diffusers UNet."""
 
+import inspect
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,6 +9,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from mtu import in_memory
+from mtu.settings import carry_settings_, unfused_state
 from mtu_kernels import Routing, dense_weights
 
 if TYPE_CHECKING:
@@ -16,21 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = ["export_task", "stock_config"]
 
-_OWN_CONFIG_KEYS = {
-    "tasks",
-    "num_experts",
-    "top_k",
-    "expert_ratio",
-    "norm",
-    "routing_scale",
-    "router_width",
-    "routers_dropped",
-}
-
 
 def stock_config(unet: UNet2DConditionModel) -> dict:
     """The part of a UNet's configuration that `UNet2DConditionModel` knows."""
-    return {k: v for k, v in unet.config.items() if k not in _OWN_CONFIG_KEYS and not k.startswith("_")}
+    known = inspect.signature(UNet2DConditionModel.__init__).parameters
+    return {name: value for name, value in unet.config.items() if name in known}
 
 
 @torch.no_grad()
@@ -41,6 +33,7 @@ def export_task(unet: "MTUUNet2DConditionModel", index: int, *, prune: bool = Fa
         per-expert norms instead: b_in ← b_in + W_in,e β_te, W_in,e ← W_in,e ∘ γ_te, norm3 ← 1, 0
 
     Exact in real arithmetic; folded in float32, then cast. With top-k, the columns of inactive experts are zero.
+    Settings (attention processors, FreeU, gradient checkpointing, …) are carried over; all parameters take gradients.
 
     Args:
         prune: drop the hidden units of inactive experts; the result is for in-memory use and graph export, as a
@@ -50,8 +43,8 @@ def export_task(unet: "MTUUNet2DConditionModel", index: int, *, prune: bool = Fa
         A `UNet2DConditionModel` with in_channels = 4 + the task's condition channels.
 
     Raises:
-        ValueError: the hidden width is not that of a stock FFN, and `prune` is false; or the model holds adapters, or
-            quantized or sharded tensors.
+        ValueError: the hidden width is not that of a stock FFN, and `prune` is false; or the model holds adapters,
+            quantized or sharded tensors, or settings that cannot be carried over, as hooks.
     """
     in_memory.check_plain(unet, "export_task")
     source = in_memory.in_memory(unet, computed=True)
@@ -64,7 +57,7 @@ def export_task(unet: "MTUUNet2DConditionModel", index: int, *, prune: bool = Fa
                 "model in memory."
             )
     channels = source.conv_in.latent_channels + unet.tasks[index].condition_channels
-    state = dict(source.state_dict())
+    state = unfused_state(source)
     for name in [key for key in state if ".ff.router." in key or key.startswith("task_embedding.")]:
         del state[name]
     state["conv_in.weight"] = state["conv_in.weight"][index, :, :channels]
@@ -86,11 +79,12 @@ def export_task(unet: "MTUUNet2DConditionModel", index: int, *, prune: bool = Fa
     different = exported.state_dict().keys() ^ state.keys()
     if different:
         raise ValueError(
-            f"Unload adapters and unfuse projections before exporting: {len(different)} parameters are not those of a "
+            f"Unload adapters before exporting: {len(different)} parameters are not those of a "
             f"stock UNet, for example {min(different)!r}."
         )
+    carry_settings_(unet, exported)
     exported.load_state_dict({key: tensor.clone() for key, tensor in state.items()}, assign=True)
-    return exported.train(unet.training)
+    return exported.to(memory_format=torch.channels_last) if unet.is_channels_last else exported
 
 
 def _folded_block(

@@ -19,6 +19,8 @@ from mtu.ffn import check_blocks
 from mtu.initial_routing import count_proportional_experts, initial_router_state
 from mtu.pipelines import MTUPipeline
 from mtu.pipelines.conversion import check_convertible, converted
+from mtu.plain_linear import is_replaced
+from mtu.settings import carry_settings_, unfused_state
 from mtu.tasks import SD_TASKS, SDXL_TASKS, TaskSpec, as_task_specs
 from mtu.unet import MTUUNet2DConditionModel
 
@@ -148,7 +150,7 @@ def _convert(
 ) -> MTUUNet2DConditionModel:
     """Build the upcycled model on the tensors of the stock one."""
     upcycled = _skeleton(unet, specs, config)
-    state = unet.state_dict()
+    state = unfused_state(unet)
     _check_same_keys(upcycled, state)
     new = _new_state(upcycled, state, config, preserve=preserve, seed=seed)
     merged = {**state, **new}
@@ -158,12 +160,10 @@ def _convert(
                 f"{name} must have shape {tuple(tensor.shape)} by the UNet's configuration, but got "
                 f"{tuple(merged[name].shape)}."
             )
+    carry_settings_(unet, upcycled)
     upcycled.load_state_dict(merged, assign=True)
     upcycled.freeze_stock_parameters_()
-    upcycled.set_attn_processor(unet.attn_processors)
-    if unet.is_gradient_checkpointing:
-        upcycled.enable_gradient_checkpointing()
-    return upcycled.train(unet.training)
+    return upcycled
 
 
 def _resolve(
@@ -212,8 +212,10 @@ def _check_stock(unet: object) -> None:
             f"upcycle starts from a text-to-image UNet with {unet.config.out_channels} input channels, but got "
             f"{unet.config.in_channels} (an editing or inpainting UNet)."
         )
+    if any(module._compiled_call_impl is not None for module in unet.modules()):
+        raise ValueError("upcycle takes a UNet that is not compiled: compile the upcycled one, with mtu.compile.")
     # What is not in the tensors would be lost: the upcycled model is built on them alone.
-    hooked = [name for name, m in unet.named_modules() if hasattr(m, "_hf_hook") or "forward" in vars(m)]
+    hooked = [name for name, m in unet.named_modules() if hasattr(m, "_hf_hook") or is_replaced(m)]
     dtypes = {parameter.dtype for parameter in unet.parameters()}
     devices = {parameter.device.type for parameter in unet.parameters()}
     if hooked or not dtypes <= {torch.float64, torch.float32, torch.bfloat16, torch.float16} or len(devices) > 1:

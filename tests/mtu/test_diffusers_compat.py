@@ -4,7 +4,9 @@ import inspect
 import json
 import types
 
+import accelerate
 import pytest
+import torch
 from diffusers import (
     DiffusionPipeline,
     StableDiffusionInstructPix2PixPipeline,
@@ -14,7 +16,16 @@ from diffusers import (
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 import mtu
-from mtu.diffusers_compat import PRIVATE_WAYS, StockIndex, expand_block_scales, is_offloaded, pipeline_settings
+from mtu.diffusers_compat import (
+    FUSED_ATTRIBUTES,
+    FUSED_PROJECTIONS,
+    PRIVATE_WAYS,
+    RUNTIME_ATTRIBUTES,
+    StockIndex,
+    expand_block_scales,
+    is_offloaded,
+    pipeline_settings,
+)
 from tests.mtu.pipelines.conftest import stock_pipeline
 from tests.mtu.tiny import SD, stock_unet, upcycled_unet
 
@@ -82,3 +93,41 @@ def test_pipeline_settings():
     pipe = stock_pipeline()
     names = {"_is_unet_config_sample_size_int", "vae_scale_factor", "image_processor", "_progress_bar_config"}
     assert pipeline_settings(pipe).keys() == names
+
+
+def new_attributes(change):
+    """What a change adds to the attributes of the modules of a UNet, and to its state dict."""
+    unet = stock_unet(SD)
+    before = {module: set(vars(module)) for module in unet.modules()}
+    keys = set(unet.state_dict())
+    change(unet)
+    added = {name for module, names in before.items() for name in set(vars(module)) - names}
+    return unet, added, set(unet.state_dict()) - keys
+
+
+def test_fused_projections():
+    unet, attributes, keys = new_attributes(lambda unet: unet.fuse_qkv_projections())
+    assert keys
+    assert all(any(part in key for part in FUSED_PROJECTIONS) for key in keys)
+    assert attributes <= FUSED_ATTRIBUTES
+    assert all(module.fused_projections for module in unet.modules() if hasattr(module, "to_qkv"))
+    unet.unfuse_qkv_projections()
+    assert keys <= set(unet.state_dict()), "unfusing takes the copies away now: unfused_state is needed no more"
+
+
+def test_runtime_attributes():
+    ways = [
+        lambda unet: accelerate.cpu_offload(unet, "cpu"),
+        lambda unet: unet.enable_layerwise_casting(torch.bfloat16, torch.float32),
+        lambda unet: unet.enable_group_offload("cpu", "cpu", "leaf_level"),
+        lambda unet: unet.mid_block.compile(),
+    ]
+    for way in ways:
+        assert new_attributes(way)[1] <= RUNTIME_ATTRIBUTES
+
+
+def test_chunks():
+    block = stock_unet(SD).mid_block.attentions[0].transformer_blocks[0]
+    assert (block._chunk_size, block._chunk_dim) == (None, 0)
+    block.set_chunk_feed_forward(8, dim=1)
+    assert (block._chunk_size, block._chunk_dim) == (8, 1)

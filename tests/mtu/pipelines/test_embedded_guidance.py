@@ -40,7 +40,7 @@ def test_upcycling_keeps_the_images(stock):
 def test_each_image_is_that_of_the_stock_pipeline(distilled, picture):
     """Text-to-image has its own scale embedded and one branch; with an image, stock pipelines guide and embed none."""
     calls = []
-    distilled.unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    hook = distilled.unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
     names, scales = ["text-to-image", *TASKS], [8.0, 2.0, 3.0, None, None]
     prompts, pictures = ["a star", *PROMPTS], [None, *images(picture)]
     at_size = [None if image is None else image.resize((16, 16), 3) for image in pictures]
@@ -49,6 +49,7 @@ def test_each_image_is_that_of_the_stock_pipeline(distilled, picture):
         output_type="pt",
     ).images  # fmt: skip
     assert calls == [9] * 3
+    hook.remove()
     for i, name in enumerate(names):
         given = {"text": scales[i], "steps": 3, "generator": seeds(5)[i : i + 1]}
         alone = run_stock(distilled, name, prompts[i], at_size[i], noise(5)[i : i + 1], **given)

@@ -287,12 +287,13 @@ def test_text_guidance_of_a_task_with_an_image(pipe, picture):
     """The negative branch keeps the image: the stock formula at the image scale 1."""
     pipe.unet.add_task(TaskSpec("restyle", guidance="text", guidance_scale=5.0), init_from="edit")
     image = images(picture)[1]
+    expected = run_stock(pipe, "restyle", "blue", image, noise(1), negative_prompt="red")
     calls = count_unet_rows(pipe)
     result = pipe(
         "blue", image, "restyle", latents=noise(1), num_inference_steps=STEPS, output_type="pt", negative_prompt="red"
     ).images
     assert calls == [2] * STEPS
-    assert_same(result, run_stock(pipe, "restyle", "blue", image, noise(1), negative_prompt="red"))
+    assert_same(result, expected)
 
 
 def test_own_task_among_others(pipe, picture):

@@ -1,0 +1,113 @@
+"""What was set on a UNet besides its weights: carried over to the UNet that is made of it, or refused."""
+
+import copy
+import inspect
+import types
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import FusedAttnProcessor2_0
+from torch import Tensor, nn
+
+from mtu.conv_in import TaskConvIn
+from mtu.diffusers_compat import FUSED_ATTRIBUTES, FUSED_PROJECTIONS, RUNTIME_ATTRIBUTES
+from mtu.norm import TaskLayerNorm
+
+__all__ = ["carry_settings_", "unfused_state"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Of modules whose upcycled and stock classes or widths differ, what belongs to them and is no setting.
+_OF_CLASS = {"num_experts", "eps", "backend", "_stacks", "_keep_in_fp32_modules", "_chunk_size", "_chunk_dim"}
+_OF_CLASS |= {"in_features", "out_features"}
+_IGNORED = {*vars(nn.Module()), *RUNTIME_ATTRIBUTES, *FUSED_ATTRIBUTES, *_OF_CLASS}
+_OF_SAVING = {"_class_name", "_diffusers_version", "_use_default_values"}
+
+
+def carry_settings_(source: UNet2DConditionModel, target: UNet2DConditionModel) -> None:
+    """Set on `target` what was set on `source`, an upcycled and a stock UNet or the other way round.
+
+    Carried over: attention processors (with their backends), FreeU, gradient checkpointing with its function, chunks of
+    the feed-forward networks, training mode of each module, entries of the configuration, and any other attribute. What
+    cannot be is found before anything is set. Compiled code and offloading are not settings: they are put on anew.
+
+    Raises:
+        ValueError: hooks, replaced methods or modules, fused projections, or chunks of the batch.
+    """
+    if any(isinstance(processor, FusedAttnProcessor2_0) for processor in source.attn_processors.values()):
+        raise ValueError("Fused projections cannot be carried over: call unfuse_qkv_projections before.")
+    theirs = dict(target.named_modules())
+    changes = []
+    for name, module in source.named_modules():
+        _check_hooks(name, module)
+        other = theirs.get(name)
+        if other is not None and not isinstance(module, TaskLayerNorm | TaskConvIn):
+            changes += [(other, key, value) for key, value in _changed(name, module, other)]
+    chunks = {name: _chunk_size(name, m) for name, m in source.named_modules() if isinstance(m, BasicTransformerBlock)}
+
+    for module, key, value in changes:
+        setattr(module, key, value)
+    for name, size in chunks.items():
+        if size is not None:
+            theirs[name].set_chunk_feed_forward(size, dim=1)
+    processors = source.attn_processors
+    if not _is_routed(target):
+        # The upcycled UNet goes on by itself: a backend that is chosen later for the one is not for the other.
+        processors = {name: copy.copy(processor) for name, processor in processors.items()}
+    target.set_attn_processor(processors)
+    ours = dict(source.named_modules())
+    for name, module in target.named_modules():
+        while name not in ours:
+            name = name.rpartition(".")[0]
+        module.training = ours[name].training
+    known = {*inspect.signature(type(source).__init__).parameters, *target.config, *_OF_SAVING}
+    target.register_to_config(**{key: value for key, value in source.config.items() if key not in known})
+
+
+def unfused_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """The state dict without fused copies of attentions' projections, which stay after they are unfused."""
+    return {k: tensor for k, tensor in unet.state_dict().items() if not any(p in k for p in FUSED_PROJECTIONS)}
+
+
+def _check_hooks(name: str, module: nn.Module) -> None:
+    where = name or type(module).__name__
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        raise ValueError(f"Hooks cannot be carried over: remove those of {where} before, and add them afterwards.")
+    for key, parameter in module.named_parameters(recurse=False):
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ValueError(f"Hooks cannot be carried over: remove those of the parameter {where}.{key} before.")
+
+
+def _changed(name: str, module: nn.Module, other: nn.Module) -> list[tuple[str, Any]]:
+    """The attributes of a module that differ from those of its counterpart in a new model."""
+    if name and type(module) is not type(other) and not (_is_routed(module) or _is_routed(other)):
+        expected = type(other).__name__
+        raise ValueError(f"{name} is a {type(module).__name__}, but the UNet's configuration says {expected}.")
+    if isinstance(other, TaskLayerNorm | TaskConvIn):
+        return []
+    changed = []
+    for key, value in vars(module).items():
+        if key in _IGNORED or _are_equal(value, vars(other).get(key, _IGNORED)):
+            continue
+        if isinstance(value, types.MethodType) and value.__self__ is module:
+            raise ValueError(f"{name or type(module).__name__}.{key} was replaced, which cannot be carried over.")
+        changed.append((key, copy.copy(value) if isinstance(value, dict | list | set) else value))
+    return changed
+
+
+def _is_routed(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] == "mtu"
+
+
+def _are_equal(value: Any, other: Any) -> bool:
+    comparable = type(value) is type(other) and not isinstance(value, Tensor)
+    return value is other or (comparable and bool(value == other))
+
+
+def _chunk_size(name: str, block: BasicTransformerBlock) -> int | None:
+    """In how large chunks of tokens a block's feed-forward network runs; None: at once."""
+    if block._chunk_size is not None and block._chunk_dim != 1:
+        raise ValueError(
+            f"A routed feed-forward network can be chunked over tokens (dim=1) only, but {name} has {block._chunk_dim}."
+        )
+    return block._chunk_size
