@@ -130,12 +130,6 @@ def compiled(unet, folder):
     return unet
 
 
-def compiled_by_torch(unet, folder):
-    unet.compile(backend="eager")
-    outputs(unet)
-    return unet
-
-
 def compiled_blocks(unet, folder):
     unet.compile_repeated_blocks(backend="eager")
     outputs(unet)
@@ -333,6 +327,8 @@ ON_META = dict.fromkeys(
     (*FILES, "load_task", "load_task_again", "fit"), "needs parameters with values, .* on the meta device"
 )
 NOT_COPIED = ("deepcopy", "pickle")
+# Of states that differ from others in where values are kept alone.
+SOME = ("forward", *SURGERY, "drop_routers_", "router_weights", "hold_routing", *FILES, "export_task", "warmup", "fit")
 # A sum of weights and an adapter's product rounds to other values than its parts.
 UNROUNDED = tuple(name for name in METHODS if name != "to_bfloat16")
 
@@ -340,7 +336,7 @@ STATES = {
     "plain": State(plain),
     "held": State(held, plain, only=(*SURGERY, "drop_routers_", "invalidate_routing_cache")),
     "cpu_offload": State(cpu_offloaded, plain, OFFLOADED, ("pickle", "training", "to_bfloat16")),
-    "disk_offload": State(disk_offloaded, plain, OFFLOADED, ("pickle", "training", "to_bfloat16")),
+    "disk_offload": State(disk_offloaded, plain, OFFLOADED, only=SOME),
     "dispatched": State(dispatched, plain, OFFLOADED, ("pickle", "training", "to_bfloat16", "channels_last")),
     "group_blocks": State(functools.partial(group_offloaded, kind="block_level"), plain, GROUPED, NOT_COPIED),
     "group_leaves": State(functools.partial(group_offloaded, kind="leaf_level"), plain, GROUPED, NOT_COPIED),
@@ -351,10 +347,7 @@ STATES = {
         (*NOT_COPIED, "to_bfloat16", "training"),
     ),
     "group_leaves_disk": State(
-        functools.partial(group_offloaded, kind="leaf_level", on_disk=True),
-        plain,
-        GROUPED,
-        (*NOT_COPIED, "to_bfloat16", "training"),
+        functools.partial(group_offloaded, kind="leaf_level", on_disk=True), plain, GROUPED, only=SOME
     ),
     **{
         f"cast_{name}": State(
@@ -367,7 +360,7 @@ STATES = {
     },
     "quantized": State(quantized, functools.partial(quantized, wrapped=False), QUANTIZED, ("deepcopy", "to_bfloat16")),
     "adapted": State(adapted, adapted_in_plain_weights, ADAPTED, only=UNROUNDED),
-    "adapter_disabled": State(disabled, plain, ADAPTED),
+    "adapter_disabled": State(disabled, plain, ADAPTED, only=SOME),
     "adapted_offloaded": State(
         lambda unet, folder: cpu_offloaded(adapted(unet, folder), folder),
         adapted_in_plain_weights,
@@ -378,7 +371,6 @@ STATES = {
     "meta": State(without_values, without_values, ON_META),
     # Compiling takes seconds: what matters is whether code that was made for the model as it was is run again.
     "mtu.compile": State(compiled, only=("add_task", "load_task_again")),
-    "unet.compile": State(compiled_by_torch, only=("add_task",)),
     "compiled_blocks": State(compiled_blocks, only=("add_task",)),
     "torch.compile": State(wrapped_by_compiler, only=("named_trainable_parameters", *FILES, "export_task")),
 }
