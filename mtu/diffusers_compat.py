@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditio
 from diffusers.configuration_utils import register_to_config
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
+from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "RUNTIME_ATTRIBUTES",
     "StockIndex",
     "expand_block_scales",
+    "is_generated_card",
     "is_offloaded",
     "pipeline_settings",
     "with_stock_signature",
@@ -35,6 +37,10 @@ PRIVATE_WAYS = {
     "fused_projections": (
         "`fuse_qkv_projections` adds the Linears `to_qkv` and `to_kv` to attentions and sets `fused_projections`; "
         "unfusing takes only the processors back, which `original_attn_processors` of the model keeps."
+    ),
+    "generated_card": (
+        "Before it uploads a pipeline by `_upload_folder`, diffusers puts a card of its own into the folder, from the "
+        "template of huggingface_hub, where the repository has none."
     ),
     "model_offload": (
         "`enable_model_cpu_offload` keeps its hooks in `_all_hooks` of the pipeline and in `_hf_hook` of the modules "
@@ -90,6 +96,19 @@ class StockIndex(StableDiffusionPipeline):
         stock = ["diffusers", UNet2DConditionModel.__name__]
         index = super()._dict_from_json_file(json_file)
         return {k: stock if isinstance(v, list) and v and v[0] == "mtu" else v for k, v in index.items()}
+
+
+def is_generated_card(text: str) -> bool:
+    """Whether a model card, without its front matter, is just what diffusers writes where there is none."""
+    for kind in ("pipeline", "model"):
+        description = (
+            f"This is the model card of a 🧨 diffusers {kind} that has been pushed on the Hub. This model card has "
+            "been automatically generated."
+        )
+        if description in text:
+            card = ModelCard.from_template(ModelCardData(), model_description=description)
+            return text.split() == card.text.split()
+    return False
 
 
 def is_offloaded(pipeline: DiffusionPipeline) -> bool:

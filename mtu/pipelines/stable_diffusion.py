@@ -188,7 +188,7 @@ class MTUPipeline(StableDiffusionPipeline):
         return super().from_pipe(pipeline, **{**own, **kwargs})
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Save as diffusers does, with a README.md (unless there is one) that says how to load the folder."""
+        """Save as diffusers does, with a README.md that says how to load the folder; one of another hand is kept."""
         # Before any part is written.
         in_memory.check_saveable(self.unet, "save_pretrained")
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -204,6 +204,11 @@ class MTUPipeline(StableDiffusionPipeline):
         """Whether some sample's prompt is guided by a scale > 1."""
         is_guided = bool((torch.as_tensor(self._guidance_scale) > 1).any())
         return is_guided and self.unet.config.time_cond_proj_dim is None
+
+    def _upload_folder(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any):
+        # diffusers has put its own card there just before, where the repository had none.
+        write_model_card(working_dir, self.unet)
+        return super()._upload_folder(working_dir, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------------- parts
 

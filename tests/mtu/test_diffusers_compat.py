@@ -14,6 +14,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from diffusers.utils.hub_utils import load_or_create_model_card
+from huggingface_hub.errors import EntryNotFoundError
 
 import mtu
 from mtu.diffusers_compat import (
@@ -23,6 +25,7 @@ from mtu.diffusers_compat import (
     RUNTIME_ATTRIBUTES,
     StockIndex,
     expand_block_scales,
+    is_generated_card,
     is_offloaded,
     pipeline_settings,
 )
@@ -131,3 +134,15 @@ def test_chunks():
     assert (block._chunk_size, block._chunk_dim) == (None, 0)
     block.set_chunk_feed_forward(8, dim=1)
     assert (block._chunk_size, block._chunk_dim) == (8, 1)
+
+
+def test_generated_card(monkeypatch):
+    def not_found(*args, **kwargs):
+        raise EntryNotFoundError("none")
+
+    monkeypatch.setattr("diffusers.utils.hub_utils.ModelCard.load", not_found)
+    for is_pipeline in (True, False):
+        text = load_or_create_model_card("user/repo", is_pipeline=is_pipeline).text
+        assert is_generated_card(text)
+        assert not is_generated_card(text + "By us.")
+    assert "working_dir" in inspect.signature(DiffusionPipeline._upload_folder).parameters
