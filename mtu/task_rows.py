@@ -1,4 +1,4 @@
-"""Adding and removing tasks: the rows of the packed per-task tensors."""
+"""Adding and removing tasks, and what becomes of routers without which no more can come: the per-task tensors."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from mtu.tasks import TaskSpec
 if TYPE_CHECKING:
     from mtu.unet import MTUUNet2DConditionModel
 
-__all__ = ["add_task", "check_surgery", "get_task_rows", "remove_task", "set_task_rows_"]
+__all__ = ["add_task", "check_surgery", "drop_routers_", "get_task_rows", "remove_task", "set_task_rows_"]
 
 
 def add_task(unet: "MTUUNet2DConditionModel", spec: TaskSpec, source: int) -> int:
@@ -48,6 +48,28 @@ def remove_task(unet: "MTUUNet2DConditionModel", index: int) -> None:
     check_surgery(unet, "remove_task")
     kept = [i for i in range(len(specs)) if i != index]
     _select_rows_(unet, tuple(specs[i] for i in kept), kept)
+
+
+@torch.no_grad()
+def drop_routers_(unet: "MTUUNet2DConditionModel") -> None:
+    """Replace the routers and the task embedding by their output.
+
+    Raises:
+        ValueError: they are dropped already, or under group offloading.
+    """
+    if unet.task_embedding is None:
+        raise ValueError("The routers of this model were dropped already; expected a model with routers.")
+    in_memory.check_no_group_hooks(unet, "drop_routers_")
+    embedding = unet.embedding_table(unet.task_device)
+    for layer in unet.routed_layers():
+        routing = layer.router(embedding)
+        table = RoutingTable(unet.expert_config, len(unet.tasks)).to(routing.weights.device)
+        table.weights.copy_(routing.weights)
+        if table.indices is not None:
+            table.indices.copy_(routing.indices)
+        layer.router = table.train(layer.training)
+    unet.task_embedding = None
+    unet.register_to_config(routers_dropped=True)
 
 
 def check_surgery(unet: "MTUUNet2DConditionModel", action: str) -> None:

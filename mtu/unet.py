@@ -292,7 +292,6 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         tables = [layer.router(embedding) for layer in unet.routed_layers()]
         return torch.stack([mtu_kernels.dense_weights(table, self.config.num_experts) for table in tables]).clone()
 
-    @torch.no_grad()
     def drop_routers_(self) -> None:
         """Replace the routers and the task embedding by their output, a (T, K) table per layer.
 
@@ -301,19 +300,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         Raises:
             ValueError: they are dropped already, or under group offloading.
         """
-        if self.task_embedding is None:
-            raise ValueError("The routers of this model were dropped already; expected a model with routers.")
-        in_memory.check_no_group_hooks(self, "drop_routers_")
-        embedding = self.embedding_table(self.task_device)
-        for layer in self.routed_layers():
-            routing = layer.router(embedding)
-            table = RoutingTable(self.expert_config, len(self.tasks)).to(routing.weights.device)
-            table.weights.copy_(routing.weights)
-            if table.indices is not None:
-                table.indices.copy_(routing.indices)
-            layer.router = table.train(layer.training)
-        self.task_embedding = None
-        self.register_to_config(routers_dropped=True)
+        task_rows.drop_routers_(self)
 
     def invalidate_routing_cache(self) -> None:
         """Forget cached routing tables; needed after changes that no version counter and no spot check can see."""
