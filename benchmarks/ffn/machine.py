@@ -31,6 +31,7 @@ _ARRAY_BYTES = 2**30
 _QUICK = ((64,), 2**16, 2)
 MODULE = "benchmarks.ffn.machine"
 COLUMNS = ("device", "dtype", "matrix", "flops_per_s", "traffic", "array_bytes", "bytes_per_s", "rounds")
+_KINDS = {"matrix": int, "flops_per_s": float, "array_bytes": int, "bytes_per_s": float, "rounds": int}
 
 
 class Roofs(NamedTuple):
@@ -122,17 +123,8 @@ def read_roofs(path: Path) -> dict[tuple[str, str], Roofs]:
 
 
 def _roofs(cells: dict[str, str]) -> Roofs:
-    return Roofs(
-        cells["device"],
-        cells["dtype"],
-        int(cells["matrix"]),
-        float(cells["flops_per_s"]),
-        cells["traffic"],
-        int(cells["array_bytes"]),
-        float(cells["bytes_per_s"]),
-        int(cells["rounds"]),
-        {name: text for name, text in cells.items() if name not in COLUMNS},
-    )
+    values = {name: _KINDS.get(name, str)(cells[name]) for name in COLUMNS}
+    return Roofs(**values, source={name: text for name, text in cells.items() if name not in COLUMNS})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from benchmarks.harness.rows import Row
@@ -102,19 +102,19 @@ def _order(row: Row) -> tuple:
 
 
 def steps_by_setup(rows: Sequence[Row]) -> dict[ModelSetup, Steps]:
-    """The last measurement of each contender: by scene, case and batch; contenders in the order they are shown."""
+    """The last measurement of each contender: by setup, case and batch; contenders in the order they are shown."""
     originals = {(row.group, row.workload): row for row in rows if row.contender == ORIGINAL}
     found: dict[ModelSetup, Steps] = {}
     for row in sorted(rows, key=_order):
         workload = row.workload
-        scene = ModelSetup(workload.model, workload.size, workload.branches, workload.dtype)
+        setup = ModelSetup(workload.model, workload.size, workload.branches, workload.dtype)
         step = Step(row, originals.get((row.group, workload)))
-        found.setdefault(scene, {}).setdefault(case_of(row), {})[workload.B] = step
+        found.setdefault(setup, {}).setdefault(case_of(row), {})[workload.B] = step
     return dict(sorted(found.items()))
 
 
 def usual(cases: Steps) -> Steps:
-    """Those of a scene with nothing unusual."""
+    """Those cases with nothing unusual."""
     return {case: steps for case, steps in cases.items() if case.is_usual}
 
 
@@ -125,31 +125,20 @@ def deployed(cases: Steps) -> tuple[int, dict[Case, Step]]:
     return B, {case: steps[B] for case, steps in cases.items() if B in steps}
 
 
-class UnusualTrait(NamedTuple):
-    """One thing that may be unusual.
-
-    Attributes:
-        ratio: what is divided by what.
-        applies: whether a case has it.
-        undo: the case without it.
-    """
-
-    ratio: str
-    applies: Callable[[Case], bool]
-    undo: Callable[[Case], Case]
+_VARIANTS = {ONE_BY_ONE: "samples one after another / at once", ROUTERS: "routers kept / dropped"}
 
 
-def _without_variant(case: Case) -> Case:
-    run = find(case.contender).run
-    return case._replace(contender=sibling(case.contender, run=run.name if run else None))
-
-
-UNUSUAL_TRAITS = (
-    UnusualTrait("one task / mixed tasks", lambda case: case.one_task, lambda case: case._replace(one_task=False)),
-    UnusualTrait("samples one after another / at once", lambda case: case.variant == ONE_BY_ONE, _without_variant),
-    UnusualTrait("routers kept / dropped", lambda case: case.variant == ROUTERS, _without_variant),
-    UnusualTrait("top-k / dense", lambda case: case.top_k is not None, lambda case: case._replace(top_k=None)),
-)
+def _usual_counterparts(case: Case) -> dict[str, Case]:
+    """The case without each of the things that are unusual in it, by what is then divided by what."""
+    found = {}
+    if case.one_task:
+        found["one task / mixed tasks"] = case._replace(one_task=False)
+    if case.variant:
+        run = find(case.contender).run
+        found[_VARIANTS[case.variant]] = case._replace(contender=sibling(case.contender, run=run and run.name))
+    if case.top_k is not None:
+        found["top-k / dense"] = case._replace(top_k=None)
+    return found
 
 
 class Comparison(NamedTuple):
@@ -163,13 +152,12 @@ def comparisons(cases: Steps) -> dict[Case, Comparison]:
     """What one unusual thing makes of a step; cases with several of them are left out."""
     found = {}
     for case, steps in cases.items():
-        changes = [change for change in UNUSUAL_TRAITS if change.applies(case)]
-        if len(changes) != 1:
+        counterparts = _usual_counterparts(case)
+        if len(counterparts) != 1:
             continue
-        plain = cases.get(changes[0].undo(case), {})
-        pairs = {
-            B: (step, plain[B]) for B, step in steps.items() if B in plain and plain[B].row.group == step.row.group
-        }
+        ((ratio, counterpart),) = counterparts.items()
+        both = ((B, step, cases.get(counterpart, {}).get(B)) for B, step in steps.items())
+        pairs = {B: (own, other) for B, own, other in both if other and other.row.group == own.row.group}
         if pairs:
-            found[case] = Comparison(changes[0].ratio, pairs)
+            found[case] = Comparison(ratio, pairs)
     return found

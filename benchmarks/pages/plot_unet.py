@@ -42,8 +42,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     Raises:
         ValueError: no contender was measured beside the original.
     """
-    drawn = {scene: _relative(usual(cases)) for scene, cases in steps_by_setup(rows).items()}
-    drawn = {scene: cases for scene, cases in drawn.items() if cases}
+    drawn = {setup: _relative(usual(cases)) for setup, cases in steps_by_setup(rows).items()}
+    drawn = {setup: cases for setup, cases in drawn.items() if cases}
     if not drawn:
         raise ValueError(f"{path.name} needs rows of stock and of contenders in its group, got none.")
     batches = max((sorted({B for steps in cases.values() for B in steps}) for cases in drawn.values()), key=len)
@@ -53,8 +53,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         title = "One denoising step, time / the original's, run eagerly: shorter is faster"
         figure.suptitle(title, x=0.01, ha="left", fontsize=12)
         parts = figure.subfigures(len(drawn), squeeze=False, height_ratios=heights)[:, 0]
-        for part, (scene, cases) in zip(parts, drawn.items(), strict=True):
-            _scene(part, scene, cases)
+        for part, (setup, cases) in zip(parts, drawn.items(), strict=True):
+            _setup(part, setup, cases)
         shown = [step.row for cases in drawn.values() for steps in cases.values() for step in steps.values()]
         save(figure, path, shown, "Medians; whiskers: 20th to 80th percentile.")
 
@@ -64,11 +64,11 @@ def _relative(cases: Steps) -> Steps:
     return {case: steps for case, steps in paired_rows.items() if steps}
 
 
-def _scene(part: SubFigure, scene: ModelSetup, cases: Steps) -> None:
+def _setup(part: SubFigure, setup: ModelSetup, cases: Steps) -> None:
     batches = sorted({B for steps in cases.values() for B in steps})
     longest = max(step.relative(step.row.p80_us) for steps in cases.values() for step in steps.values())
     limit = min(longest, _LONGEST) * 1.25
-    part.suptitle(str(scene), x=0.01, ha="left", fontsize=10, fontweight="bold")
+    part.suptitle(str(setup), x=0.01, ha="left", fontsize=10, fontweight="bold")
     panels = part.subplots(1, len(batches), sharey=True, squeeze=False)[0]
     for axes, B in zip(panels, batches, strict=True):
         steps = {case: steps[B] for case, steps in cases.items() if B in steps}

@@ -35,13 +35,13 @@ def unet(results: Path, device: str) -> list[str]:
     """
     rows = _unet_rows(results, device)
     lines = []
-    for scene, cases in steps_by_setup(rows).items():
+    for setup, cases in steps_by_setup(rows).items():
         chosen = usual(cases)
         if not chosen:
             continue
         served, steps = deployed(chosen)
         batches = sorted({B for found in chosen.values() for B in found})
-        header = [f"{scene}: time / `{ORIGINAL}`", *(f"B = {B}" for B in batches)]
+        header = [f"{setup}: time / `{ORIGINAL}`", *(f"B = {B}" for B in batches)]
         header += [f"B = {served}: images/s", "weights", "peak beside them", "a switch / a step", "warm-up"]
         cells = []
         for case, found in chosen.items():
@@ -88,7 +88,7 @@ def settings(results: Path, device: str) -> list[str]:
     """
     rows = _unet_rows(results, device)
     lines, used = [], []
-    for scene, cases in steps_by_setup(rows).items():
+    for setup, cases in steps_by_setup(rows).items():
         # Of upcycled UNets: the settings of their experts.
         found = {case: of for case, of in comparisons(cases).items() if "E" in find(case.contender).depends_on}
         batches = sorted({B for comparison in found.values() for B in comparison.pairs})
@@ -98,7 +98,7 @@ def settings(results: Path, device: str) -> list[str]:
             cells.append([f"`{case}`", what, *(ratios.get(B, MISSING) for B in batches)])
             used += [step.row for pair in pairs.values() for step in pair]
         if cells:
-            header = [str(scene), "ratio", *(f"B = {B}" for B in batches)]
+            header = [str(setup), "ratio", *(f"B = {B}" for B in batches)]
             lines += [*table(header, cells, 2), ""]
     if not lines:
         raise ValueError(f"There are no settings to compare in {results / f'unet_{device}.csv'}.")
