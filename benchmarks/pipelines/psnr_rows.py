@@ -1,4 +1,4 @@
-"""The rows of `results/sameness_*.csv`: PSNR of images against exact ones, and what it is checked against."""
+"""The rows of `results/image_psnr_*.csv`: PSNR of images against exact ones, and its targets."""
 
 from __future__ import annotations
 
