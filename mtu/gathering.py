@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from mtu.diffusers_compat import has_accelerate_hook
 from mtu.norm import TaskLayerNorm
 from mtu.plain_linear import RouterLinear, is_called_as_it_is, is_plain_linear, is_replaced
 from mtu.router import Gathered, Router, RoutingTable
@@ -97,7 +98,7 @@ def can_route_ahead(unet: nn.Module, block_names: Iterable[str]) -> bool:
     """
     names = {outer for name in block_names for outer in ("", *_prefixes(f"{name}.ff.router"))}
     for module in map(unet.get_submodule, names):
-        if is_replaced(module) and not hasattr(module, "_hf_hook"):
+        if is_replaced(module) and not has_accelerate_hook(module):
             return False
         if isinstance(module, Router) and not all(map(_has_its_weights, module.children())):
             return False

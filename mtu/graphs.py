@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from mtu.diffusers_compat import is_adapter
 from mtu.plain_linear import is_replaced
 from mtu.router import Router
 from mtu.unet import MTUUNet2DConditionModel
@@ -120,7 +121,7 @@ def _why_plain(modules: Sequence[nn.Module]) -> str | None:
         if is_replaced(module):
             return f"the forward of a {type(module).__name__} was replaced, as offloading and caching do"
         # An adapter's strength, and that of an image prompt, is a Python number, which may change at any time.
-        if type(module).__module__.partition(".")[0] == "peft":
+        if is_adapter(module):
             return "an adapter's strength is no tensor: fuse the adapter, then unload it"
         if hasattr(vars(module).get("processor"), "scale"):
             return "the scale of an attention processor is no tensor"

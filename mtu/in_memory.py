@@ -4,8 +4,8 @@ Offloading keeps parameters in a map or on disk, layerwise casting in another dt
 other modules: who reads or replaces parameters asks here first.
 """
 
-from collections.abc import Container, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Container, Iterator
+from typing import TypeVar
 
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
@@ -13,6 +13,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from mtu import diffusers_compat
+from mtu.diffusers_compat import (
+    has_accelerate_hook,
+    has_diffusers_hook,
+    is_adapter,
+    is_grouped,
+    is_own_of_adapter,
+    tensors_on_disk,
+    weight_maps,
+)
 from mtu.plain_linear import is_replaced
 from mtu.router import RoutingTable
 
@@ -24,7 +34,6 @@ __all__ = [
     "check_trainable",
     "check_values",
     "in_memory",
-    "is_adapter",
     "is_cast",
     "is_grouped_on_disk",
     "read_tensors",
@@ -40,7 +49,7 @@ def check_no_hooks(module: nn.Module, action: str) -> None:
     Args:
         action: what is about to be done, the subject of the message.
     """
-    offloaded = sum(any(True for _ in _weight_maps(m)) for m in module.modules())
+    offloaded = sum(any(True for _ in weight_maps(m)) for m in module.modules())
     if offloaded:
         raise ValueError(
             f"{action} needs a model that is wholly in memory, but {offloaded} modules are offloaded by accelerate: do "
@@ -51,7 +60,7 @@ def check_no_hooks(module: nn.Module, action: str) -> None:
 
 def check_no_group_hooks(module: nn.Module, action: str) -> None:
     """Raise a ValueError if a module is under group offloading, which keeps lists of the parameters that it had."""
-    grouped = sum(_hook(m, "group_offloading") is not None for m in module.modules())
+    grouped = sum(is_grouped(m) for m in module.modules())
     if grouped:
         raise ValueError(
             f"{action} needs a model that is wholly in memory, but {grouped} modules are under group offloading, which "
@@ -77,7 +86,7 @@ def check_plain(module: nn.Module, action: str) -> None:
                 f"Unload adapters, or fuse and then unload them, before {action}: {name} is a {type(layer).__name__} "
                 "of peft."
             )
-        if is_replaced(layer) and not (hasattr(layer, "_hf_hook") or hasattr(layer, "_diffusers_hook")):
+        if is_replaced(layer) and not (has_accelerate_hook(layer) or has_diffusers_hook(layer)):
             raise ValueError(
                 f"Unload adapters before {action}: the forward of {name or 'the model'} is not that of its "
                 f"{type(layer).__name__}."
@@ -102,12 +111,12 @@ def check_values(module: nn.Module, action: str) -> None:
 
 def is_cast(module: nn.Module) -> bool:
     """Whether layerwise casting stores weights in another dtype than they are computed in."""
-    return any(_hook(m, "layerwise_casting") is not None for m in module.modules())
+    return any(map(diffusers_compat.is_cast, module.modules()))
 
 
 def is_grouped_on_disk(module: nn.Module) -> bool:
     """Whether group offloading keeps values on disk, and no values in the parameters between calls."""
-    return bool(_tensors_on_disk(module))
+    return bool(tensors_on_disk(module))
 
 
 def read_tensors(module: nn.Module, names: Container[str] | None = None) -> dict[str, Tensor]:
@@ -116,7 +125,7 @@ def read_tensors(module: nn.Module, names: Container[str] | None = None) -> dict
     Args:
         names: those to read; None: all.
     """
-    on_disk, files = _tensors_on_disk(module), {}
+    on_disk, files = tensors_on_disk(module), {}
     tensors = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if names is not None and name not in names:
@@ -142,7 +151,7 @@ def in_memory(unet: Model, *, computed: bool = False) -> Model:
     Args:
         computed: whether weights are needed in the dtype that they are computed in, not in that of their storage.
     """
-    is_offloaded = any(True for module in unet.modules() for _ in _weight_maps(module)) or bool(_tensors_on_disk(unet))
+    is_offloaded = any(True for module in unet.modules() for _ in weight_maps(module)) or bool(tensors_on_disk(unet))
     to_cast = computed and is_cast(unet)
     if not (is_offloaded or to_cast):
         return unet
@@ -162,9 +171,9 @@ def in_memory(unet: Model, *, computed: bool = False) -> Model:
 
 def without_adapters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The named parameters, without those that adapters add."""
-    adapters = [f"{name}." for name, m in module.named_modules() if is_adapter(m)]
+    adapters = [name for name, m in module.named_modules() if is_adapter(m)]
     for name, parameter in module.named_parameters():
-        if not any(name.startswith(own) and not name.startswith(f"{own}base_layer.") for own in adapters):
+        if not any(is_own_of_adapter(name, adapter) for adapter in adapters):
             yield name, parameter
 
 
@@ -175,44 +184,14 @@ def check_saveable(unet: UNet2DConditionModel, action: str) -> None:
     check_values(unet, action)
 
 
-def is_adapter(module: nn.Module) -> bool:
-    """Whether a module is one that peft puts around another."""
-    return type(module).__module__.partition(".")[0] == "peft"
-
-
-def _hook(module: nn.Module, name: str) -> Any:
-    """The hook of diffusers that a module has under a name."""
-    registry = getattr(module, "_diffusers_hook", None)
-    return None if registry is None else registry.get_hook(name)
-
-
-def _weight_maps(module: nn.Module) -> Iterator[Mapping[str, Tensor]]:
-    """Where accelerate keeps the weights of a module between its calls, by their names in it."""
-    hook = getattr(module, "_hf_hook", None)
-    for one in getattr(hook, "hooks", (hook,)):
-        if getattr(one, "offload", False) is True and one.weights_map is not None:
-            yield one.weights_map
-
-
 def _offloaded_value(module: nn.Module, name: str) -> Tensor | None:
     """The value of a tensor that accelerate offloads; None if it is not known."""
     parts = name.split(".")
     # The hook is on the tensor's own module, or on one around it.
     for depth in reversed(range(len(parts))):
-        for weights in _weight_maps(module.get_submodule(".".join(parts[:depth]))):
+        for weights in weight_maps(module.get_submodule(".".join(parts[:depth]))):
             try:
                 return weights[".".join(parts[depth:])]
             except KeyError:
                 continue
     return None
-
-
-def _tensors_on_disk(module: nn.Module) -> dict[int, tuple[str, str]]:
-    """File and key of each tensor that group offloading keeps on disk, by the tensor's identity."""
-    groups = [hook.group for m in module.modules() if (hook := _hook(m, "group_offloading")) is not None]
-    return {
-        id(tensor): (group.safetensors_file_path, key)
-        for group in groups
-        if group.offload_to_disk_path is not None and group._is_offloaded_to_disk
-        for tensor, key in group.tensor_to_key.items()
-    }

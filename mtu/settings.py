@@ -11,17 +11,30 @@ from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from torch import Tensor, nn
 
 from mtu.conv_in import TaskConvIn
-from mtu.diffusers_compat import FUSED_ATTRIBUTES, FUSED_PROJECTIONS, RUNTIME_ATTRIBUTES
+from mtu.diffusers_compat import (
+    CHUNK_ATTRIBUTES,
+    CLASS_ATTRIBUTES,
+    FUSED_ATTRIBUTES,
+    FUSED_PROJECTIONS,
+    RUNTIME_ATTRIBUTES,
+    SAVED_KEYS,
+    chunk_settings,
+)
 from mtu.norm import TaskLayerNorm
 
 __all__ = ["carry_settings_", "unfused_state"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Of modules whose upcycled and stock classes or widths differ, what belongs to them and is no setting.
-_OF_CLASS = {"num_experts", "eps", "backend", "_stacks", "_keep_in_fp32_modules", "_chunk_size", "_chunk_dim"}
-_OF_CLASS |= {"in_features", "out_features"}
-_IGNORED = {*vars(nn.Module()), *RUNTIME_ATTRIBUTES, *FUSED_ATTRIBUTES, *_OF_CLASS}
-_OF_SAVING = {"_class_name", "_diffusers_version", "_use_default_values"}
+_OF_CLASS = {"num_experts", "eps", "backend", "_stacks", "in_features", "out_features"}
+_IGNORED = {
+    *vars(nn.Module()),
+    *RUNTIME_ATTRIBUTES,
+    *FUSED_ATTRIBUTES,
+    *CLASS_ATTRIBUTES,
+    *CHUNK_ATTRIBUTES,
+    *_OF_CLASS,
+}
 
 
 def carry_settings_(source: UNet2DConditionModel, target: UNet2DConditionModel) -> None:
@@ -60,7 +73,7 @@ def carry_settings_(source: UNet2DConditionModel, target: UNet2DConditionModel) 
         while name not in ours:
             name = name.rpartition(".")[0]
         module.training = ours[name].training
-    known = {*inspect.signature(type(source).__init__).parameters, *target.config, *_OF_SAVING}
+    known = {*inspect.signature(type(source).__init__).parameters, *target.config, *SAVED_KEYS}
     target.register_to_config(**{key: value for key, value in source.config.items() if key not in known})
 
 
@@ -106,8 +119,9 @@ def _are_equal(value: Any, other: Any) -> bool:
 
 def _chunk_size(name: str, block: BasicTransformerBlock) -> int | None:
     """In how large chunks of tokens a block's feed-forward network runs; None: at once."""
-    if block._chunk_size is not None and block._chunk_dim != 1:
+    size, dim = chunk_settings(block)
+    if size is not None and dim != 1:
         raise ValueError(
-            f"A routed feed-forward network can be chunked over tokens (dim=1) only, but {name} has {block._chunk_dim}."
+            f"A routed feed-forward network can be chunked over tokens (dim=1) only, but {name} has {dim}."
         )
-    return block._chunk_size
+    return size

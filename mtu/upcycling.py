@@ -14,6 +14,7 @@ from torch import Tensor
 import mtu_kernels
 from mtu import checkpoint
 from mtu.config import ExpertConfig, NormMode
+from mtu.diffusers_compat import has_accelerate_hook
 from mtu.export import stock_config
 from mtu.ffn import check_blocks
 from mtu.initial_routing import count_proportional_experts, initial_router_state
@@ -215,7 +216,7 @@ def _check_stock(unet: object) -> None:
     if any(module._compiled_call_impl is not None for module in unet.modules()):
         raise ValueError("upcycle takes a UNet that is not compiled: compile the upcycled one, with mtu.compile.")
     # What is not in the tensors would be lost: the upcycled model is built on them alone.
-    hooked = [name for name, m in unet.named_modules() if hasattr(m, "_hf_hook") or is_replaced(m)]
+    hooked = [name for name, m in unet.named_modules() if has_accelerate_hook(m) or is_replaced(m)]
     dtypes = {parameter.dtype for parameter in unet.parameters()}
     devices = {parameter.device.type for parameter in unet.parameters()}
     if hooked or not dtypes <= {torch.float64, torch.float32, torch.bfloat16, torch.float16} or len(devices) > 1:

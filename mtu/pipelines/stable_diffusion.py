@@ -8,12 +8,10 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_instruct_pix2pix import retrieve_latents
 from torch import Tensor
 
 from mtu import in_memory
-from mtu.diffusers_compat import StockIndex
+from mtu.diffusers_compat import StockIndex, retrieve_latents, retrieve_timesteps
 from mtu.guidance import GuidancePlan, combine, plan_guidance
 from mtu.model_card import write_model_card
 from mtu.pipelines.conversion import check_convertible, converted

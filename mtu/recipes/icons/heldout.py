@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mtu.data.degrade import psnr
 from mtu.data.icons import EDIT_KINDS, IMAGE_SIZE, IconExample, Icons
+from mtu.diffusers_compat import progress_bar_settings
 from mtu.pipelines import MTUPipeline
 from mtu.pipelines.inputs import condition_image
 from mtu.recipes.icons.prompts import IconPicture
@@ -81,7 +82,7 @@ def generate(
     Returns:
         (n, 3, 64, 64) float32 in [−1, 1].
     """
-    quiet = getattr(pipeline, "_progress_bar_config", {})
+    quiet = progress_bar_settings(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     images = []
     with tqdm(total=len(examples), desc=description, unit="image") as bar:
