@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mtu.unet import MTUUNet2DConditionModel
 
 __all__ = [
+    "check_format",
     "check_tensors",
     "load_pretrained",
     "load_task",
@@ -145,6 +146,12 @@ def check_tensors(unet: "MTUUNet2DConditionModel", tensors: Mapping[str, Tensor]
     _check_shapes({name: p.shape for name, p in unet.named_trainable_parameters()}, tensors, directory)
 
 
+def check_format(given: Mapping[str, Any]) -> None:
+    """Raise a ValueError if the arguments of diffusers' `save_pretrained` ask for another format than safetensors."""
+    if not given.get("safe_serialization", True) or given.get("use_flashpack", False):
+        raise ValueError("Only safetensors files are saved, but got safe_serialization=False or use_flashpack=True.")
+
+
 def save_pretrained(save: Callable[..., None], given: dict[str, Any]) -> None:
     """diffusers' `save_pretrained` made whole: cut off anywhere, the older or the newer model loads.
 
@@ -157,8 +164,7 @@ def save_pretrained(save: Callable[..., None], given: dict[str, Any]) -> None:
     Raises:
         ValueError: another format than safetensors, or the directory is a file.
     """
-    if not given.get("safe_serialization", True) or given.get("use_flashpack", False):
-        raise ValueError("Only safetensors files are saved, but got safe_serialization=False or use_flashpack=True.")
+    check_format(given)
     rest = {key: value for key, value in given.items() if key not in ("save_directory", "kwargs")}
     extra = dict(given.get("kwargs", {}))
     if not given.get("is_main_process", True):

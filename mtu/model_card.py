@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtu.diffusers_compat import is_generated_card
+from mtu.storage import write_text
 from mtu.tasks import TaskSpec
 
 if TYPE_CHECKING:
@@ -24,12 +25,12 @@ _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 def write_model_card(directory: str | os.PathLike, unet: "MTUUNet2DConditionModel") -> None:
     """Write README.md into a pipeline's folder, unless there is one that someone else wrote or has edited."""
     path = Path(directory, "README.md")
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    old = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     front, text = _parted(old)
     if text.strip() and not _is_written_by_mtu(text) and not is_generated_card(text):
         return
     card = _card(unet)
-    path.write_text(f"{front}{card}\n{_MARK.format(digest=_digest(card))}\n", encoding="utf-8")
+    write_text(path, f"{front}{card}\n{_MARK.format(digest=_digest(card))}\n")
 
 
 def _parted(text: str) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """The multi-task Stable Diffusion pipeline."""
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -10,7 +11,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 
-from mtu import in_memory
+from mtu import checkpoint, in_memory
 from mtu.diffusers_compat import StockIndex, retrieve_latents, retrieve_timesteps
 from mtu.guidance import GuidancePlan, combine, plan_guidance
 from mtu.model_card import write_model_card
@@ -87,10 +88,7 @@ class MTUPipeline(StableDiffusionPipeline):
         Raises:
             ValueError: what was given does not fit the tasks; before anything is computed.
         """
-        if not hasattr(self.unet, "task_ids"):
-            raise ValueError(
-                f"This pipeline holds a {type(self.unet).__name__}, but an upcycled UNet is needed: mtu.upcycle(pipe)."
-            )
+        self._check_upcycled()
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         request = parse_request(
@@ -143,8 +141,10 @@ class MTUPipeline(StableDiffusionPipeline):
         It resizes and guides as stock pipelines do: give it images of the output size, and the task's scales.
 
         Raises:
-            ValueError: unknown task, experts that no stock configuration can hold, or an offloaded pipeline.
+            ValueError: unknown task, experts that no stock configuration can hold, an offloaded pipeline, or a stock
+                UNet.
         """
+        self._check_upcycled()
         spec = self.unet.tasks[self.unet.task_index(name)]
         check_convertible(self)
         stock = StableDiffusionInstructPix2PixPipeline if spec.takes_image else StableDiffusionPipeline
@@ -186,9 +186,17 @@ class MTUPipeline(StableDiffusionPipeline):
         return super().from_pipe(pipeline, **{**own, **kwargs})
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Save as diffusers does, with a README.md that says how to load the folder; one of another hand is kept."""
-        # Before any part is written.
+        """Save as diffusers does, with a README.md that says how to load the folder; one of another hand is kept.
+
+        Raises:
+            ValueError: another format than safetensors, a stock UNet, or one that cannot be saved; before any part is
+                written.
+        """
+        self._check_upcycled()
         in_memory.check_saveable(self.unet, "save_pretrained")
+        checkpoint.check_format(
+            inspect.signature(super().save_pretrained).bind(save_directory, *args, **kwargs).arguments
+        )
         super().save_pretrained(save_directory, *args, **kwargs)
         write_model_card(save_directory, self.unet)
 
@@ -209,6 +217,12 @@ class MTUPipeline(StableDiffusionPipeline):
         return super()._upload_folder(working_dir, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------------- parts
+
+    def _check_upcycled(self) -> None:
+        if not hasattr(self.unet, "task_ids"):
+            raise ValueError(
+                f"This pipeline holds a {type(self.unet).__name__}, but an upcycled UNet is needed: mtu.upcycle(pipe)."
+            )
 
     def _show_settings(self, request: Request, cross_attention_kwargs: dict[str, Any] | None) -> None:
         """Set what callbacks may ask for, and change: as the stock pipelines have it."""

@@ -99,6 +99,36 @@ def test_pickled_files_are_never_asked_for(load):
         load("user/repo", use_safetensors=False)
 
 
+# ------------------------------------------------------------------------------------------------------------- saving
+
+
+@pytest.mark.parametrize("given", [{"safe_serialization": False}, {"use_flashpack": True}])
+def test_a_format_that_cannot_be_saved_is_refused_before_any_part_is_written(pipe, tmp_path, given):
+    with pytest.raises(ValueError, match="Only safetensors files are saved"):
+        pipe.save_pretrained(tmp_path / "model", **given)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_pipeline_with_a_stock_unet_is_not_saved_as_a_multi_task_one(stock, tmp_path):
+    made = mtu.MTUPipeline.from_pipe(stock)
+    for refused in (lambda: made.save_pretrained(tmp_path / "model"), lambda: made.export_task("edit")):
+        with pytest.raises(ValueError, match=r"an upcycled UNet is needed: mtu.upcycle\(pipe\)"):
+            refused()
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_card_is_that_of_the_model_that_was_saved_last(pipe, tmp_path):
+    card = tmp_path / "README.md"
+    pipe.save_pretrained(tmp_path)
+    assert "`edit`" in card.read_text()
+    pipe.unet.remove_task("edit")
+    pipe.save_pretrained(tmp_path)
+    assert "`edit`" not in card.read_text()
+    card.write_text("# Mein Modell, größer\n", encoding="latin-1")
+    pipe.save_pretrained(tmp_path)
+    assert card.read_text(encoding="latin-1") == "# Mein Modell, größer\n"
+
+
 # --------------------------------------------------------------------------------------------------- other pipelines
 
 
