@@ -4,8 +4,10 @@ A file of tensors carries its digest in its name, and the JSON file beside it sa
 the JSON file is the one moment at which the new state takes the old one's place, and only then is the old file deleted.
 Files whose names others prescribe are collected in a folder beside their place, and the rename of that folder is the
 moment: from then on, whoever reads them first moves them in (`finish`). Every file is on the disk before its rename.
+Processes that write into one folder at a time, as those of a distributed training, take turns.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +21,11 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 __all__ = ["finish", "make_folder", "read", "remove", "replacing", "write", "write_text"]
 
@@ -54,23 +61,23 @@ def write(
         OSError: the files cannot be written; what was there before stays.
     """
     folder = make_folder(directory)
-    with _collecting(folder / f".{stem}.partial") as partial:
-        tensor_path, json_path = partial / "tensors.safetensors", partial / "description.json"
-        save_file(_unshared(tensors), tensor_path)
-        with tensor_path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-        name = f"{stem}.{digest.hexdigest()[:12]}.safetensors"
-        described = {**description, "file": name}
-        digest.update(json.dumps(described, sort_keys=True).encode())
-        json_path.write_text(
-            json.dumps({**described, "sha256": digest.hexdigest()}, indent=1, sort_keys=True) + "\n", encoding="utf-8"
-        )
-        _settle(partial)
-        os.replace(tensor_path, folder / name)
-        _sync(folder)
-        os.replace(json_path, folder / f"{stem}.json")
-        _sync(folder)
-    _delete_files(folder, stem, keep=name)
+    with _taking_turns(folder):
+        with _collecting(folder / f".{stem}.partial") as partial:
+            tensor_path, json_path = partial / "tensors.safetensors", partial / "description.json"
+            save_file(_unshared(tensors), tensor_path)
+            with tensor_path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256")
+            name = f"{stem}.{digest.hexdigest()[:12]}.safetensors"
+            described = {**description, "file": name}
+            digest.update(json.dumps(described, sort_keys=True).encode())
+            signed = {**described, "sha256": digest.hexdigest()}
+            json_path.write_text(json.dumps(signed, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            _settle(partial)
+            os.replace(tensor_path, folder / name)
+            _sync(folder)
+            os.replace(json_path, folder / f"{stem}.json")
+            _sync(folder)
+        _delete_files(folder, stem, keep=name)
 
 
 def read(directory: str | os.PathLike, stem: str, *, signed: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -124,7 +131,7 @@ def remove(directory: str | os.PathLike, stem: str) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file in place of the one before."""
-    with _collecting(path.with_name(f".{path.name}.partial")) as partial:
+    with _taking_turns(path.parent), _collecting(path.with_name(f".{path.name}.partial")) as partial:
         (partial / path.name).write_text(text, encoding="utf-8", newline="")
         _settle(partial)
         os.replace(partial / path.name, path)
@@ -144,20 +151,27 @@ def replacing(directory: str | os.PathLike, outdated: re.Pattern[str]) -> Iterat
         OSError: the files cannot be written; what was there before stays.
     """
     folder = make_folder(directory)
-    finish(folder)
-    with _collecting(folder / f"{_REPLACEMENT}.partial") as partial:
-        yield partial
-        written = sorted(os.listdir(partial))
-        deleted = [name for name in os.listdir(folder) if outdated.fullmatch(name) and name not in written]
-        (partial / _JOURNAL).write_text(json.dumps({"written": written, "deleted": deleted}), encoding="utf-8")
-        _settle(partial)
-        os.replace(partial, folder / _REPLACEMENT)
-        _sync(folder)
-    finish(folder)
+    with _taking_turns(folder):
+        _move_in(folder)
+        with _collecting(folder / f"{_REPLACEMENT}.partial") as partial:
+            yield partial
+            written = sorted(os.listdir(partial))
+            deleted = [name for name in os.listdir(folder) if outdated.fullmatch(name) and name not in written]
+            (partial / _JOURNAL).write_text(json.dumps({"written": written, "deleted": deleted}), encoding="utf-8")
+            _settle(partial)
+            os.replace(partial, folder / _REPLACEMENT)
+            _sync(folder)
+        _move_in(folder)
 
 
 def finish(folder: Path) -> None:
     """Move files in that `replacing` had written when it was cut off, if there are any."""
+    if (folder / _REPLACEMENT).is_dir():
+        with _taking_turns(folder):
+            _move_in(folder)
+
+
+def _move_in(folder: Path) -> None:
     replacement = folder / _REPLACEMENT
     if not replacement.is_dir():
         return
@@ -173,6 +187,21 @@ def finish(folder: Path) -> None:
         _sync(folder)
         journal.unlink()
     replacement.rmdir()
+
+
+@contextmanager
+def _taking_turns(folder: Path) -> Iterator[None]:
+    """Wait until no other process or thread is in this context of the folder, where the system can tell."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems lock no folders
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import re
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -150,3 +151,38 @@ def test_removing_leaves_what_others_wrote(tmp_path):
     storage.remove(tmp_path, "part")
     assert {path.name.split(".")[1] for path in tmp_path.iterdir()} == {"a"}
     assert storage.read(tmp_path, "part.a")[1].keys() == OLD.keys()
+
+
+@pytest.mark.parametrize("way", ["write", "write_files", "write_text"])
+def test_savers_of_one_folder_take_turns(tmp_path, monkeypatch, way):
+    """As the processes of a distributed training that all save."""
+    at_work, overlaps, failures = threading.Semaphore(), [], []
+    settle = storage._settle
+
+    def slow_settle(folder):
+        overlaps.append(not at_work.acquire(blocking=False))
+        threading.Event().wait(0.05)
+        settle(folder)
+        at_work.release()
+
+    def save(number):
+        values = {"a": torch.full((3,), number), "b": torch.full((2,), -number)}
+        try:
+            if way == "write":
+                write(tmp_path, values)
+            elif way == "write_files":
+                write_files(tmp_path, {"config": str(number), "part-1": str(number)})
+            else:
+                storage.write_text(tmp_path / "log", str(number))
+        except OSError as error:
+            failures.append(error)
+
+    monkeypatch.setattr(storage, "_settle", slow_settle)
+    threads = [threading.Thread(target=save, args=(float(number),)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert overlaps == [False] * 4
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
