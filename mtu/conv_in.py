@@ -123,7 +123,8 @@ class TaskConvIn(nn.Module):
         if torch.compiler.is_compiling():
             return self.channels.to(device)
         with torch.inference_mode(False):
-            self.channels = self.channels.to(device)
+            # Not from where they were: after a call on the meta device they have no values there.
+            self.channels = torch.tensor(self.task_channels, device=device)
         return self.channels
 
     def set_rows_(self, weight: Tensor, bias: Tensor, condition_channels: Sequence[int]) -> None:

@@ -51,6 +51,15 @@ def test_missing_channels_count_as_zero():
     assert_same(conv(sample[:, :5], IDS), conv(sample, IDS))
 
 
+def test_parameters_that_are_set_one_by_one_after_a_call_on_the_meta_device():
+    conv, sample = convolution(), samples()
+    expected, values = conv(sample, IDS), dict(conv.named_parameters())
+    conv.to("meta")(sample.to("meta"), IDS.to("meta"))
+    for name, parameter in values.items():  # as device maps do
+        setattr(conv, name, parameter)
+    assert torch.equal(conv(sample, IDS), expected)
+
+
 @pytest.mark.parametrize("channels", [4, 8])
 def test_channels_last_is_a_layout_and_no_other_convolution(channels):
     conv, sample = convolution(), samples(channels)
