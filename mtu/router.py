@@ -14,7 +14,7 @@ from mtu_kernels import NormAffine, Routing, top_k_routing
 from mtu_kernels.autocast import has_autocast
 from mtu_kernels.exporting import becomes_program
 
-__all__ = ["Gathered", "Router", "RoutingTable", "TaskContext", "TaskEmbedding", "held", "select_rows"]
+__all__ = ["Gathered", "Router", "RoutingTable", "TaskContext", "TaskEmbedding", "constants", "held", "select_rows"]
 
 # Elements looked at per tensor when a cached table is checked: few enough to cost microseconds, spread enough that
 # an optimizer's or an averaging step, which changes everything, cannot go unseen.
@@ -254,6 +254,11 @@ class RoutingTable(nn.Module):
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
         return super()._apply(moved, recurse)
+
+
+def constants(module: nn.Module) -> set[int]:
+    """The parameters within a module that are tables of dropped routers, by identity: nothing trains them."""
+    return {id(p) for m in module.modules() if isinstance(m, RoutingTable) for p in m.parameters()}
 
 
 @contextlib.contextmanager

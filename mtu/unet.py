@@ -25,7 +25,7 @@ from mtu.ffn import CONTEXT_KEY, RoutedFeedForward, RoutedTransformerBlock, chec
 from mtu.gathering import can_route_ahead, find_stacks, gather
 from mtu.norm import TaskLayerNorm
 from mtu.plain_linear import is_called_as_it_is
-from mtu.router import Router, RoutingTable, TaskContext, TaskEmbedding, held
+from mtu.router import Router, RoutingTable, TaskContext, TaskEmbedding, constants, held
 from mtu.tasks import TaskSpec, as_task_specs
 
 __all__ = ["MTUUNet2DConditionModel"]
@@ -130,9 +130,8 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         Raises:
             ValueError: this model has no task of that name.
         """
-        names = [names] if isinstance(names, str) else names
-        device = self.task_device if device is None else device
-        return torch.tensor([self.task_index(name) for name in names], dtype=torch.int64, device=device)
+        indices = [self.task_index(name) for name in ([names] if isinstance(names, str) else names)]
+        return torch.tensor(indices, dtype=torch.int64, device=device or self.task_device)
 
     @property
     def task_device(self) -> torch.device:
@@ -267,14 +266,14 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
     def named_trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """`trainable_parameters` with their names."""
         owners = (RoutedFeedForward, TaskLayerNorm, TaskConvIn, TaskEmbedding)
-        trainable = {id(p) for m in self.modules() if isinstance(m, owners) for p in m.parameters()}
-        trainable -= {id(p) for m in self.modules() if isinstance(m, RoutingTable) for p in m.parameters()}
+        trainable = {id(p) for m in self.modules() if isinstance(m, owners) for p in m.parameters()} - constants(self)
         return [(name, p) for name, p in in_memory.without_adapters(self) if id(p) in trainable]
 
     def requires_grad_(self, requires_grad: bool = True) -> "MTUUNet2DConditionModel":
-        """As in torch; integers, which tables of dropped routers hold, have no gradients."""
+        """As in torch, but for the tables of dropped routers, which stay constant, and for integers."""
+        fixed = constants(self)
         for parameter in self.parameters():
-            parameter.requires_grad_(requires_grad and parameter.is_floating_point())
+            parameter.requires_grad_(requires_grad and parameter.is_floating_point() and id(parameter) not in fixed)
         return self
 
     def freeze_stock_parameters_(self) -> None:
