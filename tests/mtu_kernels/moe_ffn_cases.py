@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -63,6 +63,8 @@ class Sizes(NamedTuple):
 
 
 DENSE = Sizes()
+# For what is asked of a call besides its numbers.
+SMALL = Sizes(B=2, L=5, D=8, F=3)
 
 
 def make_problem(
@@ -151,25 +153,38 @@ def assert_as_exact_as_eager(
 
     For inference, without recording gradients, for y alone.
     """
-    rows = []
+    assert_all_as_exact_as_eager({"moe_ffn": function}, problems, residual=residual, inference=inference)
+
+
+def assert_all_as_exact_as_eager(
+    functions: Mapping[str, Callable[..., Tensor]],
+    problems: Iterable[Problem],
+    *,
+    residual: bool = False,
+    inference: bool = False,
+) -> None:
+    """`assert_as_exact_as_eager` for each of several functions, by names that a failure tells."""
+    rows = {label: [] for label in functions}
     ulps = []
     asked = {"residual": True} if residual else {}
     for problem in problems:
         compute = functools.partial(forward_and_gradients, inference=inference)
-        actual = compute(functools.partial(function, **asked), problem)
         user = compute(functools.partial(user_moe_ffn, **asked), problem)
         exact = compute(functools.partial(reference.moe_ffn, **asked), problem.map(Tensor.double))
         stored = (problem.grad_y, *(() if inference else problem.tensors))
-        assert [(t.dtype, t.shape) for t in actual] == [(t.dtype, t.shape) for t in stored]
-        rows.append(
-            [[_max_abs(a - e), _max_abs(u - e), _max_abs(e)] for a, u, e in zip(actual, user, exact, strict=True)]
-        )
         ulps = [torch.finfo(t.dtype).eps for t in stored]
-    # Tensor.amax, and not max(), which loses NaN.
-    maxima = torch.tensor(rows, dtype=torch.float64).amax(dim=0).tolist()
+        for label, function in functions.items():
+            actual = compute(functools.partial(function, **asked), problem)
+            assert [(t.dtype, t.shape) for t in actual] == [(t.dtype, t.shape) for t in stored], label
+            triples = zip(actual, user, exact, strict=True)
+            rows[label].append([[_max_abs(a - e), _max_abs(u - e), _max_abs(e)] for a, u, e in triples])
     names = ("y",) if inference else ("y", *NAMES)
-    for name, (error, user_error, scale), ulp in zip(names, maxima, ulps, strict=True):
-        assert error <= 2 * user_error + ulp * scale, f"{name}: {error:.3g}, user's {user_error:.3g}, max {scale:.3g}"
+    for label, errors in rows.items():
+        # Tensor.amax, and not max(), which loses NaN.
+        maxima = torch.tensor(errors, dtype=torch.float64).amax(dim=0).tolist()
+        for name, (error, user_error, scale), ulp in zip(names, maxima, ulps, strict=True):
+            message = f"{label}, {name}: {error:.3g}, user's {user_error:.3g}, max {scale:.3g}"
+            assert error <= 2 * user_error + ulp * scale, message
 
 
 def _max_abs(tensor: Tensor) -> float:

@@ -7,22 +7,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mtu_kernels import moe_ffn
 
-from .moe_ffn_cases import Sizes, make_problem
+from .moe_ffn_cases import SMALL, Sizes, make_problem
 from .places import OP_PLACES, PLACES
 
-SMALL = Sizes(B=2, L=5, D=8, F=3)
+# Dense and top-k routing, each with parameters of all experts and with those of each.
 FORMS = {
     "dense": (SMALL, {}),
-    "top2": (SMALL._replace(K=2), {}),
-    "dense_per_expert_low": (SMALL, {"expert_norm": True, "expert_bias": True}),
     "top2_per_expert_low": (SMALL._replace(K=2), {"expert_norm": True, "expert_bias": True}),
-    "no_samples": (SMALL._replace(B=0), {}),
-    "no_tokens": (SMALL._replace(L=0, K=1), {}),
+    "no_samples_per_expert_low": (SMALL._replace(B=0), {"expert_norm": True, "expert_bias": True}),
+    "no_tokens_top1": (SMALL._replace(L=0, K=1), {}),
 }
-
-
-# Backends whose operators take the residual as well. Others leave it to PyTorch.
-ADDS_RESIDUAL = ("cpp", "reference")
 
 
 def ops_of(backend):
@@ -43,7 +37,7 @@ def test_registration(place, sizes, options):
     for op in (inference, train):
         torch.library.opcheck(op, problem.op_arguments)
         torch.library.opcheck(op, problem.requires_grad().op_arguments)
-        if place.backend in ADDS_RESIDUAL:
+        if place.adds_residual:
             torch.library.opcheck(op, (*problem.op_arguments, True))
             torch.library.opcheck(op, (*problem.requires_grad().op_arguments, True))
     _, *saved = train(*problem.op_arguments)
@@ -56,7 +50,7 @@ def test_registration(place, sizes, options):
 def test_outputs_are_contiguous_whatever_the_inputs(place):
     """Fakes promise contiguous outputs, and code compiled with them relies on it."""
     inference, train, backward = ops_of(place.backend)
-    problem = place.move(make_problem(0, Sizes(K=2), expert_norm=True, expert_bias=True))
+    problem = place.move(make_problem(0, SMALL._replace(K=2), expert_norm=True, expert_bias=True))
     problem = problem.map(lambda t: t.mT.contiguous().mT if t.dim() > 1 else t)
     torch.library.opcheck(inference, problem.op_arguments)
     torch.library.opcheck(train, problem.op_arguments)
@@ -107,7 +101,7 @@ def test_the_residual_is_a_matter_of_the_operator_or_of_pytorch(place):
         return "aten::add" in outermost
 
     for p in (problem, problem.requires_grad()):
-        assert has_sum(p) == (place.backend not in ADDS_RESIDUAL)
+        assert has_sum(p) == (not place.adds_residual)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["save", "recompute"])
@@ -142,7 +136,8 @@ def flops(function):
 @pytest.mark.parametrize("place", PLACES)
 def test_flops_are_those_of_the_stock_feed_forward_times_k_over_e(place, K, expert_norm):
     backend = place.backend
-    problem = place.move(make_problem(0, Sizes(K=K), expert_norm=expert_norm, expert_bias=True)).requires_grad()
+    problem = make_problem(0, SMALL._replace(K=K), expert_norm=expert_norm, expert_bias=True)
+    problem = place.move(problem).requires_grad()
     x, _, experts, _ = problem.arguments
 
     def stock():

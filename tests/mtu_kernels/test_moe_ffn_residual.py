@@ -8,23 +8,27 @@ import torch
 from mtu_kernels import warmup
 
 from .moe_ffn_cases import DENSE, Sizes, assert_as_exact_as_eager, forward_and_gradients, make_problem
-from .places import PLACES, cases
+from .places import ADDING_PLACES, PLACES, cases
 
 TOP_2 = DENSE._replace(K=2)
-SIZES = {
-    "dense": DENSE,
-    "top2": TOP_2,
-    "no_tokens": Sizes(L=0),
-    "no_samples": Sizes(B=0, K=2),
-    "one_token": Sizes(L=1),
-}
+EDGE_SIZES = {"no_tokens": Sizes(L=0), "no_samples": Sizes(B=0, K=2), "one_token": Sizes(L=1)}
 
 
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
-@cases("float32", "low", halved=True)
-def test_residual(place, dtype, expert_norm, sizes):
+def check_residual(place, dtype, expert_norm, sizes):
     options = dict(dtype=dtype, affine_dtype=torch.float32, expert_norm=expert_norm, expert_bias=expert_norm)
     assert_as_exact_as_eager(place.op, place.problems(sizes, **options), residual=True)
+
+
+@pytest.mark.parametrize("sizes", [DENSE, TOP_2], ids=("dense", "top2"))
+@cases("float32", "low", halved=True)
+def test_residual(place, dtype, expert_norm, sizes):
+    check_residual(place, dtype, expert_norm, sizes)
+
+
+@pytest.mark.parametrize("sizes", EDGE_SIZES.values(), ids=EDGE_SIZES.keys())
+@cases("float32", "low", places=ADDING_PLACES)
+def test_residual_of_edge_sizes(place, dtype, expert_norm, sizes):
+    check_residual(place, dtype, expert_norm, sizes)
 
 
 LAYOUTS = {
@@ -36,7 +40,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("lay_out", LAYOUTS.values(), ids=LAYOUTS.keys())
-@cases("low", halved=True)
+@cases("low", places=ADDING_PLACES)
 def test_residual_of_any_layout(place, dtype, expert_norm, lay_out):
     problems = place.problems(dtype=dtype, affine_dtype=torch.float32, expert_norm=expert_norm)
     problems = [p._replace(x=lay_out(p.x), grad_y=lay_out(p.grad_y)) for p in problems]

@@ -11,7 +11,7 @@ from mtu_kernels import moe_ffn
 from mtu_kernels.triton import constant_answers, inductor, operators
 from mtu_kernels.triton.launch import Machine
 
-from .moe_ffn_cases import Sizes, assert_as_exact_as_eager, make_problem
+from .moe_ffn_cases import SMALL, Sizes, assert_as_exact_as_eager, make_problem
 from .places import PLACES
 from .test_moe_ffn import EDGE_SIZES, EDGES
 
@@ -98,7 +98,7 @@ def op_arguments(problem):
     return x, experts.w_in, experts.b_in, routing.weights, experts.num_experts
 
 
-@pytest.mark.parametrize("sizes", [Sizes(), Sizes(B=0), Sizes(L=0), Sizes(B=5, L=13, D=17, E=3, F=7)], ids=str)
+@pytest.mark.parametrize("sizes", [SMALL, SMALL._replace(B=0), SMALL._replace(L=0)], ids=str)
 def test_registration(place, sizes):
     problem = place.move(make_problem(0, sizes, dtype=place.low, affine_dtype=torch.float32))
     torch.library.opcheck(OP, op_arguments(problem))
