@@ -42,9 +42,9 @@ def test_only_the_first_call_imports_the_kernels():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def run_operators(arch, problem):
+def run_operators(arch, problem, run=execute):
     """y and gradients, y and gradients recomputed, with the tiles of an architecture."""
-    call = operators.make_call(Machine(arch, execute), problem.op_arguments[:9], problem.experts.num_experts)
+    call = operators.make_call(Machine(arch, run), problem.op_arguments[:9], problem.experts.num_experts)
     y, *saved = operators.train(call, problem.eps)
     recomputed = operators.backward(call, problem.grad_y, None, problem.eps, True)
     return [y, *operators.backward(call, problem.grad_y, saved, problem.eps, True)], [
@@ -114,6 +114,43 @@ def hidden_units(operands, dtype):
     u, g = torch.nn.functional.linear(x_hat, w_in, b_in).chunk(2, dim=-1)
     a = (u * torch.nn.functional.gelu(g)).unflatten(-1, (experts.num_experts, -1))
     return (a * operands.routing.weights[:, None, :, None]).to(dtype).flatten(2)
+
+
+# Elements around a tensor: more than a tile has. Of any width, -3 is NaN as a float, and no expert as an index.
+MARGIN, PATTERN = 8192, -3
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def run_amid_a_pattern(launch):
+    """Runs a launch on copies of its tensors that lie amid a pattern, which must stay as it is."""
+    copies = {}
+
+    def move(argument):
+        if not isinstance(argument, Tensor):
+            return argument
+        if argument.data_ptr() not in copies:
+            size = argument.numel()
+            memory = torch.full((size + 2 * MARGIN,), PATTERN, dtype=BITS[argument.element_size()])
+            inner = memory[MARGIN : MARGIN + size].view(argument.dtype).as_strided(argument.shape, argument.stride())
+            copies[argument.data_ptr()] = argument, memory, inner.copy_(argument)
+        return copies[argument.data_ptr()][-1]
+
+    execute(launch._replace(arguments=tuple(map(move, launch.arguments))))
+    for original, memory, inner in copies.values():
+        outside = torch.cat([memory[:MARGIN], memory[-MARGIN:]])
+        assert (outside == PATTERN).all(), launch.kernel.__name__
+        original.copy_(inner)
+
+
+@interpreted
+@pytest.mark.parametrize("form", ["dense", "top2_per_expert"])
+@pytest.mark.parametrize(("arch", "dtype"), [("interpreter", torch.float32), ("sm_80", torch.float16)], ids=str)
+def test_kernels_stay_within_their_tensors(arch, dtype, form):
+    """Nothing fits its tiles, and the last group of row tiles is smaller than the others."""
+    K, options = FORMS[form]
+    problem = make_problem(0, Sizes(3, 13, 17, 3, 9, K), dtype=dtype, **options)
+    for outputs in run_operators(arch, problem, run_amid_a_pattern):
+        assert not any(t.isnan().any() for t in outputs)
 
 
 @interpreted
