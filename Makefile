@@ -8,7 +8,7 @@ VENV := .venv$(if $(filter-out $(DEFAULT_CONSTRAINTS),$(CONSTRAINTS)),-$(basenam
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) $(PIP_ARGS)
 
-.PHONY: demo test lint bench format clean
+.PHONY: demo test test-fast lint bench format clean
 .DELETE_ON_ERROR:
 
 # torch goes first: a package that asks for it later is then satisfied with the pinned build.
@@ -29,6 +29,10 @@ demo: $(VENV)/.ready
 # Lint and type checks belong to the default environment: other versions' stubs and rules say other things.
 test: $(if $(filter $(DEFAULT_CONSTRAINTS),$(CONSTRAINTS)),lint,$(VENV)/.ready)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Within a minute: the essentials of every package. What takes longer is marked slow.
+test-fast: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not gpu and not slow'
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.models.model_sizes

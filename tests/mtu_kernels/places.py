@@ -86,13 +86,18 @@ def _params(places: list[Place], *marks: pytest.MarkDecorator) -> list:
 
 
 PLACES = [*_params(_places("cpu")), *_params(_places("cuda"), pytest.mark.gpu)]
+# The same, where the interpreter takes seconds.
+SLOW_IF_INTERPRETED = [
+    pytest.param(*param.values, id=param.id, marks=(*param.marks, *[pytest.mark.slow] * param.values[0].is_interpreter))
+    for param in PLACES
+]
 # Those that are operators of their own.
 OP_PLACES = [param for param in PLACES if param.values[0].backend != "eager"]
 # Those whose operators add the residual.
 ADDING_PLACES = [param for param in PLACES if param.values[0].adds_residual]
 
 
-def cases(*precisions, places=PLACES, halved=False):
+def cases(*precisions, places=SLOW_IF_INTERPRETED, halved=False):
     """Parameters place, dtype and expert_norm: all combinations, but for what takes the interpreter too long.
 
     Args:

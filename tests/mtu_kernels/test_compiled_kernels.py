@@ -24,6 +24,7 @@ def python(*arguments, **environment):
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_shipped_tiles_compile_without_spills_within_the_chip_and_with_loads_that_run_ahead(arch, tmp_path):
     output = tmp_path / "kernels.csv"
@@ -70,6 +71,7 @@ print(*uncovered("sm_80", [], (TableRow(TileKey("expert_in", "sm_80", 16, True),
 """
 
 
+@pytest.mark.slow
 def test_the_check_rejects_spills_and_what_does_not_fit_and_loads_and_products_that_wait():
     result = python("-c", CHECKER)
     assert result.returncode == 0, result.stderr
@@ -120,6 +122,7 @@ for named in list(record(Call(top_2(640, 1024)), "sm_90"))[:3]:
 """
 
 
+@pytest.mark.slow
 def test_what_is_compiled_ahead_is_what_a_call_would_compile(tmp_path):
     # A call finds all that it needs in the cache: the same types, divisors and options.
     result = python("-c", JUST_IN_TIME, TRITON_CACHE_DIR=str(tmp_path))
@@ -146,6 +149,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_the_tuner_finds_out_what_does_not_fit_before_it_measures(tmp_path):
     script = tmp_path / "ahead.py"
     script.write_text(AHEAD)
@@ -206,6 +210,7 @@ def test_the_main_loop_is_the_shortest_around_the_product():
 CANDIDATES = ["expert_sum", "--arch", "sm_80", "--top-k", "--shapes", "1280x1024"]
 
 
+@pytest.mark.slow
 def test_candidates_are_listed_with_what_is_wrong_with_them_and_the_fastest_first():
     tiles = ["128x128x128x8x4", "64x64x64x4x3", "128x64x64x4x3x4"]
     result = python("-m", "benchmarks.kernels.compiled_candidates", *CANDIDATES, "--tiles", *tiles)
@@ -256,6 +261,7 @@ for arch in "sm_80", "sm_90":
 """
 
 
+@pytest.mark.slow
 def test_a_product_that_starts_early_waits_before_it_loads():
     """For the launch before it, which writes what it loads."""
     result = python("-c", EARLY)

@@ -38,11 +38,14 @@ SIZES = {
     "many_experts": Sizes(B=2, L=17, D=32, E=40, F=1),
     "single": Sizes(B=16, L=1, D=5, E=3, F=3),
 }
+SLOW_SIZES = ("deep", "many_experts", "single")
 cpp_op = functools.partial(moe_ffn, backend="cpp")
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(
+    "sizes", ["whole", "rests", "odd_experts", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_SIZES)]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_level_is_as_exact_as_eager(dtype, sizes, form):
     K, options = FORMS[form]
@@ -105,6 +108,7 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 # Few tokens: threads share weights. Many: each takes tokens of its own.
 @pytest.mark.parametrize("sizes", [Sizes(2, 37, 40, 4, 24), Sizes(3, 700, 24, 4, 20)], ids=("few", "many"))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mtu_kernels import ExpertWeights, NormAffine, Routing, dense_weights, moe_ffn, reference
 
 from .moe_ffn_cases import DENSE, SMALL, Problem, Sizes, assert_as_exact_as_eager, forward_and_gradients, make_problem
-from .places import PLACES, Place, cases
+from .places import PLACES, SLOW_IF_INTERPRETED, Place, cases
 
 TOP_2 = DENSE._replace(K=2)
 EAGER = Place("eager", "cpu")
@@ -168,7 +168,7 @@ def right_index(dtype):
     return torch.finfo(dtype).eps ** 0.5
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", SLOW_IF_INTERPRETED)
 def test_every_shape(place):
     @settings(max_examples=16 if place.is_interpreter else 40, deadline=None, derandomize=True)
     @given(
@@ -286,7 +286,7 @@ def test_autocast_leaves_float64_alone():
     assert torch.equal(actual, moe_ffn(*problem.arguments))
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", SLOW_IF_INTERPRETED)
 @pytest.mark.parametrize("recompute", [False, True], ids=("save", "recompute"))
 @pytest.mark.parametrize("K", [None, 2], ids=("dense", "top2"))
 @pytest.mark.parametrize("expert_norm", [False, True], ids=("norm", "expert_norm"))
@@ -302,6 +302,7 @@ def test_traces_in_one_graph_for_all_routings(place, expert_norm, K, recompute):
             assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [DENSE, TOP_2], ids=("dense", "top2"))
 def test_compiles(place, sizes):
     compiled = torch.compile(place.op, fullgraph=True)

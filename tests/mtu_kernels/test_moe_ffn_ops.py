@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mtu_kernels import moe_ffn
 
 from .moe_ffn_cases import SMALL, Sizes, make_problem
-from .places import OP_PLACES, PLACES
+from .places import OP_PLACES, PLACES, SLOW_IF_INTERPRETED
 
 # Dense and top-k routing, each with parameters of all experts and with those of each.
 FORMS = {
@@ -28,6 +28,7 @@ def backward_arguments(problem, saved, expert_grads=True):
     return (problem.grad_y, *problem.op_arguments[:9], *saved, num_experts, problem.eps, expert_grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "options"), FORMS.values(), ids=FORMS.keys())
 @pytest.mark.parametrize("place", OP_PLACES)
 def test_registration(place, sizes, options):
@@ -133,7 +134,7 @@ def flops(function):
 
 @pytest.mark.parametrize("expert_norm", [False, True], ids=["norm", "expert_norm"])
 @pytest.mark.parametrize("K", [None, 1, 2, 4])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", SLOW_IF_INTERPRETED)
 def test_flops_are_those_of_the_stock_feed_forward_times_k_over_e(place, K, expert_norm):
     backend = place.backend
     problem = make_problem(0, SMALL._replace(K=K), expert_norm=expert_norm, expert_bias=True)

@@ -53,6 +53,7 @@ def run_operators(arch, problem, run=execute):
     ]
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize(("K", "options"), FORMS.values(), ids=FORMS.keys())
 @pytest.mark.parametrize(
@@ -333,6 +334,7 @@ def test_a_cpu_without_the_interpreter():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "words"),
     [

@@ -29,6 +29,7 @@ def compiled(function, backend="aot_eager"):
     return torch.compile(function, fullgraph=True, backend=backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("x_is_float32", [False, True], ids=("low_x", "float32_x"))
 @pytest.mark.parametrize("edge", EDGES, ids=lambda edge: edge.__name__)
 def test_edge_values(place, edge, x_is_float32):
@@ -37,6 +38,7 @@ def test_edge_values(place, edge, x_is_float32):
     assert_as_exact_as_eager(compiled(place.op), problems, residual=not x_is_float32, inference=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "low"])
 @pytest.mark.parametrize("sizes", [sizes for sizes in EDGE_SIZES.values() if sizes.K is None], ids=str)
 def test_edge_sizes(place, dtype, sizes):
@@ -44,6 +46,7 @@ def test_edge_sizes(place, dtype, sizes):
     assert_as_exact_as_eager(compiled(place.op), problems, residual=True, inference=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # inductor's own import
 def test_inductor_compiles_it(place):
     problems = place.problems(dtype=place.low, affine_dtype=torch.float32)
@@ -57,6 +60,7 @@ def operators_of(function, problem):
     return [e.name.removeprefix("mtu_kernels::") for e in profile.events() if e.name.startswith("mtu_kernels::")]
 
 
+@pytest.mark.slow
 def test_which_operator_runs(place):
     dense = place.move(make_problem(0, dtype=place.low, affine_dtype=torch.float32))
     assert operators_of(triton_ffn, dense) == ["moe_ffn_triton"]
