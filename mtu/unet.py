@@ -25,7 +25,7 @@ from mtu.ffn import CONTEXT_KEY, RoutedFeedForward, RoutedTransformerBlock, chec
 from mtu.gathering import can_route_ahead, find_stacks, gather
 from mtu.norm import TaskLayerNorm
 from mtu.plain_linear import is_called_as_it_is
-from mtu.router import Router, RoutingTable, TaskContext, TaskEmbedding, constants, held
+from mtu.router import Router, TaskContext, TaskEmbedding, constants, held
 from mtu.tasks import TaskSpec, as_task_specs
 
 __all__ = ["MTUUNet2DConditionModel"]
