@@ -160,7 +160,7 @@ def _no_affine_of_one_task(upcycled):
 
 def _heavy_routing(upcycled):
     for layer in upcycled.routed_layers():
-        layer.router.weights = layer.router.weights * 1.2
+        layer.router.weights.data.mul_(1.2)
 
 
 def _nan_in_one_row(upcycled):
