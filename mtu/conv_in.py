@@ -38,7 +38,7 @@ class TaskConvIn(nn.Module):
         self.bias = nn.Parameter(torch.zeros(tasks, out_channels))
         # (T,) int64. A buffer would be left on the meta device, or moved on its own, by offloading: as it follows from
         # the configuration, it is made wherever it is needed.
-        self.channels = torch.tensor(self.task_channels, device="cpu")
+        self.channels = self._counted("cpu")
 
     @property
     def in_channels(self) -> int:
@@ -107,14 +107,12 @@ class TaskConvIn(nn.Module):
         """Put the channel counts where the parameters are; needed only where those were set one by one."""
         # Parameters on the meta device are offloaded, or have no values yet.
         device = self.channels.device if self.weight.is_meta else self.weight.device
-        # What is made in inference mode could not be written to outside it.
-        with torch.inference_mode(False):
-            channels = torch.tensor(self.task_channels, device=device)
-            if (self.channels.shape, self.channels.device) == (channels.shape, channels.device):
-                # CUDA graphs read them where they are.
-                self.channels.copy_(channels)
-            else:
-                self.channels = channels
+        channels = self._counted(device)
+        if (self.channels.shape, self.channels.device) == (channels.shape, channels.device):
+            # CUDA graphs read them where they are.
+            self.channels.copy_(channels)
+        else:
+            self.channels = channels
 
     def _channels_on(self, device: torch.device) -> Tensor:
         """The channel counts where the sample is, and from now on there: offloading does not say where that will be."""
@@ -122,10 +120,14 @@ class TaskConvIn(nn.Module):
             return self.channels
         if torch.compiler.is_compiling():
             return self.channels.to(device)
-        with torch.inference_mode(False):
-            # Not from where they were: after a call on the meta device they have no values there.
-            self.channels = torch.tensor(self.task_channels, device=device)
+        # Not from where they were: after a call on the meta device they have no values there.
+        self.channels = self._counted(device)
         return self.channels
+
+    def _counted(self, device: torch.device | str) -> Tensor:
+        # What is made in inference mode could not be written to outside it.
+        with torch.inference_mode(False):
+            return torch.tensor(self.task_channels, device=device)
 
     def set_rows_(self, weight: Tensor, bias: Tensor, condition_channels: Sequence[int]) -> None:
         """Replace the packed tensors, for another number of tasks or of channels."""

@@ -315,6 +315,16 @@ def test_a_model_upcycled_on_meta_can_be_filled():
     assert torch.equal(predict(other, given), predict(filled, given))
 
 
+def test_inference_mode():
+    stock = stock_unet()
+    given = inputs(stock, channels=4)
+    expected = predict(stock, given)
+    with torch.inference_mode():
+        upcycled = mtu.upcycle(stock)
+    upcycled.to("cpu")
+    assert_close(predict(upcycled, given), expected)
+
+
 def test_the_global_generator_is_left_alone():
     stock = stock_unet()
     state = torch.get_rng_state()
