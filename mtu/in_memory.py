@@ -4,7 +4,7 @@ Offloading keeps parameters in a map or on disk, layerwise casting in another dt
 other modules: who reads or replaces parameters asks here first.
 """
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from typing import TypeVar
 
 from accelerate import init_empty_weights
@@ -27,6 +27,7 @@ from mtu.plain_linear import is_replaced
 from mtu.router import RoutingTable
 
 __all__ = [
+    "check_loadable",
     "check_no_group_hooks",
     "check_no_hooks",
     "check_plain",
@@ -65,6 +66,32 @@ def check_no_group_hooks(module: nn.Module, action: str) -> None:
         raise ValueError(
             f"{action} needs a model that is wholly in memory, but {grouped} modules are under group offloading, which "
             "diffusers does not take back: do it before enable_group_offload."
+        )
+
+
+def check_loadable(module: nn.Module, values: Mapping[str, Tensor], action: str, *, assign: bool) -> None:
+    """Raise a ValueError if values that are loaded into the tensors of these names would be lost.
+
+    Args:
+        values: those to load; an offloaded model takes them for what is in memory (new adapters).
+        action: the subject of the message.
+        assign: whether tensors are replaced, not written to.
+    """
+    elsewhere = tensors_on_disk(module)
+    lost = 0
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if name not in values:
+            continue
+        if id(tensor) in elsewhere or (tensor.is_meta and _offloaded_value(module, name) is not None):
+            lost += 1
+        elif tensor.is_meta and not values[name].is_meta and not assign:
+            raise ValueError(
+                f"{action} needs parameters with values, but {name} is on the meta device: pass assign=True."
+            )
+    if lost or (assign and any(map(is_grouped, module.modules()))):
+        raise ValueError(
+            f"{action} needs a model that is wholly in memory, but {lost or 'some'} of these tensors are offloaded: do "
+            "it beforehand."
         )
 
 

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -357,6 +357,15 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         in_memory.check_saveable(self, "save_pretrained")
         save = functools.partial(UNet2DConditionModel.save_pretrained, in_memory.in_memory(self))
         checkpoint.save_pretrained(save, given)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """As in torch.
+
+        Raises:
+            ValueError: tensors that offloading keeps elsewhere: what is written over them would not reach calls.
+        """
+        in_memory.check_loadable(self, state_dict, "load_state_dict", assign=assign)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def save_task(self, directory: str | os.PathLike, name: str) -> None:
         """Save what task `name` alone owns (embedding, norms, input convolution); a folder can hold several tasks."""

@@ -1,6 +1,5 @@
 """Every public method of a model in every state: the plain model's result, or one sentence before anything changes."""
 
-import contextlib
 import copy
 import functools
 import pickle
@@ -9,173 +8,46 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import accelerate
 import pytest
 import torch
-from peft import LoraConfig
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 import mtu
-from mtu.compiling import CompiledCalls, Plan
+from mtu.inspection import compare
 from mtu.training import FitConfig, fit
 
-from .tiny import SD, TOLERANCE, inputs, predict, randomise_, stock_unet, upcycled_unet
+from .states import (
+    HELD,
+    NAMES,
+    SMALL,
+    adapted,
+    adapted_in_plain_weights,
+    cast,
+    compiled,
+    compiled_blocks,
+    cpu_offloaded,
+    disabled,
+    disk_offloaded,
+    dispatched,
+    given_for,
+    group_offloaded,
+    held,
+    outputs,
+    plain,
+    quantized,
+    rounded_as_cast,
+    small_upcycled,
+    without_values,
+    wrapped_by_compiler,
+)
+from .tiny import TOLERANCE, predict, randomise_, stock_unet, upcycled_unet
 
-NAMES = ("remove", "text-to-image", "edit", "super-resolution", "edit")
-SMALL = {
-    **SD,
-    "block_out_channels": (32,),
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("CrossAttnUpBlock2D",),
-    "mid_block_type": None,
-}
-CPU = torch.device("cpu")
-HELD = contextlib.ExitStack()
 # Gradients go forward and backward, and the small ones of a deep network are sums of large ones that cancel.
 CLOSE = 10 * TOLERANCE
 
-# ------------------------------------------------------------------------------------------- states: how to get there
-
-
-class Rounded(Tensor):
-    """Stands for a quantizer's tensor: a subclass around another that holds its values, rounded."""
-
-    @staticmethod
-    def __new__(cls, values):
-        return Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype, device=values.device)
-
-    def __init__(self, values):
-        self.values = values
-
-    def __tensor_flatten__(self):
-        return ["values"], None
-
-    @staticmethod
-    def __tensor_unflatten__(inner, *_):
-        return Rounded(inner["values"])
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        args, kwargs = tree_map(lambda leaf: leaf.values if isinstance(leaf, Rounded) else leaf, (args, kwargs or {}))
-        output = func(*args, **kwargs)
-        return Rounded(output) if func is torch.ops.aten.detach.default else output
-
-
-@torch.no_grad()
-def quantized(unet, folder, wrapped=True):
-    for layer in unet.modules():
-        if type(layer) is nn.Linear:
-            values = layer.weight.detach().half().float()
-            layer.weight = nn.Parameter(Rounded(values) if wrapped else values, requires_grad=False)
-    return unet
-
-
-def cpu_offloaded(unet, folder):
-    accelerate.cpu_offload(unet, CPU)
-    return unet
-
-
-def disk_offloaded(unet, folder):
-    accelerate.disk_offload(unet, folder / "offloaded", CPU)
-    return unet
-
-
-def dispatched(unet, folder):
-    parts = {name: "disk" if name in ("up_blocks", "conv_in") else "cpu" for name, _ in unet.named_children()}
-    return accelerate.dispatch_model(unet, parts, CPU, offload_dir=folder / "offloaded", force_hooks=True)
-
-
-def group_offloaded(unet, folder, kind, on_disk=False):
-    blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
-    path = {"offload_to_disk_path": str(folder / "offloaded")} if on_disk else {}
-    unet.enable_group_offload(CPU, offload_type=kind, **blocks, **path)
-    return unet
-
-
-def cast(unet, folder, storage):
-    unet.enable_layerwise_casting(storage, torch.float32)
-    return unet
-
-
-def rounded_as_cast(unet, folder, storage):
-    """The values that layerwise casting stores, computed with as usual."""
-    stored = cast(copy.deepcopy(unet), folder, storage).state_dict()
-    unet.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
-    return unet
-
-
-def adapted(unet, folder):
-    torch.manual_seed(3)
-    targets = ["ff.net.2", "ff.net.0.proj", "to_q"]
-    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False))
-    return unet
-
-
-def adapted_in_plain_weights(unet, folder):
-    adapted(unet, folder).fuse_lora()
-    unet.unload_lora()
-    return unet
-
-
-def disabled(unet, folder):
-    adapted(unet, folder).disable_adapters()
-    return unet
-
-
-def compiled(unet, folder):
-    unet._compiled_call_impl = CompiledCalls(unet, Plan({"backend": "eager"}, graphs=False), 8)
-    outputs(unet)
-    return unet
-
-
-def compiled_blocks(unet, folder):
-    unet.compile_repeated_blocks(backend="eager")
-    outputs(unet)
-    return unet
-
-
-def wrapped_by_compiler(unet, folder):
-    return torch.compile(unet, backend="eager")
-
-
-def without_values(unet, folder):
-    return unet.to("meta")
-
-
-def held(unet, folder):
-    """Within `hold_routing`, for as long as the test runs."""
-    HELD.enter_context(torch.no_grad())
-    HELD.enter_context(unet.hold_routing())
-    outputs(unet)
-    return unet
-
-
-def plain(unet, folder):
-    return unet
-
-
 # ---------------------------------------------------------------------- methods: how to call them, and what to compare
-
-
-def given_for(unet):
-    given = inputs(mtu_or_stock(unet), batch=5, channels=8 if hasattr(unet, "tasks") else 4)
-    on_meta = unet.conv_out.weight.is_meta and not hasattr(unet, "_hf_hook")
-    return {name: tensor.to("meta") for name, tensor in given.items()} if on_meta else given
-
-
-@functools.cache
-def small_upcycled():
-    return upcycled_unet(SMALL)
-
-
-def mtu_or_stock(unet):
-    return small_upcycled()
-
-
-def outputs(unet, *names):
-    return predict(unet, given_for(unet), *((names or NAMES) if hasattr(unet, "tasks") else ()))
 
 
 def after_adding(unet, folder):
@@ -252,7 +124,24 @@ def fitted(unet, folder):
     return [entry.loss for entry in log]
 
 
+def loaded(unet, folder):
+    """`load_state_dict` of another model's values."""
+    other = upcycled_unet(SMALL)
+    randomise_([other.conv_out.weight, other.conv_in.weight], seed=5)
+    names = ("conv_out.weight", "conv_in.weight")
+    state = {name: other.state_dict()[name].to(torch.float8_e4m3fn).float() for name in names}
+    unet.load_state_dict(state, strict=False)
+    return outputs(unet)
+
+
+def compared(unet, folder):
+    comparison = compare(unet, size=64)
+    return [(row.key, row.original, row.upcycled, row.routers_dropped) for row in comparison.rows]
+
+
 METHODS = {
+    "load_state_dict": loaded,
+    "inspection": compared,
     "forward": lambda unet, folder: (outputs(unet), predict(unet, given_for(unet))),
     "task_ids": lambda unet, folder: (unet.task_index("edit"), unet.task_ids(NAMES, "cpu"), unet.task_device.type),
     "add_task": after_adding,
@@ -313,9 +202,10 @@ class State(NamedTuple):
 SURGERY = ("add_task", "remove_task", "load_task", "load_task_again")
 FILES = ("save_task", "save_trained", "save_pretrained")
 OFFLOADED = dict.fromkeys((*SURGERY, "fit"), "needs a model that is wholly in memory, but .* offloaded by accelerate")
-OFFLOADED |= {"compile": "this UNet is offloaded"}
+OFFLOADED |= {"compile": "this UNet is offloaded", "load_state_dict": "wholly in memory, but .* are offloaded"}
 GROUPED = dict.fromkeys((*SURGERY, "drop_routers_", "fit"), "wholly in memory, but .* are under group offloading")
 GROUPED |= {"compile": "this UNet is offloaded"}
+GROUPED_ON_DISK = {**GROUPED, "load_state_dict": OFFLOADED["load_state_dict"]}
 CAST = {"fit": "this model is under layerwise casting", "compile": "this UNet is offloaded"}
 QUANTIZED = dict.fromkeys(
     ("save_trained", "save_pretrained", "export_task", "export_pruned"), "needs plain tensors, but .* Rounded"
@@ -324,7 +214,8 @@ ADAPTED = dict.fromkeys(
     ("save_trained", "save_pretrained", "export_task", "export_pruned"), "Unload adapters, .* of peft"
 )
 ON_META = dict.fromkeys(
-    (*FILES, "load_task", "load_task_again", "fit"), "needs parameters with values, .* on the meta device"
+    (*FILES, "load_task", "load_task_again", "load_state_dict", "fit"),
+    "needs parameters with values, .* on the meta device",
 )
 NOT_COPIED = ("deepcopy", "pickle")
 # Of states that differ from others in where values are kept alone.
@@ -343,7 +234,7 @@ STATES = {
     "group_disk": State(
         functools.partial(group_offloaded, kind="block_level", on_disk=True),
         plain,
-        GROUPED,
+        GROUPED_ON_DISK,
         (*NOT_COPIED, "to_bfloat16", "training"),
     ),
     "group_leaves_disk": State(
