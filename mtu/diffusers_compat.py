@@ -44,6 +44,7 @@ __all__ = [
     "retrieve_timesteps",
     "tensors_on_disk",
     "weight_maps",
+    "weights_return",
     "with_stock_signature",
 ]
 
@@ -97,7 +98,8 @@ PRIVATE_WAYS = {
     "accelerate_hooks": (
         "accelerate leaves its hook of a module in `_hf_hook`, several of them in its `hooks`; one with `offload` has "
         "the module's weights in its `weights_map`, by their names in it, and meta tensors in the module. They are "
-        "read there to save and to export. Seen in accelerate 1.15.0."
+        "read there to save and to export. Taken off, a hook puts them where `original_devices` says: nowhere, where "
+        "the model was loaded by a device map. Seen in accelerate 1.15.0."
     ),
     "diffusers_hooks": (
         "diffusers keeps its hooks of a module by name in `_diffusers_hook`, among them 'group_offloading' and "
@@ -209,10 +211,20 @@ def has_accelerate_hook(module: nn.Module) -> bool:
 
 def weight_maps(module: nn.Module) -> Iterator[Mapping[str, Tensor]]:
     """Where accelerate keeps the weights of a module between its calls, by their names in it."""
+    return (hook.weights_map for hook in _offloading_hooks(module))
+
+
+def weights_return(module: nn.Module) -> bool:
+    """Whether a module gets its weights back where its hooks are taken off: not if it was loaded without them."""
+    devices = (device for hook in _offloading_hooks(module) for device in hook.original_devices.values())
+    return all(device.type != "meta" for device in devices)
+
+
+def _offloading_hooks(module: nn.Module) -> Iterator[Any]:
     hook = getattr(module, "_hf_hook", None)
     for one in getattr(hook, "hooks", (hook,)):
         if getattr(one, "offload", False) is True and one.weights_map is not None:
-            yield one.weights_map
+            yield one
 
 
 def has_diffusers_hook(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from mtu.diffusers_compat import (
     is_own_of_adapter,
     tensors_on_disk,
     weight_maps,
+    weights_return,
 )
 from mtu.plain_linear import is_replaced
 from mtu.router import RoutingTable
@@ -50,11 +51,14 @@ def check_no_hooks(module: nn.Module, action: str) -> None:
     Args:
         action: what is about to be done, the subject of the message.
     """
-    offloaded = sum(any(True for _ in weight_maps(m)) for m in module.modules())
+    offloaded = [m for m in module.modules() if any(True for _ in weight_maps(m))]
     if offloaded:
+        way_back = "call accelerate.hooks.remove_hook_from_module(unet, recurse=True) first"
+        if not all(map(weights_return, offloaded)):
+            way_back = "load the model without a device_map"
         raise ValueError(
-            f"{action} needs a model that is wholly in memory, but {offloaded} modules are offloaded by accelerate: do "
-            "it beforehand, or call accelerate.hooks.remove_hook_from_module(unet, recurse=True) first."
+            f"{action} needs a model that is wholly in memory, but {len(offloaded)} modules are offloaded by "
+            f"accelerate: do it beforehand, or {way_back}."
         )
     check_no_group_hooks(module, action)
 

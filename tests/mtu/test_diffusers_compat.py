@@ -52,6 +52,7 @@ from mtu.diffusers_compat import (
     retrieve_timesteps,
     tensors_on_disk,
     weight_maps,
+    weights_return,
 )
 from tests.mtu.pipelines.conftest import stock_pipeline
 from tests.mtu.tiny import SD, stock_unet, upcycled_unet
@@ -276,6 +277,11 @@ def test_accelerate_hooks():
     assert layer.weight.is_meta
     (weights,) = weight_maps(layer)
     assert torch.equal(weights["weight"], weight)
+    assert weights_return(layer)
+    accelerate.hooks.remove_hook_from_module(unet, recurse=True)
+    assert torch.equal(layer.weight, weight)
+    accelerate.cpu_offload(unet.to("meta"), "cpu", state_dict={"conv_out.weight": weight})
+    assert not weights_return(layer)
     one = nn.Linear(2, 2)
     add_hook_to_module(one, SequentialHook(AlignDevicesHook(), AlignDevicesHook(offload=True, weights_map={"a": 1})))
     assert list(weight_maps(one)) == [{"a": 1}]

@@ -91,7 +91,11 @@ def test_device_maps(settings, dropped, on_disk, tmp_path):
     device_map = placed(unet, *on_disk)
     assert list(device_map.values()).count("disk") == len(on_disk) - (dropped and "task_embedding" in on_disk)
     load = functools.partial(mtu.MTUUNet2DConditionModel.from_pretrained, tmp_path / "saved")
-    assert_computes(load(device_map=device_map, offload_folder=tmp_path / "offloaded").eval(), given, expected)
+    loaded = load(device_map=device_map, offload_folder=tmp_path / "offloaded").eval()
+    assert_computes(loaded, given, expected)
+    # Taking the hooks off would leave a model without values.
+    with pytest.raises(ValueError, match=r"offloaded by accelerate: .* load the model without a device_map"):
+        loaded.remove_task("edit")
 
 
 def test_an_inferred_map(settings, dropped, tmp_path):
