@@ -92,9 +92,9 @@ def check_loadable(module: nn.Module, values: Mapping[str, Tensor], action: str,
             raise ValueError(
                 f"{action} needs parameters with values, but {name} is on the meta device: pass assign=True."
             )
-    if lost or (assign and any(map(is_grouped, module.modules()))):
+    if lost:
         raise ValueError(
-            f"{action} needs a model that is wholly in memory, but {lost or 'some'} of these tensors are offloaded: do "
+            f"{action} needs a model that is wholly in memory, but {lost} of these tensors are offloaded: do "
             "it beforehand."
         )
 
