@@ -228,9 +228,9 @@ STATES = {
     "held": State(held, plain, only=(*SURGERY, "drop_routers_", "invalidate_routing_cache")),
     "cpu_offload": State(cpu_offloaded, plain, OFFLOADED, ("pickle", "training", "to_bfloat16")),
     "disk_offload": State(disk_offloaded, plain, OFFLOADED, only=SOME),
-    "dispatched": State(dispatched, plain, OFFLOADED, ("pickle", "training", "to_bfloat16", "channels_last")),
+    "dispatched": State(dispatched, plain, OFFLOADED, only=SOME),
     "group_blocks": State(functools.partial(group_offloaded, kind="block_level"), plain, GROUPED, NOT_COPIED),
-    "group_leaves": State(functools.partial(group_offloaded, kind="leaf_level"), plain, GROUPED, NOT_COPIED),
+    "group_leaves": State(functools.partial(group_offloaded, kind="leaf_level"), plain, GROUPED, only=SOME),
     "group_disk": State(
         functools.partial(group_offloaded, kind="block_level", on_disk=True),
         plain,
