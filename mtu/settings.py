@@ -6,7 +6,7 @@ import types
 from typing import Any
 
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from torch import Tensor, nn
 
@@ -20,13 +20,14 @@ from mtu.diffusers_compat import (
     SAVED_KEYS,
     chunk_settings,
 )
+from mtu.ffn import RoutedFeedForward, RoutedTransformerBlock
 from mtu.norm import TaskLayerNorm
 
 __all__ = ["carry_settings_", "unfused_state"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Of modules whose upcycled and stock classes or widths differ, what belongs to them and is no setting.
-_OF_CLASS = {"num_experts", "eps", "backend", "_stacks", "in_features", "out_features"}
+_OF_CLASS = {"num_experts", "backend", "_stacks", "in_features", "out_features"}
 _IGNORED = {
     *vars(nn.Module()),
     *RUNTIME_ATTRIBUTES,
@@ -34,6 +35,13 @@ _IGNORED = {
     *CLASS_ATTRIBUTES,
     *CHUNK_ATTRIBUTES,
     *_OF_CLASS,
+}
+# What upcycled parts are made of.
+_STOCK = {
+    RoutedTransformerBlock: BasicTransformerBlock,
+    RoutedFeedForward: FeedForward,
+    TaskLayerNorm: nn.LayerNorm,
+    TaskConvIn: nn.Conv2d,
 }
 
 
@@ -45,7 +53,8 @@ def carry_settings_(source: UNet2DConditionModel, target: UNet2DConditionModel) 
     cannot be is found before anything is set. Compiled code and offloading are not settings: they are put on anew.
 
     Raises:
-        ValueError: hooks, replaced methods or modules, fused projections, or chunks of the batch.
+        ValueError: hooks, replaced methods or modules, fused projections, chunks of the batch, or an input convolution
+            that pads otherwise.
     """
     if any(isinstance(processor, FusedAttnProcessor2_0) for processor in source.attn_processors.values()):
         raise ValueError("Fused projections cannot be carried over: call unfuse_qkv_projections before.")
@@ -54,8 +63,11 @@ def carry_settings_(source: UNet2DConditionModel, target: UNet2DConditionModel) 
     for name, module in source.named_modules():
         _check_hooks(name, module)
         other = theirs.get(name)
-        if other is not None and not isinstance(module, TaskLayerNorm | TaskConvIn):
+        if other is not None:
             changes += [(other, key, value) for key, value in _changed(name, module, other)]
+            if isinstance(other, TaskLayerNorm):
+                # It is the feed-forward network beside it that normalises.
+                changes.append((theirs[f"{name.rpartition('.')[0]}.ff"], "eps", module.eps))
     chunks = {name: _chunk_size(name, m) for name, m in source.named_modules() if isinstance(m, BasicTransformerBlock)}
 
     for module, key, value in changes:
@@ -93,19 +105,39 @@ def _check_hooks(name: str, module: nn.Module) -> None:
 
 def _changed(name: str, module: nn.Module, other: nn.Module) -> list[tuple[str, Any]]:
     """The attributes of a module that differ from those of its counterpart in a new model."""
-    if name and type(module) is not type(other) and not (_is_routed(module) or _is_routed(other)):
-        expected = type(other).__name__
-        raise ValueError(f"{name} is a {type(module).__name__}, but the UNet's configuration says {expected}.")
-    if isinstance(other, TaskLayerNorm | TaskConvIn):
+    expected = _STOCK.get(type(other), type(other))
+    if name and type(module) is not expected and not _is_routed(module):
+        # A subclass, too: what it does otherwise would be lost.
+        raise ValueError(f"{name} is a {type(module).__name__}, but the UNet's configuration says {expected.__name__}.")
+    if isinstance(module, TaskLayerNorm) or isinstance(other, TaskLayerNorm):
+        return [("eps", module.eps)]
+    if isinstance(module, TaskConvIn):
+        return []
+    if isinstance(other, TaskConvIn):
+        _check_conv_in(module)
         return []
     changed = []
     for key, value in vars(module).items():
         if key in _IGNORED or _are_equal(value, vars(other).get(key, _IGNORED)):
             continue
-        if isinstance(value, types.MethodType) and value.__self__ is module:
+        if key == "eps" and _is_routed(module):
+            continue  # of its norm, which has it, too
+        is_method = isinstance(value, types.MethodType) and value.__self__ is module
+        if is_method or (callable(value) and inspect.isroutine(getattr(type(module), key, None))):
             raise ValueError(f"{name or type(module).__name__}.{key} was replaced, which cannot be carried over.")
         changed.append((key, copy.copy(value) if isinstance(value, dict | list | set) else value))
     return changed
+
+
+def _check_conv_in(conv: Any) -> None:
+    """Raise a ValueError if an input convolution does not keep the size by padding with zeros, as those of tasks do."""
+    kept = nn.Conv2d(1, 1, conv.kernel_size, padding=[size // 2 for size in conv.kernel_size])
+    for key in ("padding_mode", "padding", "stride", "dilation", "groups"):
+        if getattr(conv, key) != getattr(kept, key):
+            raise ValueError(
+                f"conv_in cannot be one convolution per task: expected {key} = {getattr(kept, key)!r}, but got "
+                f"{getattr(conv, key)!r}."
+            )
 
 
 def _is_routed(module: nn.Module) -> bool:

@@ -49,6 +49,12 @@ def hook_and_unhook(unet):
     remove_hook_from_module(unet.conv_out)
 
 
+def widen_epsilon(unet):
+    for module in unet.modules():
+        if hasattr(module, "eps"):
+            module.eps = 0.01
+
+
 # A setting, and what it is read from.
 SETTINGS = {
     "freeu": (lambda unet: unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6), lambda unet: unet.up_blocks[0].b1),
@@ -93,6 +99,13 @@ SETTINGS = {
             if unet.conv_in.weight.dim() == 4
             else {unet.conv_out.weight.is_contiguous(memory_format=torch.channels_last)}
         ),
+    ),
+    "epsilon": (
+        widen_epsilon,
+        lambda unet: {
+            getattr(unet.mid_block.attentions[0].transformer_blocks[0], name).eps
+            for name in ("norm1", "norm2", "norm3")
+        },
     ),
     "configuration": (
         lambda unet: unet.register_to_config(_name_or_path="user/base", note="mine"),
@@ -149,6 +162,16 @@ def bound(unet):
     attention.head_to_batch_dim = types.MethodType(lambda self, tensor: tensor, attention)
 
 
+def replaced_function(unet):
+    unet.mid_block.attentions[0].transformer_blocks[0].attn1.head_to_batch_dim = lambda tensor: tensor
+
+
+def subclassed(unet):
+    """As token merging does it."""
+    block = unet.mid_block.attentions[0].transformer_blocks[0]
+    block.__class__ = type("Merging", (type(block),), {})
+
+
 def chunk_batch(unet):
     for module in unet.modules():
         if hasattr(module, "set_chunk_feed_forward"):
@@ -171,9 +194,15 @@ REFUSED = {
     ),
     "replaced_module": (replaced, "conv_act is a ReLU, but the UNet's configuration says SiLU"),
     "replaced_method": (bound, "attn1.head_to_batch_dim was replaced"),
+    "replaced_function": (replaced_function, "attn1.head_to_batch_dim was replaced"),
+    "subclass": (subclassed, "transformer_blocks.0 is a Merging, but .* says BasicTransformerBlock"),
     "fused_projections": (lambda unet: unet.fuse_qkv_projections(), "call unfuse_qkv_projections before"),
 }
 REFUSED_STOCK = {
+    "tiling": (
+        lambda unet: setattr(unet.conv_in, "padding_mode", "circular"),
+        "conv_in cannot .* expected padding_mode = 'zeros', but got 'circular'",
+    ),
     "compiled": (lambda unet: unet.mid_block.compile(), "not compiled"),
     "compiled_by_mtu": (lambda unet: mtu.compile(unet, "default"), "not compiled"),
     "chunks_of_the_batch": (chunk_batch, r"over tokens \(dim=1\) only, but .* has 0"),
