@@ -20,8 +20,8 @@ __all__ = [
 Guidance = Literal["none", "text", "dual"]
 Resample = Literal["lanczos", "bicubic", "bilinear"]
 
-# A name is also a folder name (`save_task`) and a word on the command line.
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+# A name is also part of a file's name (`save_task`), which file systems limit, and a word on the command line.
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{,99}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TaskSpec:
         dual:  u + s_text (t − i) + s_image (i − u)       three branches, InstructPix2Pix
 
     Args:
-        name: lower-case name, letters, digits and `. _ -`.
+        name: lower-case name, up to 100 letters, digits and `. _ -`.
         condition_channels: latent channels of the condition image that follow the noisy latents; 0: no image.
         guidance: "none", "text" or "dual".
         guidance_scale: s_text.
@@ -64,7 +64,9 @@ class TaskSpec:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
-            raise ValueError(f"A task name is lower-case letters, digits and '.', '_', '-', but got {self.name!r}.")
+            raise ValueError(
+                f"A task name is up to 100 lower-case letters, digits and '.', '_', '-', but got {self.name!r}."
+            )
         for field in ("condition_channels", "num_inference_steps", "scale"):
             value, least = getattr(self, field), 0 if field == "condition_channels" else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -40,7 +40,10 @@ def test_built_in_tasks_are_exported():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *[("name", name) for name in ("", "Edit", "two words", "../up", ".hidden", "a/b", "é", "a\n", 3, None)],
+        *[
+            ("name", name)
+            for name in ("", "Edit", "two words", "../up", ".hidden", "a/b", "é", "a\n", "a" * 101, 3, None)
+        ],
         *[("condition_channels", count) for count in (-1, 1.0, "4", True, None)],
         *[("num_inference_steps", count) for count in (0, -5, 2.5, True)],
         *[("scale", count) for count in (0, 0.5, False)],
