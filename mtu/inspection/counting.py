@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtu.router import Router
+from mtu.router import Router, constants
 
 __all__ = ["Flops", "count_flops", "count_parameters", "describe_flops", "format_count", "format_flops", "format_table"]
 
@@ -91,8 +91,9 @@ def _inputs(unet: UNet2DConditionModel, channels: int, latent_size: int) -> dict
 
 
 def count_parameters(model: nn.Module) -> int:
-    """All parameters of a model."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """All parameters of a model but the tables that dropped routers leave, which are constants."""
+    tables = constants(model)
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
 
 
 def describe_flops(size: int, latent_size: int) -> str:

@@ -216,7 +216,7 @@ class MultiTaskLoss:
         wanted = noise if self.prediction_type == "epsilon" else self.scheduler.get_velocity(target, noise, timesteps)
         task_ids = self.unet.task_ids(names, "cpu").repeat_interleave(count)
         batch = (torch.cat([noisy, condition], 1), timesteps, prompt, task_ids, wanted)
-        batch = [tensor.to(self.unet.task_device) for tensor in batch]
+        batch = [tensor.to(self.unet.device) for tensor in batch]
         if self.config.shards == 1:
             return self._loss(*batch)
         rows = torch.arange(len(names) * count).view(len(names), count).chunk(self.config.shards, dim=1)
