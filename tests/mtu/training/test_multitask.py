@@ -291,7 +291,7 @@ class _Silent:
     """A stand-in UNet that predicts no noise at all, with the tasks of a real one."""
 
     def __init__(self, unet: mtu.MTUUNet2DConditionModel) -> None:
-        self.tasks, self.task_device = unet.tasks, unet.task_device
+        self.tasks, self.device = unet.tasks, unet.device
         self.task_ids, self.task_index, self.dtype = unet.task_ids, unet.task_index, unet.dtype
 
     def __call__(self, sample, timesteps, prompt, task_ids):
