@@ -157,6 +157,8 @@ RUNTIME_ATTRIBUTES = {
     "processor",
     "hf_device_map",
     "_internal_dict",
+    # accelerate puts its own in the place of the methods that move a model, where a device map has dispatched it.
+    *("to", "cuda", "npu", "mlu", "sdaa", "musa", "xpu", "neuron"),
 }
 
 # What classes of models say to diffusers; see "class_attributes".

@@ -77,8 +77,8 @@ def test_more_layers_take_no_more_gathers(settings, dropped):
     operator = torch.ops.mtu_kernels.moe_ffn_reference.default
     assert grown[operator] == layers[1] - layers[0] > 0
     assert not grown.keys() & (GATHERS | COPIES)
-    # Affines of the one width; routing weights; with top-k, indices.
-    assert counts[0][aten.index_select.default] == (3 if "top_k" in settings else 2)
+    # Kernels and biases of the input convolution; affines of the one width; routing weights; with top-k, indices.
+    assert counts[0][aten.index_select.default] == (5 if "top_k" in settings else 4)
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
