@@ -131,7 +131,8 @@ def _changed(name: str, module: nn.Module, other: nn.Module) -> list[tuple[str, 
 
 def _check_conv_in(conv: Any) -> None:
     """Raise a ValueError if an input convolution does not keep the size by padding with zeros, as those of tasks do."""
-    kept = nn.Conv2d(1, 1, conv.kernel_size, padding=[size // 2 for size in conv.kernel_size])
+    padding = [size // 2 for size in conv.kernel_size]
+    kept = nn.Conv2d(1, 1, conv.kernel_size, padding=padding, device="meta")
     for key in ("padding_mode", "padding", "stride", "dilation", "groups"):
         if getattr(conv, key) != getattr(kept, key):
             raise ValueError(
