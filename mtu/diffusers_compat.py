@@ -200,10 +200,12 @@ def is_generated_card(text: str) -> bool:
 
 def is_offloaded(pipeline: DiffusionPipeline) -> bool:
     """Whether the UNet of a pipeline, or the pipeline as a whole, is offloaded."""
+    if getattr(pipeline, "_all_hooks", None):
+        return True
     unet = pipeline.components.get("unet")
-    if bool(getattr(pipeline, "_all_hooks", None)) or not isinstance(unet, nn.Module):
-        return bool(getattr(pipeline, "_all_hooks", None))
-    return any(map(has_accelerate_hook, unet.modules())) or _is_group_offload_enabled(unet)
+    return isinstance(unet, nn.Module) and (
+        any(map(has_accelerate_hook, unet.modules())) or _is_group_offload_enabled(unet)
+    )
 
 
 def has_accelerate_hook(module: nn.Module) -> bool:

@@ -58,9 +58,9 @@ def carry_settings_(source: UNet2DConditionModel, target: UNet2DConditionModel) 
     """
     if any(isinstance(processor, FusedAttnProcessor2_0) for processor in source.attn_processors.values()):
         raise ValueError("Fused projections cannot be carried over: call unfuse_qkv_projections before.")
-    theirs = dict(target.named_modules())
+    ours, theirs = dict(source.named_modules()), dict(target.named_modules())
     changes = []
-    for name, module in source.named_modules():
+    for name, module in ours.items():
         _check_hooks(name, module)
         other = theirs.get(name)
         if other is not None:
@@ -68,7 +68,7 @@ def carry_settings_(source: UNet2DConditionModel, target: UNet2DConditionModel) 
             if isinstance(other, TaskLayerNorm):
                 # It is the feed-forward network beside it that normalises.
                 changes.append((theirs[f"{name.rpartition('.')[0]}.ff"], "eps", module.eps))
-    chunks = {name: _chunk_size(name, m) for name, m in source.named_modules() if isinstance(m, BasicTransformerBlock)}
+    chunks = {name: _chunk_size(name, m) for name, m in ours.items() if isinstance(m, BasicTransformerBlock)}
 
     for module, key, value in changes:
         setattr(module, key, value)
@@ -80,7 +80,6 @@ def carry_settings_(source: UNet2DConditionModel, target: UNet2DConditionModel) 
         # The upcycled UNet goes on by itself: a backend that is chosen later for the one is not for the other.
         processors = {name: copy.copy(processor) for name, processor in processors.items()}
     target.set_attn_processor(processors)
-    ours = dict(source.named_modules())
     for name, module in target.named_modules():
         while name not in ours:
             name = name.rpartition(".")[0]
