@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from diffusers.models.modeling_utils import ModelMixin as ModelMixin
 
     from mtu.compiling import compile, warmup
+    from mtu.models.unet import MTUUNet2DConditionModel
     from mtu.pipelines import MTUPipeline
-    from mtu.unet import MTUUNet2DConditionModel
     from mtu.upcycling import load_trained, upcycle
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
 # module in the function's place.
 _MODULES = {
     "MTUPipeline": "mtu.pipelines",
-    "MTUUNet2DConditionModel": "mtu.unet",
+    "MTUUNet2DConditionModel": "mtu.models.unet",
     # Pipelines accept a UNet class from outside diffusers only if its module also exposes this name.
     "ModelMixin": "diffusers.models.modeling_utils",
     "compile": "mtu.compiling",

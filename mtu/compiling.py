@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 
 from mtu.graphs import Capture, CudaGraphs, Inputs, Parts, Replay, Step
 from mtu.guidance import plan_guidance
+from mtu.models.router import held
+from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.plain_linear import is_replaced
-from mtu.router import held
-from mtu.unet import MTUUNet2DConditionModel
 
 __all__ = ["CompiledCalls", "Plan", "compile", "warmup"]
 

@@ -134,16 +134,17 @@ PRIVATE_WAYS = {
     "class_attributes": (
         "Class attributes say which blocks `compile_repeated_blocks` compiles (`_repeated_blocks`), what `device_map` "
         "does not split (`_no_split_modules`), and what `torch_dtype` leaves in float32 (`_keep_in_fp32_modules`): set "
-        "in `mtu/unet.py`. Seen in diffusers 0.42.1."
+        "in `mtu/models/unet.py`. Seen in diffusers 0.42.1."
     ),
     "module_of_components": (
         "A pipeline takes a component of a library that diffusers does not know only if the module that it is imported "
-        "from has diffusers' base class of models, `ModelMixin`: `mtu` and `mtu/unet.py` do. Seen in diffusers 0.42.1."
+        "from has diffusers' base class of models, `ModelMixin`: `mtu` and `mtu/models/unet.py` do. Seen in diffusers "
+        "0.42.1."
     ),
     "saved_keys": (
         "Configurations have entries that are no arguments: `_class_name` and `_diffusers_version` of files, "
-        "`_use_default_values` of objects, `_module` of pipelines; read by `mtu/checkpoint.py`, `mtu/pipelines` and "
-        "`mtu/inspection`. Seen in diffusers 0.42.1."
+        "`_use_default_values` of objects, `_module` of pipelines; read by `mtu/models/checkpoint.py`, `mtu/pipelines` "
+        "and `mtu/inspection`. Seen in diffusers 0.42.1."
     ),
 }
 

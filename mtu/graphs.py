@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from mtu.diffusers_compat import is_adapter
+from mtu.models.router import Router
+from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.plain_linear import is_replaced
-from mtu.router import Router
-from mtu.unet import MTUUNet2DConditionModel
 
 __all__ = ["Capture", "CudaGraphs", "Inputs", "Parts", "Replay", "Step"]
 

@@ -24,8 +24,8 @@ from mtu.diffusers_compat import (
     weight_maps,
     weights_return,
 )
+from mtu.models.router import RoutingTable
 from mtu.plain_linear import is_replaced
-from mtu.router import RoutingTable
 
 __all__ = [
     "check_loadable",

@@ -11,7 +11,7 @@ from mtu.storage import write_text
 from mtu.tasks import TaskSpec
 
 if TYPE_CHECKING:
-    from mtu.unet import MTUUNet2DConditionModel
+    from mtu.models.unet import MTUUNet2DConditionModel
 
 __all__ = ["write_model_card"]
 

@@ -12,18 +12,18 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditio
 from torch import Tensor
 
 import mtu_kernels
-from mtu import checkpoint
 from mtu.config import ExpertConfig, NormMode
 from mtu.diffusers_compat import has_accelerate_hook
-from mtu.export import stock_config
-from mtu.ffn import check_blocks
-from mtu.initial_routing import count_proportional_experts, initial_router_state
+from mtu.models import checkpoint
+from mtu.models.ffn import check_blocks
+from mtu.models.folding import stock_config
+from mtu.models.initial_routing import count_proportional_experts, initial_router_state
+from mtu.models.settings import carry_settings_, unfused_state
+from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.pipelines import MTUPipeline
 from mtu.pipelines.conversion import check_convertible, converted
 from mtu.plain_linear import is_replaced
-from mtu.settings import carry_settings_, unfused_state
 from mtu.tasks import SD_TASKS, SDXL_TASKS, TaskSpec, as_task_specs
-from mtu.unet import MTUUNet2DConditionModel
 
 __all__ = ["load_trained", "upcycle"]
 

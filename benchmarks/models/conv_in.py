@@ -20,7 +20,7 @@ from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.rows import TIMES, Row, Table
 from benchmarks.harness.timing import Call, time_interleaved, warm_up
 from benchmarks.harness.workloads import Workload
-from mtu.conv_in import TaskConvIn
+from mtu.models.conv_in import TaskConvIn
 from mtu.tasks import SD_TASKS
 
 _EDGE, _CHANNELS, _LATENTS = 64, 320, 4

@@ -30,8 +30,8 @@ from benchmarks.harness.fake_gpu import ARCH, WORKS, Generated, Operator, fake_g
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.models.unet_models import MODELS, default_experts, default_size, tasks_of
 from mtu.config import ExpertConfig
-from mtu.ffn import CONTEXT_KEY, RoutedTransformerBlock
-from mtu.router import TaskContext
+from mtu.models.ffn import CONTEXT_KEY, RoutedTransformerBlock
+from mtu.models.router import TaskContext
 from mtu_kernels.triton import operators
 from mtu_kernels.triton.launch import Machine
 

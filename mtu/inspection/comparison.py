@@ -16,8 +16,8 @@ from mtu.inspection.counting import (
     format_table,
 )
 from mtu.inspection.subject import Subject, read_subject
+from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.tasks import TaskSpec
-from mtu.unet import MTUUNet2DConditionModel
 
 __all__ = ["Comparison", "Row", "compare", "format_comparison"]
 

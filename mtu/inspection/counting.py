@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtu.router import Router, constants
+from mtu.models.router import Router, constants
 
 __all__ = ["Flops", "count_flops", "count_parameters", "describe_flops", "format_count", "format_flops", "format_table"]
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import UNet2DConditionModel
 
-from mtu.export import stock_config
-from mtu.unet import MTUUNet2DConditionModel
+from mtu.models.folding import stock_config
+from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.upcycling import upcycle
 
 __all__ = ["BUILT_IN", "Subject", "read_subject"]

@@ -19,7 +19,7 @@ from mtu.inspection.counting import (
     format_table,
 )
 from mtu.inspection.subject import read_subject
-from mtu.unet import MTUUNet2DConditionModel
+from mtu.models.unet import MTUUNet2DConditionModel
 
 __all__ = ["Layout", "Sweep", "format_sweep", "sweep"]
 

@@ -11,10 +11,11 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 
-from mtu import checkpoint, in_memory
+from mtu import in_memory
 from mtu.diffusers_compat import StockIndex, retrieve_latents, retrieve_timesteps
 from mtu.guidance import GuidancePlan, combine, plan_guidance
 from mtu.model_card import write_model_card
+from mtu.models import checkpoint
 from mtu.pipelines.conversion import check_convertible, converted
 from mtu.pipelines.denoising import Branches, Samples, StepEnd, common_scale, gather_branches
 from mtu.pipelines.inputs import Request, condition_image, output_size, parse_request

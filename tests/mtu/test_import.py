@@ -22,9 +22,9 @@ STARTS = [
     # As diffusers does, to read a pipeline's folder.
     "import diffusers, importlib; m = importlib.import_module('mtu'); c = getattr(m, 'MTUUNet2DConditionModel'); "
     "assert issubclass(c, getattr(m, 'ModelMixin')) and m.ModelMixin is diffusers.ModelMixin",
-    "import mtu.unet, mtu; assert mtu.MTUUNet2DConditionModel is mtu.unet.MTUUNet2DConditionModel; mtu.ModelMixin",
+    "import mtu.models.unet as u, mtu; assert mtu.MTUUNet2DConditionModel is u.MTUUNet2DConditionModel; mtu.ModelMixin",
     # By the module that the class names as its own, which has not loaded it.
-    "import pickle, mtu.unet as u; assert pickle.loads(pickle.dumps(u.MTUUNet2DConditionModel)).__module__ == 'mtu'",
+    "import pickle, mtu.models.unet as u; assert pickle.loads(pickle.dumps(u.MTUUNet2DConditionModel)).__module__ == 'mtu'",
     "import pickle, mtu.pipelines as p; assert pickle.loads(pickle.dumps(p.MTUPipeline)) is p.MTUPipeline",
 ]
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.testing._internal.two_tensor import TwoTensor
 
-from mtu.ffn import why_not_upcyclable
+from mtu.models.ffn import why_not_upcyclable
 from mtu.plain_linear import is_plain_linear
 
 from .tiny import assert_close, inputs, predict, upcycled_unet

@@ -6,8 +6,8 @@ from diffusers import LCMScheduler, UNet2DConditionModel
 
 import mtu
 from mtu.compiling import CompiledCalls, Plan
-from mtu.export import stock_config
 from mtu.inspection.counting import count_flops
+from mtu.models.folding import stock_config
 from tests.mtu.pipelines.conftest import randomise_
 from tests.mtu.pipelines.test_pipeline import PROMPTS, TASKS, assert_same, images, noise, run_stock, seeds
 

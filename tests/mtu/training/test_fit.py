@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mtu.config import ExpertConfig
-from mtu.router import Router
+from mtu.models.router import Router
 from mtu.training import FitConfig, LogEntry, fit
 from mtu.training.checkpoint import load_checkpoint, save_checkpoint
 from mtu.training.fit import Training, learning_rate_at, parameter_groups

@@ -6,9 +6,9 @@ import torch
 import mtu
 from mtu.config import ExpertConfig
 from mtu.inspection import sweep
-from mtu.router import TaskContext
+from mtu.models.router import TaskContext
 
-from .tiny import SD, assert_close, inputs, predict, randomise_, rows, stock_unet
+from ..tiny import SD, assert_close, inputs, predict, randomise_, rows, stock_unet
 
 # One feed-forward network in all.
 ONE_BLOCK = {

@@ -7,7 +7,7 @@ from peft import LoraConfig
 
 from mtu import TaskSpec
 
-from .tiny import (
+from ..tiny import (
     FAMILIES,
     SD,
     assert_close,

@@ -12,12 +12,12 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtu
-from mtu.gathering import gather
-from mtu.norm import TaskLayerNorm
-from mtu.router import TaskContext
+from mtu.models.gathering import gather
+from mtu.models.norm import TaskLayerNorm
+from mtu.models.router import TaskContext
 from mtu_kernels import NormAffine
 
-from .tiny import SD, SDXL, assert_close, assert_differ, inputs, predict, randomise_, upcycled_unet
+from ..tiny import SD, SDXL, assert_close, assert_differ, inputs, predict, randomise_, upcycled_unet
 
 NAMES = ("remove", "text-to-image", "edit", "super-resolution", "edit")
 MIXES = (NAMES, ("edit",) * 5, ("text-to-image", "remove", "remove", "edit", "super-resolution"))

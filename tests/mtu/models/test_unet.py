@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 
 import mtu
 
-from .tiny import (
+from ..tiny import (
     FAMILIES,
     SD,
     assert_close,

@@ -14,13 +14,14 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mtu import in_memory, storage, task_rows
+from mtu import in_memory, storage
 from mtu.config import ExpertConfig
-from mtu.export import stock_config
+from mtu.models import task_rows
+from mtu.models.folding import stock_config
 from mtu.tasks import TaskSpec, as_task_specs
 
 if TYPE_CHECKING:
-    from mtu.unet import MTUUNet2DConditionModel
+    from mtu.models.unet import MTUUNet2DConditionModel
 
 __all__ = [
     "check_format",

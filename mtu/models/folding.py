@@ -9,12 +9,12 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from mtu import in_memory
-from mtu.settings import carry_settings_, unfused_state
+from mtu.models.settings import carry_settings_, unfused_state
 from mtu_kernels import Routing, dense_weights
 
 if TYPE_CHECKING:
-    from mtu.ffn import RoutedTransformerBlock
-    from mtu.unet import MTUUNet2DConditionModel
+    from mtu.models.ffn import RoutedTransformerBlock
+    from mtu.models.unet import MTUUNet2DConditionModel
 
 __all__ = ["export_task", "stock_config"]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtu.router import select_rows
+from mtu.models.router import select_rows
 
 __all__ = ["TaskConvIn"]
 

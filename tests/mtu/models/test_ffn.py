@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtu.config import ExpertConfig
-from mtu.ffn import CONTEXT_KEY, RoutedTransformerBlock, why_not_upcyclable
-from mtu.router import TaskContext
+from mtu.models.ffn import CONTEXT_KEY, RoutedTransformerBlock, why_not_upcyclable
+from mtu.models.router import TaskContext
 from mtu_kernels import available_backends, dense_weights
 
-from .tiny import TOLERANCE, assert_close, assert_differ, randomise_
+from ..tiny import TOLERANCE, assert_close, assert_differ, randomise_
 
 DIM, TASKS, EXPERTS, WIDTH = 16, 3, 4, 12
 IDS = torch.tensor([2, 0, 1, 2])

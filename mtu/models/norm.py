@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mtu.router import select_rows
+from mtu.models.router import select_rows
 from mtu_kernels import NormAffine
 
 __all__ = ["TaskLayerNorm"]

@@ -17,15 +17,17 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 import mtu_kernels
-from mtu import checkpoint, export, in_memory, task_rows
+from mtu import in_memory
 from mtu.config import ExpertConfig, NormMode
-from mtu.conv_in import TaskConvIn
 from mtu.diffusers_compat import expand_block_scales, with_stock_signature
-from mtu.ffn import CONTEXT_KEY, RoutedFeedForward, RoutedTransformerBlock, check_blocks
-from mtu.gathering import can_route_ahead, find_stacks, gather
-from mtu.norm import TaskLayerNorm
+from mtu.models import checkpoint, task_rows
+from mtu.models import folding as export
+from mtu.models.conv_in import TaskConvIn
+from mtu.models.ffn import CONTEXT_KEY, RoutedFeedForward, RoutedTransformerBlock, check_blocks
+from mtu.models.gathering import can_route_ahead, find_stacks, gather
+from mtu.models.norm import TaskLayerNorm
+from mtu.models.router import Router, TaskContext, TaskEmbedding, constants, held
 from mtu.plain_linear import is_called_as_it_is
-from mtu.router import Router, TaskContext, TaskEmbedding, constants, held
 from mtu.tasks import TaskSpec, as_task_specs
 
 __all__ = ["MTUUNet2DConditionModel"]
@@ -386,7 +388,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         checkpoint.save_trained(self, directory)
 
     def export_task(self, name: str, *, prune: bool = False) -> UNet2DConditionModel:
-        """The plain diffusers UNet of one task, with the same output (see `mtu.export.export_task`)."""
+        """The plain diffusers UNet of one task, with the same output (see `mtu.models.folding.export_task`)."""
         return export.export_task(self, self.task_index(name), prune=prune)
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtu.config import ExpertConfig
-from mtu.norm import TaskLayerNorm
+from mtu.models.norm import TaskLayerNorm
+from mtu.models.router import Router, RoutingTable, TaskContext
 from mtu.plain_linear import is_plain_linear
-from mtu.router import Router, RoutingTable, TaskContext
 from mtu_kernels import ExpertWeights, NormAffine, Routing, dense_weights, moe_ffn
 from mtu_kernels.exporting import fixed
 

@@ -7,7 +7,7 @@ import torch
 
 from mtu import TaskSpec
 
-from .tiny import (
+from ..tiny import (
     FAMILIES,
     assert_close,
     assert_differ,

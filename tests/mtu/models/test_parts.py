@@ -10,8 +10,8 @@ import mtu
 from mtu import TaskSpec
 from mtu.storage import _digest
 
-from .file_operations import CUTS, count_operations, run_cut_off
-from .tiny import (
+from ..file_operations import CUTS, count_operations, run_cut_off
+from ..tiny import (
     FAMILIES,
     SDXL,
     assert_close,

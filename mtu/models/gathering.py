@@ -14,9 +14,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mtu.diffusers_compat import has_accelerate_hook
-from mtu.norm import TaskLayerNorm
+from mtu.models.norm import TaskLayerNorm
+from mtu.models.router import Gathered, Router, RoutingTable
 from mtu.plain_linear import RouterLinear, is_called_as_it_is, is_plain_linear, is_replaced
-from mtu.router import Gathered, Router, RoutingTable
 from mtu_kernels import NormAffine, Routing
 from mtu_kernels.exporting import becomes_program
 

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from mtu import in_memory
-from mtu.conv_in import TaskConvIn
-from mtu.norm import TaskLayerNorm
-from mtu.router import RoutingTable, TaskEmbedding
+from mtu.models.conv_in import TaskConvIn
+from mtu.models.norm import TaskLayerNorm
+from mtu.models.router import RoutingTable, TaskEmbedding
 from mtu.tasks import TaskSpec
 
 if TYPE_CHECKING:
-    from mtu.unet import MTUUNet2DConditionModel
+    from mtu.models.unet import MTUUNet2DConditionModel
 
 __all__ = ["add_task", "check_surgery", "drop_routers_", "get_task_rows", "remove_task", "set_task_rows_"]
 

@@ -10,7 +10,6 @@ from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from torch import Tensor, nn
 
-from mtu.conv_in import TaskConvIn
 from mtu.diffusers_compat import (
     CHUNK_ATTRIBUTES,
     CLASS_ATTRIBUTES,
@@ -20,8 +19,9 @@ from mtu.diffusers_compat import (
     SAVED_KEYS,
     chunk_settings,
 )
-from mtu.ffn import RoutedFeedForward, RoutedTransformerBlock
-from mtu.norm import TaskLayerNorm
+from mtu.models.conv_in import TaskConvIn
+from mtu.models.ffn import RoutedFeedForward, RoutedTransformerBlock
+from mtu.models.norm import TaskLayerNorm
 
 __all__ = ["carry_settings_", "unfused_state"]
 

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from mtu.config import ExpertConfig
-from mtu.initial_routing import initial_router_state
-from mtu.router import Router, RoutingTable, held, select_rows
+from mtu.models.initial_routing import initial_router_state
+from mtu.models.router import Router, RoutingTable, held, select_rows
 from mtu_kernels import dense_weights
 
-from .tiny import randomise_, upcycled_unet
+from ..tiny import randomise_, upcycled_unet
 
 TASKS, WIDTH, EXPERTS = 3, 16, 4
 

@@ -22,7 +22,7 @@ _FINGERPRINT_ELEMENTS = 16
 
 
 class Gathered(NamedTuple):
-    """What was gathered for the samples of one UNet call before its blocks run; see `mtu.gathering`.
+    """What was gathered for the samples of one UNet call before its blocks run; see `mtu.models.gathering`.
 
     Args:
         affines: by task LayerNorm, what it would return.

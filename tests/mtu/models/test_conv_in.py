@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mtu.conv_in import TaskConvIn
+from mtu.models.conv_in import TaskConvIn
 
 COUNTS = (0, 4, 2, 4)  # condition channels of the tasks
 IDS = torch.tensor([3, 0, 2, 1, 0])
