@@ -11,10 +11,10 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from mtu.diffusers_compat import is_adapter
+from mtu.compat.plain_linear import is_replaced
+from mtu.compat.private_interfaces import is_adapter
 from mtu.models.router import Router
 from mtu.models.unet import MTUUNet2DConditionModel
-from mtu.plain_linear import is_replaced
 
 __all__ = ["Capture", "CudaGraphs", "Inputs", "Parts", "Replay", "Step"]
 

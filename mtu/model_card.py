@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtu.diffusers_compat import is_generated_card
+from mtu.compat.private_interfaces import is_generated_card
 from mtu.storage import write_text
 from mtu.tasks import TaskSpec
 

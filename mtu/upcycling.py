@@ -12,8 +12,9 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditio
 from torch import Tensor
 
 import mtu_kernels
+from mtu.compat.plain_linear import is_replaced
+from mtu.compat.private_interfaces import has_accelerate_hook
 from mtu.config import ExpertConfig, NormMode
-from mtu.diffusers_compat import has_accelerate_hook
 from mtu.models import checkpoint
 from mtu.models.ffn import check_blocks
 from mtu.models.folding import stock_config
@@ -22,7 +23,6 @@ from mtu.models.settings import carry_settings_, unfused_state
 from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.pipelines import MTUPipeline
 from mtu.pipelines.conversion import check_convertible, converted
-from mtu.plain_linear import is_replaced
 from mtu.tasks import SD_TASKS, SDXL_TASKS, TaskSpec, as_task_specs
 
 __all__ = ["load_trained", "upcycle"]

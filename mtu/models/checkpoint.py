@@ -14,7 +14,8 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mtu import in_memory, storage
+from mtu import storage
+from mtu.compat import in_memory
 from mtu.config import ExpertConfig
 from mtu.models import task_rows
 from mtu.models.folding import stock_config

@@ -10,10 +10,10 @@ from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mtu.compat.plain_linear import is_plain_linear
 from mtu.config import ExpertConfig
 from mtu.models.norm import TaskLayerNorm
 from mtu.models.router import Router, RoutingTable, TaskContext
-from mtu.plain_linear import is_plain_linear
 from mtu_kernels import ExpertWeights, NormAffine, Routing, dense_weights, moe_ffn
 from mtu_kernels.exporting import fixed
 

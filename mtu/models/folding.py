@@ -8,7 +8,7 @@ from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from mtu import in_memory
+from mtu.compat import in_memory
 from mtu.models.settings import carry_settings_, unfused_state
 from mtu_kernels import Routing, dense_weights
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mtu.diffusers_compat import has_accelerate_hook
+from mtu.compat.plain_linear import RouterLinear, is_called_as_it_is, is_plain_linear, is_replaced
+from mtu.compat.private_interfaces import has_accelerate_hook
 from mtu.models.norm import TaskLayerNorm
 from mtu.models.router import Gathered, Router, RoutingTable
-from mtu.plain_linear import RouterLinear, is_called_as_it_is, is_plain_linear, is_replaced
 from mtu_kernels import NormAffine, Routing
 from mtu_kernels.exporting import becomes_program
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mtu.compat.plain_linear import RouterLinear, is_plain_linear, is_replaced, without_eight_bits
 from mtu.config import ExpertConfig
-from mtu.plain_linear import RouterLinear, is_plain_linear, is_replaced, without_eight_bits
 from mtu_kernels import NormAffine, Routing, top_k_routing
 from mtu_kernels.autocast import has_autocast
 from mtu_kernels.exporting import becomes_program
@@ -226,6 +226,9 @@ class RoutingTable(nn.Module):
     Parameters, which no gradient reaches: weights (T, K) float32, indices (T, K) int32 or None. Constants would be
     buffers, were those not forgotten by offloading to disk.
     """
+
+    # Read by `mtu.compat.in_memory`, which takes other integers for those of a quantizer.
+    has_integer_parameters = True
 
     def __init__(self, config: ExpertConfig, num_tasks: int) -> None:
         super().__init__()

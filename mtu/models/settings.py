@@ -10,7 +10,7 @@ from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from torch import Tensor, nn
 
-from mtu.diffusers_compat import (
+from mtu.compat.private_interfaces import (
     CHUNK_ATTRIBUTES,
     CLASS_ATTRIBUTES,
     FUSED_ATTRIBUTES,

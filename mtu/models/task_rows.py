@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mtu import in_memory
+from mtu.compat import in_memory
 from mtu.models.conv_in import TaskConvIn
 from mtu.models.norm import TaskLayerNorm
 from mtu.models.router import RoutingTable, TaskEmbedding

@@ -17,9 +17,10 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 import mtu_kernels
-from mtu import in_memory
+from mtu.compat import in_memory
+from mtu.compat.plain_linear import is_called_as_it_is
+from mtu.compat.private_interfaces import expand_block_scales, with_stock_signature
 from mtu.config import ExpertConfig, NormMode
-from mtu.diffusers_compat import expand_block_scales, with_stock_signature
 from mtu.models import checkpoint, task_rows
 from mtu.models import folding as export
 from mtu.models.conv_in import TaskConvIn
@@ -27,7 +28,6 @@ from mtu.models.ffn import CONTEXT_KEY, RoutedFeedForward, RoutedTransformerBloc
 from mtu.models.gathering import can_route_ahead, find_stacks, gather
 from mtu.models.norm import TaskLayerNorm
 from mtu.models.router import Router, TaskContext, TaskEmbedding, constants, held
-from mtu.plain_linear import is_called_as_it_is
 from mtu.tasks import TaskSpec, as_task_specs
 
 __all__ = ["MTUUNet2DConditionModel"]

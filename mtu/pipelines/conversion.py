@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from mtu.diffusers_compat import is_offloaded, pipeline_settings
+from mtu.compat.private_interfaces import is_offloaded, pipeline_settings
 
 __all__ = ["check_convertible", "converted"]
 

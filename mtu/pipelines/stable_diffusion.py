@@ -11,8 +11,8 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 
-from mtu import in_memory
-from mtu.diffusers_compat import StockIndex, retrieve_latents, retrieve_timesteps
+from mtu.compat import in_memory
+from mtu.compat.private_interfaces import StockIndex, retrieve_latents, retrieve_timesteps
 from mtu.guidance import GuidancePlan, combine, plan_guidance
 from mtu.model_card import write_model_card
 from mtu.models import checkpoint

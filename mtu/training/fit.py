@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from tqdm import tqdm
 
-from mtu import in_memory
-from mtu.plain_linear import RouterLinear
+from mtu.compat import in_memory
+from mtu.compat.plain_linear import RouterLinear
 from mtu.storage import make_folder
 from mtu.training.checkpoint import check_free, load_checkpoint, remove_checkpoint, save_checkpoint
 from mtu.training.loss_log import LogEntry, LossLog

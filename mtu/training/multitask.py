@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from mtu import in_memory
+from mtu.compat import in_memory
 from mtu.pipelines import MTUPipeline
 from mtu.pipelines.inputs import condition_image
 from mtu.tasks import TaskSpec

@@ -24,7 +24,8 @@ STARTS = [
     "assert issubclass(c, getattr(m, 'ModelMixin')) and m.ModelMixin is diffusers.ModelMixin",
     "import mtu.models.unet as u, mtu; assert mtu.MTUUNet2DConditionModel is u.MTUUNet2DConditionModel; mtu.ModelMixin",
     # By the module that the class names as its own, which has not loaded it.
-    "import pickle, mtu.models.unet as u; assert pickle.loads(pickle.dumps(u.MTUUNet2DConditionModel)).__module__ == 'mtu'",
+    "import pickle; from mtu.models.unet import MTUUNet2DConditionModel as U; "
+    "assert pickle.loads(pickle.dumps(U)).__module__ == 'mtu'",
     "import pickle, mtu.pipelines as p; assert pickle.loads(pickle.dumps(p.MTUPipeline)) is p.MTUPipeline",
 ]
 

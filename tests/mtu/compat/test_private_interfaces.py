@@ -27,12 +27,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import mtu
-from mtu.diffusers_compat import (
+from mtu.compat.private_interfaces import (
     CHUNK_ATTRIBUTES,
     CLASS_ATTRIBUTES,
     FUSED_ATTRIBUTES,
     FUSED_PROJECTIONS,
-    PRIVATE_WAYS,
+    PRIVATE_INTERFACES,
     RUNTIME_ATTRIBUTES,
     SAVED_KEYS,
     StockIndex,
@@ -58,12 +58,12 @@ from tests.mtu.pipelines.conftest import stock_pipeline
 from tests.mtu.tiny import SD, stock_unet, upcycled_unet
 
 PACKAGE = Path(mtu.__file__).parent
-# Where other modules use private names, as `PRIVATE_WAYS` says: attributes of their own classes, what callbacks set,
-# and entries of configurations.
+# Where other modules use private names, as `PRIVATE_INTERFACES` says: attributes of their own classes, attributes that
+# callbacks set, and entries of configurations.
 CALL_SETTINGS = {"_guidance_scale", "_image_guidance_scale", "_guidance_rescale"}
 ELSEWHERE = {
-    "unet.py": CLASS_ATTRIBUTES,
-    "ffn.py": CHUNK_ATTRIBUTES,
+    "models/unet.py": CLASS_ATTRIBUTES,
+    "models/ffn.py": CHUNK_ATTRIBUTES,
     "pipelines/stable_diffusion.py": {
         *CALL_SETTINGS,
         "_callback_tensor_inputs",
@@ -77,15 +77,15 @@ ELSEWHERE = {
     "pipelines/denoising.py": CALL_SETTINGS,
     "pipelines/conversion.py": {"_class_name", "_diffusers_version", "_module"},
     "inspection/subject.py": {"_class_name"},
-    "checkpoint.py": {"_class_name"},
+    "models/checkpoint.py": {"_class_name"},
     "compiling.py": {"_compiled_call_impl"},
     "upcycling.py": {"_compiled_call_impl"},
-    "plain_linear.py": {"_compiled_call_impl"},
+    "compat/plain_linear.py": {"_compiled_call_impl"},
 }
 
 
-def way(test):
-    """Have a test say, however it fails, which of `PRIVATE_WAYS` a package has left."""
+def of_private_interface(test):
+    """Have a test say, however it fails, which of `PRIVATE_INTERFACES` a package has left."""
 
     @functools.wraps(test)
     def checked(*args, **kwargs):
@@ -93,18 +93,18 @@ def way(test):
         try:
             return test(*args, **kwargs)
         except Exception as error:
-            raise AssertionError(f"Not so any more, {name}: {PRIVATE_WAYS[name]}") from error
+            raise AssertionError(f"Not so any more, {name}: {PRIVATE_INTERFACES[name]}") from error
 
     return checked
 
 
-@pytest.mark.parametrize("name", PRIVATE_WAYS)
-def test_each_private_way_has_a_test_and_a_version(name):
-    assert hasattr(globals()[f"test_{name}"], "__wrapped__"), "its test is not marked as `way`"
-    assert re.search(r"Seen in (diffusers|accelerate|peft) \d+\.\d+\.\d+[^.]*(\.\d+)*\.$", PRIVATE_WAYS[name])
+@pytest.mark.parametrize("name", PRIVATE_INTERFACES)
+def test_each_private_interface_has_a_test_and_a_version(name):
+    assert hasattr(globals()[f"test_{name}"], "__wrapped__"), "its test is not marked as `of_private_interface`"
+    assert re.search(r"Seen in (diffusers|accelerate|peft) \d+\.\d+\.\d+[^.]*(\.\d+)*\.$", PRIVATE_INTERFACES[name])
 
 
-NAMED = set(re.findall(r"\b_[a-z]\w+", " ".join(PRIVATE_WAYS.values())))
+NAMED = set(re.findall(r"\b_[a-z]\w+", " ".join(PRIVATE_INTERFACES.values())))
 
 
 def private_names(path):
@@ -141,11 +141,11 @@ def test_private_names_are_in_the_one_place_that_names_them():
     for path in PACKAGE.rglob("*.py"):
         where = path.relative_to(PACKAGE).as_posix()
         used = set(private_names(path)) - known
-        if where != "diffusers_compat.py":
-            assert used == ELSEWHERE.get(where, set()), f"{where}: private names belong in diffusers_compat.py"
+        if where != "compat/private_interfaces.py":
+            assert used == ELSEWHERE.get(where, set()), f"{where}: private names belong in private_interfaces.py"
 
 
-@way
+@of_private_interface
 def test_block_scales():
     (scales,) = expand_block_scales(stock_unet(SD), [{"down": 0.5, "up": {"block_1": [0.1, 0.2]}}])
     attentions = {"down_blocks.0": [0.5], "mid_block": [1.0], "up_blocks.1": [0.1, 0.2]}
@@ -153,7 +153,7 @@ def test_block_scales():
     assert expand_block_scales(stock_unet(SD), [None, 0.3]) == [1.0, 0.3]
 
 
-@way
+@of_private_interface
 def test_call_settings():
     text, edit = StableDiffusionPipeline, StableDiffusionInstructPix2PixPipeline
     read = {text: "interrupt guidance_scale guidance_rescale", edit: "guidance_scale image_guidance_scale"}
@@ -167,7 +167,7 @@ def test_call_settings():
             assert getattr(cls, name).fget(pipe) == expected[name]
 
 
-@way
+@of_private_interface
 def test_constructor_signature():
     own, stock = (
         set(inspect.signature(cls.__init__).parameters) for cls in (mtu.MTUUNet2DConditionModel, UNet2DConditionModel)
@@ -176,7 +176,7 @@ def test_constructor_signature():
     assert (own - {"self"}) <= set(upcycled_unet(SD).config)
 
 
-@way
+@of_private_interface
 def test_hub_download(tmp_path):
     """If diffusers knows mtu one day, or reads the index in another way, `StockIndex` can go or must change."""
     assert "mtu" not in LOADABLE_CLASSES
@@ -191,7 +191,7 @@ def test_hub_download(tmp_path):
     assert StockIndex._dict_from_json_file(tmp_path / "model_index.json") == {**index, "unet": stock}
 
 
-@way
+@of_private_interface
 def test_model_offload():
     pipe = stock_pipeline()
     assert not is_offloaded(pipe)
@@ -204,7 +204,7 @@ def test_model_offload():
     assert is_offloaded(pipe)
 
 
-@way
+@of_private_interface
 def test_pipeline_settings():
     pipe = stock_pipeline()
     names = {"_is_unet_config_sample_size_int", "vae_scale_factor", "image_processor", "_progress_bar_config"}
@@ -221,7 +221,7 @@ def new_attributes(change):
     return unet, added, set(unet.state_dict()) - keys
 
 
-@way
+@of_private_interface
 def test_fused_projections():
     unet, attributes, keys = new_attributes(lambda unet: unet.fuse_qkv_projections())
     assert keys
@@ -232,7 +232,7 @@ def test_fused_projections():
     assert keys <= set(unet.state_dict()), "unfusing takes the copies away now: unfused_state is needed no more"
 
 
-@way
+@of_private_interface
 def test_runtime_attributes():
     ways = [
         lambda unet: accelerate.cpu_offload(unet, "cpu"),
@@ -244,7 +244,7 @@ def test_runtime_attributes():
         assert new_attributes(way)[1] <= RUNTIME_ATTRIBUTES
 
 
-@way
+@of_private_interface
 def test_chunks():
     block = stock_unet(SD).mid_block.attentions[0].transformer_blocks[0]
     assert chunk_settings(block) == (None, 0)
@@ -253,7 +253,7 @@ def test_chunks():
     assert set(vars(block)) >= CHUNK_ATTRIBUTES
 
 
-@way
+@of_private_interface
 def test_generated_card(monkeypatch):
     def not_found(*args, **kwargs):
         raise EntryNotFoundError("none")
@@ -266,7 +266,7 @@ def test_generated_card(monkeypatch):
     assert "working_dir" in inspect.signature(DiffusionPipeline._upload_folder).parameters
 
 
-@way
+@of_private_interface
 def test_accelerate_hooks():
     unet = stock_unet(SD)
     weight = unet.conv_out.weight.detach()
@@ -287,7 +287,7 @@ def test_accelerate_hooks():
     assert list(weight_maps(one)) == [{"a": 1}]
 
 
-@way
+@of_private_interface
 def test_diffusers_hooks():
     unet = stock_unet(SD)
     assert not any(is_cast(m) or is_grouped(m) or has_diffusers_hook(m) for m in unet.modules())
@@ -300,7 +300,7 @@ def test_diffusers_hooks():
     assert not is_cast(grouped.conv_out)
 
 
-@way
+@of_private_interface
 def test_groups_on_disk(tmp_path):
     unet = stock_unet(SD)
     weight = unet.conv_out.weight.detach().clone()
@@ -313,7 +313,7 @@ def test_groups_on_disk(tmp_path):
     assert torch.equal(load_file(file)[key], weight)
 
 
-@way
+@of_private_interface
 def test_adapter_layers():
     unet = stock_unet(SD)
     plain = {name for name, _ in unet.named_parameters()}
@@ -324,14 +324,14 @@ def test_adapter_layers():
     assert {name.replace(".base_layer", "") for name in kept} == plain
 
 
-@way
+@of_private_interface
 def test_progress_bar():
     pipe = stock_pipeline()
     pipe.set_progress_bar_config(disable=True, leave=False)
     assert progress_bar_settings(pipe) == {"disable": True, "leave": False}
 
 
-@way
+@of_private_interface
 def test_pipeline_functions():
     pipe = stock_pipeline()
     timesteps, count = retrieve_timesteps(pipe.scheduler, 3, "cpu")
@@ -340,7 +340,7 @@ def test_pipeline_functions():
     assert torch.equal(retrieve_latents(encoded, sample_mode="argmax"), encoded.latent_dist.mode())
 
 
-@way
+@of_private_interface
 def test_execution_device():
     pipe = stock_pipeline()
     pipe.enable_sequential_cpu_offload(device="cpu")
@@ -348,13 +348,13 @@ def test_execution_device():
     assert pipe._execution_device.type == "cpu"
 
 
-@way
+@of_private_interface
 def test_callback_inputs():
     assert {"latents", "prompt_embeds"} <= set(StableDiffusionPipeline._callback_tensor_inputs)
     assert StableDiffusionPipeline.num_timesteps.fget(types.SimpleNamespace(_num_timesteps=3)) == 3
 
 
-@way
+@of_private_interface
 def test_class_attributes(tmp_path):
     assert all(hasattr(UNet2DConditionModel, name) for name in CLASS_ATTRIBUTES)
     unet = upcycled_unet(SD)
@@ -372,7 +372,7 @@ def test_class_attributes(tmp_path):
     assert unet._get_no_split_modules("auto")
 
 
-@way
+@of_private_interface
 def test_module_of_components(tmp_path):
     """If diffusers takes components of other libraries as they are, the modules need no `ModelMixin`."""
     pipe = mtu.upcycle(stock_pipeline())
@@ -384,7 +384,7 @@ def test_module_of_components(tmp_path):
     assert "ModelMixin" in pipeline_loading_utils.ALL_IMPORTABLE_CLASSES
 
 
-@way
+@of_private_interface
 def test_saved_keys(tmp_path):
     pipe = stock_pipeline()
     pipe.save_pretrained(tmp_path)

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.testing._internal.two_tensor import TwoTensor
 
+from mtu.compat.plain_linear import is_plain_linear
 from mtu.models.ffn import why_not_upcyclable
-from mtu.plain_linear import is_plain_linear
 
-from .tiny import assert_close, inputs, predict, upcycled_unet
+from ..tiny import assert_close, inputs, predict, upcycled_unet
 
 NAMES = ("remove", "text-to-image", "edit", "super-resolution", "edit")
 

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mtu import diffusers_compat
-from mtu.diffusers_compat import (
+from mtu.compat import private_interfaces
+from mtu.compat.plain_linear import is_replaced
+from mtu.compat.private_interfaces import (
     has_accelerate_hook,
     has_diffusers_hook,
     is_adapter,
@@ -24,8 +25,6 @@ from mtu.diffusers_compat import (
     weight_maps,
     weights_return,
 )
-from mtu.models.router import RoutingTable
-from mtu.plain_linear import is_replaced
 
 __all__ = [
     "check_loadable",
@@ -122,8 +121,8 @@ def check_plain(module: nn.Module, action: str) -> None:
                 f"Unload adapters before {action}: the forward of {name or 'the model'} is not that of its "
                 f"{type(layer).__name__}."
             )
-        if isinstance(layer, RoutingTable):
-            continue  # its indices are integers by nature
+        if getattr(layer, "has_integer_parameters", False):
+            continue  # as routing tables have by nature, and not by quantization
         for key, parameter in layer.named_parameters(recurse=False):
             if is_traceable_wrapper_subclass(parameter) or not parameter.is_floating_point():
                 kind = "sharded or quantized" if is_traceable_wrapper_subclass(parameter) else "quantized"
@@ -142,7 +141,7 @@ def check_values(module: nn.Module, action: str) -> None:
 
 def is_cast(module: nn.Module) -> bool:
     """Whether layerwise casting stores weights in another dtype than they are computed in."""
-    return any(map(diffusers_compat.is_cast, module.modules()))
+    return any(map(private_interfaces.is_cast, module.modules()))
 
 
 def is_grouped_on_disk(module: nn.Module) -> bool:

@@ -1,8 +1,8 @@
-"""What mtu relies on beyond the public interfaces of diffusers, accelerate and PEFT: the one place that names it.
+"""The private interfaces of diffusers, accelerate and PEFT that mtu relies on: the one place that names them.
 
-Each entry of `PRIVATE_WAYS` says what is used, why, and in which version it was seen; a test of that name in
-`tests/mtu/test_diffusers_compat.py` fails when another version does it otherwise. Other modules use such a name only
-where it must be an attribute of their own class, or is what callbacks set: these entries say where.
+Each entry of `PRIVATE_INTERFACES` says what mtu uses, why, and in which version it was seen. A test of the same name in
+`tests/mtu/compat/test_private_interfaces.py` fails when another version differs. Other modules use such a name only
+where it must be an attribute of their own class or where callbacks set it: these entries say where.
 """
 
 import inspect
@@ -24,7 +24,7 @@ __all__ = [
     "CLASS_ATTRIBUTES",
     "FUSED_ATTRIBUTES",
     "FUSED_PROJECTIONS",
-    "PRIVATE_WAYS",
+    "PRIVATE_INTERFACES",
     "RUNTIME_ATTRIBUTES",
     "SAVED_KEYS",
     "StockIndex",
@@ -48,7 +48,7 @@ __all__ = [
     "with_stock_signature",
 ]
 
-PRIVATE_WAYS = {
+PRIVATE_INTERFACES = {
     "hub_download": (
         "`DiffusionPipeline.download` reads model_index.json by the class method `_dict_from_json_file`, and refuses "
         "components of libraries that are not in `LOADABLE_CLASSES`: it is shown their stock class instead, whose "
