@@ -12,9 +12,9 @@ from mtu.tasks import TaskSpec
 if TYPE_CHECKING:
     from diffusers.models.modeling_utils import ModelMixin as ModelMixin
 
-    from mtu.compiling import compile, warmup
     from mtu.models.unet import MTUUNet2DConditionModel
     from mtu.pipelines import MTUPipeline
+    from mtu.runtime.compiling import compile, warmup
     from mtu.upcycling import load_trained, upcycle
 
 __all__ = [
@@ -35,10 +35,10 @@ _MODULES = {
     "MTUUNet2DConditionModel": "mtu.models.unet",
     # Pipelines accept a UNet class from outside diffusers only if its module also exposes this name.
     "ModelMixin": "diffusers.models.modeling_utils",
-    "compile": "mtu.compiling",
+    "compile": "mtu.runtime.compiling",
     "load_trained": "mtu.upcycling",
     "upcycle": "mtu.upcycling",
-    "warmup": "mtu.compiling",
+    "warmup": "mtu.runtime.compiling",
 }
 
 

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from mtu.compiling import CompiledCalls, Plan
+from mtu.runtime.compiling import CompiledCalls, Plan
 
 from .tiny import SD, inputs, predict, upcycled_unet
 

@@ -78,7 +78,7 @@ ELSEWHERE = {
     "pipelines/conversion.py": {"_class_name", "_diffusers_version", "_module"},
     "inspection/subject.py": {"_class_name"},
     "models/checkpoint.py": {"_class_name"},
-    "compiling.py": {"_compiled_call_impl"},
+    "runtime/compiling.py": {"_compiled_call_impl"},
     "upcycling.py": {"_compiled_call_impl"},
     "compat/plain_linear.py": {"_compiled_call_impl"},
 }

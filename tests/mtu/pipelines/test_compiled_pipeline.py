@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import mtu
-from mtu.compiling import CompiledCalls, Plan
+from mtu.runtime.compiling import CompiledCalls, Plan
 
 TASKS = ("text-to-image", "edit", "super-resolution", "remove")
 

@@ -11,7 +11,7 @@ from benchmarks.pipelines import image_psnr
 from benchmarks.pipelines.image_psnr import PipelinePair
 from benchmarks.pipelines.pipeline_models import cast, draw_samples, load_pipeline, upcycled_images
 from benchmarks.pipelines.psnr_rows import STOCK, psnr, squared_errors
-from mtu.compiling import CompiledCalls, Plan
+from mtu.runtime.compiling import CompiledCalls, Plan
 
 # diffusers looks the version of torch up while a bfloat16 UNet is traced.
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`-wrapped function")

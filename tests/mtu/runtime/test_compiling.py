@@ -14,10 +14,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtu
-from mtu.compiling import CompiledCalls, Plan
-from mtu.graphs import CudaGraphs
+from mtu.runtime.compiling import CompiledCalls, Plan
+from mtu.runtime.graphs import CudaGraphs
 
-from .tiny import (
+from ..tiny import (
     FAMILIES,
     SD,
     assert_close,

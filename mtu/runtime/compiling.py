@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 
 from mtu.compat.plain_linear import is_replaced
-from mtu.graphs import Capture, CudaGraphs, Inputs, Parts, Replay, Step
 from mtu.guidance import plan_guidance
 from mtu.models.router import held
 from mtu.models.unet import MTUUNet2DConditionModel
+from mtu.runtime.graphs import Capture, CudaGraphs, Inputs, Parts, Replay, Step
 
 __all__ = ["CompiledCalls", "Plan", "compile", "warmup"]
 
