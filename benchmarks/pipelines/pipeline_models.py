@@ -17,8 +17,8 @@ import mtu
 from benchmarks.harness.arguments import parse_count
 from benchmarks.harness.correctness import WrongResult
 from benchmarks.harness.workloads import Workload
-from mtu.data import icons
-from mtu.data.icons import Icons
+from mtu.data.icons import examples as icons
+from mtu.data.icons.examples import Icons
 from mtu.guidance import plan_guidance
 from mtu.pipelines.inputs import condition_image
 from mtu.recipes.icons.demo import BASE_MODEL, ICON_TASKS

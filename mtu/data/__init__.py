@@ -1,5 +1,1 @@
-"""Data sets: the icon font as four image tasks with true targets."""
-
-from mtu.data.icons import IconExample, Icons
-
-__all__ = ["IconExample", "Icons"]
+"""Data sets, and the degradations that make low-resolution pictures."""

@@ -18,7 +18,7 @@ STARTS = [
     # A module that has the name of a function would take its place.
     "import mtu.upcycling, mtu; assert callable(mtu.upcycle) and mtu.upcycle is mtu.upcycling.upcycle",
     "from mtu.upcycling import load_trained; from mtu import upcycle; assert callable(upcycle)",
-    "import mtu.runtime.compiling, mtu; assert mtu.compile is mtu.runtime.compiling.compile and mtu.warmup is mtu.runtime.compiling.warmup",
+    "import mtu.runtime.compiling as c, mtu; assert mtu.compile is c.compile and mtu.warmup is c.warmup",
     # As diffusers does, to read a pipeline's folder.
     "import diffusers, importlib; m = importlib.import_module('mtu'); c = getattr(m, 'MTUUNet2DConditionModel'); "
     "assert issubclass(c, getattr(m, 'ModelMixin')) and m.ModelMixin is diffusers.ModelMixin",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from mtu.data.catalogue import OUTLINE, caption_names
+from mtu.data.icons.catalogue import OUTLINE, caption_names
 from mtu.recipes.icons.base import BaseConfig, save_model, train_base
 from mtu.recipes.icons.card import write_card
 from mtu.recipes.icons.demo import BASE_MODEL, DemoConfig, run_demo

@@ -12,7 +12,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 
-from mtu.data.icons import TASKS, IconExample, Icons
+from mtu.data.icons.examples import TASKS, IconExample, Icons
 from mtu.inspection import compare, format_comparison
 from mtu.pipelines import MTUPipeline
 from mtu.recipes.icons.device import autocast_dtype, describe, usable_device

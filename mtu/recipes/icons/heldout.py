@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mtu.compat.private_interfaces import progress_bar_settings
 from mtu.data.degrade import psnr
-from mtu.data.icons import EDIT_KINDS, IMAGE_SIZE, IconExample, Icons
+from mtu.data.icons.examples import EDIT_KINDS, IMAGE_SIZE, IconExample, Icons
 from mtu.pipelines import MTUPipeline
 from mtu.pipelines.inputs import condition_image
 from mtu.recipes.icons.prompts import IconPicture

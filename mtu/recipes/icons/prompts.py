@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mtu.data.catalogue import (
+from mtu.data.icons.catalogue import (
     BACKGROUNDS,
     FOREGROUNDS,
     OFF,
@@ -22,8 +22,8 @@ from mtu.data.catalogue import (
     combination_split,
     scene_caption,
 )
-from mtu.data.font import glyphs
-from mtu.data.icons import paint_icon, paint_scene, pick
+from mtu.data.icons.examples import paint_icon, paint_scene, pick
+from mtu.data.icons.font import glyphs
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from mtu.data.catalogue import BACKGROUNDS, FOREGROUNDS, OFF, OUTLINE, Split, caption, caption_names
-from mtu.data.icons import IMAGE_SIZE, paint_icon
+from mtu.data.icons.catalogue import BACKGROUNDS, FOREGROUNDS, OFF, OUTLINE, Split, caption, caption_names
+from mtu.data.icons.examples import IMAGE_SIZE, paint_icon
 from mtu.recipes.icons.device import usable_device
 from mtu.recipes.icons.prompts import IconPicture, icon_pictures
 from mtu.recipes.icons.vae import reconstruction_psnr

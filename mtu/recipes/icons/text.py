@@ -10,7 +10,7 @@ from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from mtu.data.catalogue import vocabulary
+from mtu.data.icons.catalogue import vocabulary
 
 WORD_END = "</w>"
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"

@@ -11,10 +11,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from mtu.data.catalogue import BACKGROUNDS, FOREGROUNDS, combination_split, icon_names
 from mtu.data.degrade import degrade, psnr, to_tensor, upsample
-from mtu.data.font import glyph_rows, masks
-from mtu.data.icons import EDIT_KINDS, IMAGE_SIZE, IconExample, Icons, paint
+from mtu.data.icons.catalogue import BACKGROUNDS, FOREGROUNDS, combination_split, icon_names
+from mtu.data.icons.examples import EDIT_KINDS, IMAGE_SIZE, IconExample, Icons, paint
+from mtu.data.icons.font import glyph_rows, masks
 from mtu.recipes.icons.device import mixed_precision
 
 

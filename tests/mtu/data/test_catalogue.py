@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from mtu.data import catalogue, font
-from mtu.data.catalogue import BACKGROUNDS, FOREGROUNDS, SPLITS
+from mtu.data.icons import catalogue, font
+from mtu.data.icons.catalogue import BACKGROUNDS, FOREGROUNDS, SPLITS
 
 
 def test_the_font_has_the_icons_that_the_tasks_are_counted_on() -> None:

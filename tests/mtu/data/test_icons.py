@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtu.data import Icons
-from mtu.data.catalogue import (
+from mtu.data.degrade import degrade, psnr, to_tensor, upsample
+from mtu.data.icons import Icons
+from mtu.data.icons.catalogue import (
     BACKGROUNDS,
     FOREGROUNDS,
     OFF,
@@ -21,9 +22,8 @@ from mtu.data.catalogue import (
     one_word_names,
     variant_names,
 )
-from mtu.data.degrade import degrade, psnr, to_tensor, upsample
-from mtu.data.font import glyph_rows, masks
-from mtu.data.icons import EDIT_KINDS, TASKS, IconExample, paint, paint_icon
+from mtu.data.icons.examples import EDIT_KINDS, TASKS, IconExample, paint, paint_icon
+from mtu.data.icons.font import glyph_rows, masks
 
 
 def pixels(image: Tensor | None) -> np.ndarray:
@@ -111,7 +111,7 @@ def test_training_pictures_are_never_held_out_combinations(monkeypatch: pytest.M
         painted.append((name, colour, background))
         return paint_icon(name, colour, background)
 
-    monkeypatch.setattr("mtu.data.icons.paint_icon", spy)
+    monkeypatch.setattr("mtu.data.icons.examples.paint_icon", spy)
     for task in ("text-to-image", "edit", "super-resolution"):
         Icons("train").batch(task, range(400))
     # An edit paints two pictures.

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 
 import mtu
 from mtu.data.degrade import psnr
-from mtu.data.icons import EDIT_KINDS, TASKS
+from mtu.data.icons.examples import EDIT_KINDS, TASKS
 from mtu.recipes.icons.base import BaseConfig, new_pipeline, save_model
 from mtu.recipes.icons.demo import ICON_TASKS, DemoConfig, run_demo
 from mtu.recipes.icons.denoiser import DenoiserConfig

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mtu
-from mtu.data.icons import TASKS, Icons
+from mtu.data.icons.examples import TASKS, Icons
 from mtu.recipes.icons import denoiser
 from mtu.recipes.icons.__main__ import main, make_base
 from mtu.recipes.icons.base import BaseConfig, new_pipeline, train_base

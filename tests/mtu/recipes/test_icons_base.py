@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from mtu.data.catalogue import (
+from mtu.data.icons.catalogue import (
     BACKGROUNDS,
     FOREGROUNDS,
     OUTLINE,

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 import mtu
-from mtu.data.icons import TASKS, Icons
+from mtu.data.icons.examples import TASKS, Icons
 from mtu.recipes.icons.base import BaseConfig, new_pipeline
 from mtu.recipes.icons.denoiser import DenoiserConfig
 from mtu.recipes.icons.text import TextConfig

@@ -9,7 +9,7 @@ import hashlib
 from functools import cache
 from typing import Literal
 
-from mtu.data.font import glyphs
+from mtu.data.icons.font import glyphs
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from mtu.data.catalogue import (
+from mtu.data.degrade import degrade, to_tensor
+from mtu.data.icons.catalogue import (
     BACKGROUNDS,
     FOREGROUNDS,
     OFF,
@@ -24,8 +25,7 @@ from mtu.data.catalogue import (
     one_word_names,
     variant_names,
 )
-from mtu.data.degrade import degrade, to_tensor
-from mtu.data.font import glyph_rows, masks
+from mtu.data.icons.font import glyph_rows, masks
 
 IMAGE_SIZE = 64
 TASKS = ("text-to-image", "edit", "super-resolution", "remove")
