@@ -19,7 +19,7 @@ from benchmarks.harness.correctness import WrongResult
 from benchmarks.harness.workloads import Workload
 from mtu.data.icons import examples as icons
 from mtu.data.icons.examples import Icons
-from mtu.guidance import plan_guidance
+from mtu.pipelines.guidance import plan_guidance
 from mtu.pipelines.inputs import condition_image
 from mtu.recipes.icons.demo import BASE_MODEL, ICON_TASKS
 from mtu.tasks import TaskSpec

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from mtu.guidance import GuidancePlan, plan_guidance
+from mtu.pipelines.guidance import GuidancePlan, plan_guidance
 from mtu.tasks import TaskSpec
 
 __all__ = ["Branches", "Samples", "StepEnd", "common_scale", "gather_branches"]

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from mtu.compat import in_memory
 from mtu.compat.private_interfaces import StockIndex, retrieve_latents, retrieve_timesteps
-from mtu.guidance import GuidancePlan, combine, plan_guidance
-from mtu.model_card import write_model_card
 from mtu.models import checkpoint
 from mtu.pipelines.conversion import check_convertible, converted
 from mtu.pipelines.denoising import Branches, Samples, StepEnd, common_scale, gather_branches
+from mtu.pipelines.guidance import GuidancePlan, combine, plan_guidance
 from mtu.pipelines.inputs import Request, condition_image, output_size, parse_request
+from mtu.pipelines.model_card import write_model_card
 
 __all__ = ["MTUPipeline"]
 

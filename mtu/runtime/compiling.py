@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 
 from mtu.compat.plain_linear import is_replaced
-from mtu.guidance import plan_guidance
 from mtu.models.router import held
 from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.runtime.graphs import Capture, CudaGraphs, Inputs, Parts, Replay, Step
@@ -342,9 +341,8 @@ def _rows(unet: UNet2DConditionModel, batch: int | tuple[str, ...]) -> int:
         if not isinstance(unet, MTUUNet2DConditionModel):
             raise ValueError(f"Names of tasks are for upcycled UNets, but got {batch!r} for a {type(unet).__name__}.")
         specs = [unet.tasks[unet.task_index(name)] for name in batch]
-        scales = [[getattr(spec, name) or 1.0 for spec in specs] for name in ("guidance_scale", "image_guidance_scale")]
         embeds_scale = unet.config.time_cond_proj_dim is not None
-        rows = len(plan_guidance(specs, *scales, embeds_scale=embeds_scale).samples) if specs else 0
+        rows = sum(len(spec.guidance_branches(embeds_scale=embeds_scale)) for spec in specs)
     if rows < 1:
         raise ValueError(f"A batch has at least one row, but got {batch!r}.")
     return rows

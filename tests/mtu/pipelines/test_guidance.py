@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from mtu.guidance import combine, plan_guidance
+from mtu.pipelines.guidance import combine, plan_guidance
 from mtu.tasks import EDIT, REMOVE, SUPER_RESOLUTION, TEXT_TO_IMAGE, TaskSpec
 
 GUIDED_BY_TEXT = TaskSpec("restyle", condition_channels=4, guidance="text")

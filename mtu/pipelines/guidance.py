@@ -45,36 +45,24 @@ def plan_guidance(
     *,
     embeds_scale: bool = False,
 ) -> GuidancePlan:
-    """Lay out the branches of a batch.
-
-    As in diffusers, text guidance with a scale ≤ 1 runs the prompt's branch alone. Dual guidance with both scales 1 is
-    its prompt's branch alone too, by its formula.
+    """Lay out the branches of a batch; `TaskSpec.guidance_branches` says which a sample has.
 
     Args:
         tasks: the task of each of B samples.
         guidance_scales: s_text of each sample; ignored for tasks without guidance.
         image_guidance_scales: s_image of each sample; ignored but for dual guidance.
         device: of the plan's tensors.
-        embeds_scale: the UNet takes the guidance scale of text as an input (`timestep_cond`), as those of latent
-            consistency models: then tasks without an image run their prompt's branch alone, as in diffusers.
+        embeds_scale: the UNet takes the guidance scale of text as an input (`timestep_cond`).
     """
     branches: list[tuple[int, bool, bool]] = []
     text, image, unconditional = [], [], []
     for sample, (task, s_text, s_image) in enumerate(zip(tasks, guidance_scales, image_guidance_scales, strict=True)):
-        text.append(len(branches))
-        branches.append((sample, True, True))
-        if task.guidance == "dual" and not s_text == s_image == 1:
-            image.append(len(branches))
-            unconditional.append(len(branches) + 1)
-            branches += [(sample, False, True), (sample, False, False)]
-        elif task.guidance == "text" and s_text > 1 and (task.takes_image or not embeds_scale):
-            # With an image, classifier-free guidance drops the prompt and keeps the image.
-            image.append(len(branches))
-            unconditional.append(len(branches))
-            branches.append((sample, False, True))
-        else:
-            image.append(text[-1])
-            unconditional.append(text[-1])
+        own = task.guidance_branches(s_text, s_image, embeds_scale=embeds_scale)
+        first, last = len(branches), len(branches) + len(own) - 1
+        text.append(first)
+        image.append(min(first + 1, last))
+        unconditional.append(last)
+        branches += [(sample, *branch) for branch in own]
     rows = [torch.tensor(column, device=device) for column in zip(*branches, strict=True)]
     indices = [torch.tensor(index, device=device) for index in (text, image, unconditional)]
     scales = [

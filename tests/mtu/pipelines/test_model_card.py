@@ -9,7 +9,7 @@ from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_
 from huggingface_hub.errors import EntryNotFoundError
 
 import mtu
-from mtu.model_card import write_model_card
+from mtu.pipelines.model_card import write_model_card
 from tests.mtu.pipelines.conftest import stock_pipeline
 from tests.mtu.tiny import SD, upcycled_unet
 
