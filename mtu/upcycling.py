@@ -14,10 +14,9 @@ from torch import Tensor
 import mtu_kernels
 from mtu.compat.plain_linear import is_replaced
 from mtu.compat.private_interfaces import has_accelerate_hook
-from mtu.config import ExpertConfig, NormMode
+from mtu.experts import ExpertConfig, NormMode, stock_config
 from mtu.models import checkpoint
 from mtu.models.ffn import check_blocks
-from mtu.models.folding import stock_config
 from mtu.models.initial_routing import count_proportional_experts, initial_router_state
 from mtu.models.settings import carry_settings_, unfused_state
 from mtu.models.unet import MTUUNet2DConditionModel

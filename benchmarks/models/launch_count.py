@@ -29,7 +29,7 @@ from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.fake_gpu import ARCH, WORKS, Generated, Operator, fake_gpu, generate, to_fake_gpu
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.models.unet_models import MODELS, default_experts, default_size, tasks_of
-from mtu.config import ExpertConfig
+from mtu.experts import ExpertConfig
 from mtu.models.ffn import CONTEXT_KEY, RoutedTransformerBlock
 from mtu.models.router import TaskContext
 from mtu_kernels.triton import operators

@@ -47,7 +47,7 @@ from benchmarks.pipelines.pipeline_models import (
     workload_of,
 )
 from benchmarks.pipelines.psnr_rows import STOCK, TABLE, compare, squared_errors, table, verdict
-from mtu.models.folding import stock_config
+from mtu.experts import stock_config
 
 # With 16 the standard error is itself too uncertain: one row in twenty was three of them off, and not so with more.
 _PER_TASK = 48

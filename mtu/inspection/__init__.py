@@ -6,8 +6,18 @@ paper leaves out, are reported apart; so are the routers, which run once per cal
 are dropped.
 """
 
-from mtu.inspection.comparison import Comparison, Row, compare, format_comparison
-from mtu.inspection.subject import BUILT_IN
+from mtu.inspection.comparison import Comparison, Quantity, compare, format_comparison
+from mtu.inspection.inspected_model import BUILT_IN
 from mtu.inspection.sweep import Layout, Sweep, format_sweep, sweep
 
-__all__ = ["BUILT_IN", "Comparison", "Layout", "Row", "Sweep", "compare", "format_comparison", "format_sweep", "sweep"]
+__all__ = [
+    "BUILT_IN",
+    "Comparison",
+    "Layout",
+    "Quantity",
+    "Sweep",
+    "compare",
+    "format_comparison",
+    "format_sweep",
+    "sweep",
+]

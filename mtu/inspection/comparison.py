@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from diffusers import UNet2DConditionModel
 
-from mtu.config import ExpertConfig, NormMode
+from mtu.experts import ExpertConfig, NormMode
 from mtu.inspection.counting import (
     count_flops,
     count_parameters,
@@ -15,14 +15,14 @@ from mtu.inspection.counting import (
     format_flops,
     format_table,
 )
-from mtu.inspection.subject import Subject, read_subject
+from mtu.inspection.inspected_model import InspectedModel, read_model
 from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.tasks import TaskSpec
 
-__all__ = ["Comparison", "Row", "compare", "format_comparison"]
+__all__ = ["Comparison", "Quantity", "compare", "format_comparison"]
 
 
-class Row(NamedTuple):
+class Quantity(NamedTuple):
     """One quantity of the original and of the upcycled model; None where a model has no such thing.
 
     Attributes:
@@ -64,7 +64,7 @@ class Comparison(NamedTuple):
     latent_size: int
     tasks: tuple[TaskSpec, ...]
     config: ExpertConfig
-    rows: tuple[Row, ...]
+    rows: tuple[Quantity, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -108,23 +108,25 @@ def compare(
     Raises:
         ValueError: no such folder, not that of a UNet, or arguments that `upcycle` refuses.
     """
-    subject = read_subject(model)
-    latent_size = subject.latent_size(size, latent_factor)
+    inspected = read_model(model)
+    latent_size = inspected.latent_size(size, latent_factor)
     settings = {"num_experts": num_experts, "top_k": top_k, "expert_ratio": expert_ratio, "norm": norm}
     settings = {key: value for key, value in settings.items() if value is not None}
-    if subject.upcycled is None:
-        upcycled = subject.build_upcycled(**settings)
+    if inspected.upcycled is None:
+        upcycled = inspected.build_upcycled(**settings)
     elif settings:
-        raise ValueError(f"{subject.name} is upcycled already, its layout is fixed: expected no {', '.join(settings)}.")
+        raise ValueError(
+            f"{inspected.name} is upcycled already, its layout is fixed: expected no {', '.join(settings)}."
+        )
     else:
-        upcycled = subject.upcycled
+        upcycled = inspected.upcycled
     tasks, config = upcycled.tasks, upcycled.expert_config
-    return Comparison(subject.name, size, latent_size, tasks, config, _rows(subject, upcycled, latent_size))
+    return Comparison(inspected.name, size, latent_size, tasks, config, _quantities(inspected, upcycled, latent_size))
 
 
-def _rows(subject: Subject, upcycled: MTUUNet2DConditionModel, latent_size: int) -> tuple[Row, ...]:
+def _quantities(inspected: InspectedModel, upcycled: MTUUNet2DConditionModel, latent_size: int) -> tuple[Quantity, ...]:
     """All quantities; `upcycled` loses its routers."""
-    stock = subject.build_stock()
+    stock = inspected.build_stock()
     channels, widest = stock.config.in_channels, upcycled.conv_in.in_channels
     original = count_flops(stock, channels, latent_size)
     own, wide = (count_flops(upcycled, count, latent_size) for count in (channels, widest))
@@ -133,17 +135,17 @@ def _rows(subject: Subject, upcycled: MTUUNet2DConditionModel, latent_size: int)
     upcycled.drop_routers_()
     trained_dropped = sum(p.numel() for p in upcycled.trainable_parameters())
     rows = [
-        Row("parameters", "parameters", count_parameters(stock), parameters, count_parameters(upcycled)),
-        Row("trained_parameters", "trained parameters", None, trained, trained_dropped),
-        Row("ffn_blocks", "FFN blocks", blocks, blocks, blocks),
+        Quantity("parameters", "parameters", count_parameters(stock), parameters, count_parameters(upcycled)),
+        Quantity("trained_parameters", "trained parameters", None, trained, trained_dropped),
+        Quantity("ffn_blocks", "FFN blocks", blocks, blocks, blocks),
     ]
     first, total = upcycled.tasks[0].name, original.layers + original.attention
     tasks = [("", f"{first}, {channels} channels", own), ("_widest_task", f"widest task, {widest} channels", wide)]
     for key, label, flops in tasks if widest > channels else tasks[:1]:
         layers, both = flops.layers, flops.layers + flops.attention
-        rows.append(Row(f"flops{key}", f"FLOPs, {label}", original.layers, layers, layers))
-        rows.append(Row(f"flops{key}_with_attention", "  with attention products", total, both, both))
-    rows.append(Row("flops_routers_per_call", "FLOPs of the routers, per call", None, own.routers, 0))
+        rows.append(Quantity(f"flops{key}", f"FLOPs, {label}", original.layers, layers, layers))
+        rows.append(Quantity(f"flops{key}_with_attention", "  with attention products", total, both, both))
+    rows.append(Quantity("flops_routers_per_call", "FLOPs of the routers, per call", None, own.routers, 0))
     return tuple(rows)
 
 

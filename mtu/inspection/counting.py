@@ -1,7 +1,7 @@
 """Counting parameters and FLOPs of a model on the meta device, and writing such numbers down."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -10,11 +10,10 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mtu.example_inputs import TEXT_TOKENS, example_inputs
 from mtu.models.router import Router, constants
 
 __all__ = ["Flops", "count_flops", "count_parameters", "describe_flops", "format_count", "format_flops", "format_table"]
-
-_TEXT_TOKENS = 77
 
 
 class Flops(NamedTuple):
@@ -47,7 +46,7 @@ def count_flops(unet: UNet2DConditionModel, channels: int, latent_size: int) -> 
     Raises:
         ValueError: a UNet that takes other inputs than text and, as SDXL, sizes.
     """
-    inputs = _inputs(unet, channels, latent_size)
+    inputs = example_inputs(unet, height=latent_size, width=latent_size, channels=channels)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         unet(**inputs)
     root = type(unet).__name__
@@ -65,31 +64,6 @@ def count_flops(unet: UNet2DConditionModel, channels: int, latent_size: int) -> 
     return Flops(layers, parts[Attention], parts[Router], parts[FeedForward] - parts[Router])
 
 
-def _inputs(unet: UNet2DConditionModel, channels: int, latent_size: int) -> dict[str, Any]:
-    config = unet.config
-    others = {"class_embed_type": config.class_embed_type, "num_class_embeds": config.num_class_embeds}
-    others["encoder_hid_dim_type"] = config.encoder_hid_dim_type
-    if config.addition_embed_type != "text_time":
-        others["addition_embed_type"] = config.addition_embed_type
-    unknown = [f"{key}={value!r}" for key, value in others.items() if value is not None]
-    if unknown:
-        raise ValueError(f"Only UNets that take text (and sizes, as SDXL) can be counted, but got {unknown[0]}.")
-    width = config.cross_attention_dim
-    width = max(width) if isinstance(width, list | tuple) else width
-    inputs = {
-        "sample": torch.empty(1, channels, latent_size, latent_size, device="meta"),
-        "timestep": torch.empty((), device="meta"),
-        "encoder_hidden_states": torch.empty(1, _TEXT_TOKENS, width, device="meta"),
-    }
-    if config.time_cond_proj_dim is not None:
-        inputs["timestep_cond"] = torch.empty(1, config.time_cond_proj_dim, device="meta")
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        embeds = {"text_embeds": torch.empty(1, pooled, device="meta"), "time_ids": torch.empty(1, 6, device="meta")}
-        inputs["added_cond_kwargs"] = embeds
-    return inputs
-
-
 def count_parameters(model: nn.Module) -> int:
     """All parameters of a model but the tables that dropped routers leave, which are constants."""
     tables = constants(model)
@@ -100,7 +74,7 @@ def describe_flops(size: int, latent_size: int) -> str:
     """What the FLOPs in a table are."""
     return (
         f"FLOPs: one forward of the UNet at {size} x {size} (latents {latent_size} x {latent_size}), batch 1, "
-        f"{_TEXT_TOKENS} text tokens.\nA multiply-add counts as two. Convolutions and linear layers; the two products "
+        f"{TEXT_TOKENS} text tokens.\nA multiply-add counts as two. Convolutions and linear layers; the two products "
         "inside attention only where named."
     )
 

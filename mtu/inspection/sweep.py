@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from diffusers import UNet2DConditionModel
 
-from mtu.config import ExpertConfig, NormMode
+from mtu.experts import ExpertConfig, NormMode
 from mtu.inspection.counting import (
     Flops,
     count_flops,
@@ -18,7 +18,7 @@ from mtu.inspection.counting import (
     format_flops,
     format_table,
 )
-from mtu.inspection.subject import read_subject
+from mtu.inspection.inspected_model import read_model
 from mtu.models.unet import MTUUNet2DConditionModel
 
 __all__ = ["Layout", "Sweep", "format_sweep", "sweep"]
@@ -132,21 +132,21 @@ def sweep(
 
     Source: MTU (arXiv 2503.11905) §8.
     """
-    subject = read_subject(model)
-    latent_size = subject.latent_size(size, latent_factor)
-    stock = subject.build_stock()
+    inspected = read_model(model)
+    latent_size = inspected.latent_size(size, latent_factor)
+    stock = inspected.build_stock()
     original = count_parameters(stock)
     limit = _parse_budget(budget, original)
     if norm is None:
-        norm = "task" if subject.upcycled is None else subject.upcycled.expert_config.norm
-    one_expert = subject.build_upcycled(num_experts=1, norm=norm)
+        norm = "task" if inspected.upcycled is None else inspected.upcycled.expert_config.norm
+    one_expert = inspected.build_upcycled(num_experts=1, norm=norm)
     layouts = _layouts(one_expert, limit, count_flops(one_expert, stock.config.in_channels, latent_size))
     if not any(layout.within_budget for layout in layouts):
         least = min(layouts, key=lambda layout: layout.parameters)
         raise ValueError(f"No layout fits into {format_count(limit)} parameters: the smallest is {least}.")
     flops = count_flops(stock, stock.config.in_channels, latent_size).layers
     recipe = tuple(_recipe_line(step, layouts) for step in (1, 2, 3))
-    return Sweep(subject.name, size, latent_size, limit, original, flops, layouts, recipe)
+    return Sweep(inspected.name, size, latent_size, limit, original, flops, layouts, recipe)
 
 
 def _parse_budget(budget: str | int, original: int) -> int:

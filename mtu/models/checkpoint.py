@@ -16,9 +16,8 @@ from torch import Tensor
 
 from mtu import storage
 from mtu.compat import in_memory
-from mtu.config import ExpertConfig
+from mtu.experts import ExpertConfig, stock_config
 from mtu.models import task_rows
-from mtu.models.folding import stock_config
 from mtu.tasks import TaskSpec, as_task_specs
 
 if TYPE_CHECKING:

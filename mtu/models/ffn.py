@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtu.compat.plain_linear import is_plain_linear
-from mtu.config import ExpertConfig
+from mtu.experts import ExpertConfig
 from mtu.models.norm import TaskLayerNorm
 from mtu.models.router import Router, RoutingTable, TaskContext
 from mtu_kernels import ExpertWeights, NormAffine, Routing, dense_weights, moe_ffn

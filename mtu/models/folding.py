@@ -1,6 +1,5 @@
 """Folding one task back into a plain diffusers UNet."""
 
-import inspect
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +8,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from mtu.compat import in_memory
+from mtu.experts import stock_config
 from mtu.models.settings import carry_settings_, unfused_state
 from mtu_kernels import Routing, dense_weights
 
@@ -16,13 +16,7 @@ if TYPE_CHECKING:
     from mtu.models.ffn import RoutedTransformerBlock
     from mtu.models.unet import MTUUNet2DConditionModel
 
-__all__ = ["export_task", "stock_config"]
-
-
-def stock_config(unet: UNet2DConditionModel) -> dict:
-    """The part of a UNet's configuration that `UNet2DConditionModel` knows."""
-    known = inspect.signature(UNet2DConditionModel.__init__).parameters
-    return {name: value for name, value in unet.config.items() if name in known}
+__all__ = ["export_task"]
 
 
 @torch.no_grad()

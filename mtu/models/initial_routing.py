@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mtu.config import ExpertConfig
+from mtu.experts import ExpertConfig
 from mtu_kernels import dense_weights, top_k_routing
 
 __all__ = ["count_proportional_experts", "initial_router_state"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtu.compat.plain_linear import RouterLinear, is_plain_linear, is_replaced, without_eight_bits
-from mtu.config import ExpertConfig
+from mtu.experts import ExpertConfig
 from mtu_kernels import NormAffine, Routing, top_k_routing
 from mtu_kernels.autocast import has_autocast
 from mtu_kernels.exporting import becomes_program

@@ -20,7 +20,7 @@ import mtu_kernels
 from mtu.compat import in_memory
 from mtu.compat.plain_linear import is_called_as_it_is
 from mtu.compat.private_interfaces import expand_block_scales, with_stock_signature
-from mtu.config import ExpertConfig, NormMode
+from mtu.experts import ExpertConfig, NormMode
 from mtu.models import checkpoint, task_rows
 from mtu.models import folding as export
 from mtu.models.conv_in import TaskConvIn
@@ -105,15 +105,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
     @property
     def expert_config(self) -> ExpertConfig:
         """The expert layout."""
-        config = self.config
-        return ExpertConfig(
-            config.num_experts,
-            config.top_k,
-            config.expert_ratio,
-            config.norm,
-            config.routing_scale,
-            config.router_width,
-        )
+        return ExpertConfig.from_config(self.config)
 
     def task_index(self, name: str) -> int:
         """The id of a task.

@@ -95,7 +95,7 @@ def parse_request(
 
 
 def output_size(
-    request: Request, height: int | None, width: int | None, default: tuple[int, int], multiple: int
+    request: Request, height: int | None, width: int | None, default: tuple[int, int] | None, multiple: int
 ) -> tuple[int, int]:
     """Height and width in pixels of all outputs of a call.
 
@@ -103,7 +103,7 @@ def output_size(
     factor), the same for all; else the model's own size.
 
     Raises:
-        ValueError: images that imply different sizes, or a given size that is no multiple.
+        ValueError: images that imply different sizes, a given size that is no multiple, or no size at all.
     """
     for name, value in (("height", height), ("width", width)):
         if value is not None and (not _is_integer(value) or value < multiple or value % multiple):
@@ -121,6 +121,8 @@ def output_size(
         listed = ", ".join(f"{w}×{h} (sample {i})" for (h, w), i in sizes.items())
         raise ValueError(f"The images of one call must imply one output size, but got {listed}; or give height, width.")
     size = next(iter(sizes), default)
+    if size is None:
+        raise ValueError("This model has no size of its own (sample_size is None): give height and width.")
     if min(size) < multiple:
         raise ValueError(f"Images must be at least {multiple} pixels high and wide, but got {size[1]}×{size[0]}.")
     return size

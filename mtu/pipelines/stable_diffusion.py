@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mtu.compat import in_memory
 from mtu.compat.private_interfaces import StockIndex, retrieve_latents, retrieve_timesteps
+from mtu.example_inputs import default_latent_size
 from mtu.models import checkpoint
 from mtu.pipelines.conversion import check_convertible, converted
 from mtu.pipelines.denoising import Branches, Samples, StepEnd, common_scale, gather_branches
@@ -103,7 +104,9 @@ class MTUPipeline(StableDiffusionPipeline):
             num_inference_steps=num_inference_steps,
             repeats=num_images_per_prompt,
         )
-        size = output_size(request, height, width, self._default_size(), self.vae_scale_factor)
+        own = default_latent_size(self.unet)
+        own = None if own is None else (own[0] * self.vae_scale_factor, own[1] * self.vae_scale_factor)
+        size = output_size(request, height, width, own, self.vae_scale_factor)
         self._check_call(request, size, generator, latents, eta, output_type, callback_on_step_end_tensor_inputs)
         self._show_settings(request, cross_attention_kwargs)
 
@@ -269,11 +272,6 @@ class MTUPipeline(StableDiffusionPipeline):
             if i == len(timesteps) - 1 or (i + 1 > warmup and (i + 1) % order == 0):
                 progress_bar.update()
         return sample
-
-    def _default_size(self) -> tuple[int, int]:
-        size = self.unet.config.sample_size
-        rows, columns = (size, size) if isinstance(size, int) else size
-        return rows * self.vae_scale_factor, columns * self.vae_scale_factor
 
     def _check_call(
         self,

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 
 from mtu.compat.plain_linear import is_replaced
+from mtu.example_inputs import TEXT_TOKENS, default_latent_size, example_inputs
 from mtu.models.router import held
 from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.runtime.graphs import Capture, CudaGraphs, Inputs, Parts, Replay, Step
@@ -27,7 +28,6 @@ from mtu.runtime.graphs import Capture, CudaGraphs, Inputs, Parts, Replay, Step
 __all__ = ["CompiledCalls", "Plan", "compile", "warmup"]
 
 _LOG = logging.getLogger("mtu")
-_TEXT_TOKENS = 77
 Model = TypeVar("Model", UNet2DConditionModel, DiffusionPipeline)
 
 
@@ -126,14 +126,14 @@ def warmup(
             than are kept, or a UNet in training mode.
     """
     unet = _unet_of(model)
-    factor = model.vae_scale_factor if isinstance(model, DiffusionPipeline) else 1
-    size = unet.config.sample_size
-    own = (size, size) if isinstance(size, int) else tuple(size)
-    edges = [latents * factor if given is None else given for given, latents in zip((height, width), own, strict=True)]
-    if any(not isinstance(edge, int) or edge < factor or edge % factor for edge in edges):
-        raise ValueError(f"height and width must be positive multiples of {factor}, but got {edges[0]} and {edges[1]}.")
+    factor: int = model.vae_scale_factor if isinstance(model, DiffusionPipeline) else 1
+    own_height, own_width = default_latent_size(unet) or (0, 0)
+    height = own_height * factor if height is None else height
+    width = own_width * factor if width is None else width
+    if any(not isinstance(edge, int) or edge < factor or edge % factor for edge in (height, width)):
+        raise ValueError(f"height and width must be positive multiples of {factor}, but got {height} and {width}.")
     if text_tokens is None:
-        text_tokens = getattr(getattr(model, "tokenizer", None), "model_max_length", _TEXT_TOKENS)
+        text_tokens = getattr(getattr(model, "tokenizer", None), "model_max_length", TEXT_TOKENS)
     names = [
         batch if isinstance(batch, int) else (batch,) if isinstance(batch, str) else tuple(batch) for batch in batches
     ]
@@ -143,11 +143,15 @@ def warmup(
         raise ValueError(f"At most max_sizes = {calls.max_sizes} sizes are kept, but got {len(set(rows))} to warm up.")
     if unet.training:
         raise ValueError("A UNet in eval mode is needed to warm up, but this one is in training mode.")
+    # Where parameters are offloaded to the meta device, calls take their inputs from anywhere.
+    is_offloaded = unet.device.type == "meta" and any(map(is_replaced, unet.modules()))
+    device = torch.device("cpu") if is_offloaded else unet.device
+    size = {"height": height // factor, "width": width // factor}
     seconds = {}
     with tqdm(zip(names, rows, strict=True), total=len(names), desc="warm-up", unit="size") as progress:
         for name, count in progress:
-            progress.set_postfix_str(f"{count} rows of {edges[0]}×{edges[1]}")
-            inputs = _example(unet, count, *(edge // factor for edge in edges), text_tokens)
+            progress.set_postfix_str(f"{count} rows of {height}×{width}")
+            inputs = example_inputs(unet, count, **size, text_tokens=text_tokens, device=device)
             start = time.perf_counter()
             with torch.no_grad(), _unannounced(unet):
                 unet(**inputs)
@@ -346,30 +350,6 @@ def _rows(unet: UNet2DConditionModel, batch: int | tuple[str, ...]) -> int:
     if rows < 1:
         raise ValueError(f"A batch has at least one row, but got {batch!r}.")
     return rows
-
-
-def _example(unet: UNet2DConditionModel, rows: int, height: int, width: int, text_tokens: int) -> Inputs:
-    """Arguments of a call of this size."""
-    config = unet.config
-    # Where parameters are offloaded to the meta device, calls take their inputs from anywhere.
-    is_offloaded = unet.device.type == "meta" and any(map(is_replaced, unet.modules()))
-    device = torch.device("cpu") if is_offloaded else unet.device
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=unet.dtype, device=device)
-
-    inputs = {
-        "sample": zeros(rows, config.in_channels, height, width),
-        "timestep": torch.zeros((), device=device),
-        "encoder_hidden_states": zeros(rows, text_tokens, config.cross_attention_dim),
-    }
-    if config.time_cond_proj_dim is not None:
-        inputs["timestep_cond"] = zeros(rows, config.time_cond_proj_dim)
-    if config.addition_embed_type == "text_time":
-        numbers = 6
-        pooled = config.projection_class_embeddings_input_dim - numbers * config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {"text_embeds": zeros(rows, pooled), "time_ids": zeros(rows, numbers)}
-    return inputs
 
 
 @contextlib.contextmanager

@@ -76,7 +76,7 @@ ELSEWHERE = {
     },
     "pipelines/denoising.py": CALL_SETTINGS,
     "pipelines/conversion.py": {"_class_name", "_diffusers_version", "_module"},
-    "inspection/subject.py": {"_class_name"},
+    "inspection/inspected_model.py": {"_class_name"},
     "models/checkpoint.py": {"_class_name"},
     "runtime/compiling.py": {"_compiled_call_impl"},
     "upcycling.py": {"_compiled_call_impl"},

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtu.config import ExpertConfig
+from mtu.experts import ExpertConfig
 from mtu.models.ffn import CONTEXT_KEY, RoutedTransformerBlock, why_not_upcyclable
 from mtu.models.router import TaskContext
 from mtu_kernels import available_backends, dense_weights

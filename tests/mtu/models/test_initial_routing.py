@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mtu
-from mtu.config import ExpertConfig
+from mtu.experts import ExpertConfig
 from mtu.inspection import sweep
 from mtu.models.router import TaskContext
 

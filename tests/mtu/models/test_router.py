@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mtu.config import ExpertConfig
+from mtu.experts import ExpertConfig
 from mtu.models.initial_routing import initial_router_state
 from mtu.models.router import Router, RoutingTable, held, select_rows
 from mtu_kernels import dense_weights

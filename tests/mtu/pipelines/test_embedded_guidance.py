@@ -5,8 +5,8 @@ import torch
 from diffusers import LCMScheduler, UNet2DConditionModel
 
 import mtu
+from mtu.experts import stock_config
 from mtu.inspection.counting import count_flops
-from mtu.models.folding import stock_config
 from mtu.runtime.compiling import CompiledCalls, Plan
 from tests.mtu.pipelines.conftest import randomise_
 from tests.mtu.pipelines.test_pipeline import PROMPTS, TASKS, assert_same, images, noise, run_stock, seeds

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtu.config import ExpertConfig
+from mtu.experts import ExpertConfig
 from mtu.models.router import Router
 from mtu.training import FitConfig, LogEntry, fit
 from mtu.training.checkpoint import load_checkpoint, save_checkpoint

@@ -14,7 +14,7 @@ import mtu
 from mtu.cli import main
 from mtu.inspection import Comparison, compare, format_comparison, sweep
 
-from .tiny import SD, SDXL, inputs, stock_unet, upcycled_unet
+from ..tiny import SD, SDXL, inputs, stock_unet, upcycled_unet
 
 
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtu.config import ExpertConfig
+from mtu.experts import ExpertConfig
 
 
 def layout(num_experts=4, top_k=None, expert_ratio=0.25, norm="task", routing_scale=None, router_width=16):

@@ -1,4 +1,4 @@
-"""What is inspected: the configuration of a UNet, and the models that it describes, on the meta device."""
+"""The model to inspect: the configuration of a UNet, and the models that it describes, on the meta device."""
 
 import json
 import os
@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import UNet2DConditionModel
 
-from mtu.models.folding import stock_config
+from mtu.experts import stock_config
 from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.upcycling import upcycle
 
-__all__ = ["BUILT_IN", "Subject", "read_subject"]
+__all__ = ["BUILT_IN", "InspectedModel", "read_model"]
 
 # The UNets of the two published models, as arguments of UNet2DConditionModel.
 BUILT_IN: dict[str, dict[str, Any]] = {
@@ -39,13 +39,13 @@ _LATENT_FACTOR = 8
 _CONFIG_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
-class Subject(NamedTuple):
+class InspectedModel(NamedTuple):
     """A model to inspect.
 
     Attributes:
         name: for people.
         config: of the stock UNet.
-        upcycled: the upcycled model with its routers, on the meta device; None where the subject is a stock model.
+        upcycled: the upcycled model with its routers, on the meta device; None for a stock model.
         latent_factor: pixels per latent.
     """
 
@@ -60,7 +60,7 @@ class Subject(NamedTuple):
             return UNet2DConditionModel(**self.config).eval()
 
     def build_upcycled(self, **settings: Any) -> MTUUNet2DConditionModel:
-        """The stock UNet upcycled anew with these arguments of `upcycle`, for the subject's tasks, on the meta device.
+        """The stock UNet upcycled anew with these arguments of `upcycle`, for the model's tasks, on the meta device.
 
         Raises:
             ValueError: arguments that `upcycle` refuses.
@@ -81,8 +81,8 @@ class Subject(NamedTuple):
         return size // factor
 
 
-def read_subject(model: str | os.PathLike | UNet2DConditionModel) -> Subject:
-    """The subject that a built-in name, a folder or a UNet stands for; of a folder only config.json is read.
+def read_model(model: str | os.PathLike | UNet2DConditionModel) -> InspectedModel:
+    """The model that a built-in name, a folder or a UNet stands for; of a folder only config.json is read.
 
     Raises:
         TypeError: neither a UNet nor a name.
@@ -91,7 +91,7 @@ def read_subject(model: str | os.PathLike | UNet2DConditionModel) -> Subject:
     if not isinstance(model, str | os.PathLike | UNet2DConditionModel):
         raise TypeError(f"A UNet or the folder of one is expected, but got a {type(model).__name__}.")
     if isinstance(model, str) and model in BUILT_IN:
-        return Subject(model, BUILT_IN[model], None, _LATENT_FACTOR)
+        return InspectedModel(model, BUILT_IN[model], None, _LATENT_FACTOR)
     if isinstance(model, UNet2DConditionModel):
         name, config, factor = f"this {type(model).__name__}", dict(model.config), _LATENT_FACTOR
         is_upcycled = isinstance(model, MTUUNet2DConditionModel)
@@ -99,7 +99,7 @@ def read_subject(model: str | os.PathLike | UNet2DConditionModel) -> Subject:
         name, config, factor = _read_folder(Path(model))
         is_upcycled = config["_class_name"] == MTUUNet2DConditionModel.__name__
     unet = _from_config(name, config, is_upcycled)
-    return Subject(name, stock_config(unet), unet if isinstance(unet, MTUUNet2DConditionModel) else None, factor)
+    return InspectedModel(name, stock_config(unet), unet if isinstance(unet, MTUUNet2DConditionModel) else None, factor)
 
 
 def _from_config(name: str, config: dict[str, Any], is_upcycled: bool) -> UNet2DConditionModel:

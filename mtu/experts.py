@@ -1,14 +1,18 @@
-"""How feed-forward networks are split into experts: the settings and the arithmetic of hidden units."""
+"""How feed-forward networks are split into experts: the settings, the arithmetic of hidden units, and where an upcycled
+model's configuration keeps the settings beside the stock ones."""
 
 import dataclasses
+import inspect
 import math
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-__all__ = ["ExpertConfig"]
+__all__ = ["ExpertConfig", "NormMode", "stock_config"]
 
 NormMode = Literal["task", "task_expert"]
 
@@ -40,6 +44,11 @@ class ExpertConfig:
     norm: NormMode
     routing_scale: float
     router_width: int
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "ExpertConfig":
+        """The layout among the entries of an upcycled model's configuration."""
+        return cls(**{field.name: config[field.name] for field in dataclasses.fields(cls)})
 
     def __post_init__(self) -> None:
         _check_positive_int("num_experts", self.num_experts)
@@ -134,6 +143,12 @@ class ExpertConfig:
     def _ratio(self) -> Fraction:
         # 1/3 as a float is not 1/3: take the nearest fraction a person would have meant.
         return Fraction(self.expert_ratio).limit_denominator(4096)
+
+
+def stock_config(unet: UNet2DConditionModel) -> dict[str, Any]:
+    """The arguments of `UNet2DConditionModel` among the entries of a UNet's configuration."""
+    known = inspect.signature(UNet2DConditionModel.__init__).parameters
+    return {name: value for name, value in unet.config.items() if name in known}
 
 
 def _check_positive_int(name: str, value: object) -> None:

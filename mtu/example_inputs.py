@@ -1,0 +1,96 @@
+"""The arguments that one call of a UNet takes: warm-up, FLOP counts and exports all ask here."""
+
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+__all__ = ["TEXT_TOKENS", "default_latent_size", "example_inputs"]
+
+# The tokens of a prompt, as the CLIP text encoders of Stable Diffusion pad them.
+TEXT_TOKENS = 77
+
+# SDXL embeds the original size, the crop and the target size, two numbers each.
+_TIME_IDS = 6
+
+
+def example_inputs(
+    unet: UNet2DConditionModel,
+    rows: int = 1,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    channels: int | None = None,
+    text_tokens: int = TEXT_TOKENS,
+    device: torch.device | str | None = None,
+) -> dict[str, Any]:
+    """Zeros in the shapes and dtypes of a call's arguments, by the UNet's configuration.
+
+    Args:
+        unet: a stock or an upcycled UNet of the families of SD 1.5, SDXL, and latent consistency models (LCM).
+        rows: B, the rows of the batch.
+        height, width: of the latents; None: the model's own.
+        channels: of `sample`; None: those of the latents alone.
+        text_tokens: L, the tokens of a prompt.
+        device: of the tensors; None: that of the UNet.
+
+    Returns:
+        `sample` (B, channels, height, width), `timestep` () and `encoder_hidden_states` (B, L, D); for LCM also
+        `timestep_cond`, and for SDXL `added_cond_kwargs` with the pooled text and the sizes. Floating-point tensors
+        have the dtype of the UNet, but for the float32 timestep.
+
+    Raises:
+        ValueError: a UNet that takes other inputs, or one without a size of its own where none is given.
+
+    Example:
+        >>> unet(**example_inputs(unet, rows=2, height=64, width=64))
+    """
+    config = unet.config
+    _check_family(config)
+    if height is None or width is None:
+        own = default_latent_size(unet)
+        if own is None:
+            raise ValueError("This UNet has no size of its own (sample_size is None): give height and width.")
+        height, width = own[0] if height is None else height, own[1] if width is None else width
+    device = unet.device if device is None else torch.device(device)
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=unet.dtype, device=device)
+
+    inputs: dict[str, Any] = {
+        "sample": zeros(rows, config.in_channels if channels is None else channels, height, width),
+        "timestep": torch.zeros((), device=device),
+        "encoder_hidden_states": zeros(rows, text_tokens, _text_width(config)),
+    }
+    if config.time_cond_proj_dim is not None:
+        inputs["timestep_cond"] = zeros(rows, config.time_cond_proj_dim)
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - _TIME_IDS * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {"text_embeds": zeros(rows, pooled), "time_ids": zeros(rows, _TIME_IDS)}
+    return inputs
+
+
+def default_latent_size(unet: UNet2DConditionModel) -> tuple[int, int] | None:
+    """Height and width of the latents that a UNet was made for; None where its configuration has no `sample_size`."""
+    size = unet.config.sample_size
+    return (size, size) if isinstance(size, int) else None if size is None else (size[0], size[1])
+
+
+def _check_family(config: Any) -> None:
+    others = {name: config[name] for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type")}
+    if config.addition_embed_type != "text_time":
+        others["addition_embed_type"] = config.addition_embed_type
+    unknown = [f"{name}={value!r}" for name, value in others.items() if value is not None]
+    if unknown:
+        raise ValueError(f"Only UNets that take text (and sizes, as SDXL) are known here, but got {unknown[0]}.")
+
+
+def _text_width(config: Any) -> int:
+    width = config.cross_attention_dim
+    widths = {width} if isinstance(width, int) else set(width)
+    if len(widths) > 1:
+        raise ValueError(
+            f"Only UNets whose blocks all read one text are known here, but cross_attention_dim is {width}."
+        )
+    return widths.pop()
