@@ -15,7 +15,7 @@ import mtu_kernels
 from mtu.compat.plain_linear import is_replaced
 from mtu.compat.private_interfaces import has_accelerate_hook
 from mtu.experts import ExpertConfig, NormMode, stock_config
-from mtu.models import checkpoint
+from mtu.models import parts
 from mtu.models.ffn import check_blocks
 from mtu.models.initial_routing import count_proportional_experts, initial_router_state
 from mtu.models.settings import carry_settings_, unfused_state
@@ -130,9 +130,10 @@ def load_trained(
         unet = _unet_of(pipeline, "load_trained")
     mtu_kernels.check_backend(backend)
     _check_stock(unet)
-    specs, config, tensors = checkpoint.read_trained(directory, stock_config(unet))
+    specs, config, tensors = parts.read_trained(directory, stock_config(unet))
     # A model of these settings on no memory tells, before the UNet is touched, whether the tensors fit.
-    checkpoint.check_tensors(_skeleton(unet, specs, config), tensors, directory)
+    expected = {name: p.shape for name, p in _skeleton(unet, specs, config).named_trainable_parameters()}
+    parts.check_shapes(expected, tensors, directory)
     upcycled = _convert(unet, specs, config, preserve=False, seed=0)
     upcycled.load_state_dict({k: v.to(unet.device, unet.dtype) for k, v in tensors.items()}, strict=False)
     upcycled.set_backend(backend)

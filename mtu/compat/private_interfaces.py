@@ -143,7 +143,7 @@ PRIVATE_INTERFACES = {
     ),
     "saved_keys": (
         "Configurations have entries that are no arguments: `_class_name` and `_diffusers_version` of files, "
-        "`_use_default_values` of objects, `_module` of pipelines; read by `mtu/models/checkpoint.py`, `mtu/pipelines` "
+        "`_use_default_values` of objects, `_module` of pipelines; read by `mtu/models/pretrained.py`, `mtu/pipelines` "
         "and `mtu/inspection`. Seen in diffusers 0.42.1."
     ),
 }

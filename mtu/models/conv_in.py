@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtu.models.router import select_rows
+from mtu.models.task_rows import PerTaskModule
 
 __all__ = ["TaskConvIn"]
 
 
-class TaskConvIn(nn.Module):
+class TaskConvIn(PerTaskModule):
     """Per-sample 2-D convolution `y[b] = weight[t_b] ∗ x[b] + bias[t_b]`, stride 1, same size.
 
     The kernels of all tasks are padded with zeros to the widest task. It is computed as one batched product over
@@ -129,9 +130,24 @@ class TaskConvIn(nn.Module):
         with torch.inference_mode(False):
             return torch.tensor(self.task_channels, device=device)
 
-    def set_rows_(self, weight: Tensor, bias: Tensor, condition_channels: Sequence[int]) -> None:
-        """Replace the packed tensors, for another number of tasks or of channels."""
-        self.weight = nn.Parameter(weight, self.weight.requires_grad)
-        self.bias = nn.Parameter(bias, self.bias.requires_grad)
-        self.task_channels = tuple(self.latent_channels + count for count in condition_channels)
+    @torch.no_grad()
+    def select_tasks_(self, rows: Sequence[int], condition_channels: Sequence[int] | None = None) -> None:
+        """Make the old row `rows[i]` the new row i, in new parameters.
+
+        Args:
+            rows: old ids, by new id.
+            condition_channels: of the new tasks; channels that the old row did not have start at zero. None: those of
+                the old rows.
+        """
+        old_channels = [self.task_channels[row] for row in rows]
+        channels = old_channels
+        if condition_channels is not None:
+            channels = [self.latent_channels + count for count in condition_channels]
+        super().select_tasks_(rows)
+        old = self.weight
+        weight = old.new_zeros(*old.shape[:2], max(channels), *old.shape[3:])
+        for i, counts in enumerate(zip(channels, old_channels, strict=True)):
+            weight[i, :, : min(counts)] = old[i, :, : min(counts)]
+        self.weight = nn.Parameter(weight, old.requires_grad)
+        self.task_channels = tuple(channels)
         self.place_channels_()

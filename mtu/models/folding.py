@@ -1,48 +1,42 @@
-"""Folding one task back into a plain diffusers UNet."""
-
-from typing import TYPE_CHECKING
+"""Folding one task of an upcycled UNet into a plain diffusers UNet."""
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from mtu.compat import in_memory
 from mtu.experts import stock_config
-from mtu.models.settings import carry_settings_, unfused_state
+from mtu.models.ffn import RoutedTransformerBlock
+from mtu.models.settings import unfused_state
 from mtu_kernels import Routing, dense_weights
 
-if TYPE_CHECKING:
-    from mtu.models.ffn import RoutedTransformerBlock
-    from mtu.models.unet import MTUUNet2DConditionModel
-
-__all__ = ["export_task"]
+__all__ = ["fold_task"]
 
 
 @torch.no_grad()
-def export_task(unet: "MTUUNet2DConditionModel", index: int, *, prune: bool = False) -> UNet2DConditionModel:
-    """The stock UNet that computes what `unet` computes for task id `index`, on tensors of its own.
+def fold_task(
+    unet: UNet2DConditionModel, index: int, embedding: Tensor | None, *, prune: bool = False
+) -> tuple[UNet2DConditionModel, dict[str, Tensor]]:
+    """The stock UNet that computes what an upcycled one computes for task id `index`.
 
         W_out ← W_out · w_t (columns of each expert);   norm3 ← γ_t, β_t
         per-expert norms instead: b_in ← b_in + W_in,e β_te, W_in,e ← W_in,e ∘ γ_te, norm3 ← 1, 0
 
-    Exact in real arithmetic; folded in float32, then cast. With top-k, the columns of inactive experts are zero.
-    Settings (attention processors, FreeU, gradient checkpointing, …) are carried over; all parameters take gradients.
+    It is exact in real arithmetic, folded in float32, then cast. With top-k, the columns of inactive experts are zero.
 
     Args:
-        prune: drop the hidden units of inactive experts; the result is for in-memory use and graph export, as a
-            stock configuration cannot describe its narrower FFNs.
+        unet: an upcycled UNet whose tensors are in memory, in the dtype that they are computed in.
+        index: the task's id.
+        embedding: (T, W) the task embedding; None once the routers are dropped.
+        prune: drop the hidden units of inactive experts. A stock configuration cannot describe the narrower FFNs.
 
     Returns:
-        A `UNet2DConditionModel` with in_channels = 4 + the task's condition channels.
+        The UNet on the meta device, and the tensors to load into it, which may share memory with those of `unet`.
 
     Raises:
-        ValueError: the hidden width is not that of a stock FFN, and `prune` is false; or the model holds adapters,
-            quantized or sharded tensors, or settings that cannot be carried over, as hooks.
+        ValueError: the hidden width is not that of a stock FFN, and `prune` is false; or the UNet holds adapters.
     """
-    in_memory.check_plain(unet, "export_task")
-    source = in_memory.in_memory(unet, computed=True)
-    blocks = source.routed_blocks()
+    blocks = {name: block for name, block in unet.named_modules() if isinstance(block, RoutedTransformerBlock)}
     for name, block in blocks.items():
         hidden, stock = block.ff.net[2].in_features, 4 * block.dim
         if hidden != stock and not prune:
@@ -50,39 +44,34 @@ def export_task(unet: "MTUUNet2DConditionModel", index: int, *, prune: bool = Fa
                 f"{name} has {hidden} hidden units, but a stock configuration holds {stock}: pass prune=True for a "
                 "model in memory."
             )
-    channels = source.conv_in.latent_channels + unet.tasks[index].condition_channels
-    state = unfused_state(source)
+    state = unfused_state(unet)
     for name in [key for key in state if ".ff.router." in key or key.startswith("task_embedding.")]:
         del state[name]
+    channels = unet.conv_in.task_channels[index]
     state["conv_in.weight"] = state["conv_in.weight"][index, :, :channels]
     state["conv_in.bias"] = state["conv_in.bias"][index]
-    embedding = None if source.task_embedding is None else source.task_embedding.weight
-    widths = {}
     for name, block in blocks.items():
         for key, tensor in _folded_block(block, index, embedding, prune).items():
             state[f"{name}.{key}"] = tensor
-        widths[name] = state[f"{name}.ff.net.2.weight"].shape[1]
 
     with init_empty_weights():
-        exported = UNet2DConditionModel(**{**stock_config(unet), "in_channels": channels})
-        for name, width in widths.items():
-            feed_forward = exported.get_submodule(name).ff
+        folded = UNet2DConditionModel(**{**stock_config(unet), "in_channels": channels})
+        for name in blocks:
+            feed_forward, width = folded.get_submodule(name).ff, state[f"{name}.ff.net.2.weight"].shape[1]
             if width != feed_forward.net[2].in_features:
                 feed_forward.net[0].proj = nn.Linear(feed_forward.net[0].proj.in_features, 2 * width)
                 feed_forward.net[2] = nn.Linear(width, feed_forward.net[2].out_features)
-    different = exported.state_dict().keys() ^ state.keys()
+    different = folded.state_dict().keys() ^ state.keys()
     if different:
         raise ValueError(
             f"Unload adapters before exporting: {len(different)} parameters are not those of a "
             f"stock UNet, for example {min(different)!r}."
         )
-    carry_settings_(unet, exported)
-    exported.load_state_dict({key: tensor.clone() for key, tensor in state.items()}, assign=True)
-    return exported.to(memory_format=torch.channels_last) if unet.is_channels_last else exported
+    return folded, state
 
 
 def _folded_block(
-    block: "RoutedTransformerBlock", index: int, embedding: Tensor | None, prune: bool
+    block: RoutedTransformerBlock, index: int, embedding: Tensor | None, prune: bool
 ) -> dict[str, Tensor]:
     table = block.ff.router(embedding)
     routing = Routing(

@@ -4,12 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from mtu.models.router import select_rows
+from mtu.models.task_rows import PerTaskModule
 from mtu_kernels import NormAffine
 
 __all__ = ["TaskLayerNorm"]
 
 
-class TaskLayerNorm(nn.Module):
+class TaskLayerNorm(PerTaskModule):
     """γ and β of every task; the normalisation itself is part of the fused feed-forward network.
 
     Args:

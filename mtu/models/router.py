@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from mtu.compat.plain_linear import RouterLinear, is_plain_linear, is_replaced, without_eight_bits
 from mtu.experts import ExpertConfig
+from mtu.models.task_rows import PerTaskModule
 from mtu_kernels import NormAffine, Routing, top_k_routing
 from mtu_kernels.autocast import has_autocast
 from mtu_kernels.exporting import becomes_program
@@ -83,7 +84,7 @@ def select_rows(table: Tensor, task_ids: Tensor) -> Tensor:
     return (one_hot * table).sum(1)
 
 
-class TaskEmbedding(nn.Module):
+class TaskEmbedding(PerTaskModule):
     """The learnable embeddings e_t of all tasks, which the routers read.
 
     It is no `nn.Embedding`, which layerwise casting would round.
@@ -216,7 +217,7 @@ class Router(nn.Module):
         return tuple((t.data_ptr(), t._version, t.dtype, t.shape, _fingerprint(t)) for t in tensors)
 
 
-class RoutingTable(nn.Module):
+class RoutingTable(PerTaskModule):
     """What is left of a router once it is dropped: its output, a (T, K) table.
 
     Args:
@@ -238,17 +239,22 @@ class RoutingTable(nn.Module):
             "indices", None if config.is_dense else _constant(torch.zeros(shape, dtype=torch.int32))
         )
 
+    @classmethod
+    @torch.no_grad()
+    def from_routing(cls, config: ExpertConfig, routing: Routing) -> "RoutingTable":
+        """The table of what a router returned."""
+        table = cls(config, len(routing.weights)).to(routing.weights.device)
+        table.weights.copy_(routing.weights)
+        if table.indices is not None:
+            table.indices.copy_(routing.indices)
+        return table
+
     def forward(self, embedding: Tensor | None = None) -> Routing:
         """The routing of every task: weights (T, K) float32, indices (T, K) int32 or None."""
         if is_replaced(self):
             # Offloading takes the memory of parameters away where they are, after the call.
             return Routing(self.weights.detach(), None if self.indices is None else self.indices.detach())
         return Routing(self.weights, self.indices)
-
-    def select_rows_(self, index: Tensor) -> None:
-        """Make the old row `index[i]` the new row i."""
-        self.weights = _constant(self.weights[index])
-        self.indices = None if self.indices is None else _constant(self.indices[index])
 
     def _apply(self, fn, recurse: bool = True):
         # `.to(torch.bfloat16)` and layerwise casting must not round routing weights: move the table, keep its type.

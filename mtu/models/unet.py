@@ -20,14 +20,16 @@ import mtu_kernels
 from mtu.compat import in_memory
 from mtu.compat.plain_linear import is_called_as_it_is
 from mtu.compat.private_interfaces import expand_block_scales, with_stock_signature
-from mtu.experts import ExpertConfig, NormMode
-from mtu.models import checkpoint, task_rows
-from mtu.models import folding as export
+from mtu.experts import ExpertConfig, NormMode, stock_config
+from mtu.models import parts, pretrained
 from mtu.models.conv_in import TaskConvIn
 from mtu.models.ffn import CONTEXT_KEY, RoutedFeedForward, RoutedTransformerBlock, check_blocks
+from mtu.models.folding import fold_task
 from mtu.models.gathering import can_route_ahead, find_stacks, gather
 from mtu.models.norm import TaskLayerNorm
-from mtu.models.router import Router, TaskContext, TaskEmbedding, constants, held
+from mtu.models.router import Router, RoutingTable, TaskContext, TaskEmbedding, constants, held
+from mtu.models.settings import carry_settings_
+from mtu.models.task_rows import check_modules, task_rows, write_task_rows_
 from mtu.tasks import TaskSpec, as_task_specs
 
 __all__ = ["MTUUNet2DConditionModel"]
@@ -144,7 +146,16 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         Raises:
             ValueError: a task of that name exists, or `init_from` does not, or the routers were dropped.
         """
-        return task_rows.add_task(self, spec, 0 if init_from is None else self.task_index(init_from))
+        if not isinstance(spec, TaskSpec):
+            raise TypeError(f"add_task takes a TaskSpec, but got {type(spec).__name__}.")
+        source = 0 if init_from is None else self.task_index(init_from)
+        if spec.name in [task.name for task in self.tasks]:
+            raise ValueError(f"A task named {spec.name!r} exists already; expected a new name.")
+        if self.task_embedding is None:
+            raise ValueError("No task can be added once the routers are dropped: expected a model with routers.")
+        self._check_changeable("add_task")
+        self._select_tasks_((*self.tasks, spec), [*range(len(self.tasks)), source])
+        return len(self.tasks) - 1
 
     def remove_task(self, name: str) -> None:
         """Remove a task and its rows; later tasks move up by one id, their values unchanged.
@@ -152,7 +163,43 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         Raises:
             ValueError: unknown task, or the last one.
         """
-        task_rows.remove_task(self, self.task_index(name))
+        index, specs = self.task_index(name), self.tasks
+        if len(specs) == 1:
+            raise ValueError(f"{name!r} is the only task of this model: a model needs at least one.")
+        self._check_changeable("remove_task")
+        kept = [i for i in range(len(specs)) if i != index]
+        self._select_tasks_(tuple(specs[i] for i in kept), kept)
+
+    def per_task_modules(self) -> dict[str, nn.Module]:
+        """The modules whose parameters hold one row per task, by name; of routers, only their embedding."""
+        modules: dict[str, nn.Module] = {f"{name}.norm3": block.norm3 for name, block in self.routed_blocks().items()}
+        modules["conv_in"] = self.conv_in
+        if self.task_embedding is not None:
+            modules["task_embedding"] = self.task_embedding
+        else:
+            modules |= {f"{name}.ff.router": block.ff.router for name, block in self.routed_blocks().items()}
+        return modules
+
+    def _check_changeable(self, action: str) -> None:
+        """Raise a ValueError unless new per-task tensors would reach the calls of this model."""
+        in_memory.check_no_hooks(self, action)
+        check_modules(self.per_task_modules(), action)
+
+    def _select_tasks_(self, specs: tuple[TaskSpec, ...], rows: Sequence[int]) -> None:
+        """Make `specs` the tasks; the new task i starts from the old row `rows[i]`."""
+        for module in self.per_task_modules().values():
+            if module is self.conv_in:
+                module.select_tasks_(rows, [spec.condition_channels for spec in specs])
+            else:
+                module.select_tasks_(rows)
+        self._set_task_specs_(specs)
+
+    def _set_task_specs_(self, specs: Iterable[TaskSpec]) -> None:
+        self.register_to_config(tasks=[spec.to_dict() for spec in specs])
+        # Routers run again also within `hold_routing`: the tables that they held are of other tasks.
+        for router in self.routers():
+            router.release()
+            router.invalidate()
 
     # -------------------------------------------------------------------------------------------------- forward
 
@@ -285,6 +332,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         tables = [layer.router(embedding) for layer in unet.routed_layers()]
         return torch.stack([mtu_kernels.dense_weights(table, self.config.num_experts) for table in tables]).clone()
 
+    @torch.no_grad()
     def drop_routers_(self) -> None:
         """Replace the routers and the task embedding by their output, a (T, K) table per layer.
 
@@ -293,7 +341,15 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         Raises:
             ValueError: they are dropped already, or under group offloading.
         """
-        task_rows.drop_routers_(self)
+        if self.task_embedding is None:
+            raise ValueError("The routers of this model were dropped already; expected a model with routers.")
+        in_memory.check_no_group_hooks(self, "drop_routers_")
+        embedding = self.embedding_table(self.task_device)
+        for layer in self.routed_layers():
+            table = RoutingTable.from_routing(self.expert_config, layer.router(embedding))
+            layer.router = table.train(layer.training)
+        self.task_embedding = None
+        self.register_to_config(routers_dropped=True)
 
     def invalidate_routing_cache(self) -> None:
         """Forget cached routing tables; needed after changes that no version counter and no spot check can see."""
@@ -343,14 +399,14 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         Raises:
             ValueError: a checkpoint of another architecture, or a truncated or altered file.
         """
-        return checkpoint.load_pretrained(cls, super().from_pretrained, pretrained_model_name_or_path, kwargs)
+        return pretrained.load_pretrained(cls, super().from_pretrained, pretrained_model_name_or_path, kwargs)
 
     @functools.wraps(UNet2DConditionModel.save_pretrained)
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(super().save_pretrained).bind(*args, **kwargs).arguments
         in_memory.check_saveable(self, "save_pretrained")
         save = functools.partial(UNet2DConditionModel.save_pretrained, in_memory.in_memory(self))
-        checkpoint.save_pretrained(save, given)
+        pretrained.save_pretrained(save, given)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
         """As in torch.
@@ -363,7 +419,10 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
 
     def save_task(self, directory: str | os.PathLike, name: str) -> None:
         """Save what task `name` alone owns (embedding, norms, input convolution); a folder can hold several tasks."""
-        checkpoint.save_task(self, directory, self.task_index(name))
+        index = self.task_index(name)
+        rows = self._task_rows(index)
+        rows["conv_in.weight"] = rows["conv_in.weight"][:, : self.conv_in.task_channels[index]]
+        parts.write_task(directory, self.tasks[index], rows, self._architecture())
 
     def load_task(self, directory: str | os.PathLike, replace: bool = False, name: str | None = None) -> int:
         """Load what `save_task` wrote, as a new task or over the one of that name; returns its id.
@@ -373,15 +432,80 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         Raises:
             ValueError: another architecture, a bad file, a task of that name and no `replace`, or not one to load.
         """
-        return checkpoint.load_task(self, directory, replace, name)
+        self._check_changeable("load_task")
+        spec, rows = parts.read_task(directory, name, self._architecture())
+        expected = {key: row.shape for key, row in self._task_rows(0).items()}
+        width = self.conv_in.latent_channels + spec.condition_channels
+        conv_shape = expected["conv_in.weight"]
+        expected["conv_in.weight"] = torch.Size((conv_shape[0], width, *conv_shape[2:]))
+        parts.check_shapes(expected, rows, directory)
+        own = {task.name: task for task in self.tasks}
+        if spec.name not in own:
+            index = self.add_task(spec)
+        elif not replace:
+            raise ValueError(f"A task named {spec.name!r} exists already: pass replace=True to overwrite it.")
+        elif own[spec.name].condition_channels != spec.condition_channels:
+            raise ValueError(
+                f"Task {spec.name!r} has {own[spec.name].condition_channels} condition channels here, "
+                f"but {spec.condition_channels} in {directory}."
+            )
+        else:
+            index = self.task_index(spec.name)
+        write_task_rows_(self.per_task_modules(), index, rows)
+        self._set_task_specs_({**own, spec.name: spec}.values())
+        return index
 
     def save_trained(self, directory: str | os.PathLike) -> None:
-        """Save the trained parameters alone, to be put over the same base model (see `mtu.load_trained`)."""
-        checkpoint.save_trained(self, directory)
+        """Save the trained parameters alone, to be put over the same base model (see `mtu.load_trained`).
+
+        Raises:
+            ValueError: the routers were dropped, adapters are loaded, or weights are quantized or on the meta device.
+        """
+        if self.task_embedding is None:
+            raise ValueError(
+                "Trained parameters include the routers, which were dropped: expected a model with routers."
+            )
+        in_memory.check_plain(self, "save_trained")
+        in_memory.check_values(self, "save_trained")
+        tensors = in_memory.read_tensors(self, {name for name, _ in self.named_trainable_parameters()})
+        parts.write_trained(directory, self.tasks, self.expert_config, stock_config(self), tensors)
 
     def export_task(self, name: str, *, prune: bool = False) -> UNet2DConditionModel:
-        """The plain diffusers UNet of one task, with the same output (see `mtu.models.folding.export_task`)."""
-        return export.export_task(self, self.task_index(name), prune=prune)
+        """The plain diffusers UNet of one task, with the same output, on tensors of its own.
+
+        Settings (attention processors, FreeU, gradient checkpointing, …) are carried over; all parameters take
+        gradients.
+
+        Args:
+            name: the task.
+            prune: drop the hidden units of experts that top-k routing leaves inactive. The result is for use in memory
+                and for graph export, as no stock configuration can describe its narrower FFNs.
+
+        Returns:
+            A `UNet2DConditionModel` with `in_channels` = 4 + the task's condition channels.
+
+        Raises:
+            ValueError: an unknown task; a hidden width that is not that of a stock FFN, without `prune`; adapters,
+                quantized or sharded tensors; or settings that cannot be carried over, such as hooks.
+        """
+        index = self.task_index(name)
+        in_memory.check_plain(self, "export_task")
+        source = in_memory.in_memory(self, computed=True)
+        embedding = None if source.task_embedding is None else source.task_embedding.weight
+        exported, state = fold_task(source, index, embedding, prune=prune)
+        carry_settings_(self, exported)
+        exported.load_state_dict({key: tensor.clone() for key, tensor in state.items()}, assign=True)
+        return exported.to(memory_format=torch.channels_last) if self.is_channels_last else exported
+
+    def _architecture(self) -> parts.Architecture:
+        return parts.Architecture(stock_config(self), self.expert_config, self.task_embedding is None)
+
+    def _task_rows(self, index: int) -> dict[str, Tensor]:
+        """The tensors that task id `index` alone owns, by the names of the packed parameters."""
+        modules = self.per_task_modules()
+        check_modules(modules, "reading a task's rows")
+        in_memory.check_values(self, "Reading a task's rows")
+        return task_rows(self, modules, index)
 
 
 with_stock_signature(MTUUNet2DConditionModel)

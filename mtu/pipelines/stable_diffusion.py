@@ -14,7 +14,7 @@ from torch import Tensor
 from mtu.compat import in_memory
 from mtu.compat.private_interfaces import StockIndex, retrieve_latents, retrieve_timesteps
 from mtu.example_inputs import default_latent_size
-from mtu.models import checkpoint
+from mtu.models import pretrained
 from mtu.pipelines.conversion import check_convertible, converted
 from mtu.pipelines.denoising import Branches, Samples, StepEnd, common_scale, gather_branches
 from mtu.pipelines.guidance import GuidancePlan, combine, plan_guidance
@@ -198,7 +198,7 @@ class MTUPipeline(StableDiffusionPipeline):
         """
         self._check_upcycled()
         in_memory.check_saveable(self.unet, "save_pretrained")
-        checkpoint.check_format(
+        pretrained.check_format(
             inspect.signature(super().save_pretrained).bind(save_directory, *args, **kwargs).arguments
         )
         super().save_pretrained(save_directory, *args, **kwargs)

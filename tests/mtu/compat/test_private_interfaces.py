@@ -77,7 +77,7 @@ ELSEWHERE = {
     "pipelines/denoising.py": CALL_SETTINGS,
     "pipelines/conversion.py": {"_class_name", "_diffusers_version", "_module"},
     "inspection/inspected_model.py": {"_class_name"},
-    "models/checkpoint.py": {"_class_name"},
+    "models/pretrained.py": {"_class_name"},
     "runtime/compiling.py": {"_compiled_call_impl"},
     "upcycling.py": {"_compiled_call_impl"},
     "compat/plain_linear.py": {"_compiled_call_impl"},

@@ -1,0 +1,177 @@
+"""The files of one task and of the trained parameters: safetensors and JSON, without the frozen weights.
+
+Files are written and read here. Which tensors belong to a part, the model knows.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtu import storage
+from mtu.experts import ExpertConfig
+from mtu.tasks import TaskSpec, as_task_specs
+
+__all__ = ["Architecture", "check_shapes", "read_task", "read_trained", "write_task", "write_trained"]
+
+# How the names of files begin. A task's own name follows the first one and a dot; earlier versions left it out.
+_TASK, _TRAINED = "mtu_task", "mtu_trained"
+
+# Of the stock configuration, these entries decide neither which tensors there are nor what they mean.
+_IGNORED_CONFIG = {"sample_size"}
+
+
+class Architecture(NamedTuple):
+    """What two models must share for the rows of a task to fit both.
+
+    Args:
+        base: the stock configuration.
+        experts: the expert layout.
+        routers_dropped: whether routing tables are in the place of routers.
+    """
+
+    base: dict[str, Any]
+    experts: ExpertConfig
+    routers_dropped: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "base": _json_config(self.base),
+            "experts": dataclasses.asdict(self.experts),
+            "routers_dropped": self.routers_dropped,
+        }
+
+
+def write_task(
+    directory: str | os.PathLike, spec: TaskSpec, rows: dict[str, Tensor], architecture: Architecture
+) -> None:
+    """Write the rows of one task, and its spec; the files of other tasks in the folder stay."""
+    description = {"task": spec.to_dict(), "architecture": architecture.to_dict()}
+    storage.write(directory, f"{_TASK}.{spec.name}", rows, description)
+    if _saved_tasks(directory, named=False).get(spec.name) == _TASK:
+        storage.remove(directory, _TASK)
+
+
+def read_task(
+    directory: str | os.PathLike, name: str | None, architecture: Architecture
+) -> tuple[TaskSpec, dict[str, Tensor]]:
+    """Read what `write_task` wrote.
+
+    Args:
+        directory: the folder.
+        name: which task of several; None: the only one.
+        architecture: of the model that the rows are for.
+
+    Raises:
+        ValueError: another architecture, a truncated or altered file, or not one task to read.
+    """
+    description, rows = storage.read(directory, _task_stem(directory, name))
+    spec = TaskSpec.from_dict(_entry(description, "task", directory))
+    _check_architecture(description, architecture.to_dict(), directory)
+    return spec, rows
+
+
+def _saved_tasks(directory: str | os.PathLike, *, named: bool = True) -> dict[str, str]:
+    """How the files of each task in a folder begin, by the task's name; `named`: whether it is in the files' names."""
+    folder, stems = Path(directory), {}
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        stems[json.loads((folder / f"{_TASK}.json").read_text(encoding="utf-8"))["task"]["name"]] = _TASK
+    for path in sorted(folder.glob(f"{_TASK}.*.json")) if named else ():
+        stems[path.name.removeprefix(f"{_TASK}.").removesuffix(".json")] = path.stem
+    return stems
+
+
+def _task_stem(directory: str | os.PathLike, name: str | None) -> str:
+    """How the files of the task to load begin: that of the given name, or the only one."""
+    stems = _saved_tasks(directory)
+    if name is None and len(stems) > 1:
+        raise ValueError(f"{directory} holds the tasks {sorted(stems)}: pass name=… to say which of them to load.")
+    if name is not None and name not in stems:
+        raise ValueError(f"{directory} holds no task {name!r}: it holds {sorted(stems)}.")
+    return stems[name] if name is not None else next(iter(stems.values()), _TASK)
+
+
+def write_trained(
+    directory: str | os.PathLike,
+    specs: tuple[TaskSpec, ...],
+    config: ExpertConfig,
+    base: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+) -> None:
+    """Write the trained parameters, with the settings that rebuild the model.
+
+    Args:
+        base: the stock configuration of the UNet that they are put over.
+    """
+    description = {
+        "tasks": [spec.to_dict() for spec in specs],
+        "experts": dataclasses.asdict(config),
+        "base": _json_config(base),
+    }
+    storage.write(directory, _TRAINED, tensors, description)
+
+
+def read_trained(
+    directory: str | os.PathLike, base: Mapping[str, Any]
+) -> tuple[tuple[TaskSpec, ...], ExpertConfig, dict[str, Tensor]]:
+    """Read what `write_trained` wrote, for a base UNet of the stock configuration `base`.
+
+    Raises:
+        ValueError: another base, or a truncated or altered file.
+    """
+    description, tensors = storage.read(directory, _TRAINED)
+    _check_equal_config(_entry(description, "base", directory), _json_config(base), directory)
+    specs = as_task_specs(_entry(description, "tasks", directory))
+    try:
+        config = ExpertConfig(**_entry(description, "experts", directory))
+    except TypeError as error:
+        raise ValueError(f"{directory} describes no expert layout that this version knows: {error}.") from None
+    return specs, config, tensors
+
+
+def _entry(description: Any, key: str, directory: str | os.PathLike) -> Any:
+    if not isinstance(description, dict) or key not in description:
+        raise ValueError(f"The description in {directory} lacks the entry {key!r}.")
+    return description[key]
+
+
+def _json_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps({k: v for k, v in config.items() if k not in _IGNORED_CONFIG}))
+
+
+def _check_architecture(description: dict, own: dict[str, Any], directory: str | os.PathLike) -> None:
+    saved = _entry(description, "architecture", directory)
+    _check_equal_config(_entry(saved, "base", directory), own["base"], directory)
+    for key in ("experts", "routers_dropped"):
+        if _entry(saved, key, directory) != own[key]:
+            raise ValueError(f"{directory} was saved with {key} = {saved[key]}, but this model has {own[key]}.")
+
+
+def _check_equal_config(saved: Mapping[str, Any], own: Mapping[str, Any], directory: str | os.PathLike) -> None:
+    for key in sorted(set(saved) | set(own)):
+        # A key that only one side has comes with another version of diffusers, at its default.
+        if key in saved and key in own and saved[key] != own[key]:
+            raise ValueError(
+                f"{directory} belongs to another architecture: its {key} is {saved[key]}, this model's is {own[key]}."
+            )
+
+
+def check_shapes(
+    expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], directory: str | os.PathLike
+) -> None:
+    """Raise a ValueError unless the tensors of a folder have these names and shapes."""
+    for name in sorted(set(expected) ^ set(tensors)):
+        state = "lacks" if name in expected else "has the surplus tensor"
+        raise ValueError(f"{directory} {state} {name!r}: expected {len(expected)} tensors of this architecture.")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise ValueError(
+                f"{directory}: {name!r} must have shape {tuple(shape)}, but got {tuple(tensors[name].shape)}."
+            )
