@@ -1,19 +1,21 @@
-"""The rows of each UNet call of a pipeline, and how callbacks change them between two steps."""
+"""The denoising loop: the rows of each UNet call of a pipeline, and the steps of the scheduler between them.
 
-import math
-import numbers
+Pipelines differ in how they encode text and finish images. They share all that is here.
+"""
+
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor
 
-from mtu.pipelines.guidance import GuidancePlan, plan_guidance
+from mtu.compat.private_interfaces import retrieve_latents
+from mtu.pipelines.guidance import GuidancePlan, combine
+from mtu.pipelines.inputs import Request, condition_image
 from mtu.tasks import TaskSpec
 
-__all__ = ["Branches", "Samples", "StepEnd", "common_scale", "gather_branches"]
+__all__ = ["Branches", "Samples", "denoise", "encode_conditions", "gather_branches", "select_prompt_embeds"]
 
 
 class Samples(NamedTuple):
@@ -60,117 +62,86 @@ def gather_branches(samples: Samples, plan: GuidancePlan, prompt_embeds: Tensor)
     return Branches(plan, prompt_embeds, condition, samples.task_ids[plan.samples], timestep_cond)
 
 
-def common_scale(scales: Sequence[float], counts: Sequence[bool]) -> float | Tensor:
-    """The scale that a pipeline shows: a number where all samples that count agree, else (B,) float64."""
-    agreed = {scale for scale, does in zip(scales, counts, strict=True) if does}
-    if len(agreed) > 1:
-        return torch.tensor(scales, dtype=torch.float64)
-    return next(iter(agreed), 1.0)
+def select_prompt_embeds(plan: GuidancePlan, positive: Tensor, negative: Tensor | None) -> Tensor:
+    """The text embedding of each branch, (N, L, D), out of those of the prompts and negative prompts, (B, L, D)."""
+    chosen = positive[plan.samples]
+    if negative is None:
+        return chosen
+    return torch.where(plan.use_prompt[:, None, None], chosen, negative[plan.samples])
 
 
-class StepEnd:
-    """A user's callback after each step, and what it changes for the steps that follow.
+def encode_conditions(
+    vae: AutoencoderKL, request: Request, size: tuple[int, int], device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
+    """The condition latents of each sample, the mode of what the VAE encodes, unscaled.
 
     Args:
-        callback: called as `callback(pipeline, step, timestep, tensors)`.
-        names: of the tensors it is given.
-        pipeline: whose settings it may change.
-        samples: of this call.
-        embeds_scale: whether the UNet takes the guidance scale of text as an input.
+        vae: of the pipeline.
+        request: images and tasks of B samples.
+        size: height and width of the outputs in pixels.
+        device: where the VAE runs.
+        dtype: of the result.
+
+    Returns:
+        (B, 4, h, w), zero for samples without an image; None if no sample has any.
     """
-
-    def __init__(
-        self,
-        callback: Callable,
-        names: Sequence[str],
-        pipeline: DiffusionPipeline,
-        samples: Samples,
-        embeds_scale: bool,
-    ) -> None:
-        self._callback = callback
-        self._names = names
-        self._pipeline = pipeline
-        self._samples = samples
-        self._embeds_scale = embeds_scale
-        self._scales = self._current_scales()
-
-    def __call__(self, step: int, timestep: Tensor, latents: Tensor, branches: Branches) -> tuple[Tensor, Branches]:
-        """Latents and branches to go on with.
-
-        Raises:
-            ValueError: tensors that do not fit the branches, or a setting that is no guidance scale.
-        """
-        tensors = {"latents": latents, "prompt_embeds": branches.prompt_embeds}
-        if len(branches.prompt_embeds) > len(self._samples.tasks):
-            tensors["prompt_embeds"] = branches.prompt_embeds[_stock_order(branches.plan)]
-        changed = self._callback(self._pipeline, step, timestep, {name: tensors[name] for name in self._names})
-        if not isinstance(changed, dict):
-            raise ValueError(f"callback_on_step_end must return its dictionary of tensors, but returned {changed!r}.")
-        if self._pipeline._guidance_rescale:
-            raise ValueError(
-                "Guidance is not rescaled here: _guidance_rescale must stay 0, but a callback set it to "
-                f"{self._pipeline._guidance_rescale!r}."
-            )
-        scales, plan = self._current_scales(), branches.plan
-        if scales != self._scales:
-            plan = plan_guidance(self._samples.tasks, *scales, latents.device, embeds_scale=self._embeds_scale)
-            self._scales = scales
-        _check_shapes(changed, tensors, {len(branches.plan.samples), len(plan.samples)})
-        latents = changed.get("latents", latents)
-        embeds = changed.get("prompt_embeds", tensors["prompt_embeds"])
-        if plan is branches.plan and embeds is tensors["prompt_embeds"]:
-            return latents, branches
-        # Rows for the branches that there were are sorted into those that there are now.
-        given = branches.plan if len(embeds) == len(branches.prompt_embeds) else plan
-        rows = {key: row for row, key in enumerate(_keys(given, _stock_order(given)))}
-        missing = [key for key in _keys(plan) if key not in rows]
-        if missing:
-            raise ValueError(
-                f"A callback that turns on the guidance of sample {missing[0][0]} must return prompt_embeds of all "
-                f"{len(plan.samples)} branches, but there are {len(embeds)}."
-            )
-        chosen = torch.tensor([rows[key] for key in _keys(plan)], device=embeds.device)
-        return latents, gather_branches(self._samples, plan, embeds[chosen])
-
-    def _current_scales(self) -> tuple[list[float], list[float]]:
-        count, pipeline = len(self._samples.tasks), self._pipeline
-        return (
-            _per_sample("_guidance_scale", pipeline._guidance_scale, count),
-            _per_sample("_image_guidance_scale", pipeline._image_guidance_scale, count),
-        )
+    with_image = [i for i, image in enumerate(request.images) if image is not None]
+    if not with_image:
+        return None
+    # Each goes to the device first: tensors may come from several places.
+    pixels = [condition_image(request.images[i], request.tasks[i], *size).to(device, vae.dtype) for i in with_image]
+    encoded = retrieve_latents(vae.encode(torch.stack(pixels)), sample_mode="argmax").to(dtype)
+    conditions = encoded.new_zeros(len(request.images), *encoded.shape[1:])
+    conditions[with_image] = encoded
+    return conditions
 
 
-def _stock_order(plan: GuidancePlan) -> Tensor:
-    """The rows in the order of the stock pipelines, where all samples have equally many; else as they are.
+def denoise(
+    pipeline: DiffusionPipeline,
+    latents: Tensor,
+    branches: Branches,
+    num_inference_steps: int,
+    step_kwargs: dict[str, Any],
+    on_step_end: Callable[[int, Tensor, Tensor, Branches], tuple[Tensor, Branches]] | None = None,
+) -> Tensor:
+    """Run the scheduler's timesteps: one UNet call over all branches each, combined by their guidance.
 
-    Stable Diffusion has the negative prompts first, InstructPix2Pix the prompts.
+    Args:
+        pipeline: its UNet, its scheduler with the timesteps set, its progress bar, and its interruption.
+        latents: (B, 4, h, w) initial noise.
+        branches: of the first step.
+        num_inference_steps: as the user counts them, for the progress bar.
+        step_kwargs: arguments of `scheduler.step`.
+        on_step_end: called with the step, the timestep, the latents and the branches; returns those to go on with.
+
+    Returns:
+        (B, 4, h, w) denoised latents.
     """
-    count, rows = len(plan.text), len(plan.samples)
-    if rows == 2 * count and bool((plan.text != plan.unconditional).all()):
-        return torch.cat([plan.unconditional, plan.text])
-    if rows == 3 * count and bool((plan.image != plan.unconditional).all()):
-        return torch.cat([plan.text, plan.image, plan.unconditional])
-    return torch.arange(rows, device=plan.samples.device)
-
-
-def _keys(plan: GuidancePlan, order: Tensor | None = None) -> list[tuple[int, bool, bool]]:
-    """What each branch is: its sample, and whether it has prompt and image."""
-    columns = [column if order is None else column[order] for column in plan[:3]]
-    return list(zip(*(column.tolist() for column in columns), strict=True))
-
-
-def _check_shapes(changed: dict[str, Any], tensors: dict[str, Tensor], rows: set[int]) -> None:
-    for name, tensor in changed.items():
-        shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-        fits = name in tensors and isinstance(tensor, Tensor) and tensor.shape[1:] == tensors[name].shape[1:]
-        if not fits or len(tensor) not in (rows if name == "prompt_embeds" else {len(tensors[name])}):
-            expected = {known: tuple(old.shape) for known, old in tensors.items()}
-            raise ValueError(f"callback_on_step_end must return {expected}, but {name!r} is {shape}.")
-
-
-def _per_sample(name: str, value: Any, count: int) -> list[float]:
-    values = value.tolist() if isinstance(value, Tensor | np.ndarray) else value
-    values = list(values) if isinstance(values, list | tuple) else [values] * count
-    if len(values) != count or not all(isinstance(v, numbers.Real) and math.isfinite(v) for v in values):
-        raise ValueError(f"{name} must be a finite number, or {count} of them, but a callback set it to {value!r}.")
-    return [float(v) for v in values]
+    scheduler = pipeline.scheduler
+    timesteps, order = scheduler.timesteps, scheduler.order
+    # Some schedulers (PNDM) have more timesteps than steps: as in diffusers, the first ones do not count.
+    warmup = len(timesteps) - num_inference_steps * order
+    with pipeline.unet.hold_routing(), pipeline.progress_bar(total=num_inference_steps) as progress_bar:
+        for i, t in enumerate(timesteps):
+            if pipeline.interrupt:
+                continue
+            model_input = scheduler.scale_model_input(latents[branches.plan.samples], t)
+            if branches.condition is not None:
+                model_input = torch.cat([model_input, branches.condition], dim=1)
+            predictions: Tensor = pipeline.unet(
+                model_input,
+                t,
+                encoder_hidden_states=branches.prompt_embeds,
+                timestep_cond=branches.timestep_cond,
+                cross_attention_kwargs=pipeline.cross_attention_kwargs,
+                return_dict=False,
+                task_ids=branches.task_ids,
+            )[0]
+            noise = combine(predictions, branches.plan)
+            latents = scheduler.step(noise, t, latents, **step_kwargs, return_dict=False)[0]
+            if on_step_end is not None:
+                latents, branches = on_step_end(i, t, latents, branches)
+            # Schedulers of higher order have several timesteps per step.
+            if i == len(timesteps) - 1 or (i + 1 > warmup and (i + 1) % order == 0):
+                progress_bar.update()
+    return latents

@@ -12,13 +12,14 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 
 from mtu.compat import in_memory
-from mtu.compat.private_interfaces import StockIndex, retrieve_latents, retrieve_timesteps
+from mtu.compat.private_interfaces import StockIndex, retrieve_timesteps
 from mtu.example_inputs import default_latent_size
 from mtu.models import pretrained
+from mtu.pipelines.callbacks import StepEndCallback, common_scale
 from mtu.pipelines.conversion import check_convertible, converted
-from mtu.pipelines.denoising import Branches, Samples, StepEnd, common_scale, gather_branches
-from mtu.pipelines.guidance import GuidancePlan, combine, plan_guidance
-from mtu.pipelines.inputs import Request, condition_image, output_size, parse_request
+from mtu.pipelines.denoising import Samples, denoise, encode_conditions, gather_branches, select_prompt_embeds
+from mtu.pipelines.guidance import GuidancePlan, plan_guidance
+from mtu.pipelines.inputs import Request, output_size, parse_request
 from mtu.pipelines.model_card import write_model_card
 
 __all__ = ["MTUPipeline"]
@@ -117,7 +118,7 @@ class MTUPipeline(StableDiffusionPipeline):
         samples = Samples(
             request.tasks,
             self.unet.task_ids([spec.name for spec in request.tasks], device),
-            self._conditions(request, size),
+            encode_conditions(self.vae, request, size, device, self.unet.dtype),
             self._timestep_cond(request).to(device, prompt_embeds.dtype) if embeds_scale else None,
         )
         self._num_timesteps = len(retrieve_timesteps(self.scheduler, request.num_inference_steps, device)[0])
@@ -133,10 +134,11 @@ class MTUPipeline(StableDiffusionPipeline):
         step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
         on_step_end = None
         if callback_on_step_end is not None:
-            on_step_end = StepEnd(callback_on_step_end, callback_on_step_end_tensor_inputs, self, samples, embeds_scale)
+            on_step_end = StepEndCallback(
+                callback_on_step_end, callback_on_step_end_tensor_inputs, self, samples, embeds_scale
+            )
         branches = gather_branches(samples, plan, prompt_embeds)
-        with self.unet.hold_routing(), self.progress_bar(total=request.num_inference_steps) as progress_bar:
-            sample = self._denoise(sample, branches, step_kwargs, on_step_end, progress_bar)
+        sample = denoise(self, sample, branches, request.num_inference_steps, step_kwargs, on_step_end)
         return self._finish(sample, generator, output_type, return_dict)
 
     def export_task(self, name: str) -> StableDiffusionPipeline | StableDiffusionInstructPix2PixPipeline:
@@ -237,42 +239,6 @@ class MTUPipeline(StableDiffusionPipeline):
         self._guidance_scale = common_scale(request.guidance_scales, [kind != "none" for kind in guidance])
         self._image_guidance_scale = common_scale(request.image_guidance_scales, [kind == "dual" for kind in guidance])
 
-    def _denoise(
-        self,
-        sample: Tensor,
-        branches: Branches,
-        step_kwargs: dict[str, Any],
-        on_step_end: StepEnd | None,
-        progress_bar: Any,
-    ) -> Tensor:
-        """Run the scheduler's timesteps: one UNet call over all branches each, combined by their guidance."""
-        timesteps, order = self.scheduler.timesteps, self.scheduler.order
-        # Some schedulers (PNDM) have more timesteps than steps: as in diffusers, the first ones do not count.
-        warmup = len(timesteps) - progress_bar.total * order
-        for i, t in enumerate(timesteps):
-            if self.interrupt:
-                continue
-            plan, prompt_embeds, condition, task_ids, timestep_cond = branches
-            model_input = self.scheduler.scale_model_input(sample[plan.samples], t)
-            if condition is not None:
-                model_input = torch.cat([model_input, condition], dim=1)
-            predictions: Tensor = self.unet(
-                model_input,
-                t,
-                encoder_hidden_states=prompt_embeds,
-                timestep_cond=timestep_cond,
-                cross_attention_kwargs=self.cross_attention_kwargs,
-                return_dict=False,
-                task_ids=task_ids,
-            )[0]
-            sample = self.scheduler.step(combine(predictions, plan), t, sample, **step_kwargs, return_dict=False)[0]
-            if on_step_end is not None:
-                sample, branches = on_step_end(i, t, sample, branches)
-            # Schedulers of higher order have several timesteps per step.
-            if i == len(timesteps) - 1 or (i + 1 > warmup and (i + 1) % order == 0):
-                progress_bar.update()
-        return sample
-
     def _check_call(
         self,
         request: Request,
@@ -324,23 +290,7 @@ class MTUPipeline(StableDiffusionPipeline):
             request.negative_prompts if needs_negative else None,
             lora_scale=(cross_attention_kwargs or {}).get("scale"),
         )
-        chosen = positive[plan.samples]
-        if negative is not None:
-            chosen = torch.where(plan.use_prompt[:, None, None], chosen, negative[plan.samples])
-        return chosen.to(self.unet.dtype)
-
-    def _conditions(self, request: Request, size: tuple[int, int]) -> Tensor | None:
-        """(B, 4, h, w): the condition latents of each sample, zero where it has none; None if no sample has any."""
-        with_image = [i for i, image in enumerate(request.images) if image is not None]
-        if not with_image:
-            return None
-        device, dtype = self._execution_device, self.vae.dtype
-        # Each to the device first: tensors may come from several places.
-        pixels = [condition_image(request.images[i], request.tasks[i], *size).to(device, dtype) for i in with_image]
-        encoded = retrieve_latents(self.vae.encode(torch.stack(pixels)), sample_mode="argmax").to(self.unet.dtype)
-        conditions = encoded.new_zeros(len(request.images), *encoded.shape[1:])
-        conditions[with_image] = encoded
-        return conditions
+        return select_prompt_embeds(plan, positive, negative).to(self.unet.dtype)
 
     def _timestep_cond(self, request: Request) -> Tensor:
         """(B, W): each sample's guidance scale embedded, as the stock pipelines do for text-to-image.

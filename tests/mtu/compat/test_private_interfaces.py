@@ -74,7 +74,7 @@ ELSEWHERE = {
         "_interrupt",
         "_num_timesteps",
     },
-    "pipelines/denoising.py": CALL_SETTINGS,
+    "pipelines/callbacks.py": CALL_SETTINGS,
     "pipelines/conversion.py": {"_class_name", "_diffusers_version", "_module"},
     "inspection/inspected_model.py": {"_class_name"},
     "models/pretrained.py": {"_class_name"},
