@@ -1,4 +1,4 @@
-// The operators of the backend "cpp" for CPU tensors. Schemas, fakes and autograd are in Python (mtu_kernels/cpp.py).
+// The operators of the backend "cpp" for CPU tensors. Schemas, fakes and autograd are in Python (mtu_kernels/cpp).
 //
 // Only the part of torch's C++ interface that stays the same from version to version is used, so that one build serves
 // every torch from 2.10 on.

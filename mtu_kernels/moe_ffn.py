@@ -34,7 +34,7 @@ _BACKENDS = {
     "eager": _Backend(eager.moe_ffn),
     "reference": _Backend(reference_ops.moe_ffn),
     "triton": _Backend(triton.moe_ffn, triton.why_not_installed, triton.why_not, triton.indices_are_valid),
-    "cpp": _Backend(cpp.moe_ffn, cpp.why_not_installed, cpp.why_not, why_slow=cpp.why_slow, min_tokens=cpp.PANEL),
+    "cpp": _Backend(cpp.moe_ffn, cpp.why_not_installed, cpp.why_not, why_slow=cpp.why_slow, min_tokens=cpp.MIN_TOKENS),
 }
 # The fused backend of each kind of device.
 _FASTEST = {"cuda": "triton", "cpu": "cpp"}

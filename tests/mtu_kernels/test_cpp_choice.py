@@ -9,6 +9,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from mtu_kernels import available_backends, check_backend, cpp, moe_ffn
+from mtu_kernels.cpp.extension import Extension, load
 from mtu_kernels.moe_ffn import _fastest
 
 from .moe_ffn_cases import DENSE, Sizes, make_problem
@@ -120,7 +121,7 @@ def test_a_level_that_is_not_there():
 
 def test_auto_leaves_portable_kernels_alone(monkeypatch, caplog):
     """They are slower than what libraries have for any processor; asked for by name they run."""
-    monkeypatch.setattr(cpp, "_EXTENSION", cpp.Extension(("portable",), None))
+    monkeypatch.setattr(cpp, "EXTENSION", Extension(("portable",), None))
     problem = make_problem(0, WHOLE)
     with caplog.at_level(logging.WARNING, logger="mtu_kernels"):
         assert torch.equal(moe_ffn(*problem.arguments), moe_ffn(*problem.arguments, backend="eager"))
@@ -130,21 +131,21 @@ def test_auto_leaves_portable_kernels_alone(monkeypatch, caplog):
 
 
 def test_an_extension_that_was_not_built(tmp_path):
-    assert cpp.load(tmp_path).levels == ()
-    assert cpp.load(tmp_path).why_not.startswith("its extension was not built when mtu was installed")
+    assert load(tmp_path).levels == ()
+    assert load(tmp_path).why_not.startswith("its extension was not built when mtu was installed")
 
 
 def test_an_extension_that_does_not_load(tmp_path):
     """As one built for another system; one for another torch lacks symbols, and dlopen says so in the same way."""
     (tmp_path / "_C.abi3.so").write_bytes(b"not a library")
-    extension = cpp.load(tmp_path)
+    extension = load(tmp_path)
     assert extension.levels == ()
     assert extension.why_not.startswith(f"its extension does not load with torch {torch.__version__} (")
     assert "\n" not in extension.why_not
 
 
 def test_without_the_extension_auto_says_so_once(monkeypatch, caplog):
-    monkeypatch.setattr(cpp, "_EXTENSION", cpp.Extension((), "its extension was not built"))
+    monkeypatch.setattr(cpp, "EXTENSION", Extension((), "its extension was not built"))
     problem = make_problem(0, WHOLE)
     with caplog.at_level(logging.WARNING, logger="mtu_kernels"):
         assert _fastest(problem.x, problem.experts) is _fastest(problem.x, problem.experts)

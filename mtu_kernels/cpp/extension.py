@@ -1,0 +1,42 @@
+"""The extension that `csrc` is compiled to: where it is found, and which instruction sets ("levels") it has here."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+class Extension(NamedTuple):
+    """The result of loading the extension.
+
+    Attributes:
+        levels: the instruction sets that it has kernels for and this machine runs, the fastest first.
+        why_not: the reason why it could not be loaded, as a clause; or ``None``.
+    """
+
+    levels: tuple[str, ...]
+    why_not: str | None
+
+
+def load(folder: Path) -> Extension:
+    """Loads the extension from a folder, which registers its kernels. Failures are returned, never raised."""
+    paths = sorted([*folder.glob("_C*.so"), *folder.glob("_C*.dylib")])
+    if not paths:
+        return Extension((), "its extension was not built when mtu was installed, for want of a compiler or of torch")
+    try:
+        torch.ops.load_library(paths[0])
+        name_of = ctypes.CDLL(str(paths[0])).mtu_level_name
+    except (OSError, AttributeError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0].removeprefix(f"{paths[0]}: ")
+        return Extension((), f"its extension does not load with torch {torch.__version__} ({reason}); reinstall mtu")
+    name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.c_int64]
+    names = itertools.takewhile(lambda name: name is not None, map(name_of, itertools.count()))
+    return Extension(tuple(name.decode() for name in names), None)
+
+
+# setup.py installs it as mtu_kernels/_C.
+EXTENSION = load(Path(__file__).parents[1])
