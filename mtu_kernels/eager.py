@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mtu_kernels.arguments import ExpertWeights, NormAffine
-from mtu_kernels.exporting import fixed, is_exporting
 from mtu_kernels.routing import Routing
+from mtu_kernels.tracing import is_exporting, static_size
 
 
 def moe_ffn(
@@ -74,12 +74,12 @@ def _moe_ffn(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routi
 
 
 def _normalize(x: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, (fixed(x.shape[-1]),), eps=eps)
+    return F.layer_norm(x, (static_size(x.shape[-1]),), eps=eps)
 
 
 def _expert_size(experts: ExpertWeights) -> int:
     """F, the hidden units of one expert."""
-    return fixed(experts.w_out.shape[1]) // experts.num_experts
+    return static_size(experts.w_out.shape[1]) // experts.num_experts
 
 
 def _apply_affine(n_BLD: Tensor, norm: NormAffine, compute: torch.dtype) -> Tensor:
@@ -97,7 +97,7 @@ def _hidden(n_BLD: Tensor, norm: NormAffine, experts: ExpertWeights) -> Tensor:
 def _hidden_of_expert_norms(n_BLD: Tensor, norm: NormAffine, experts: ExpertWeights) -> Tensor:
     """Activations (B, L, E, F) of all experts, each behind its own affine of (B, E, D): a batch of products over E."""
     B, L, _ = n_BLD.shape
-    E, D, size = experts.num_experts, fixed(n_BLD.shape[2]), _expert_size(experts)
+    E, D, size = experts.num_experts, static_size(n_BLD.shape[2]), _expert_size(experts)
     gamma_EB1D, beta_EB1D = (affine.transpose(0, 1).unsqueeze(2) for affine in norm)
     x_hat_END = torch.addcmul(beta_EB1D, n_BLD, gamma_EB1D).to(experts.w_in.dtype).reshape(E, B * L, D)
     w_u_EFD, w_g_EFD = experts.w_in.view(2, E, size, D).unbind()
@@ -109,7 +109,7 @@ def _hidden_of_expert_norms(n_BLD: Tensor, norm: NormAffine, experts: ExpertWeig
 
 def _top_k(n_BLD: Tensor, norm: NormAffine, experts: ExpertWeights, weights_BK: Tensor, indices_BK: Tensor) -> Tensor:
     B, L, _ = n_BLD.shape
-    D, K, size = fixed(n_BLD.shape[2]), fixed(indices_BK.shape[1]), _expert_size(experts)
+    D, K, size = static_size(n_BLD.shape[2]), static_size(indices_BK.shape[1]), _expert_size(experts)
     H = experts.num_experts * size
     compute = experts.w_in.dtype
     units_BKF = indices_BK.unsqueeze(2) * size + torch.arange(size, device=n_BLD.device, dtype=indices_BK.dtype)

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from mtu_kernels import cpp, eager, reference_ops, triton
 from mtu_kernels.arguments import ExpertWeights, NormAffine, check_arguments, indices_are_valid
-from mtu_kernels.autocast import has_autocast
-from mtu_kernels.exporting import becomes_program, is_exporting_to_onnx
-from mtu_kernels.ops import in_transform
 from mtu_kernels.routing import Routing
+from mtu_kernels.tracing import (
+    in_function_transform,
+    is_exporting_or_tracing,
+    is_exporting_to_onnx,
+    supports_autocast,
+)
 
 
 class _Backend(NamedTuple):
@@ -88,7 +91,7 @@ def moe_ffn(
     """
     check_backend(backend)
     device_type = x.device.type
-    if not has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
+    if not supports_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         chosen = _choose(backend, x, experts)
         check_arguments(x, norm, experts, routing, chosen.indices_are_valid)
         return chosen.moe_ffn(x, norm, experts, routing, eps=eps, recompute=recompute, residual=residual)
@@ -188,7 +191,7 @@ def _fastest(x: Tensor, experts: ExpertWeights) -> _Backend:
 def _wants_plain_operators() -> bool:
     """Whether the call becomes part of an exported program, or of a derivative or transform that the fused operators
     have no rule for."""
-    return becomes_program() or (not torch.compiler.is_compiling() and in_transform())
+    return is_exporting_or_tracing() or (not torch.compiler.is_compiling() and in_function_transform())
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from mtu_kernels.arguments import ExpertWeights, NormAffine
 from mtu_kernels.routing import Routing
+from mtu_kernels.tracing import in_function_transform
 
 LIBRARY = torch.library.Library("mtu_kernels", "DEF")
 
@@ -129,14 +130,9 @@ def records_gradients(tensors: tuple[Tensor | None, ...]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def in_transform() -> bool:
-    """Whether a functional transform (`torch.func`, `torch.vmap`) or forward-mode differentiation is going on."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
 def _refuse_transforms(ops: Ops, tensors: tuple[Tensor | None, ...]) -> None:
     """Raises where a derivative would come out as zero, or fail in words that name no way out."""
-    if torch.compiler.is_compiling() or not in_transform():
+    if torch.compiler.is_compiling() or not in_function_transform():
         return
     transform = torch._C._functorch.peek_interpreter_stack()
     if transform is None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mtu_kernels.exporting import becomes_program, fixed
+from mtu_kernels.tracing import is_exporting_or_tracing, static_size
 
 
 class Routing(NamedTuple):
@@ -96,15 +96,15 @@ def _stable_descending_sort(logits: Tensor) -> tuple[Tensor, Tensor]:
     ``place_e = #{j < e : l_j ≥ l_e} + #{j > e : l_j > l_e}`` where other runtimes may read the program: ONNX has no
     stable sort. Elsewhere PyTorch's, which takes fewer kernels.
     """
-    if not becomes_program():
+    if not is_exporting_or_tracing():
         return torch.sort(logits, dim=-1, descending=True, stable=True)
     l_T1E = logits.unsqueeze(1)
     # [t, e, j]: l_j ≥ l_e. NaN alone differs from itself.
     not_less_TEE = (l_T1E >= logits.unsqueeze(2)) | (l_T1E != l_T1E)
-    expert_E = torch.arange(fixed(logits.shape[1]), device=logits.device)
+    expert_E = torch.arange(static_size(logits.shape[1]), device=logits.device)
     is_lower_EE = expert_E < expert_E.unsqueeze(1)
     # Each pair of experts is compared once, for both of them.
     place_TE = (not_less_TEE & is_lower_EE).sum(dim=2) + (not_less_TEE.logical_not() & is_lower_EE).sum(dim=1)
     # No two places are the same.
-    order_TE = place_TE.topk(fixed(logits.shape[1]), largest=False).indices
+    order_TE = place_TE.topk(static_size(logits.shape[1]), largest=False).indices
     return logits.gather(1, order_TE), order_TE

@@ -15,7 +15,7 @@ from mtu.experts import ExpertConfig
 from mtu.models.norm import TaskLayerNorm
 from mtu.models.router import Router, RoutingTable, TaskContext
 from mtu_kernels import ExpertWeights, NormAffine, Routing, dense_weights, moe_ffn
-from mtu_kernels.exporting import fixed
+from mtu_kernels.tracing import static_size
 
 __all__ = ["CONTEXT_KEY", "RoutedFeedForward", "RoutedTransformerBlock", "check_blocks", "why_not_upcyclable"]
 
@@ -123,7 +123,7 @@ class RoutedFeedForward(FeedForward):
     def _by_modules(self, hidden_states: Tensor, affine: NormAffine, routing: Routing) -> Tensor:
         activation, dropout, project_out = self.net[0], self.net[1], self.net[2]
         dtype = hidden_states.dtype
-        unit = F.layer_norm(hidden_states.float(), (fixed(hidden_states.shape[-1]),), eps=self.eps)
+        unit = F.layer_norm(hidden_states.float(), (static_size(hidden_states.shape[-1]),), eps=self.eps)
         if affine.weight.dim() == 2:
             normed = unit * affine.weight[:, None] + affine.bias[:, None]
             hidden = activation(normed.to(dtype))

@@ -18,7 +18,7 @@ from mtu.compat.private_interfaces import has_accelerate_hook
 from mtu.models.norm import TaskLayerNorm
 from mtu.models.router import Gathered, Router, RoutingTable
 from mtu_kernels import NormAffine, Routing
-from mtu_kernels.exporting import becomes_program
+from mtu_kernels.tracing import is_exporting_or_tracing
 
 __all__ = ["BlockStack", "can_route_ahead", "find_stacks", "gather"]
 
@@ -72,7 +72,7 @@ def gather(stacks: Sequence[BlockStack], task_ids: Tensor, embedding: Tensor | N
     """
     # Of a program that is traced for any batch, the strides of one would become part. Hooks of all modules, which
     # profilers and counters set, are shown each module in its turn.
-    if torch.is_grad_enabled() or becomes_program() or _has_any_global_hook():
+    if torch.is_grad_enabled() or is_exporting_or_tracing() or _has_any_global_hook():
         return None
     layers = [layer for stack in stacks for layer in _open_layers(stack, task_ids.device)]
     if not layers:

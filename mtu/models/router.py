@@ -12,8 +12,7 @@ from mtu.compat.plain_linear import RouterLinear, is_plain_linear, is_replaced, 
 from mtu.experts import ExpertConfig
 from mtu.models.task_rows import PerTaskModule
 from mtu_kernels import NormAffine, Routing, top_k_routing
-from mtu_kernels.autocast import has_autocast
-from mtu_kernels.exporting import becomes_program
+from mtu_kernels.tracing import is_exporting_or_tracing, supports_autocast
 
 __all__ = ["Gathered", "Router", "RoutingTable", "TaskContext", "TaskEmbedding", "constants", "held", "select_rows"]
 
@@ -77,7 +76,7 @@ def select_rows(table: Tensor, task_ids: Tensor) -> Tensor:
     With gradients it is a product with one-hot rows: the backward of plain indexing adds with atomics on GPUs, in an
     order that differs from run to run. Both ways give the same bits for finite tables.
     """
-    if not (torch.is_grad_enabled() and table.requires_grad) or becomes_program():
+    if not (torch.is_grad_enabled() and table.requires_grad) or is_exporting_or_tracing():
         return table.index_select(0, task_ids)
     one_hot = F.one_hot(task_ids, table.shape[0]).to(table.dtype)
     one_hot = one_hot.view(*one_hot.shape, *(1,) * (table.dim() - 1))
@@ -193,7 +192,7 @@ class Router(nn.Module):
         # Autocast would round the routing weights, which the kernels take in float32. Some devices (meta) have none.
         device_type = embedding.device.type
         no_autocast = (
-            torch.autocast(device_type, enabled=False) if has_autocast(device_type) else contextlib.nullcontext()
+            torch.autocast(device_type, enabled=False) if supports_autocast(device_type) else contextlib.nullcontext()
         )
         with no_autocast:
             hidden = F.relu(self.linear_1(embedding))

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.nn import Parameter
 
-from mtu_kernels.autocast import has_autocast
+from mtu_kernels.tracing import supports_autocast
 
 __all__ = ["autocast", "check_parameters"]
 
@@ -47,6 +47,6 @@ def autocast(device_type: str, dtype: torch.dtype | None, *, cached: bool = True
         dtype: None: whatever context surrounds this one, no autocast within.
         cached: keep converted weights until the end of the context. Threads would share them.
     """
-    if dtype is None and not has_autocast(device_type):
+    if dtype is None and not supports_autocast(device_type):
         return nullcontext()
     return torch.autocast(device_type, dtype, enabled=dtype is not None, cache_enabled=cached)

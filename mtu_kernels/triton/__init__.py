@@ -1,6 +1,6 @@
 """The backend "triton": kernels for GPUs, and for CPU tensors under Triton's interpreter.
 
-This module defines the operators. Their kernels, and Triton itself, are imported by the first call that needs them.
+This module registers the operators. Their kernels import Triton, so the first call that needs them imports them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from mtu_kernels.arguments import ExpertWeights, NormAffine
-from mtu_kernels.exporting import is_exporting
 from mtu_kernels.ops import LIBRARY, call_ops, define_ops
 from mtu_kernels.routing import Routing
-from mtu_kernels.triton import availability, inductor
+from mtu_kernels.tracing import constant, is_exporting
+from mtu_kernels.triton import availability, torch_compile
 
 _OPS = define_ops("triton")
 
@@ -31,40 +31,31 @@ def moe_ffn(
     recompute: bool = False,
     residual: bool = False,
 ) -> Tensor:
-    """`mtu_kernels.moe_ffn` for arguments that are already checked.
+    """`mtu_kernels.moe_ffn` for arguments that have been checked.
 
-    The fused operators, unless a compiler can fuse more around a part of them; the log says which, once.
+    A call runs as one fused operator. Under torch.compile, dense inference runs as several, which the compiler fuses
+    with their surroundings. The log says once which of the two a compiled call runs.
     """
     if torch.compiler.is_compiling() and not is_exporting():
-        from mtu_kernels.triton import constant_answers
-
-        if inductor.serves(x, norm, experts, routing):
-            constant_answers.log_path(inductor.path(experts.w_in.dtype))
-            return inductor.moe_ffn(x, norm, experts, routing, eps=eps, residual=residual)
-        constant_answers.log_path("LayerNorm, experts and their sum as one operator")
+        if torch_compile.serves(x, norm, experts, routing):
+            constant(torch_compile.log_path, torch_compile.describe_path(experts.w_in.dtype))
+            return torch_compile.moe_ffn(x, norm, experts, routing, eps=eps, residual=residual)
+        constant(torch_compile.log_path, "LayerNorm, experts and their sum as one operator")
     return call_ops(_OPS, x, norm, experts, routing, eps=eps, recompute=recompute, residual=residual)
 
 
 def why_not_installed() -> str | None:
-    """What keeps this installation from running the backend, as a clause; or ``None``."""
-    if torch.compiler.is_compiling():
-        from mtu_kernels.triton import constant_answers
-
-        return constant_answers.why_not_installed()
-    return availability.why_not_installed()
+    """The reason why this installation cannot run the backend, as a clause; or ``None`` if it can."""
+    return constant(availability.why_not_installed)
 
 
 def why_not(device: torch.device, compute: torch.dtype) -> str | None:
-    """What keeps the backend from serving a call on this device in this compute dtype, as a clause; or ``None``."""
-    if torch.compiler.is_compiling():
-        from mtu_kernels.triton import constant_answers
-
-        return constant_answers.why_not(device, compute)
-    return availability.why_not(device, compute)
+    """The reason why the backend cannot serve this device and compute dtype, as a clause; or ``None`` if it can."""
+    return constant(availability.why_not, device, compute)
 
 
 def indices_are_valid(indices: Tensor, num_experts: int) -> Tensor:
-    """`mtu_kernels.arguments.indices_are_valid` by one kernel."""
+    """`mtu_kernels.arguments.indices_are_valid` in one kernel."""
     index_check = importlib.import_module("mtu_kernels.triton.index_check")
     with _operators()[1].on_device(indices.device) as machine:
         return index_check.indices_are_valid(indices, num_experts, machine)
@@ -95,9 +86,9 @@ def _train(*args) -> tuple[Tensor, ...]:
 def _backward(grad_y, *args) -> tuple[Tensor, ...]:
     *tensors, hidden, mean, rstd, num_experts, eps, expert_grads = args
     operators, launch = _operators()
-    # Hooks on saved tensors may hand back other strides.
+    # Hooks on saved tensors may give them back with other strides.
     saved = None if hidden is None else tuple(t.contiguous() for t in (hidden, mean, rstd))
-    # The backward pass may run where autocast is on, which would cast the operands of library products.
+    # The backward pass may run under autocast, which would round the operands of cuBLAS products.
     with launch.on_device(grad_y.device) as machine, torch.autocast(grad_y.device.type, enabled=False):
         call = operators.make_call(machine, tensors, num_experts)
         return operators.backward(call, grad_y, saved, eps, expert_grads)

@@ -1,4 +1,4 @@
-"""What keeps the backend "triton" from running here, or from serving a call."""
+"""Whether the backend "triton" can run in this installation, and whether it can serve a call."""
 
 from __future__ import annotations
 
@@ -12,12 +12,22 @@ from mtu_kernels.ops import why_not_dtype
 MINIMUM_VERSION = "3.6"
 
 
-@functools.cache
+# These two are plain functions around cached ones: torch.compile takes results of plain functions as constants.
 def why_not_installed() -> str | None:
-    """What keeps this installation from running the backend, as a clause; or ``None``."""
+    """The reason why this installation cannot run the backend, as a clause; or ``None`` if it can."""
+    return _why_not_installed()
+
+
+def why_not(device: torch.device, compute: torch.dtype) -> str | None:
+    """The reason why the backend cannot serve this device and compute dtype, as a clause; or ``None`` if it can."""
+    return _why_not(device, compute)
+
+
+@functools.cache
+def _why_not_installed() -> str | None:
     try:
         version = importlib.import_module("triton").__version__
-    except (ImportError, AttributeError):  # or a folder of this name
+    except (ImportError, AttributeError):  # a folder named triton has no version
         return f"it needs the package triton {MINIMUM_VERSION} or newer, which is not installed"
     if _major_minor(version) < _major_minor(MINIMUM_VERSION):
         return f"it needs the package triton {MINIMUM_VERSION} or newer, and {version} is installed"
@@ -29,9 +39,8 @@ def _major_minor(version: str) -> tuple[int, ...]:
 
 
 @functools.cache
-def why_not(device: torch.device, compute: torch.dtype) -> str | None:
-    """What keeps the backend from serving a call on this device in this compute dtype, as a clause; or ``None``."""
-    if (reason := why_not_installed()) is not None:
+def _why_not(device: torch.device, compute: torch.dtype) -> str | None:
+    if (reason := _why_not_installed()) is not None:
         return reason
     if (reason := why_not_dtype(compute)) is not None:
         return reason
@@ -48,7 +57,8 @@ def why_not(device: torch.device, compute: torch.dtype) -> str | None:
     elif device.type == "cpu":
         return "it runs on CUDA devices, and on CPU tensors under TRITON_INTERPRET=1 only"
     if not torch.cuda.is_available():
-        return None  # a tensor without memory that is meant for a GPU elsewhere
+        # A fake tensor on a CUDA device, traced on a machine that has none.
+        return None
     if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
         return f"it needs an NVIDIA GPU of compute capability 8.0 or newer, not {launch.arch_of(device)}"
     return None if launch.interpreted() else probes.why_not_launchable()

@@ -28,7 +28,7 @@ PyMODINIT_FUNC PyInit_loaded(void) { return PyModule_Create(&module); }
 @pytest.fixture(autouse=True)
 def asked_anew(monkeypatch):
     """Answers of this machine are kept for good; these are of others."""
-    for module, name in ((availability, "why_not"), (probes, "why_not_launchable"), (probes, "why_not_interpretable")):
+    for module, name in ((availability, "_why_not"), (probes, "why_not_launchable"), (probes, "why_not_interpretable")):
         monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
 
 

@@ -1,14 +1,17 @@
-"""Dense inference under `torch.compile`: as little as possible is opaque to the compiler.
+"""Dense inference under `torch.compile`, with as few operators as possible that the compiler cannot see into.
 
-One operator computes the first product with GEGLU and routing weights, ``h = w · u · gelu(g)``. LayerNorm before it and
-the second product after it are PyTorch's: the compiler then folds the residual and the gathers of γ and β that come
-before into the LayerNorm, and the residual that comes after into its neighbours. So a block launches no more kernels
-than a stock one does.
+One operator computes the first product with GEGLU and routing weights, ``h = w · u · gelu(g)``. LayerNorm and the
+second product are PyTorch's operators. So the compiler fuses the residual and the gathers of γ and β that come before
+into LayerNorm, and the residual that comes after into the next operator. A block then launches as many kernels as a
+stock one.
 
-In float32 the first product is left to the library (cuBLAS), as it is without a compiler, so nothing stays opaque.
+In float32, cuBLAS computes the first product as well, as it does without a compiler, so the compiler sees everything.
 """
 
 from __future__ import annotations
+
+import functools
+import logging
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +23,7 @@ from mtu_kernels.arguments import ExpertWeights, NormAffine
 from mtu_kernels.ops import LIBRARY, records_gradients
 from mtu_kernels.routing import Routing
 
-# Strides as they were traced: the kernel reads contiguous rows, and would copy others.
+# The compiler must keep the strides that it traced: the kernel reads contiguous rows, and would copy others.
 LIBRARY.define(
     "expert_hidden_triton(Tensor x_hat, Tensor w_in, Tensor b_in, Tensor routing_weights, int num_experts) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
@@ -35,8 +38,8 @@ def serves(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing
     return not records_gradients((x, *norm, *experts[:4], routing.weights))
 
 
-def path(compute: torch.dtype) -> str:
-    """What runs in this compute dtype, as a phrase."""
+def describe_path(compute: torch.dtype) -> str:
+    """The operators that dense inference becomes in this compute dtype, as a phrase for the log."""
     if compute == torch.float32:
         return "dense inference in float32 as PyTorch's operators"
     return "dense inference as PyTorch's operators around one for the experts' hidden units"
@@ -45,15 +48,25 @@ def path(compute: torch.dtype) -> str:
 def moe_ffn(
     x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing, *, eps: float, residual: bool = False
 ) -> Tensor:
-    """`mtu_kernels.moe_ffn` for the calls that `serves` approves."""
+    """`mtu_kernels.moe_ffn` for calls that `serves` returns true for."""
     compute = experts.w_in.dtype
     if compute == torch.float32:
         return eager.moe_ffn(x, norm, experts, routing, eps=eps, residual=residual)
-    # Where x has other strides, the compiler's LayerNorm writes x̂ contiguously at no cost.
+    # If x has other strides, the compiler's LayerNorm writes x̂ contiguously at no cost.
     x_hat = eager.normalize(x, norm, compute, eps).contiguous()
     h = _EXPERT_HIDDEN(x_hat, experts.w_in, experts.b_in, routing.weights, experts.num_experts)
     y = F.linear(h, experts.w_out, experts.b_out)
     return x + y if residual else y
+
+
+def log_path(path: str) -> None:
+    """Logs once how a compiled call runs."""
+    _log_once(path)
+
+
+@functools.cache
+def _log_once(path: str) -> None:
+    logging.getLogger("mtu_kernels").info("Under torch.compile, backend 'triton' runs %s.", path)
 
 
 @torch.library.register_fake(_EXPERT_HIDDEN.default, lib=LIBRARY)
@@ -71,5 +84,5 @@ def _no_derivative(ctx, grad_h: Tensor) -> tuple[None, ...]:
     raise NotImplementedError(f"{_EXPERT_HIDDEN.default} has no derivative: `mtu_kernels.moe_ffn` has.")
 
 
-# Calls that record gradients do not come here. Without this, one that did would get silent zeros.
+# Without a rule, a call that records gradients would get zeros without an error. `serves` keeps such calls away.
 torch.library.register_autograd(_EXPERT_HIDDEN.default, _no_derivative, lib=LIBRARY)

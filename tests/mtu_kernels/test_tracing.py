@@ -1,4 +1,4 @@
-"""Exported programs are told from compiled ones, on every version of torch."""
+"""What `mtu_kernels.tracing` answers in compiled and in exported code, on every version of torch."""
 
 import io
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mtu_kernels import available_backends, moe_ffn, top_k_routing
-from mtu_kernels.exporting import is_exporting
+from mtu_kernels.tracing import is_exporting, supports_autocast
 
 from .moe_ffn_cases import Sizes, make_problem
 
@@ -101,3 +101,17 @@ def test_onnx_gets_no_operator_that_it_does_not_know(dynamo):
     with pytest.raises(RuntimeError, match=r"'reference' cannot serve .*: ONNX does not know .*'auto' or 'eager'"):
         torch.onnx.export(Module().eval(), (x,), io.BytesIO(), dynamo=dynamo, verbose=False)
     assert torch.isfinite(Module()(x)).all()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+def test_compilers_may_ask_too(device, monkeypatch):
+    """torch 2.11 cannot trace its own function; here, no version can."""
+    expected = torch.amp.is_autocast_available(device)
+    assert supports_autocast(device) == expected
+    monkeypatch.setattr(torch.amp, "is_autocast_available", torch.compiler.disable(torch.amp.is_autocast_available))
+
+    def one_if_so(x):
+        return x + 1 if supports_autocast(device) else x
+
+    compiled = torch.compile(one_if_so, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(())).item() == expected

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtu_kernels import moe_ffn
-from mtu_kernels.triton import constant_answers, inductor, operators
+from mtu_kernels.triton import operators, torch_compile
 from mtu_kernels.triton.launch import Machine
 
 from .moe_ffn_cases import SMALL, Sizes, assert_as_exact_as_eager, make_problem
@@ -83,7 +83,7 @@ def test_which_operator_runs(place):
 
 
 def test_the_log_says_once_which_path_runs(place, caplog):
-    constant_answers._log_once.cache_clear()
+    torch_compile._log_once.cache_clear()
     dense = place.move(make_problem(0, dtype=place.low))
     top_2 = place.move(make_problem(0, Sizes(K=2), dtype=place.low))
     with caplog.at_level(logging.INFO, logger="mtu_kernels"):
@@ -120,7 +120,7 @@ def test_a_derivative_is_refused_not_zero(place):
 def test_flops_are_those_without_a_compiler(place):
     problem = place.move(make_problem(0, dtype=place.low))
     counts = []
-    for function in (triton_ffn, functools.partial(inductor.moe_ffn, eps=1e-5)):
+    for function in (triton_ffn, functools.partial(torch_compile.moe_ffn, eps=1e-5)):
         with FlopCounterMode(display=False) as counter:
             function(*problem.arguments)
         counts.append(counter.get_total_flops())
