@@ -12,7 +12,7 @@ from benchmarks.harness.arguments import SHAPE_SETS
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.kernels.products import Shape, draw_operands, prepare
 from mtu_kernels.triton import operators
-from mtu_kernels.triton.index_check import launch_index_check
+from mtu_kernels.triton.kernels.index_check import launch_index_check
 from mtu_kernels.triton.launch import Launch, Machine
 from mtu_kernels.triton.tiles import LIBRARY, PLAIN_PRODUCTS, PRODUCTS, TableRow, TileConfig
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from benchmarks.harness.dtypes import DTYPES
 from mtu_kernels import ExpertWeights, Routing
-from mtu_kernels.triton.activation import GegluGradients, launch_geglu, launch_geglu_backward
-from mtu_kernels.triton.expert_in import Hidden, launch_expert_in
-from mtu_kernels.triton.expert_out_backward import launch_expert_out_backward, row_block
-from mtu_kernels.triton.expert_sum import Summands, launch_expert_sum
-from mtu_kernels.triton.expert_weights import launch_expert_weights
+from mtu_kernels.triton.kernels.activation import GegluGradients, launch_geglu, launch_geglu_backward
+from mtu_kernels.triton.kernels.expert_in import Hidden, launch_expert_in
+from mtu_kernels.triton.kernels.expert_out_backward import launch_expert_out_backward, row_block
+from mtu_kernels.triton.kernels.expert_sum import Summands, launch_expert_sum
+from mtu_kernels.triton.kernels.expert_weights import launch_expert_weights
 from mtu_kernels.triton.launch import Launch
 from mtu_kernels.triton.tile_choice import token_class
 from mtu_kernels.triton.tiles import ELEMENTWISE_TILE, Library, TileConfig, TileKey

@@ -56,7 +56,7 @@ def why_not(device: torch.device, compute: torch.dtype) -> str | None:
 
 def indices_are_valid(indices: Tensor, num_experts: int) -> Tensor:
     """`mtu_kernels.arguments.indices_are_valid` in one kernel."""
-    index_check = importlib.import_module("mtu_kernels.triton.index_check")
+    index_check = importlib.import_module("mtu_kernels.triton.kernels.index_check")
     with _operators()[1].on_device(indices.device) as machine:
         return index_check.indices_are_valid(indices, num_experts, machine)
 

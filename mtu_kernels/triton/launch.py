@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Launch(NamedTuple):
@@ -70,6 +72,23 @@ def next_power_of_2(n: int) -> int:
 def floor_power_of_2(n: int) -> int:
     """The greatest power of two that is not greater than n, for n > 0."""
     return 1 << n.bit_length() - 1
+
+
+def is_describable(tensor: Tensor | None) -> bool:
+    """Whether a tensor descriptor can describe a contiguous tensor: its address and rows are multiples of 16 bytes.
+
+    ``None``, the place of a tensor that a launch does not need, is describable.
+    """
+    if tensor is None:
+        return True
+    if tensor.element_size() != 2 or tensor.numel() == 0:
+        return False
+    return tensor.shape[-1] % 8 == 0 and tensor.data_ptr() % 16 == 0
+
+
+def describe(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
+    """A descriptor of a contiguous tensor. The hardware (TMA, sm_90 and later) loads and stores blocks of it."""
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
 
 
 def execute(launch: Launch) -> None:

@@ -14,19 +14,19 @@ from torch import Tensor
 
 from mtu_kernels.arguments import ExpertWeights, NormAffine
 from mtu_kernels.routing import Routing
-from mtu_kernels.triton.activation import GegluGradients, launch_geglu, launch_geglu_backward
-from mtu_kernels.triton.expert_in import Hidden, launch_expert_in
-from mtu_kernels.triton.expert_out_backward import launch_expert_out_backward, row_block
-from mtu_kernels.triton.expert_sum import Summands, launch_expert_sum
-from mtu_kernels.triton.expert_weights import launch_expert_weights
-from mtu_kernels.triton.launch import Machine, ceil_div, starts_early
-from mtu_kernels.triton.layer_norm import (
+from mtu_kernels.triton.kernels.activation import GegluGradients, launch_geglu, launch_geglu_backward
+from mtu_kernels.triton.kernels.expert_in import Hidden, launch_expert_in
+from mtu_kernels.triton.kernels.expert_out_backward import launch_expert_out_backward, row_block
+from mtu_kernels.triton.kernels.expert_sum import Summands, launch_expert_sum
+from mtu_kernels.triton.kernels.expert_weights import launch_expert_weights
+from mtu_kernels.triton.kernels.layer_norm import (
     NormGradients,
     Statistics,
     launch_layer_norm,
     launch_layer_norm_backward,
     norm_tiles,
 )
+from mtu_kernels.triton.launch import Machine, ceil_div, starts_early
 from mtu_kernels.triton.tile_choice import find_tile, token_class
 from mtu_kernels.triton.tiles import ELEMENTWISE_TILE, Library, TileConfig, TileKey
 

@@ -239,7 +239,7 @@ from benchmarks.kernels.ahead_of_time import compile_launch
 from benchmarks.kernels.kernel_calls import Call, dense, record
 from benchmarks.kernels.products import draw_operands
 from benchmarks.kernels.sass import count_waits
-from mtu_kernels.triton.expert_in import Hidden, launch_expert_in
+from mtu_kernels.triton.kernels.expert_in import Hidden, launch_expert_in
 from mtu_kernels.triton.tiles import TileConfig
 
 operands = draw_operands(dense(640, 1024), "bf16", "meta")

@@ -19,7 +19,7 @@ from mtu_kernels import ExpertWeights, available_backends, moe_ffn, reference, t
 from mtu_kernels.arguments import indices_are_valid
 from mtu_kernels.moe_ffn import _fastest
 from mtu_kernels.triton import operators
-from mtu_kernels.triton.activation import normal_cdf
+from mtu_kernels.triton.kernels.activation import normal_cdf
 from mtu_kernels.triton.launch import Machine, execute
 from mtu_kernels.triton.tiles import TileConfig
 

@@ -16,10 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mtu_kernels.routing import Routing
-from mtu_kernels.triton.activation import expert_of_slot
-from mtu_kernels.triton.descriptors import describable, describe
-from mtu_kernels.triton.expert_in import program_tile
-from mtu_kernels.triton.launch import Launch, ceil_div, next_power_of_2
+from mtu_kernels.triton.kernels.activation import expert_of_slot
+from mtu_kernels.triton.kernels.expert_in import program_tile
+from mtu_kernels.triton.launch import Launch, ceil_div, describe, is_describable, next_power_of_2
 from mtu_kernels.triton.tiles import TileConfig
 
 
@@ -196,7 +195,7 @@ def launch_expert_sum(summands: Summands, routing: Routing, y: Tensor, tile: Til
     }
     programs = B * (K if slot_outputs else 1) * ceil_div(L, block_m) * ceil_div(N, tile.block_n)
     sizes = (B, L, N, F, K, E)
-    if tile.descriptors and F % block_k == 0 and all(describable(t) for t in (a, weight, y)):
+    if tile.descriptors and F % block_k == 0 and all(is_describable(t) for t in (a, weight, y)):
         weight_block = (block_k, tile.block_n) if units_first else (tile.block_n, block_k)
         arguments = (
             describe(a, (1, block_m, block_k)),

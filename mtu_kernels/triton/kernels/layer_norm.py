@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from mtu_kernels.arguments import NormAffine
-from mtu_kernels.triton.activation import expert_of_slot
+from mtu_kernels.triton.kernels.activation import expert_of_slot
 from mtu_kernels.triton.launch import Launch, ceil_div, next_power_of_2
 
 # Rows that one program of the backward pass walks through, where it can sum them in registers.

@@ -29,7 +29,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from mtu_kernels.arguments import ExpertWeights
 from mtu_kernels.routing import Routing
-from mtu_kernels.triton import activation
+from mtu_kernels.triton.kernels import activation
 from mtu_kernels.triton.launch import Launch, ceil_div
 from mtu_kernels.triton.tiles import TileConfig
 
@@ -153,7 +153,7 @@ def _multiply(
 
 @gluon.jit
 def _rows_and_columns(tile, tiles_m, tiles_n, GROUP_M: gl.constexpr):
-    """`mtu_kernels.triton.expert_in.program_tile` of any tile."""
+    """The row tile and column tile of a tile, in the order of `expert_in.program_tile`."""
     group = tile // (GROUP_M * tiles_n)
     size = gl.minimum(tiles_m - group * GROUP_M, GROUP_M)
     within = tile % (GROUP_M * tiles_n)

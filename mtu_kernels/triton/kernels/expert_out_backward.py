@@ -14,8 +14,13 @@ from torch import Tensor
 
 from mtu_kernels.arguments import ExpertWeights
 from mtu_kernels.routing import Routing
-from mtu_kernels.triton.activation import GegluGradients, expert_of_slot, load_pre_activations, store_geglu_backward
-from mtu_kernels.triton.expert_in import program_tile
+from mtu_kernels.triton.kernels.activation import (
+    GegluGradients,
+    expert_of_slot,
+    load_pre_activations,
+    store_geglu_backward,
+)
+from mtu_kernels.triton.kernels.expert_in import program_tile
 from mtu_kernels.triton.launch import Launch, ceil_div, next_power_of_2
 from mtu_kernels.triton.tiles import TileConfig
 

@@ -16,9 +16,8 @@ from triton.language.extra.cuda import gdc_wait
 
 from mtu_kernels.arguments import ExpertWeights
 from mtu_kernels.routing import Routing
-from mtu_kernels.triton.activation import expert_of_slot, geglu
-from mtu_kernels.triton.descriptors import describable, describe
-from mtu_kernels.triton.launch import Launch, ceil_div, floor_power_of_2, next_power_of_2
+from mtu_kernels.triton.kernels.activation import expert_of_slot, geglu
+from mtu_kernels.triton.launch import Launch, ceil_div, describe, floor_power_of_2, is_describable, next_power_of_2
 from mtu_kernels.triton.tiles import TileConfig
 
 
@@ -246,12 +245,12 @@ def launch_expert_in(
     F = experts.w_out.shape[1] // E
     slot_inputs = x_hat.dim() == 4
     is_dense = routing.indices is None and not slot_inputs
-    by_descriptor = tile.descriptors and all(describable(t) for t in (x_hat, experts.w_in, *outputs))
+    by_descriptor = tile.descriptors and all(is_describable(t) for t in (x_hat, experts.w_in, *outputs))
     block_n = floor_power_of_2(tile.block_n)
     if by_descriptor and is_dense and outputs.z is None and F % block_n == 0:
         if tile.persistent:
             # Imported by whoever asks for it: what it is written in is experimental.
-            persistent = importlib.import_module("mtu_kernels.triton.expert_in_persistent")
+            persistent = importlib.import_module("mtu_kernels.triton.kernels.expert_in_persistent")
             return persistent.launch_persistent(x_hat, experts, routing, outputs.h, tile, overlap=overlap)
         if block_n < tile.block_n:
             return _launch_wide(x_hat, experts, routing, outputs.h, tile, overlap=overlap)
