@@ -172,14 +172,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Arguments& a, bool with_y, 
   return {y, hidden, mean, rstd};
 }
 
-#define MTU_PARAMETERS                                                                                            \
-  const Tensor &x, const Tensor &norm_weight, const Tensor &norm_bias, const Tensor &w_in, const Tensor &b_in,    \
-      const Tensor &w_out, const Tensor &b_out, const Tensor &routing_weights,                                    \
-      std::optional<Tensor> expert_indices, int64_t num_experts, double eps, bool residual
-#define MTU_ARGUMENTS                                                                                             \
-  Arguments {                                                                                                     \
-    x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, routing_weights, expert_indices, num_experts, eps,       \
-        residual                                                                                                  \
+#define MTU_PARAMETERS                                                                                               \
+  const Tensor &x, const Tensor &norm_weight, const Tensor &norm_bias, const Tensor &w_in, const Tensor &b_in,       \
+      const Tensor &w_out, const Tensor &b_out, const Tensor &routing_weights, std::optional<Tensor> expert_indices, \
+      int64_t num_experts, double eps, bool residual
+#define MTU_ARGUMENTS                                                                                                \
+  Arguments {                                                                                                        \
+    x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, routing_weights, expert_indices, num_experts, eps, residual \
   }
 
 Tensor moe_ffn_at(int64_t level, MTU_PARAMETERS) {
@@ -207,8 +206,8 @@ std::tuple<Tensor, Tensor, Tensor> geglu_backward(const Tensor& d_weighted, cons
   const int64_t runs = (p.L + kRun - 1) / kRun;
   const Tensor d_z = torch::stable::empty_like(z);
   const Tensor d_weights = empty(z, {p.B, runs, p.K}, ScalarType::Double);
-  const Tensor d_bias = expert_grads ? empty(z, {p.B, runs, 2 * p.K * p.F}, ScalarType::Float)
-                                     : empty(z, {0}, ScalarType::Float);
+  const Tensor d_bias =
+      expert_grads ? empty(z, {p.B, runs, 2 * p.K * p.F}, ScalarType::Float) : empty(z, {0}, ScalarType::Float);
   p.d_weighted = d_weighted.mutable_data_ptr(), p.z = z.const_data_ptr();
   p.weights = data<float>(weights);
   p.d_z = d_z.mutable_data_ptr();

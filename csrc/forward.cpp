@@ -66,9 +66,8 @@ void forward_by_weights(const Problem& p, const Kernels& k, const Layout& layout
   const int64_t blocks = (num_panels + kSharedPanels - 1) / kSharedPanels;
   const Memory memory(layout, (num_panels + blocks - 1) / blocks, 1, threads);
   auto shared = [&](auto step, const Block& block, int64_t n, int64_t part) {
-    share(n, part, threads, [&](int64_t t, int64_t begin, int64_t end) {
-      step(p, block, memory.buffers(0, t), begin, end);
-    });
+    share(n, part, threads,
+          [&](int64_t t, int64_t begin, int64_t end) { step(p, block, memory.buffers(0, t), begin, end); });
   };
   // Whole groups of tiles, unless threads would be left without.
   const int64_t column_part = std::clamp<int64_t>(layout.column_tiles / (2 * threads), 1, layout.group);

@@ -22,9 +22,9 @@ struct Problem {
   Storage compute;
   Storage x_storage;
   float eps;
-  bool expert_norm;        // norm affines are (B, E, D), not (B, D)
-  bool residual;           // x, then in the compute dtype, is added to y
-  const void* x;           // (B, L, D) x_storage
+  bool expert_norm;  // norm affines are (B, E, D), not (B, D)
+  bool residual;     // x, then in the compute dtype, is added to y
+  const void* x;     // (B, L, D) x_storage
   const float* norm_weight;
   const float* norm_bias;
   const void* w_in;        // (2H, D) compute
@@ -58,12 +58,12 @@ struct Buffers {
 struct Layout {
   int64_t x_hat_panel;
   int64_t hidden_panel;
-  int64_t scratch;         // a constant part
-  int64_t scratch_panel;   // and one for each panel of a block
-  int64_t block_panels;    // panels of a block that stays in the L2 cache of a core
-  int64_t group;           // tiles that share the panels in that cache
-  int64_t unit_tiles;      // tiles of the hidden units of one expert
-  int64_t column_tiles;    // tiles of the columns of y
+  int64_t scratch;        // a constant part
+  int64_t scratch_panel;  // and one for each panel of a block
+  int64_t block_panels;   // panels of a block that stays in the L2 cache of a core
+  int64_t group;          // tiles that share the panels in that cache
+  int64_t unit_tiles;     // tiles of the hidden units of one expert
+  int64_t column_tiles;   // tiles of the columns of y
 };
 
 // Where gradients are summed over tokens, each run of kRun tokens of a sample has a sum of its own: who makes it does not
@@ -74,21 +74,21 @@ constexpr int64_t kRun = 64;
 struct GegluBackward {
   int64_t B, L, K, F;
   Storage compute;
-  void* d_weighted;        // (B, L, K·F) compute, the gradient of w·a without the factor w; then w·a, if experts learn
-  const void* z;           // (B, L, 2·K·F) compute
-  const float* weights;    // (B, K)
-  void* d_z;               // (B, L, 2·K·F) compute
-  double* d_weights;       // (B, runs, K): sums over all units of all tokens
-  float* d_bias;           // (B, runs, 2·K·F), sums of ∂z; or null, if no expert learns
+  void* d_weighted;      // (B, L, K·F) compute, the gradient of w·a without the factor w; then w·a, if experts learn
+  const void* z;         // (B, L, 2·K·F) compute
+  const float* weights;  // (B, K)
+  void* d_z;             // (B, L, 2·K·F) compute
+  double* d_weights;     // (B, runs, K): sums over all units of all tokens
+  float* d_bias;         // (B, runs, 2·K·F), sums of ∂z; or null, if no expert learns
 };
 
 // Gradients of LayerNorm and of its affine.
 struct NormBackward {
   int64_t B, L, D, slots;
   Storage compute, x_storage;
-  const void* d_x_hat;       // (B, slots, L, D) compute
-  const void* x;             // (B, L, D) x_storage
-  const float* mean;         // (B, L)
+  const void* d_x_hat;  // (B, slots, L, D) compute
+  const void* x;        // (B, L, D) x_storage
+  const float* mean;    // (B, L)
   const float* rstd;
   const float* norm_weight;  // (B, slots, D)
   void* d_x;                 // (B, L, D) x_storage
@@ -101,23 +101,23 @@ struct Normalize {
   int64_t B, L, D, slots;
   Storage compute, x_storage;
   const void* x;
-  const float* mean;         // (B, L)
+  const float* mean;  // (B, L)
   const float* rstd;
   const float* norm_weight;  // (B, slots, D)
   const float* norm_bias;
-  void* x_hat;               // (B, slots, L, D) compute
+  void* x_hat;  // (B, slots, L, D) compute
 };
 
 // The kernels of one level. Ranges let the caller share the work among threads.
 struct Kernels {
   const char* name;
   Layout (*layout)(const Problem&);
-  void (*normalize)(const Problem&, const Block&, const Buffers&, int64_t begin, int64_t end);    // panels of the block
-  void (*expert_in)(const Problem&, const Block&, const Buffers&, int64_t begin, int64_t end);    // tiles of its experts
-  void (*expert_out)(const Problem&, const Block&, const Buffers&, int64_t begin, int64_t end);   // tiles of columns
-  void (*geglu_backward)(const GegluBackward&, int64_t begin, int64_t end);                       // runs of all samples
-  void (*norm_backward)(const NormBackward&, int64_t begin, int64_t end);                         // runs of all samples
-  void (*normalize_rows)(const Normalize&, int64_t begin, int64_t end);                           // tokens of all samples
+  void (*normalize)(const Problem&, const Block&, const Buffers&, int64_t begin, int64_t end);   // panels of the block
+  void (*expert_in)(const Problem&, const Block&, const Buffers&, int64_t begin, int64_t end);   // tiles of its experts
+  void (*expert_out)(const Problem&, const Block&, const Buffers&, int64_t begin, int64_t end);  // tiles of columns
+  void (*geglu_backward)(const GegluBackward&, int64_t begin, int64_t end);                      // runs of all samples
+  void (*norm_backward)(const NormBackward&, int64_t begin, int64_t end);                        // runs of all samples
+  void (*normalize_rows)(const Normalize&, int64_t begin, int64_t end);  // tokens of all samples
 };
 
 }  // namespace mtu

@@ -19,7 +19,10 @@ static int64_t panels_of_expert(const Problem& p, const Block& block, const Buff
     const int64_t x_hat = p.expert_norm ? i * p.K + slot : i;
     active[n++] = {static_cast<const Activation*>(buffers.x_hat) + x_hat * x_hat_slot,
                    static_cast<Activation*>(buffers.hidden) + (i * p.K + slot) * hidden_slot,
-                   p.weights[b * p.K + slot], b, (block.begin + i) % panels_per_sample * kPanel, slot};
+                   p.weights[b * p.K + slot],
+                   b,
+                   (block.begin + i) % panels_per_sample * kPanel,
+                   slot};
   }
   return n;
 }
@@ -70,8 +73,14 @@ struct FinishUnits {
   FinishUnits() = default;
   FinishUnits(const Problem& p, const typename Scratch<T>::A* panels, int64_t num_panels, const float* sums,
               const float* bias, int64_t unit, int64_t units)
-      : p(&p), panel(panels), sums(sums), bias(bias), unit(unit), units(units),
-        padded(round_up(p.F, Product::kStep)), count(num_panels * (kSteps + has_more())) {}
+      : p(&p),
+        panel(panels),
+        sums(sums),
+        bias(bias),
+        unit(unit),
+        units(units),
+        padded(round_up(p.F, Product::kStep)),
+        count(num_panels * (kSteps + has_more())) {}
 
   bool has_more() const { return p->hidden || unit + kHalf >= p->F; }
 

@@ -88,8 +88,7 @@ struct FinishColumns {
   FinishColumns() = default;
   FinishColumns(const Problem& p, const typename Scratch<T>::A* panels, int64_t num_panels, const float* sums,
                 int64_t column, int64_t columns)
-      : p(&p), panel(panels), sums(sums), column(column), columns(columns),
-        count(num_panels) {}
+      : p(&p), panel(panels), sums(sums), column(column), columns(columns), count(num_panels) {}
 
   void step() {
     float bias[round_up(kRows, kLanes)];
@@ -150,11 +149,16 @@ static void expert_out(const Problem& p, const Block& block, const Buffers& buff
   const int64_t hidden_panel = p.K * round_up(p.F, Product::kStep) * kPanel;
   const int64_t panels_per_sample = ceil_div(p.L, kPanel);
   for (int64_t i = 0; i < num_panels; ++i)
-    scratch.active[i] = {static_cast<const Activation*>(buffers.hidden) + i * hidden_panel, nullptr, 0.0f,
-                         (block.begin + i) / panels_per_sample, (block.begin + i) % panels_per_sample * kPanel, 0};
+    scratch.active[i] = {static_cast<const Activation*>(buffers.hidden) + i * hidden_panel,
+                         nullptr,
+                         0.0f,
+                         (block.begin + i) / panels_per_sample,
+                         (block.begin + i) % panels_per_sample * kPanel,
+                         0};
   Product::begin();
   for (int64_t first = 0, last; first < num_panels; first = last) {
-    for (last = first + 1; last < num_panels && share_experts(p, scratch.active[first].b, scratch.active[last].b);) ++last;
+    for (last = first + 1; last < num_panels && share_experts(p, scratch.active[first].b, scratch.active[last].b);)
+      ++last;
     expert_out_of<T>(p, scratch, first, last, begin, end);
   }
   Product::end();

@@ -73,7 +73,8 @@ static void copy_rows(const T* from, int64_t from_stride, int64_t n, int64_t val
     if constexpr (sizeof(Weight) == sizeof(T)) {
       __builtin_memcpy(row, from + r * from_stride, sizeof(T) * given);
     } else {
-      for (int64_t k = 0; k < given; k += kLanes) store(row + k, load(from + r * from_stride + k, given - k), given - k);
+      for (int64_t k = 0; k < given; k += kLanes)
+        store(row + k, load(from + r * from_stride + k, given - k), given - k);
     }
     __builtin_memset(row + given, 0, sizeof(Weight) * (length - given));
   }

@@ -70,8 +70,8 @@ static inline void statistics_of(const X* x, int64_t tokens, int64_t D, float ep
     }
     for (int64_t t = 0; t < n; ++t)
       // Where the squares overflow, no number is better than a wrong one: the last product is NaN then.
-      statistics[t0 + t] = {centre[t] + shift[t], 1.0f / __builtin_sqrtf(maximum_of(variance[t], 0.0f) + eps) +
-                                                      0.0f * variance[t]};
+      statistics[t0 + t] = {centre[t] + shift[t],
+                            1.0f / __builtin_sqrtf(maximum_of(variance[t], 0.0f) + eps) + 0.0f * variance[t]};
   }
 }
 

@@ -17,9 +17,9 @@ struct Segment {
 constexpr float kMillsP[] = {1.253314144e+00f, 1.096033152e+00f, 4.573695726e-01f, 1.012008378e-01f, 1.022131302e-02f};
 constexpr float kMillsQ[] = {1.000000000e+00f, 1.672392885e+00f, 1.199300067e+00f,
                              4.674349682e-01f, 1.012076468e-01f, 1.022118430e-02f};
-constexpr float kCdfLow[] = {3.989338901e-01f,  -6.645352247e-02f, 9.925603590e-03f, -1.158377079e-03f,
-                             1.056266608e-04f,  -7.377939383e-06f, 3.770290373e-07f, -1.309787404e-08f,
-                             2.732392347e-10f,  -2.562065622e-12f};
+constexpr float kCdfLow[] = {3.989338901e-01f, -6.645352247e-02f, 9.925603590e-03f, -1.158377079e-03f,
+                             1.056266608e-04f, -7.377939383e-06f, 3.770290373e-07f, -1.309787404e-08f,
+                             2.732392347e-10f, -2.562065622e-12f};
 constexpr float kExp2[] = {1.000000000e+00f, 6.931471806e-01f, 2.402265070e-01f, 5.550410866e-02f,
                            9.618129108e-03f, 1.333355815e-03f, 1.540353039e-04f, 1.525273380e-05f};
 
@@ -83,9 +83,8 @@ constexpr Kernels kTable = {
         },
     .normalize =
         [](const Problem& p, const Block& block, const Buffers& buffers, int64_t begin, int64_t end) {
-          with_storages(p, [&](auto t, auto x) {
-            normalize_panels<decltype(t), decltype(x)>(p, block, buffers, begin, end);
-          });
+          with_storages(
+              p, [&](auto t, auto x) { normalize_panels<decltype(t), decltype(x)>(p, block, buffers, begin, end); });
         },
     .expert_in =
         [](const Problem& p, const Block& block, const Buffers& buffers, int64_t begin, int64_t end) {

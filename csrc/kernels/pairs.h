@@ -15,13 +15,13 @@ static inline void store_token_pairs(bfloat16* panel, int64_t k, const Vec (&tok
   for (int t = 0; t < kLanes; ++t)
     rows[t] = bit_cast<Vec>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(tokens[1][t]), bit_cast<__m512>(tokens[0][t])));
   transpose(rows);
-  for (int64_t i = 0; i < min_of(kLanes, n / 2); ++i) store(reinterpret_cast<float*>(panel + (k + 2 * i) * kPanel), rows[i]);
+  for (int64_t i = 0; i < min_of(kLanes, n / 2); ++i)
+    store(reinterpret_cast<float*>(panel + (k + 2 * i) * kPanel), rows[i]);
 }
 
 // n rows k, k + 1, … of a panel, k and n even.
 static inline void store_pairs(bfloat16* panel, int64_t k, const Vec* rows, int64_t n) {
-  for (int64_t i = 0; i < n; i += 2)
-    _mm512_storeu_si512(panel + (k + i) * kPanel, pack_pair(rows[i], rows[i + 1]));
+  for (int64_t i = 0; i < n; i += 2) _mm512_storeu_si512(panel + (k + i) * kPanel, pack_pair(rows[i], rows[i + 1]));
 }
 
 // Sums (32, 16) of a panel, plus a bias for each row → rows of tokens, `columns` numbers each.
@@ -30,8 +30,8 @@ static inline void store_tokens_by_pairs(const float* sums, const float* bias, b
   Vec pairs[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i)
-    pairs[i] = bit_cast<Vec>(pack_pair(load(sums + 2 * i * kPanel) + bias[2 * i],
-                                       load(sums + (2 * i + 1) * kPanel) + bias[2 * i + 1]));
+    pairs[i] = bit_cast<Vec>(
+        pack_pair(load(sums + 2 * i * kPanel) + bias[2 * i], load(sums + (2 * i + 1) * kPanel) + bias[2 * i + 1]));
   transpose(pairs);
   const int64_t bytes = min_of(columns, 32) * sizeof(bfloat16);
   if (tokens == kPanel && bytes == 64) {

@@ -10,9 +10,10 @@ struct FloatProduct {
   using Activation = float;  // what a panel holds
   static constexpr int kRows = kFloatRows;
   static constexpr int kPanels = kFloatPanels;
-  static constexpr int64_t kStep = 1;       // k is padded to a multiple of it
-  static constexpr int kPack = 1;            // numbers of a panel that stand side by side for each token
-  static constexpr int64_t kDepth = 256;    // steps in k between visits of c; sums of so few round like those of libraries
+  static constexpr int64_t kStep = 1;  // k is padded to a multiple of it
+  static constexpr int kPack = 1;      // numbers of a panel that stand side by side for each token
+  // Steps in k between visits of c: sums of so few terms round like those of libraries.
+  static constexpr int64_t kDepth = 256;
   static constexpr int64_t kGroup = 8;
   static constexpr int64_t kBlockPanels = 12;
   static constexpr bool kReadsStorage = sizeof(T) == 4;
@@ -38,8 +39,7 @@ struct FloatProduct {
 #pragma GCC unroll 64
       for (int p = 0; p < P; ++p)
 #pragma GCC unroll 64
-        for (int v = 0; v < V; ++v)
-          sums[r][p][v] = Vec{};
+        for (int v = 0; v < V; ++v) sums[r][p][v] = Vec{};
     for (int64_t s = 0; s < count; ++s) {
       const float* u = upper + segments[s].weight;
       const float* l = lower + segments[s].weight;

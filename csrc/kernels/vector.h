@@ -8,15 +8,20 @@ typedef uint32_t Unsigned __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Half __attribute__((vector_size(2 * kLanes)));
 
 #if MTU_LANES == 16
-#define MTU_LANE_LIST(X) X(0), X(1), X(2), X(3), X(4), X(5), X(6), X(7), X(8), X(9), X(10), X(11), X(12), X(13), X(14), X(15)
+#define MTU_LANE_LIST(X) \
+  X(0), X(1), X(2), X(3), X(4), X(5), X(6), X(7), X(8), X(9), X(10), X(11), X(12), X(13), X(14), X(15)
 #elif MTU_LANES == 8
 #define MTU_LANE_LIST(X) X(0), X(1), X(2), X(3), X(4), X(5), X(6), X(7)
 #else
 #define MTU_LANE_LIST(X) X(0), X(1), X(2), X(3)
 #endif
 
-struct bfloat16 { uint16_t bits; };
-struct float16 { uint16_t bits; };
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
 
 template <class A, class B>
 static constexpr bool is_same = false;
@@ -27,7 +32,9 @@ static constexpr int64_t kPanelVecs = kPanel / kLanes;
 
 static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 template <class N>
-static inline N maximum_of(N a, N b) { return a > b ? a : b; }
+static inline N maximum_of(N a, N b) {
+  return a > b ? a : b;
+}
 static constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 static inline int64_t ceil_div(int64_t n, int64_t step) { return (n + step - 1) / step; }
 
@@ -43,30 +50,35 @@ static inline To bit_cast(const From& from) {
 
 // A NaN in b is kept: the instructions give their second operand then.
 #if defined(__x86_64__) && MTU_LANES == 16
-static inline Vec minimum(Vec a, Vec b) { return bit_cast<Vec>(_mm512_min_ps(bit_cast<__m512>(a), bit_cast<__m512>(b))); }
-static inline Vec maximum(Vec a, Vec b) { return bit_cast<Vec>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b))); }
+static inline Vec minimum(Vec a, Vec b) {
+  return bit_cast<Vec>(_mm512_min_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+}
+static inline Vec maximum(Vec a, Vec b) {
+  return bit_cast<Vec>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+}
 #elif defined(__x86_64__) && MTU_LANES == 8
-static inline Vec minimum(Vec a, Vec b) { return bit_cast<Vec>(_mm256_min_ps(bit_cast<__m256>(a), bit_cast<__m256>(b))); }
-static inline Vec maximum(Vec a, Vec b) { return bit_cast<Vec>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b))); }
+static inline Vec minimum(Vec a, Vec b) {
+  return bit_cast<Vec>(_mm256_min_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+}
+static inline Vec maximum(Vec a, Vec b) {
+  return bit_cast<Vec>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+}
 #else
 static inline Vec minimum(Vec a, Vec b) { return a < b ? a : b; }
 static inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 #endif
 
-static inline float sum_of(Vec v) {
-  // Halves are added until one number is left.
+// Halves are added until one number is left.
+template <int STEP>
+static inline float sum_from(Vec v) {
 #define MTU_ACROSS(i) ((i) ^ STEP)
-#if MTU_LANES == 16
-  { constexpr int STEP = 8; v += __builtin_shufflevector(v, v, MTU_LANE_LIST(MTU_ACROSS)); }
-#endif
-#if MTU_LANES >= 8
-  { constexpr int STEP = 4; v += __builtin_shufflevector(v, v, MTU_LANE_LIST(MTU_ACROSS)); }
-#endif
-  { constexpr int STEP = 2; v += __builtin_shufflevector(v, v, MTU_LANE_LIST(MTU_ACROSS)); }
-  { constexpr int STEP = 1; v += __builtin_shufflevector(v, v, MTU_LANE_LIST(MTU_ACROSS)); }
+  v += __builtin_shufflevector(v, v, MTU_LANE_LIST(MTU_ACROSS));
 #undef MTU_ACROSS
+  if constexpr (STEP > 1) return sum_from<STEP / 2>(v);
   return v[0];
 }
+
+static inline float sum_of(Vec v) { return sum_from<kLanes / 2>(v); }
 
 // float32
 
