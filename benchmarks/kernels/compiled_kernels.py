@@ -65,7 +65,7 @@ class Result(NamedTuple):
 
 
 def is_product(launch: Launch) -> bool:
-    return launch.kernel.__name__.startswith("expert_")
+    return launch.product is not None
 
 
 def tile_of(launch: Launch) -> str:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 from benchmarks.kernels.ahead_of_time import CHIPS, Compiled, programs_per_processor
 from benchmarks.kernels.kernel_calls import block_of
 from benchmarks.kernels.sass import Instruction
+from mtu_kernels.triton.tiles import PAIR_PRODUCTS
 
 _SCHEDULERS = 4
 # Dependent instructions and conflicts keep schedulers from issuing in each cycle. An estimate.
@@ -185,7 +186,7 @@ def read_tile(compiled: Compiled, arch: str) -> CompiledTile:
     """From the block sizes and the listed code of a product that was compiled for an architecture."""
     launch, code = compiled.launch, compiled.code
     rows, columns, step = block_of(launch)
-    columns *= 2 if launch.kernel.__name__.startswith("expert_in") else 1
+    columns *= 2 if launch.product in PAIR_PRODUCTS else 1
     return CompiledTile(
         rows, columns, step, launch.num_warps, launch.num_stages,
         loop=len(code.main_loop),

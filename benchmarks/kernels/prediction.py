@@ -35,6 +35,7 @@ from benchmarks.kernels.forward_model import (
 from benchmarks.kernels.kernel_calls import SD_SHAPES, Call, dense, record, top_2
 from benchmarks.kernels.kernel_model import GPUS, Program, Rates, grid_us, read_tile
 from mtu_kernels.triton.launch import Launch, interpreted
+from mtu_kernels.triton.tiles import PAIR_PRODUCTS
 
 STATUS = "predicted, not measured"
 BATCH = 2
@@ -88,7 +89,7 @@ def kernels(rates: Rates, shapes: Sequence[tuple[int, int]] = SD_SHAPES) -> list
                 key = specialize(launch, rates.arch).key
                 if key not in done:
                     done[key] = compile_launch(launch, rates.arch)
-                depth = D if launch.kernel.__name__.startswith("expert_in") else shape.active_hidden
+                depth = D if launch.product in PAIR_PRODUCTS else shape.active_hidden
                 tile = read_tile(done[key]._replace(launch=launch), rates.arch)
                 found.append(Kernel(call, launch, tile.program(depth)))
     return found
@@ -99,7 +100,7 @@ def dense_firsts(found: Iterable[Kernel]) -> Firsts:
     return {
         Tokens(shape.D, shape.L, shape.B): FirstProduct(program, launch.programs, launch.overlaps)
         for (shape, *_), launch, program in found
-        if shape.K is None and launch.kernel.__name__.startswith("expert_in")
+        if shape.K is None and launch.product in PAIR_PRODUCTS
     }
 
 

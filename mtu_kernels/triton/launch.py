@@ -28,7 +28,8 @@ class Launch(NamedTuple):
         num_warps: warps per program.
         num_stages: depth of software pipelining.
         overlaps: whether it may start while the launch before it still runs (programmatic dependent launch, sm_90 and
-            later): the kernel waits by itself before it reads what that one writes.
+            later). The kernel itself then waits before it reads what that launch writes.
+        product: the matrix product that it computes, a name in `tiles.PRODUCTS`; ``None`` for other kernels.
     """
 
     kernel: Any
@@ -38,6 +39,7 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
     overlaps: bool = False
+    product: str | None = None
 
     @property
     def options(self) -> dict[str, Any]:

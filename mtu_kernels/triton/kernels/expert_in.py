@@ -286,7 +286,8 @@ def launch_expert_in(
         constants |= {"EVEN_K": D % tile.block_k == 0, "PRECISION": precision, "EXACT": x_hat.element_size() == 4}
         arguments = (x_hat, experts.w_in, experts.b_in, *routing, *outputs, *sizes)
         kernel = expert_in_kernel
-    return Launch(kernel, programs, arguments, constants, tile.num_warps, tile.num_stages, overlap)
+    product = "expert_in" if outputs.z is None else "expert_in_train"
+    return Launch(kernel, programs, arguments, constants, tile.num_warps, tile.num_stages, overlap, product)
 
 
 def _launch_wide(
@@ -314,8 +315,9 @@ def _launch_wide(
     )
     programs = ceil_div(B * L, block_m) * ceil_div(w_in.shape[1], tile.block_n)
     return Launch(
-        expert_in_wide_descriptor_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages, overlap
-    )
+        expert_in_wide_descriptor_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages, overlap,
+        product="expert_in",
+    )  # fmt: skip
 
 
 def _divisor(width: int, limit: int) -> int:

@@ -184,7 +184,10 @@ def launch_persistent(
         "GROUP_M": tile.group_m,
     }
     programs = min(ceil_div(B * L, tile.block_m) * (H // tile.block_n), _processors(x_hat.device))
-    return Launch(expert_in_persistent_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages, overlap)
+    return Launch(
+        expert_in_persistent_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages, overlap,
+        product="expert_in",
+    )  # fmt: skip
 
 
 def _describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:

@@ -91,7 +91,10 @@ def launch_expert_out_backward(
     }
     programs = B * ceil_div(L, block_m) * ceil_div(K * F, tile.block_n)
     arguments = (grad_y, experts.w_out, *routing, z, *outputs, B, L, D, F, K, E)
-    return Launch(expert_out_backward_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages)
+    return Launch(
+        expert_out_backward_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages,
+        product="expert_out_backward",
+    )  # fmt: skip
 
 
 def row_block(tile: TileConfig, L: int) -> int:

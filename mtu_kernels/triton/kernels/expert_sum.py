@@ -206,8 +206,11 @@ def launch_expert_sum(summands: Summands, routing: Routing, y: Tensor, tile: Til
             *sizes,
         )
         constants["UNITS_FIRST"] = units_first
-        return Launch(expert_sum_descriptor_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages)
-    constants |= {"EVEN_F": F % block_k == 0, "PRECISION": precision}
-    strides = weight.stride() if units_first else weight.stride()[::-1]
-    arguments = (a, weight, bias, *routing, y, *sizes, *strides)
-    return Launch(expert_sum_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages)
+        kernel = expert_sum_descriptor_kernel
+    else:
+        constants |= {"EVEN_F": F % block_k == 0, "PRECISION": precision}
+        strides = weight.stride() if units_first else weight.stride()[::-1]
+        arguments = (a, weight, bias, *routing, y, *sizes, *strides)
+        kernel = expert_sum_kernel
+    product = "expert_in_backward" if units_first else "expert_sum"
+    return Launch(kernel, programs, arguments, constants, tile.num_warps, tile.num_stages, product=product)

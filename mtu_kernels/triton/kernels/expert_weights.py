@@ -96,4 +96,6 @@ def launch_expert_weights(
     }
     programs = halves * num_experts * ceil_div(size, tile.block_m) * ceil_div(N, tile.block_n)
     arguments = (a, x, routing.indices, gradient, B, L, N, size, K, num_experts, *gradient.stride())
-    return Launch(expert_weights_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages)
+    return Launch(
+        expert_weights_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages, product="expert_weights"
+    )
