@@ -1,7 +1,6 @@
 // The operators of the backend "cpp" for CPU tensors. Schemas, fakes and autograd are in Python (mtu_kernels/cpp).
 //
-// Only the part of torch's C++ interface that stays the same from version to version is used, so that one build serves
-// every torch from 2.10 on.
+// They use torch's stable interface only, so that one build works with every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -25,7 +24,7 @@ Storage storage_of(const Tensor& t) {
     case ScalarType::Float: return Storage::float32;
     case ScalarType::BFloat16: return Storage::bfloat16;
     case ScalarType::Half: return Storage::float16;
-    default: STD_TORCH_CHECK(false, "The backend 'cpp' computes in float32, bfloat16 and float16.");
+    default: STD_TORCH_CHECK(false, "The backend 'cpp' computes in float32, bfloat16 and float16 only.");
   }
 }
 
@@ -54,7 +53,7 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& size, ScalarType dt
   return torch::stable::new_empty(like, size, dtype);
 }
 
-// The bias of y: b_out (D,) for all samples, or Σ_e w[b,e] · b_out,e for each.
+// The bias of y: b_out (D,) for all samples, or Σ_e w[b,e] · b_out,e (B, D).
 Tensor bias_of_y(const Tensor& b_out, const Tensor& weights, const int32_t* indices, int64_t B, int64_t K, int64_t D) {
   const Tensor rows = as(b_out, ScalarType::Float);
   if (b_out.dim() == 1) return rows;
@@ -71,7 +70,7 @@ Tensor bias_of_y(const Tensor& b_out, const Tensor& weights, const int32_t* indi
   return bias;
 }
 
-// The tensors and numbers of a call, as the operators take them.
+// The arguments of the operators.
 struct Arguments {
   const Tensor &x, &norm_weight, &norm_bias, &w_in, &b_in, &w_out, &b_out, &routing_weights;
   const std::optional<Tensor>& expert_indices;
@@ -87,7 +86,7 @@ bool has_shape(const Tensor& t, const std::vector<int64_t>& shape) {
   return true;
 }
 
-// The public function checks all of this and says it better; here it keeps other callers from reading beyond a tensor.
+// The public function checks the same with better messages. These checks keep other callers from reading past a tensor.
 void check(const Arguments& a) {
   STD_TORCH_CHECK(a.x.dim() == 3 && a.w_out.dim() == 2 && a.routing_weights.dim() == 2,
                   "x must be (B, L, D), w_out (D, H) and routing_weights (B, K).");
@@ -107,11 +106,12 @@ void check(const Arguments& a) {
   STD_TORCH_CHECK(a.b_in.scalar_type() == compute && a.w_out.scalar_type() == compute &&
                       a.b_out.scalar_type() == compute &&
                       (a.x.scalar_type() == compute || a.x.scalar_type() == ScalarType::Float),
-                  "Biases and w_out must have the dtype of w_in, and x it or float32.");
-  STD_TORCH_CHECK(!a.residual || a.x.scalar_type() == compute, "As the residual, x must have the dtype of w_in.");
+                  "Biases and w_out must have the dtype of w_in, and x must have it or float32.");
+  STD_TORCH_CHECK(!a.residual || a.x.scalar_type() == compute,
+                  "x must have the dtype of w_in if it is added as the residual.");
 }
 
-// Indices as int32, each in range and no more than once for a sample.
+// The indices as int32. Each must be in range, and a sample must not repeat one.
 Tensor checked_indices(const Tensor& given, int64_t E) {
   const Tensor wide = as(given, ScalarType::Long);
   const int64_t B = wide.size(0), K = wide.size(1);
@@ -129,7 +129,7 @@ Tensor checked_indices(const Tensor& given, int64_t E) {
   return indices;
 }
 
-// y (no elements unless wanted), hidden, mean, rstd (no elements unless training).
+// Returns y, hidden, mean and rstd. y has no elements without with_y, and the others have none without training.
 std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Arguments& a, bool with_y, bool training, const Kernels& kernels) {
   check(a);
   Problem p{};
@@ -195,8 +195,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train(MTU_PARAMETERS) {
   return run(MTU_ARGUMENTS, true, true, kernels_at(0));
 }
 
-// (B, L, K·F) d_weighted, (B, L, 2·K·F) z, (B, K) weights → ∂z, and sums over runs of tokens of ∂w, (B, runs, K), and of ∂z,
-// (B, runs, 2·K·F). If experts learn, d_weighted becomes h; otherwise the sums of ∂z have no elements. All contiguous.
+// From d_weighted (B, L, K·F), z (B, L, 2·K·F) and weights (B, K), all contiguous, returns ∂z and its sums over runs of
+// tokens: of ∂w (B, runs, K) and of ∂z (B, runs, 2·K·F). If experts are trained, d_weighted is overwritten by h. If
+// they are frozen, the sums of ∂z have no elements.
 std::tuple<Tensor, Tensor, Tensor> geglu_backward(const Tensor& d_weighted, const Tensor& z, const Tensor& weights,
                                                   bool expert_grads, int64_t level) {
   GegluBackward p{};
@@ -214,11 +215,12 @@ std::tuple<Tensor, Tensor, Tensor> geglu_backward(const Tensor& d_weighted, cons
   p.d_weights = mutable_data<double>(d_weights);
   p.d_bias = expert_grads ? mutable_data<float>(d_bias) : nullptr;
   const Kernels& kernels = kernels_at(level);
-  share(p.B * runs, [&](int64_t begin, int64_t end) { kernels.geglu_backward(p, begin, end); });
+  parallel_for_parts(p.B * runs, [&](int64_t begin, int64_t end) { kernels.geglu_backward(p, begin, end); });
   return {d_z, d_weights, d_bias};
 }
 
-// x (B, L, D), mean and rstd (B, L), affines (B, slots, D) float32 → x̂ (B, slots, L, D) in the dtype of `like`.
+// From x (B, L, D), mean and rstd (B, L) and float32 affines (B, slots, D), returns x̂ (B, slots, L, D) in the dtype of
+// `like`.
 Tensor normalize(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& norm_weight,
                  const Tensor& norm_bias, const Tensor& like, int64_t level) {
   Normalize p{};
@@ -230,11 +232,12 @@ Tensor normalize(const Tensor& x, const Tensor& mean, const Tensor& rstd, const 
   p.norm_weight = data<float>(norm_weight), p.norm_bias = data<float>(norm_bias);
   p.x_hat = x_hat.mutable_data_ptr();
   const Kernels& kernels = kernels_at(level);
-  share(p.B * p.L, [&](int64_t begin, int64_t end) { kernels.normalize_rows(p, begin, end); });
+  parallel_for_parts(p.B * p.L, [&](int64_t begin, int64_t end) { kernels.normalize_rows(p, begin, end); });
   return x_hat;
 }
 
-// ∂x̂ (B, slots, L, D) and what `normalize` took → ∂x, and sums of ∂γ and ∂β over runs of tokens, (B, runs, slots, D).
+// From ∂x̂ (B, slots, L, D) and the arguments of `normalize`, returns ∂x, and ∂γ and ∂β (B, runs, slots, D) summed over
+// runs of tokens.
 std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& d_x_hat, const Tensor& x, const Tensor& mean,
                                                  const Tensor& rstd, const Tensor& norm_weight, int64_t level) {
   NormBackward p{};
@@ -249,7 +252,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& d_x_hat, const Te
   p.d_x = d_x.mutable_data_ptr();
   p.d_norm_weight = mutable_data<float>(d_gamma), p.d_norm_bias = mutable_data<float>(d_beta);
   const Kernels& kernels = kernels_at(level);
-  share(p.B * runs, [&](int64_t begin, int64_t end) { kernels.norm_backward(p, begin, end); });
+  parallel_for_parts(p.B * runs, [&](int64_t begin, int64_t end) { kernels.norm_backward(p, begin, end); });
   return {d_x, d_gamma, d_beta};
 }
 

@@ -8,10 +8,10 @@
 namespace mtu {
 namespace {
 
-// Panels of a block whose weights are shared among the threads: enough for weights to be worth their way from memory.
+// Panels of a block that threads share, enough to reuse each weight often after it was read from memory.
 constexpr int64_t kSharedPanels = 64;
 
-// The experts that samples [first, last] use.
+// The experts that at least one of the samples [first, last] uses, in ascending order.
 std::vector<int32_t> experts_of(const Problem& p, int64_t first, int64_t last) {
   std::vector<bool> is_used(p.E, !p.indices);
   if (p.indices)
@@ -22,9 +22,9 @@ std::vector<int32_t> experts_of(const Problem& p, int64_t first, int64_t last) {
   return experts;
 }
 
-// Memory for the blocks of a call and for the threads, cache lines apart.
+// Memory for the blocks of a call and for its threads. Each part starts at a cache line of its own.
 struct Memory {
-  int64_t x_hat, hidden, scratch;  // bytes of one
+  int64_t x_hat, hidden, scratch;  // bytes of one block or thread
   int64_t blocks;
   torch::stable::Tensor bytes;
 
@@ -46,11 +46,11 @@ struct Memory {
   static int64_t rounded(int64_t n) { return (n + 63) / 64 * 64; }
 };
 
-// Many tokens: each thread takes blocks of its own through all three steps, so that what lies between stays in its cache.
+// For many tokens: each thread takes its own blocks through all three steps, so that x̂ and h stay in its cache.
 void forward_by_tokens(const Problem& p, const Kernels& k, const Layout& layout, int64_t num_panels, int64_t threads) {
   const int64_t panels_per_sample = num_panels / p.B, panels = layout.block_panels;
   const Memory memory(layout, panels, threads, threads);
-  share(num_panels, panels, threads, [&](int64_t t, int64_t begin, int64_t end) {
+  parallel_for_parts(num_panels, panels, threads, [&](int64_t t, int64_t begin, int64_t end) {
     const Buffers buffers = memory.buffers(t, t);
     const std::vector<int32_t> experts = experts_of(p, begin / panels_per_sample, (end - 1) / panels_per_sample);
     const Block block = {begin, end, experts.data(), static_cast<int64_t>(experts.size())};
@@ -60,16 +60,17 @@ void forward_by_tokens(const Problem& p, const Kernels& k, const Layout& layout,
   });
 }
 
-// Few tokens: the threads share the weights of each step, so that each weight is read once.
+// For few tokens: the threads share each step by its weights, so that each weight is read once.
 void forward_by_weights(const Problem& p, const Kernels& k, const Layout& layout, int64_t num_panels, int64_t threads) {
   const int64_t panels_per_sample = num_panels / p.B;
   const int64_t blocks = (num_panels + kSharedPanels - 1) / kSharedPanels;
   const Memory memory(layout, (num_panels + blocks - 1) / blocks, 1, threads);
   auto shared = [&](auto step, const Block& block, int64_t n, int64_t part) {
-    share(n, part, threads,
-          [&](int64_t t, int64_t begin, int64_t end) { step(p, block, memory.buffers(0, t), begin, end); });
+    parallel_for_parts(n, part, threads, [&](int64_t t, int64_t begin, int64_t end) {
+      step(p, block, memory.buffers(0, t), begin, end);
+    });
   };
-  // Whole groups of tiles, unless threads would be left without.
+  // A part is a whole group of tiles, unless some threads would then have no work.
   const int64_t column_part = std::clamp<int64_t>(layout.column_tiles / (2 * threads), 1, layout.group);
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t begin = i * num_panels / blocks, end = (i + 1) * num_panels / blocks;

@@ -1,12 +1,12 @@
-// The forward pass of a whole call, shared among threads.
+// The forward pass of a call, shared among threads.
 #pragma once
 
 #include "problem.h"
 
 namespace mtu {
 
-// Writes y (unless it is null: pre-activations and statistics alone are wanted), and what training asks for besides.
-// Results do not depend on the number of threads: each number is made by one thread, always by the same additions.
+// Writes those of y, hidden, mean and rstd that are not null in the problem. Results do not depend on the number of
+// threads: one thread computes each number, always with the same additions in the same order.
 void forward(const Problem& problem, const Kernels& kernels);
 
 }  // namespace mtu

@@ -1,4 +1,4 @@
-// Intel processors that multiply tiles of bfloat16 (Xeon since Sapphire Rapids).
+// The level for Intel processors that multiply tiles of bfloat16 (Xeon since Sapphire Rapids).
 #include "problem.h"
 
 #if defined(__x86_64__)

@@ -1,4 +1,4 @@
-// x86 processors since 2013.
+// The level for x86 processors since 2013.
 #include "problem.h"
 
 #if defined(__x86_64__)

@@ -1,4 +1,4 @@
-// x86 processors with 512-bit vectors.
+// The level for x86 processors with 512-bit vectors.
 #include "problem.h"
 
 #if defined(__x86_64__)

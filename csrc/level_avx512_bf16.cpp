@@ -1,4 +1,4 @@
-// x86 processors whose 512-bit vectors multiply bfloat16 (AMD since Zen 4).
+// The level for x86 processors whose 512-bit vectors multiply bfloat16 (AMD since Zen 4).
 #include "problem.h"
 
 #if defined(__x86_64__)

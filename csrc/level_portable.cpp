@@ -1,4 +1,4 @@
-// For every processor: whatever vectors of four numbers the compiler's target has.
+// The level for every processor, with the compiler's own vectors of four numbers.
 #include "problem.h"
 
 #define MTU_LEVEL portable

@@ -38,7 +38,7 @@ bool is_amd() {
   return vendor.b == 0x68747541 && vendor.d == 0x69746e65 && vendor.c == 0x444d4163;  // "AuthenticAMD"
 }
 
-// Register states that the operating system saves.
+// The register states that the operating system saves, as bits of XCR0.
 unsigned saved_states() {
   if (!has(cpuid(1, 0).c, 27)) return 0;  // OSXSAVE
   unsigned low, high;
@@ -46,7 +46,7 @@ unsigned saved_states() {
   return low;
 }
 
-// Linux grants a process the tiles' 8 KiB of state only on request.
+// Linux saves the 8 KiB of tile registers only for processes that ask for it.
 bool may_use_tiles() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
@@ -70,7 +70,8 @@ struct Levels {
                         has(extended.b, 30) && has(extended.b, 31);
     const bool avx512_bf16 = avx512 && has(more.a, 5);
     const bool amx = avx512_bf16 && (states & 0x60000) == 0x60000 && has(extended.d, 22) && has(extended.d, 24);
-    // Intel's 512-bit multiplication of pairs is slower than widening both and multiplying those: measured with AMX off.
+    // On Intel processors, multiplying 512-bit pairs of bfloat16 is slower than multiplying float32 copies of them.
+    // This was measured with AMX turned off.
     const bool pairs_are_fast = avx512_bf16 && is_amd();
     if (amx && may_use_tiles()) found[n++] = kernels_amx();
     if (pairs_are_fast) found[n++] = kernels_avx512_bf16();

@@ -1,4 +1,4 @@
-// The levels of this build, and which of them this processor runs.
+// The levels that this build has and this processor runs.
 #pragma once
 
 #include "problem.h"

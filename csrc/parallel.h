@@ -1,4 +1,4 @@
-// ATen's thread pool, by the part of torch's interface that stays the same from version to version.
+// Loops on ATen's thread pool, through torch's stable interface.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -9,10 +9,11 @@
 
 namespace mtu {
 
-// Calls work(thread, begin, end) on parts of [0, n) of at most `part`. Threads take the next part when they are done with
-// one, so that none waits long for another that the machine has kept from running. Which thread makes what must not matter.
+// Calls work(thread, begin, end) for parts of [0, n) of at most `part` items. A thread that has finished a part takes
+// the next, so that no thread waits long for one that the operating system has paused. Results must not depend on which
+// thread computes which part.
 template <class Work>
-void share(int64_t n, int64_t part, int64_t threads, const Work& work) {
+void parallel_for_parts(int64_t n, int64_t part, int64_t threads, const Work& work) {
   threads = std::max<int64_t>(1, std::min(threads, (n + part - 1) / part));
   std::atomic<int64_t> next{0};
   auto run = [&](int64_t thread) {
@@ -25,13 +26,13 @@ void share(int64_t n, int64_t part, int64_t threads, const Work& work) {
   });
 }
 
-// Calls work(begin, end) on parts of [0, n).
+// The same for work(begin, end), with eight parts for each thread.
 template <class Work>
-void share(int64_t n, const Work& work) {
-  constexpr int64_t kParts = 8;  // for each thread
+void parallel_for_parts(int64_t n, const Work& work) {
+  constexpr int64_t kParts = 8;
   const int64_t threads = torch::stable::get_num_threads();
-  share(n, std::max<int64_t>(1, n / (threads * kParts)), threads,
-        [&](int64_t, int64_t begin, int64_t end) { work(begin, end); });
+  parallel_for_parts(n, std::max<int64_t>(1, n / (threads * kParts)), threads,
+                     [&](int64_t, int64_t begin, int64_t end) { work(begin, end); });
 }
 
 }  // namespace mtu

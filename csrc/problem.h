@@ -1,11 +1,12 @@
-// What a call computes, as plain pointers and numbers: the common language of the bindings and of every level.
+// The arguments of every kernel, as plain pointers and numbers that the bindings and all levels share. A level is the
+// set of kernels for one instruction set.
 //
 // Shape suffixes: B samples, L tokens per sample, D width, E experts, K active experts, F hidden units of one expert,
-// H = E·F. A panel is 16 tokens of one sample; it holds its numbers with tokens innermost, so that tokens lie along the
-// lanes of vector registers. Weights are read where they are: they are never copied, and so never stale.
+// H = E·F. A panel is 16 tokens of one sample. Tokens are its innermost dimension, so that they lie along the lanes of
+// vector registers. Weights are read from the tensors of each call. No copy outlives a call, so none can be outdated.
 //
-// This header is included by files that are compiled for different instruction sets. It must hold no function: an
-// inline function compiled for one of them might be the copy that the linker keeps for all.
+// Files that are compiled for different instruction sets include this header. It must not define functions: the linker
+// may keep the copy that was compiled for one instruction set, and use it for all.
 #pragma once
 
 #include <cstddef>
@@ -22,8 +23,8 @@ struct Problem {
   Storage compute;
   Storage x_storage;
   float eps;
-  bool expert_norm;  // norm affines are (B, E, D), not (B, D)
-  bool residual;     // x, then in the compute dtype, is added to y
+  bool expert_norm;  // whether norm affines are (B, E, D), not (B, D)
+  bool residual;     // whether x is added to y; x then has the compute dtype
   const void* x;     // (B, L, D) x_storage
   const float* norm_weight;
   const float* norm_bias;
@@ -33,56 +34,56 @@ struct Problem {
   const float* y_bias;     // (B, D), or one row (D,) for all samples
   int64_t y_bias_stride;   // D or 0
   const float* weights;    // (B, K)
-  const int32_t* indices;  // (B, K), or null: dense, K = E
+  const int32_t* indices;  // (B, K), or null for dense routing, where K = E
   void* y;                 // (B, L, D) compute
-  void* hidden;            // (B, L, 2·K·F) compute, or null: not asked for
+  void* hidden;            // (B, L, 2·K·F) compute, or null if only y is wanted
   float* mean;             // (B, L), or null
   float* rstd;
 };
 
-// Panels [begin, end) of all samples' panels, and the experts that any of their samples uses.
+// A range [begin, end) of the panels of all samples, and the experts that at least one of its samples uses.
 struct Block {
   int64_t begin, end;
   const int32_t* experts;  // ascending
   int64_t num_experts;
 };
 
-// Buffers of a block. Their sizes are those of `Layout`.
+// Memory for one block. `Layout` has the sizes.
 struct Buffers {
   void* x_hat;    // [panel][slot][D, padded][16]
   void* hidden;   // [panel][slot][F, padded][16]
-  void* scratch;  // of one thread
+  void* scratch;  // for one thread
 };
 
-// Sizes in bytes for a problem.
+// Sizes in bytes of the buffers, and numbers of tiles, for one problem.
 struct Layout {
   int64_t x_hat_panel;
   int64_t hidden_panel;
-  int64_t scratch;        // a constant part
-  int64_t scratch_panel;  // and one for each panel of a block
-  int64_t block_panels;   // panels of a block that stays in the L2 cache of a core
-  int64_t group;          // tiles that share the panels in that cache
+  int64_t scratch;        // the part that does not depend on the block
+  int64_t scratch_panel;  // the part for each panel of the block
+  int64_t block_panels;   // panels of a block, chosen so that it stays in the L2 cache of a core
+  int64_t group;          // consecutive tiles that reuse the panels in that cache
   int64_t unit_tiles;     // tiles of the hidden units of one expert
   int64_t column_tiles;   // tiles of the columns of y
 };
 
-// Where gradients are summed over tokens, each run of kRun tokens of a sample has a sum of its own: who makes it does not
-// matter then.
+// Gradients that are sums over tokens are computed as one partial sum for each run of kRun tokens of a sample. So they
+// do not depend on which thread computes which run.
 constexpr int64_t kRun = 64;
 
-// Gradients of the activation.
+// The backward pass of the activation.
 struct GegluBackward {
   int64_t B, L, K, F;
   Storage compute;
-  void* d_weighted;      // (B, L, K·F) compute, the gradient of w·a without the factor w; then w·a, if experts learn
+  void* d_weighted;      // (B, L, K·F) compute, ∂y W_out; overwritten by w·a if experts are trained
   const void* z;         // (B, L, 2·K·F) compute
   const float* weights;  // (B, K)
   void* d_z;             // (B, L, 2·K·F) compute
-  double* d_weights;     // (B, runs, K): sums over all units of all tokens
-  float* d_bias;         // (B, runs, 2·K·F), sums of ∂z; or null, if no expert learns
+  double* d_weights;     // (B, runs, K), sums over hidden units and tokens
+  float* d_bias;         // (B, runs, 2·K·F), sums of ∂z over tokens; or null if experts are frozen
 };
 
-// Gradients of LayerNorm and of its affine.
+// The backward pass of LayerNorm and its affine.
 struct NormBackward {
   int64_t B, L, D, slots;
   Storage compute, x_storage;
@@ -96,7 +97,7 @@ struct NormBackward {
   float* d_norm_bias;
 };
 
-// x̂ as rows, for products that the library makes.
+// x̂ in rows, for matrix products that PyTorch computes.
 struct Normalize {
   int64_t B, L, D, slots;
   Storage compute, x_storage;
@@ -108,7 +109,7 @@ struct Normalize {
   void* x_hat;  // (B, slots, L, D) compute
 };
 
-// The kernels of one level. Ranges let the caller share the work among threads.
+// The kernels of one level. Each computes a range of its work, so that the caller can share it among threads.
 struct Kernels {
   const char* name;
   Layout (*layout)(const Problem&);

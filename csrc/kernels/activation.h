@@ -1,11 +1,11 @@
 // GEGLU and its derivative. Included inside a level's own namespace, after vector.h.
 
-// φ(g) = exp(-g²/2) / sqrt(2π): 2^y = 2^n · 2^f with n the nearest integer and f in [-½, ½], by the series of 2^f. Exactly 0
-// where it is below the normal numbers, so that no g, however large, makes something of it.
+// φ(g) = exp(-g²/2) / sqrt(2π). The exponential is 2^y = 2^n · 2^f, where n is the nearest integer, and f in [-½, ½]
+// goes through the series of 2^f. The result is exactly 0 where it would be subnormal, so that g·φ(g) is 0 for large g.
 static inline Vec normal_pdf(Vec g) {
   const Vec exponent = g * g * -0.7213475204444817f;
   const Vec y = maximum(broadcast(-126.0f), exponent);
-  const Vec shifted = y + 12582912.0f;  // 1.5 · 2²³: the sum has no bits left below 1
+  const Vec shifted = y + 12582912.0f;  // adding 1.5 · 2²³ rounds to an integer
   const Vec f = y - (shifted - 12582912.0f);
   Vec power = f * kExp2[7] + kExp2[6];
 #pragma GCC unroll 8
@@ -15,15 +15,15 @@ static inline Vec normal_pdf(Vec g) {
   return bit_cast<Vec>(bit_cast<Bits>(pdf) & ~(exponent < -126.0f));
 }
 
-// Φ(g), the normal distribution's function, as precise as the storage can show.
+// Φ(g), the normal distribution function, as precise as the storage dtype can show. Stores φ(g) if pdf is not null.
 //
-// bfloat16: a polynomial in min(g², c²), c = 4.25, whose error is at most 1.1e-5 (4.6e-5 for gelu), a hundredth of its
-// rounding at 1. It is absolute: between -5 and -4, where gelu itself is below 1.3e-4, little of it is right.
+// For bfloat16 it is a polynomial in min(g², c²) with c = 4.25. Its error is at most 1.1e-5 (4.6e-5 for gelu), a
+// hundredth of bfloat16's rounding at 1. That bound is absolute: between -5 and -4, where |gelu| < 1.3e-4, few digits
+// are right.
 //
-// Otherwise Φ(-a) = φ(a) · M(a) with Mills' ratio M, smooth and positive, as a quotient of polynomials of degrees 4 and 5
-// fitted for the least relative error on [0, 14]: 6e-9, and 3e-7 with float32's rounding.
-//
-// Gives φ(g), too, where it is asked for.
+// For other dtypes Φ(-a) = φ(a) · M(a), where M is Mills' ratio, which is smooth and positive. M is a quotient of
+// polynomials of degrees 4 and 5, fitted for the least relative error on [0, 14]: 6e-9, and 3e-7 with float32's
+// rounding.
 template <class T>
 static inline Vec normal_cdf(Vec g, Vec* pdf = nullptr) {
   if constexpr (is_same<T, bfloat16>) {

@@ -1,6 +1,6 @@
-// The experts' first product with its activation. Included inside a level's own namespace, after experts.h.
+// The experts' first product and its activation. Each level includes this file in its own namespace, after experts.h.
 
-// The block's panels whose samples use expert e.
+// Lists the panels of the block whose samples use expert e, and returns their number.
 template <class T>
 static int64_t panels_of_expert(const Problem& p, const Block& block, const Buffers& buffers, int64_t e,
                                 typename Scratch<T>::A* active) {
@@ -27,15 +27,15 @@ static int64_t panels_of_expert(const Problem& p, const Block& block, const Buff
   return n;
 }
 
-// Part [k, k + length) of a tile of w_in: the rows of n values, and of their gates.
+// The numbers [k, k + length) of a tile of w_in: n rows of values, and the rows of their gates.
 template <class T>
-static Rows<T> rows_of_units(const Problem& p, int64_t row, int64_t n, int64_t k, int64_t length,
-                             typename ProductOf<T>::Weight* copies) {
+static WeightRows<T> rows_of_units(const Problem& p, int64_t row, int64_t n, int64_t k, int64_t length,
+                                   typename ProductOf<T>::Weight* copies) {
   using Weight = typename ProductOf<T>::Weight;
   constexpr int64_t kHalf = ProductOf<T>::kRows / 2;
   const T* values = static_cast<const T*>(p.w_in) + row * p.D + k;
   const T* gates = values + p.E * p.F * p.D;
-  if (ProductOf<T>::kReadsStorage && n == kHalf && k + length <= p.D)
+  if (ProductOf<T>::kReadsWeightsInPlace && n == kHalf && k + length <= p.D)
     return {reinterpret_cast<const Weight*>(values), reinterpret_cast<const Weight*>(gates), p.D};
   const int64_t valid = min_of(length, p.D - k);
   copy_rows<T>(values, p.D, n, valid, length, copies, length);
@@ -43,7 +43,7 @@ static Rows<T> rows_of_units(const Problem& p, int64_t row, int64_t n, int64_t k
   return {copies, copies + kHalf * length, length};
 }
 
-// Biases of the rows of a tile: n values, then gates; zeros beyond.
+// The biases of a tile: those of n values, then those of their gates. Each half is padded with zeros.
 template <class T>
 static void load_bias_of_units(const Problem& p, int64_t row, int64_t n, float* bias) {
   constexpr int64_t kHalf = ProductOf<T>::kRows / 2;
@@ -55,13 +55,14 @@ static void load_bias_of_units(const Problem& p, int64_t row, int64_t n, float* 
   }
 }
 
-// Work on the side: bias, GEGLU and routing weight of some panels' sums (kRows, 16), the values' rows, then the gates'.
+// The epilogue of the first product: adds the bias to the sums (kRows, 16) of some panels, whose rows are values and
+// then gates, applies GEGLU, and multiplies by the routing weight.
 template <class T>
-struct FinishUnits {
+struct ActivationEpilogue {
   using Product = ProductOf<T>;
   static constexpr int kHalf = Product::kRows / 2;
-  static constexpr int kRows = kHalf % 4 == 0 ? 4 : kHalf;  // of a step
-  static constexpr int kSteps = kHalf / kRows;              // of a panel, and one more where there is more to store
+  static constexpr int kRows = kHalf % 4 == 0 ? 4 : kHalf;  // rows of one step
+  static constexpr int kSteps = kHalf / kRows;              // steps of a panel, without the one of has_more()
 
   const Problem* p;
   const typename Scratch<T>::A* panel;
@@ -70,9 +71,9 @@ struct FinishUnits {
   int64_t unit, units, padded;
   int64_t count = 0, done = 0, row = 0;
 
-  FinishUnits() = default;
-  FinishUnits(const Problem& p, const typename Scratch<T>::A* panels, int64_t num_panels, const float* sums,
-              const float* bias, int64_t unit, int64_t units)
+  ActivationEpilogue() = default;
+  ActivationEpilogue(const Problem& p, const typename Scratch<T>::A* panels, int64_t num_panels, const float* sums,
+                     const float* bias, int64_t unit, int64_t units)
       : p(&p),
         panel(panels),
         sums(sums),
@@ -112,7 +113,7 @@ struct FinishUnits {
   }
 
   void store_more() {
-    // After the last tile, what pads F to whole steps holds zeros.
+    // The last tile of an expert also writes the zeros that pad F to whole steps.
     if (unit + kHalf >= p->F)
       for (int64_t f = unit + kHalf; f < padded; ++f)
         __builtin_memset(panel->output + f * kPanel, 0, kPanel * sizeof(*panel->output));
@@ -125,7 +126,8 @@ struct FinishUnits {
   }
 };
 
-// Tiles [begin, end) of hidden units, counted over the experts of the block: h = w · GEGLU(x̂ W_inᵀ + b_in).
+// Computes h = w · GEGLU(x̂ W_inᵀ + b_in) for tiles [begin, end) of hidden units, counted over the experts of the
+// block.
 template <class T>
 static void expert_in(const Problem& p, const Block& block, const Buffers& buffers, int64_t begin, int64_t end) {
   using Product = ProductOf<T>;
@@ -134,7 +136,7 @@ static void expert_in(const Problem& p, const Block& block, const Buffers& buffe
   const int64_t tiles = ceil_div(p.F, kHalf), depth = round_up(p.D, Product::kStep);
   int64_t current = -1, num_active = 0;
   float biases[Product::kGroup][2 * kHalf];
-  Side<FinishUnits<T>> side;
+  Interleaved<ActivationEpilogue<T>> epilogue;
   Product::begin();
   for (int64_t first = begin, last; first < end; first = last) {
     const int64_t e = block.experts[first / tiles];
@@ -146,21 +148,21 @@ static void expert_in(const Problem& p, const Block& block, const Buffers& buffe
       const bool is_last = k + segment.length == depth;
       for (int64_t tile = first; tile < last; ++tile) {
         const int64_t unit = tile % tiles * kHalf, units = min_of(kHalf, p.F - unit);
-        const Rows<T> rows = rows_of_units<T>(p, e * p.F + unit, units, k, segment.length, scratch.weights);
+        const WeightRows<T> rows = rows_of_units<T>(p, e * p.F + unit, units, k, segment.length, scratch.weights);
         float* bias = biases[tile - first];
         if (is_last) load_bias_of_units<T>(p, e * p.F + unit, units, bias);
         for (int64_t i = 0; i < num_active; i += kPanels) {
           const int64_t count = min_of(kPanels, num_active - i);
-          // Sums that need no second visit take two places in turn.
+          // Sums that are complete after one visit alternate between two places.
           const int64_t place = depth > Product::kDepth ? (tile - first) * num_active + i : turn++ % 2 * kPanels;
           float* sums = scratch.sums + place * Scratch<T>::kTile;
-          multiply_panels<T>(&segment, 1, rows, scratch.active + i, count, sums, k > 0, side);
+          multiply_panels<T>(&segment, 1, rows, scratch.active + i, count, sums, k > 0, epilogue);
           if (is_last)
-            side.take({p, scratch.active + i, count, sums, bias, unit, units}, segment.length, Product::kStep);
+            epilogue.start({p, scratch.active + i, count, sums, bias, unit, units}, segment.length, Product::kStep);
         }
       }
     }
-    side.rest();
+    epilogue.finish();
   }
   Product::end();
 }

@@ -1,23 +1,23 @@
-// The experts' second product. Included inside a level's own namespace, after experts.h.
+// The experts' second product. Each level includes this file in its own namespace, after experts.h.
 
 static constexpr int64_t kMaxSegments = 32;
 
 // Whether samples b and c use the same experts in the same order.
-static inline bool share_experts(const Problem& p, int64_t b, int64_t c) {
+static inline bool use_same_experts(const Problem& p, int64_t b, int64_t c) {
   return b == c || !p.indices || !__builtin_memcmp(p.indices + b * p.K, p.indices + c * p.K, sizeof(int32_t) * p.K);
 }
 
-// Walks the active experts' columns of w_out in parts of at most kDepth steps.
+// Iterates over the active experts' columns of w_out in blocks of at most kDepth columns.
 template <class T>
-struct Parts {
+struct DepthBlocks {
   const Problem& p;
-  int64_t b, slots, width, padded;  // dense experts without padding are one wide expert
+  int64_t b, slots, width, padded;  // dense experts without padding count as one wide expert
   int64_t slot = 0, f = 0;
   Segment segments[kMaxSegments];
   int64_t count = 0, depth = 0;
   bool is_ragged = false;
 
-  Parts(const Problem& p, int64_t b) : p(p), b(b) {
+  DepthBlocks(const Problem& p, int64_t b) : p(p), b(b) {
     const bool is_one = !p.indices && p.F % ProductOf<T>::kStep == 0;
     slots = is_one ? 1 : p.K;
     width = is_one ? p.E * p.F : p.F;
@@ -26,7 +26,7 @@ struct Parts {
 
   bool is_last() const { return slot == slots; }
 
-  // Moves to the next part, if there is one.
+  // Moves to the next block. Returns false after the last one.
   bool next() {
     if (is_last()) return false;
     depth = 0;
@@ -48,17 +48,17 @@ struct Parts {
   }
 };
 
-// Rows [column, column + n) of w_out, n at most kRows, over the columns of a part. Where they are copied, `segments` says
-// where to.
+// Rows [column, column + n) of w_out, n at most kRows, over the columns of a block. Sets `segments` to where the
+// columns are: in w_out, or in `copies` if rows had to be copied.
 template <class T>
-static Rows<T> rows_of_columns(const Problem& p, int64_t column, int64_t n, const Parts<T>& part, Segment* segments,
-                               typename ProductOf<T>::Weight* copies) {
+static WeightRows<T> rows_of_columns(const Problem& p, int64_t column, int64_t n, const DepthBlocks<T>& part,
+                                     Segment* segments, typename ProductOf<T>::Weight* copies) {
   using Weight = typename ProductOf<T>::Weight;
   constexpr int64_t kHalf = ProductOf<T>::kRows / 2, kStride = ProductOf<T>::kDepth;
   const int64_t H = p.E * p.F;
   const T* w_out = static_cast<const T*>(p.w_out) + column * H;
   __builtin_memcpy(segments, part.segments, sizeof(Segment) * part.count);
-  if (ProductOf<T>::kReadsStorage && n == ProductOf<T>::kRows && !part.is_ragged)
+  if (ProductOf<T>::kReadsWeightsInPlace && n == ProductOf<T>::kRows && !part.is_ragged)
     return {reinterpret_cast<const Weight*>(w_out), reinterpret_cast<const Weight*>(w_out + kHalf * H), H};
   int64_t at = 0;
   for (int64_t s = 0; s < part.count; ++s) {
@@ -73,9 +73,10 @@ static Rows<T> rows_of_columns(const Problem& p, int64_t column, int64_t n, cons
   return {copies, copies + kHalf * kStride, kStride};
 }
 
-// Work on the side: bias of some panels' sums (kRows, 16), the residual if asked for, and their way into y.
+// The epilogue of the second product: adds the bias and the residual, if there is one, to the sums (kRows, 16) of some
+// panels, and stores them in y.
 template <class T>
-struct FinishColumns {
+struct OutputEpilogue {
   using Product = ProductOf<T>;
   static constexpr int kRows = Product::kRows;
 
@@ -85,9 +86,9 @@ struct FinishColumns {
   int64_t column, columns;
   int64_t count = 0, done = 0;
 
-  FinishColumns() = default;
-  FinishColumns(const Problem& p, const typename Scratch<T>::A* panels, int64_t num_panels, const float* sums,
-                int64_t column, int64_t columns)
+  OutputEpilogue() = default;
+  OutputEpilogue(const Problem& p, const typename Scratch<T>::A* panels, int64_t num_panels, const float* sums,
+                 int64_t column, int64_t columns)
       : p(&p), panel(panels), sums(sums), column(column), columns(columns), count(num_panels) {}
 
   void step() {
@@ -111,35 +112,35 @@ struct FinishColumns {
   }
 };
 
-// Tiles [begin, end) of the columns of y, for panels [from, to) of the block, whose samples share their experts:
-// y = Σ h W_outᵀ + bias, with the residual x + Σ h W_outᵀ + bias.
+// Computes y = Σ h W_outᵀ + bias, plus x with the residual, for tiles [begin, end) of the columns of y and panels
+// [from, to) of the block, whose samples use the same experts.
 template <class T>
 static void expert_out_of(const Problem& p, const Scratch<T>& scratch, int64_t from, int64_t to, int64_t begin,
                           int64_t end) {
   using Product = ProductOf<T>;
-  Side<FinishColumns<T>> side;
+  Interleaved<OutputEpilogue<T>> epilogue;
   for (int64_t first = begin, last; first < end; first = last) {
     last = min_of(first + Product::kGroup, end);
     bool accumulate = false;
-    for (Parts<T> part(p, scratch.active[from].b); part.next(); accumulate = true) {
+    for (DepthBlocks<T> part(p, scratch.active[from].b); part.next(); accumulate = true) {
       for (int64_t tile = first; tile < last; ++tile) {
         const int64_t column = tile * Product::kRows, columns = min_of(Product::kRows, p.D - column);
         Segment segments[kMaxSegments];
-        const Rows<T> rows = rows_of_columns<T>(p, column, columns, part, segments, scratch.weights);
+        const WeightRows<T> rows = rows_of_columns<T>(p, column, columns, part, segments, scratch.weights);
         for (int64_t i = from; i < to; i += Product::kPanels) {
           const int64_t count = min_of(Product::kPanels, to - i);
           float* sums = scratch.sums + ((tile - first) * (to - from) + i - from) * Scratch<T>::kTile;
-          multiply_panels<T>(segments, part.count, rows, scratch.active + i, count, sums, accumulate, side);
+          multiply_panels<T>(segments, part.count, rows, scratch.active + i, count, sums, accumulate, epilogue);
           if (part.is_last())
-            side.take({p, scratch.active + i, count, sums, column, columns}, part.depth, Product::kStep);
+            epilogue.start({p, scratch.active + i, count, sums, column, columns}, part.depth, Product::kStep);
         }
       }
     }
-    side.rest();
+    epilogue.finish();
   }
 }
 
-// Tiles [begin, end) of the columns of y, for all panels of the block.
+// The same for all panels of the block.
 template <class T>
 static void expert_out(const Problem& p, const Block& block, const Buffers& buffers, int64_t begin, int64_t end) {
   using Product = ProductOf<T>;
@@ -157,7 +158,7 @@ static void expert_out(const Problem& p, const Block& block, const Buffers& buff
                          0};
   Product::begin();
   for (int64_t first = 0, last; first < num_panels; first = last) {
-    for (last = first + 1; last < num_panels && share_experts(p, scratch.active[first].b, scratch.active[last].b);)
+    for (last = first + 1; last < num_panels && use_same_experts(p, scratch.active[first].b, scratch.active[last].b);)
       ++last;
     expert_out_of<T>(p, scratch, first, last, begin, end);
   }

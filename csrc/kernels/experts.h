@@ -1,26 +1,28 @@
-// Included inside a level's own namespace.
+// The parts that both products of the experts share: expert_in.h and expert_out.h use them. Each level includes this
+// file in its own namespace.
 //
-// What both products of the experts share: see expert_in.h and expert_out.h.
+// Products go through the depth k in blocks of kDepth numbers. For one block, a tile of weights stays in the L1 cache
+// while it is multiplied by all panels, and the panels stay in the L2 cache for a group of kGroup tiles.
 //
-// A tile of weights stays in the L1 cache while all panels of the block pass by it, kDepth steps in k at a time; the same
-// steps of the panels stay in the L2 cache for a group of kGroup tiles. When the last part in k is added to the sums of a
-// few panels, they are finished (bias, GEGLU and routing weight; or bias and storage of y) in small steps while the next
-// few are multiplied: tiles are multiplied beside other instructions, but only beside those that are near.
+// After the last block, the sums of a few panels are complete and go through an epilogue: bias, GEGLU and routing
+// weight for the first product, bias and storage for the second. The epilogue is cut into small steps, which run
+// between the multiplications of the next few panels. A processor multiplies tiles and runs other instructions at the
+// same time only if both are close together in the program.
 
-// What a product needs to know of a panel.
+// One panel as a product reads it.
 template <class Activation>
-struct Active {
+struct PanelInput {
   const Activation* input;
-  Activation* output;  // of the first product
+  Activation* output;  // written by the first product only
   float weight;
   int64_t b, l, slot;
 };
 
-// Buffers of one thread for blocks of n panels.
+// The scratch memory of one thread, for blocks of up to `panels` panels.
 template <class T>
 struct Scratch {
   using Product = ProductOf<T>;
-  using A = Active<typename Product::Activation>;
+  using A = PanelInput<typename Product::Activation>;
   static constexpr int64_t kTile = Product::kRows * kPanel;
   static constexpr int64_t kConstant = Product::kRows * Product::kDepth * sizeof(typename Product::Weight);
   static constexpr int64_t kOfPanel = Product::kGroup * kTile * sizeof(float) + sizeof(A);
@@ -55,14 +57,14 @@ static Layout layout_of(const Problem& p) {
   return layout;
 }
 
-// Rows of weights as `multiply` reads them: in place, or copied.
+// Two halves of a tile's rows of weights, in the tensor or in a copy.
 template <class T>
-struct Rows {
+struct WeightRows {
   const typename ProductOf<T>::Weight *upper, *lower;
   int64_t stride;
 };
 
-// Rows of weights for `multiply`, in the product's own type: n rows of `valid` numbers, zeros up to `length` and kRows/2.
+// Copies n rows of `valid` weights in the type that the product reads, padded with zeros to kRows/2 rows of `length`.
 template <class T>
 static void copy_rows(const T* from, int64_t from_stride, int64_t n, int64_t valid, int64_t length,
                       typename ProductOf<T>::Weight* to, int64_t to_stride) {
@@ -80,43 +82,43 @@ static void copy_rows(const T* from, int64_t from_stride, int64_t n, int64_t val
   }
 }
 
-// Steps of work on the side: `Work` has the members `count`, `done` and `step()`.
+// An epilogue that runs in steps between the steps of a product. `Work` has the members `count`, `done` and `step()`.
 template <class Work>
-struct Side : Work {
-  int64_t rate = 0;  // steps for each step of the product
+struct Interleaved : Work {
+  int64_t rate = 0;  // steps of the epilogue for each step of the product
 
-  // Takes on new work, to be done within `length` numbers in k.
-  void take(const Work& work, int64_t length, int64_t step) {
+  // Starts the epilogue of other panels. It ends before a product of depth `length` does.
+  void start(const Work& work, int64_t length, int64_t step) {
     static_cast<Work&>(*this) = work;
     rate = ceil_div(work.count, length > step ? length / step : 1);
   }
-  inline void some() {
+  inline void run_some() {
     for (int64_t i = 0; i < rate && this->done < this->count; ++i) this->step();
   }
-  inline void rest() {
+  inline void finish() {
     while (this->done < this->count) this->step();
   }
 };
 
-// Sums of `count` panels, at most kPanels; and all the work on the side.
+// Multiplies `count` panels, at most kPanels, and finishes the epilogue that was started.
 template <class T, class Work>
-static inline void multiply_panels(const Segment* segments, int64_t n, const Rows<T>& rows,
+static inline void multiply_panels(const Segment* segments, int64_t n, const WeightRows<T>& rows,
                                    const typename Scratch<T>::A* active, int64_t count, float* sums, bool accumulate,
-                                   Side<Work>& side) {
+                                   Interleaved<Work>& epilogue) {
   using Product = ProductOf<T>;
   const typename Product::Activation* panels[Product::kPanels] = {};
   for (int64_t i = 0; i < count; ++i) panels[i] = active[i].input;
   auto multiply = [&]<int P>() {
-    Product::template multiply<P>(segments, n, rows.upper, rows.lower, rows.stride, panels, sums, accumulate, side);
+    Product::template multiply<P>(segments, n, rows.upper, rows.lower, rows.stride, panels, sums, accumulate, epilogue);
   };
   if (count == Product::kPanels) multiply.template operator()<Product::kPanels>();
   else if (count == 2) multiply.template operator()<2 < Product::kPanels ? 2 : 1>();
   else multiply.template operator()<1>();
-  side.rest();
+  epilogue.finish();
 }
 
-// Sums (ROWS, 16) of a panel, plus a bias for each row → rows of tokens, `columns` numbers each. A residual, if there is
-// one, has rows like those of `out`, and is added before the sums are rounded.
+// Stores the sums (ROWS, 16) of a panel, plus a bias for each row, as rows of tokens with `columns` numbers each. A
+// residual has rows like those of `out`. It is added before the sums are rounded.
 template <int ROWS, class T>
 static inline void store_tokens(const float* sums, const float* bias, T* out, int64_t stride, int64_t tokens,
                                 int64_t columns, const T* residual = nullptr) {

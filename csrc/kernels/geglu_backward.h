@@ -1,8 +1,8 @@
-// Gradients of the weighed activation. Included inside a level's own namespace, after activation.h.
+// The backward pass of the activation. Each level includes this file in its own namespace, after activation.h.
 
-// One expert's units of one token: from G = ∂(w·a) and z = [u; g], ∂u = w G gelu(g), ∂g = w G u (Φ + g φ), h = w·a in the
-// place of G. Adds ∂u and ∂g to their sums, and returns the token's summand ⟨G, a⟩ of ∂w. Without sums no expert learns:
-// then there is no h.
+// For the hidden units of one expert and one token, from G = ∂y W_out and z = [u; g]: stores ∂u = w G gelu(g)
+// and ∂g = w G u (Φ + g φ), and returns ⟨G, a⟩, which the token adds to ∂w. If the pointers to sums are not null, the
+// expert is trained: ∂u and ∂g are then added to the sums, and h = w·a overwrites G.
 template <class T>
 static inline float geglu_backward_of(const T* u_row, const T* g_row, T* d_row, float weight, int64_t F, T* d_u_row,
                                       T* d_g_row, float* u_sums, float* g_sums) {
@@ -29,7 +29,7 @@ static inline float geglu_backward_of(const T* u_row, const T* g_row, T* d_row, 
   return sum_of(sum);
 }
 
-// Runs [begin, end) of tokens of all samples.
+// Computes runs [begin, end), counted over all samples.
 template <class T>
 static void geglu_backward(const GegluBackward& p, int64_t begin, int64_t end) {
   const int64_t KF = p.K * p.F, runs = ceil_div(p.L, kRun);

@@ -1,10 +1,10 @@
-// LayerNorm into panels and into rows, and its gradients. Included inside a level's own namespace.
+// LayerNorm into panels and into rows, and its backward pass. Each level includes this file in its own namespace.
 
 struct Statistics {
   float mean, rstd;
 };
 
-// Of each row its sum, in that row's lane.
+// The sum of each row, in the lane with the row's number. Overwrites the rows.
 static inline Vec sums_of(Vec* rows) {
   transpose(rows);
 #pragma GCC unroll 4
@@ -14,7 +14,7 @@ static inline Vec sums_of(Vec* rows) {
   return rows[0];
 }
 
-// Of each of n rows, in its lane: the sums of what remains after a centre is taken from its numbers, and of their squares.
+// For each of n rows, in the lane with the row's number: the sum of x − centre, and the sum of its squares.
 template <class X>
 static inline void centred_sums(const X* x, int64_t n, int64_t D, Vec centres, Vec& sum, Vec& square) {
   const int64_t whole = D / kLanes * kLanes;
@@ -44,10 +44,11 @@ static inline void centred_sums(const X* x, int64_t n, int64_t D, Vec centres, V
   square = sums_of(squares);
 }
 
-// Mean and 1 / sqrt(variance + eps) of a panel's tokens, kLanes of them at a time.
+// The mean and 1 / sqrt(variance + eps) of a panel's tokens, for kLanes tokens at a time.
 //
-// In one pass about a guess of the mean, from a row's first numbers, so that nothing cancels where |mean| is large beside
-// the deviation. Where those are unlike the others there is a second pass, about the mean that the first one found.
+// One pass sums around a guess of the mean, which it takes from the first numbers of each row. So digits do not cancel
+// where |mean| is much larger than the deviation. If the guess is far off, a second pass sums around the mean of the
+// first.
 template <class X>
 static inline void statistics_of(const X* x, int64_t tokens, int64_t D, float eps, Statistics* statistics) {
   const float width = static_cast<float>(D);
@@ -69,13 +70,13 @@ static inline void statistics_of(const X* x, int64_t tokens, int64_t D, float ep
       variance = square / width - shift * shift;
     }
     for (int64_t t = 0; t < n; ++t)
-      // Where the squares overflow, no number is better than a wrong one: the last product is NaN then.
+      // If the squares overflow, the last product is NaN: no result is better than a wrong one.
       statistics[t0 + t] = {centre[t] + shift[t],
                             1.0f / __builtin_sqrtf(maximum_of(variance[t], 0.0f) + eps) + 0.0f * variance[t]};
   }
 }
 
-// kLanes numbers of each of kLanes tokens, n of them and `tokens` of these: the rest is zero.
+// Normalises n numbers of `tokens` tokens, both at most kLanes. The other lanes and rows are zero.
 template <class X>
 static inline void normalize_tokens(const X* x, int64_t stride, int64_t n, const Statistics* statistics, int64_t tokens,
                                     const float* gamma, const float* beta, Vec* rows) {
@@ -90,7 +91,7 @@ static inline void normalize_tokens(const X* x, int64_t stride, int64_t n, const
     rows[t] = t < tokens ? (load(x + t * stride, n) - statistics[t].mean) * (g * statistics[t].rstd) + b : Vec{};
 }
 
-// x̂ of panels [begin, end), counted from the block's first, once for each slot that has an affine of its own.
+// Computes x̂ of panels [begin, end) of the block, once for each slot that has its own affine.
 template <class T, class X>
 static void normalize_panels(const Problem& p, const Block& block, const Buffers& buffers, int64_t begin, int64_t end) {
   using Product = ProductOf<T>;
@@ -126,7 +127,7 @@ static void normalize_panels(const Problem& p, const Block& block, const Buffers
   }
 }
 
-// x̂ of tokens [begin, end) of all samples, as rows of (B, slots, L, D).
+// Computes x̂ (B, slots, L, D) for tokens [begin, end), counted over all samples.
 template <class T, class X>
 static void normalize_rows(const Normalize& n, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
@@ -144,7 +145,7 @@ static void normalize_rows(const Normalize& n, int64_t begin, int64_t end) {
   }
 }
 
-// Runs [begin, end) of kRun tokens: ∂x, and the run's sums for ∂γ and ∂β.
+// Computes ∂x, and the partial sums of ∂γ and ∂β, for runs [begin, end) of kRun tokens.
 //
 // ∂n = Σ_slot γ ∂x̂, ∂x = rstd (∂n − mean(∂n) − n mean(n ∂n)), with n = (x − mean) rstd.
 template <class T, class X>

@@ -1,11 +1,13 @@
-// Everything of one level: the file that includes this one has set the instruction set, MTU_LEVEL (the name of the table
-// and of the namespace), MTU_LANES, and what its comment asks of it below.
+// All kernels of one level. The file that includes this one sets the instruction set and defines MTU_LEVEL (the
+// namespace), MTU_LEVEL_NAME, MTU_TABLE (the function that returns the table of kernels), MTU_LANES, MTU_FLOAT_ROWS and
+// MTU_FLOAT_PANELS. Where the processor has them, it also defines MTU_F16C (float16 conversions), MTU_BF16 (bfloat16
+// conversions), MTU_PAIRS (products of bfloat16 pairs) and MTU_TILES (products of bfloat16 tiles).
 
 namespace mtu {
 namespace MTU_LEVEL {
 namespace {
 
-// Constants of the level: lanes of a vector, and the tile of FloatProduct: rows of weights by panels of activations.
+// The lanes of a vector, and the tile of FloatProduct: rows of weights by panels of activations.
 constexpr int kLanes = MTU_LANES;
 constexpr int kFloatRows = MTU_FLOAT_ROWS;
 constexpr int kFloatPanels = MTU_FLOAT_PANELS;
@@ -64,7 +66,7 @@ void with_storage(Storage storage, F f) {
   }
 }
 
-// x has the compute dtype or is float32.
+// Calls f with a value of the compute dtype and one of x's dtype, which is the compute dtype or float32.
 template <class P, class F>
 void with_storages(const P& p, F f) {
   with_storage(p.compute, [&](auto compute) {

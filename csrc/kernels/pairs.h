@@ -1,6 +1,6 @@
-// Panels of bfloat16 for instructions that add products of pairs: [k/2][16][2]. For levels of 16 lanes.
+// Panels of bfloat16 [k/2][16][2] for instructions that add the products of two pairs. They need 16 lanes.
 
-// Two rows of floats → (16, 2) bfloat16, rounded to the nearest.
+// Interleaves two rows of floats as (16, 2) bfloat16, rounded to the nearest.
 static inline __m512i pack_pair(Vec even, Vec odd) {
   const __m512i halves = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(odd), bit_cast<__m512>(even)));
   alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
@@ -8,7 +8,7 @@ static inline __m512i pack_pair(Vec even, Vec odd) {
   return _mm512_permutexvar_epi16(_mm512_load_si512(order), halves);
 }
 
-// Tokens' numbers k … k + 31, by halves → the panel's rows of them, n at most. Pairs are transposed like single numbers.
+// Stores numbers k to k + 31 of 16 tokens as rows of the panel, n at most. Pairs are transposed like single floats.
 static inline void store_token_pairs(bfloat16* panel, int64_t k, const Vec (&tokens)[2][kLanes], int64_t n) {
   Vec rows[kLanes];
 #pragma GCC unroll 16
@@ -19,12 +19,12 @@ static inline void store_token_pairs(bfloat16* panel, int64_t k, const Vec (&tok
     store(reinterpret_cast<float*>(panel + (k + 2 * i) * kPanel), rows[i]);
 }
 
-// n rows k, k + 1, … of a panel, k and n even.
+// Stores rows k to k + n − 1 of a panel, where k and n are even.
 static inline void store_pairs(bfloat16* panel, int64_t k, const Vec* rows, int64_t n) {
   for (int64_t i = 0; i < n; i += 2) _mm512_storeu_si512(panel + (k + i) * kPanel, pack_pair(rows[i], rows[i + 1]));
 }
 
-// Sums (32, 16) of a panel, plus a bias for each row → rows of tokens, `columns` numbers each.
+// `store_tokens` for sums (32, 16), without a residual.
 static inline void store_tokens_by_pairs(const float* sums, const float* bias, bfloat16* out, int64_t stride,
                                          int64_t tokens, int64_t columns) {
   Vec pairs[kLanes];
@@ -42,12 +42,12 @@ static inline void store_tokens_by_pairs(const float* sums, const float* bias, b
   }
 }
 
-// What products of such panels have in common. They read weights where they are.
+// The members that the products of such panels share.
 struct PairPanels {
   using Weight = bfloat16;
   using Activation = bfloat16;
-  static constexpr int kPack = 2;  // numbers of a panel that stand side by side for each token
-  static constexpr bool kReadsStorage = true;
+  static constexpr int kPack = 2;  // neighbouring numbers of a token in a panel
+  static constexpr bool kReadsWeightsInPlace = true;
 
   static inline void store_activations(bfloat16* panel, int64_t k, const Vec* rows, int64_t n) {
     store_pairs(panel, k, rows, n);

@@ -1,22 +1,23 @@
-// Products in float32 vectors, for every storage. Included inside a level's own namespace, after vector.h.
+// Products in float32 vectors, for every storage dtype. Each level includes this file in its own namespace, after
+// vector.h.
 //
-// rows · panels: R rows of weights, each with k innermost, by P panels of activations [k][16], into c [panel][R][16].
-// Each step in k loads the panels' vectors and broadcasts one number of each row. Weights of 16 bits are widened first,
-// once for all the panels of a block.
+// It multiplies R rows of weights, with k innermost, by P panels of activations [k][16], and stores c [panel][R][16].
+// Each step in k loads the vectors of the panels and broadcasts one number of each row. Weights of 16 bits are
+// converted to float32 first, once for all panels of a block.
 
 template <class T>
 struct FloatProduct {
-  using Weight = float;      // what `multiply` reads
-  using Activation = float;  // what a panel holds
+  using Weight = float;      // the type of weights that `multiply` reads
+  using Activation = float;  // the type of a panel's numbers
   static constexpr int kRows = kFloatRows;
   static constexpr int kPanels = kFloatPanels;
-  static constexpr int64_t kStep = 1;  // k is padded to a multiple of it
-  static constexpr int kPack = 1;      // numbers of a panel that stand side by side for each token
+  static constexpr int64_t kStep = 1;  // k is padded to a multiple of this
+  static constexpr int kPack = 1;      // neighbouring numbers of a token in a panel
   // Steps in k between visits of c: sums of so few terms round like those of libraries.
   static constexpr int64_t kDepth = 256;
   static constexpr int64_t kGroup = 8;
   static constexpr int64_t kBlockPanels = 12;
-  static constexpr bool kReadsStorage = sizeof(T) == 4;
+  static constexpr bool kReadsWeightsInPlace = sizeof(T) == 4;
 
   static void begin() {}
   static void end() {}
@@ -29,9 +30,9 @@ struct FloatProduct {
     store_activations(panel, k, tokens[0], min_of(kLanes, n));
   }
 
-  template <int P, class Side>
+  template <int P, class Epilogue>
   static inline void multiply(const Segment* segments, int64_t count, const float* upper, const float* lower,
-                              int64_t stride, const float* const* panels, float* c, bool accumulate, Side&) {
+                              int64_t stride, const float* const* panels, float* c, bool accumulate, Epilogue&) {
     constexpr int V = kPanelVecs;
     Vec sums[kRows][P][V];
 #pragma GCC unroll 64

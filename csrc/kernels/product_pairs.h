@@ -1,6 +1,7 @@
-// Products of bfloat16 by AVX-512's instruction for pairs. Included inside a level's own namespace, after pairs.h.
+// Products of bfloat16 with AVX-512's instruction for pairs. Each level includes this file in its own namespace, after
+// pairs.h.
 //
-// As FloatProduct, with two steps in k at a time. Weights are read where they are.
+// It works like FloatProduct, with two steps in k at a time. Weights are not copied.
 
 struct PairProduct : PairPanels {
   static constexpr int kRows = 8;
@@ -13,9 +14,9 @@ struct PairProduct : PairPanels {
   static void begin() {}
   static void end() {}
 
-  template <int P, class Side>
+  template <int P, class Epilogue>
   static inline void multiply(const Segment* segments, int64_t count, const bfloat16* upper, const bfloat16* lower,
-                              int64_t stride, const bfloat16* const* panels, float* c, bool accumulate, Side&) {
+                              int64_t stride, const bfloat16* const* panels, float* c, bool accumulate, Epilogue&) {
     __m512 sums[kRows][P];
 #pragma GCC unroll 64
     for (int r = 0; r < kRows; ++r)

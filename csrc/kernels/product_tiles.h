@@ -1,7 +1,7 @@
-// Products of bfloat16 by AMX tiles. Included inside a level's own namespace, after pairs.h.
+// Products of bfloat16 in AMX tiles. Each level includes this file in its own namespace, after pairs.h.
 //
-// Two tiles of weights (16 rows of 32 numbers, read where they are) by two panels' tiles of activations: four tiles of
-// sums, so that each tile that is loaded serves two products.
+// It multiplies two tiles of weights (16 rows of 32 numbers, not copied) by the tiles of two panels, into four tiles of
+// sums. So each tile that is loaded serves two products.
 
 struct TileProduct : PairPanels {
   static constexpr int kRows = 32;
@@ -11,8 +11,8 @@ struct TileProduct : PairPanels {
   static constexpr int64_t kGroup = 4;
   static constexpr int64_t kBlockPanels = 16;
 
-  // Tiles 0 to 7: 16 rows of 64 bytes. The compiler's intrinsic says of the first 8 bytes only that it reads them, so that
-  // GCC leaves the others of a local variable unwritten; this reads all of a constant.
+  // Sets tiles 0 to 7 to 16 rows of 64 bytes. The compiler's intrinsic declares that it reads 8 bytes only, so GCC may
+  // leave the other bytes of a local variable unwritten. This statement declares that it reads the whole constant.
   static void begin() {
     struct Config {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -25,11 +25,12 @@ struct TileProduct : PairPanels {
   }
   static void end() { _tile_release(); }
 
-  template <int P, class Side>
+  template <int P, class Epilogue>
   static inline void multiply(const Segment* segments, int64_t count, const bfloat16* upper, const bfloat16* lower,
-                              int64_t stride, const bfloat16* const* panels, float* c, bool accumulate, Side& side) {
+                              int64_t stride, const bfloat16* const* panels, float* c, bool accumulate,
+                              Epilogue& epilogue) {
     constexpr int64_t kTile = 16 * kPanel;
-    __asm__ volatile("" : : : "memory");  // nor do those that load tiles say what they read
+    __asm__ volatile("" : : : "memory");  // the intrinsics that load tiles do not declare what they read
     if (accumulate) {
       _tile_loadd(0, c, 64);
       _tile_loadd(1, c + kTile, 64);
@@ -59,7 +60,7 @@ struct TileProduct : PairPanels {
           _tile_dpbf16ps(2, 4, 7);
           _tile_dpbf16ps(3, 5, 7);
         }
-        side.some();
+        epilogue.run_some();
       }
     }
     _tile_stored(0, c, 64);

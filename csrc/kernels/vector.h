@@ -1,6 +1,5 @@
-// Vectors of kLanes float32 numbers in the compiler's vector extension, and what is stored in memory.
-//
-// Included inside a level's own namespace; everything has internal linkage (see problem.h). kLanes is the level's.
+// Vectors of kLanes float32 numbers in the compiler's vector extension, and how they are loaded from and stored in
+// memory. Each level includes this file in its own namespace, where everything has internal linkage (see problem.h).
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Bits __attribute__((vector_size(4 * kLanes)));
@@ -48,7 +47,7 @@ static inline To bit_cast(const From& from) {
   return to;
 }
 
-// A NaN in b is kept: the instructions give their second operand then.
+// If b is NaN, the result is NaN: the instructions return their second operand then.
 #if defined(__x86_64__) && MTU_LANES == 16
 static inline Vec minimum(Vec a, Vec b) {
   return bit_cast<Vec>(_mm512_min_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
@@ -68,7 +67,7 @@ static inline Vec minimum(Vec a, Vec b) { return a < b ? a : b; }
 static inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 #endif
 
-// Halves are added until one number is left.
+// The sum of a vector: its halves are added until one number is left.
 template <int STEP>
 static inline float sum_from(Vec v) {
 #define MTU_ACROSS(i) ((i) ^ STEP)
@@ -89,9 +88,9 @@ static inline Vec load(const float* p) {
 }
 static inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
-// bfloat16: the upper half of a float32; rounded to the nearest, ties to even
+// bfloat16 is the upper half of a float32, rounded to the nearest, ties to even
 
-// GCC would do it in halves.
+// GCC would convert half a vector at a time.
 #if defined(__x86_64__) && MTU_LANES == 16
 static inline Unsigned to_32_bits(Half h) { return bit_cast<Unsigned>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(h))); }
 #elif defined(__x86_64__) && MTU_LANES == 8
@@ -105,7 +104,7 @@ static inline Vec widen(Half h) { return bit_cast<Vec>(to_32_bits(h) << 16); }
 [[maybe_unused]] static inline Unsigned rounded_bits(Vec v) {
   const Unsigned u = bit_cast<Unsigned>(v);
   const Unsigned rounded = u + 0x7fff + ((u >> 16) & 1);
-  // Rounding could carry a NaN's bits into infinity, or past the sign.
+  // The carry of rounding could turn a NaN into infinity, or change its sign.
   const Unsigned is_nan = bit_cast<Unsigned>(v != v);
   return (rounded & ~is_nan) | ((u | 0x00400000) & is_nan);
 }
@@ -151,7 +150,7 @@ static inline Vec load(const float16* p) {
   __builtin_memcpy(&h, p, sizeof(h));
   const Unsigned bits = to_32_bits(h);
   const Unsigned magnitude = bits & 0x7fff;
-  // The exponents' biases differ by 112; as a product, numbers below the normal ones come out right.
+  // The exponent biases differ by 112. Multiplication converts subnormal numbers correctly, too.
   const Vec value = bit_cast<Vec>(magnitude << 13) * 0x1p112f;
   const Unsigned is_special = bit_cast<Unsigned>(magnitude >= 0x7c00) & 0x7f800000;
   return bit_cast<Vec>(bit_cast<Unsigned>(value) | is_special | ((bits & 0x8000) << 16));
@@ -159,7 +158,7 @@ static inline Vec load(const float16* p) {
 static inline void store(float16* p, Vec v) {
   const Unsigned bits = bit_cast<Unsigned>(v), magnitude = bits & 0x7fffffff;
   const Unsigned normal = (magnitude + 0xc8000fff + ((magnitude >> 13) & 1)) >> 13;
-  // Beside ½, the last bit of a float32 is worth the last bit of a small float16.
+  // Added to ½, the last bit of a float32 is worth as much as the last bit of a subnormal float16.
   const Unsigned small = bit_cast<Unsigned>(bit_cast<Vec>(magnitude) + 0.5f) - 0x3f000000;
   const Unsigned special = choose(bit_cast<Unsigned>(magnitude > 0x7f800000), Unsigned{} + 0x7e00, Unsigned{} + 0x7c00);
   Unsigned half = choose(bit_cast<Unsigned>(magnitude < 0x38800000), small, normal);
@@ -169,7 +168,8 @@ static inline void store(float16* p, Vec v) {
 }
 #endif
 
-// The first n numbers of a vector; the rest is zero, or stays in memory.
+// Loads the first n numbers and sets the rest to zero; or stores the first n numbers and leaves the rest of memory
+// alone.
 
 template <class T>
 static inline Vec load(const T* p, int64_t n) {
@@ -186,7 +186,7 @@ static inline void store(T* p, Vec v, int64_t n) {
   __builtin_memcpy(p, lanes, sizeof(T) * (n > 0 ? n : 0));
 }
 
-// Transposing kLanes vectors: log2(kLanes) rounds, each exchanging blocks of STEP lanes between vectors STEP apart.
+// Transposes kLanes vectors in log2(kLanes) rounds. Each exchanges blocks of STEP lanes between vectors STEP apart.
 
 template <int STEP>
 static inline void exchange(Vec& a, Vec& b) {
