@@ -1,6 +1,6 @@
-"""Feed-forward experts with per-sample routing, fused: LayerNorm → grouped expert products → weighted sum.
+"""Fused kernels for feed-forward experts with per-sample routing: LayerNorm → grouped expert products → weighted sum.
 
-Knows tensors only: no tasks, no modules, no diffusers.
+The package works on tensors. Tasks, modules and diffusers belong to `mtu`, which it never imports.
 """
 
 from mtu_kernels.arguments import ExpertWeights, NormAffine

@@ -1,4 +1,4 @@
-"""What `moe_ffn` takes besides x and routing, and the one place where all of it is checked."""
+"""The arguments of `moe_ffn`, and the one place that checks them. `Routing` is in `routing.py`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class NormAffine(NamedTuple):
     """The affine part of LayerNorm, gathered per sample.
 
     Attributes:
-        weight: (B, D), or (B, E, D) for an affine of its own before each expert. x's dtype or float32.
-        bias: the same shape and dtype rules as weight.
+        weight: (B, D), or (B, E, D) where each expert has its own affine. x's dtype or float32.
+        bias: the shape of weight. x's dtype or float32.
     """
 
     weight: Tensor
@@ -26,13 +26,14 @@ class NormAffine(NamedTuple):
 class ExpertWeights(NamedTuple):
     """All experts of one FFN, in the layout of a stock GEGLU feed-forward with H = E·F hidden units.
 
-    Expert e owns the hidden units [e·F, (e+1)·F): rows of both halves of w_in, columns of w_out.
+    Expert e owns the hidden units [e·F, (e+1)·F), which are rows of both halves of w_in and columns of w_out.
 
     Attributes:
-        w_in: (2H, D) compute dtype. H rows of values, then H rows of gates.
+        w_in: (2H, D) compute dtype. The rows of the H values come first, then those of the H gates.
         b_in: (2H,) compute dtype.
         w_out: (D, H) compute dtype.
-        b_out: (D,), added once whatever the routing weights, or (E, D), weighed like the experts. Compute dtype.
+        b_out: (D,), which is added once, or (E, D), where each row is multiplied by the weight of its expert. Compute
+            dtype.
         num_experts: E.
     """
 
@@ -55,15 +56,15 @@ def check_arguments(
 ) -> None:
     """Raises on the first argument that breaks a tensor rule of `moe_ffn`.
 
-    Shapes, dtypes and devices are plain host-side comparisons, so they also run (as guards) while compiling. Index
-    values are looked at only where that needs neither a sync nor a graph break.
+    Shapes, dtypes and devices are compared on the host, and become guards under torch.compile. Index values are checked
+    only where that needs neither a synchronisation nor a graph break.
 
     Args:
         x, norm, experts, routing: as for `moe_ffn`.
-        are_valid: what says on a GPU whether indices are valid; `indices_are_valid` by default.
+        are_valid: the function that checks indices on a GPU, `indices_are_valid` by default.
 
     Raises:
-        ValueError: one sentence with the argument, what it should be and what it is.
+        ValueError: an argument breaks a rule. The message names the argument, the expected and the given value.
     """
     _check_are_tensors(x, norm, experts, routing)
     _check_shapes(x, norm, experts, routing)
@@ -144,17 +145,17 @@ def _check_devices(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether values can be looked at: not while tracing, not for fake, meta or vmapped tensors."""
+    """Whether the host can read the tensor's values: not while tracing, nor for fake, meta or vmapped tensors."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.is_meta:
         return False
-    # Tensor subclasses (FakeTensor, FunctionalTensor, DTensor, …) stand for values that are not at hand here.
+    # Subclasses of Tensor, such as FakeTensor, FunctionalTensor and DTensor, hold no values that can be read here.
     return type(tensor) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def indices_are_valid(indices: Tensor, num_experts: int) -> Tensor:
-    """Whether indices (B, K) lie in [0, E), distinct for each sample, as a flag () bool on their device.
+    """Whether indices (B, K) lie in [0, E) and are distinct for each sample, as a flag () bool on their device.
 
-    So it is if and only if there are B·K experts that a sample names exactly once.
+    They are valid if and only if, summed over samples, B·K experts are named exactly once by their sample.
     """
     all_experts = torch.arange(num_experts, device=indices.device, dtype=indices.dtype)
     used_once = (indices[:, :, None] == all_experts).sum(dim=1) == 1
@@ -163,13 +164,13 @@ def indices_are_valid(indices: Tensor, num_experts: int) -> Tensor:
 
 def _check_index_values(indices: Tensor, num_experts: int, are_valid: Callable[[Tensor, int], Tensor]) -> None:
     if indices.is_cuda:
-        # Reading a flag would wait for the GPU; the assert runs there instead, in order with the kernels.
+        # Reading a flag would wait for the GPU. Instead, the assertion runs on the GPU, in order with the kernels.
         torch._assert_async(
             are_valid(indices, num_experts),
             f"routing.indices must lie in [0, E = {num_experts}) and name an expert at most once for each sample.",
         )
         return
-    # A few numbers: quicker here than by operators.
+    # For a few numbers, Python is faster than operators.
     rows = indices.tolist()
     values = [value for row in rows for value in row]
     if any(not 0 <= value < num_experts for value in values):

@@ -1,7 +1,7 @@
-"""The backend "eager": ordinary PyTorch operators, for every device, every dtype and torch's exporters.
+"""The backend "eager": PyTorch's own operators, for every device and dtype, and for exporters.
 
-It is deliberately not a custom operator: `torch.export`, `torch.jit.trace` and both exporters to ONNX see only aten
-operators, autograd differentiates it any number of times, and `torch.compile` can fuse through it.
+It is deliberately not a custom operator. So `torch.export`, `torch.jit.trace` and both exporters of `torch.onnx` record
+only aten operators, autograd differentiates it any number of times, and `torch.compile` can fuse it with other code.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def moe_ffn(
     recompute: bool = False,
     residual: bool = False,
 ) -> Tensor:
-    """`mtu_kernels.moe_ffn` for arguments that are already checked.
+    """`mtu_kernels.moe_ffn` for arguments that have been checked.
 
-    Dense routing costs the products of one stock FFN and nothing more. Top-k routing does K/E of that work: it gathers
-    the active experts' weights for each sample, which holds B·K/E copies of the FFN's weights for the time of the call.
-    (A loop over experts that picks their samples would hold none, but needs the routing on the host.)
+    Dense routing costs as many products as a stock FFN. Top-k routing does K/E of that work. It gathers the weights of
+    the active experts for each sample, which takes the memory of B·K/E copies of the FFN during the call. (A loop over
+    experts that selects their samples would need no copies, but needs the routing on the host.)
     """
-    # Exporters get the plain graph: there is no backward pass to save memory for.
+    # Exported programs have no backward pass, so checkpoints would save no memory.
     if recompute and torch.is_grad_enabled() and not is_exporting():
         tensors = (*norm, *experts[:4], *routing)
         y = checkpoint(
@@ -44,14 +44,14 @@ def moe_ffn(
 
 
 def _moe_ffn_flat(x: Tensor, *args) -> Tensor:
-    # Under torch.compile a checkpointed function may take tensors and numbers, but not tuples of them.
+    # Under torch.compile, a checkpointed function can take tensors and numbers, but no tuples.
     norm_weight, norm_bias, w_in, b_in, w_out, b_out, weights, indices, num_experts, eps = args
     experts = ExpertWeights(w_in, b_in, w_out, b_out, num_experts)
     return _moe_ffn(x, NormAffine(norm_weight, norm_bias), experts, Routing(weights, indices), eps)
 
 
 def normalize(x: Tensor, norm: NormAffine, compute: torch.dtype, eps: float) -> Tensor:
-    """x̂ (B, L, D) in the compute dtype, rounded once, behind one affine (B, D) for each sample."""
+    """x̂ (B, L, D) in the compute dtype, for one affine (B, D) per sample. It is rounded once."""
     accumulate = torch.promote_types(compute, torch.float32)
     n_BLD = _normalize(x.to(accumulate), eps)
     return _apply_affine(n_BLD, NormAffine(norm.weight.to(accumulate), norm.bias.to(accumulate)), compute)
@@ -87,7 +87,7 @@ def _apply_affine(n_BLD: Tensor, norm: NormAffine, compute: torch.dtype) -> Tens
 
 
 def _hidden(n_BLD: Tensor, norm: NormAffine, experts: ExpertWeights) -> Tensor:
-    """Activations (B, L, E, F) of all experts behind one affine (B, D)."""
+    """Activations (B, L, E, F) of all experts, for one affine (B, D) per sample."""
     x_hat_BLD = _apply_affine(n_BLD, norm, experts.w_in.dtype)
     u_BLH, g_BLH = F.linear(x_hat_BLD, experts.w_in, experts.b_in).chunk(2, dim=-1)
     B, L, _ = n_BLD.shape
@@ -95,7 +95,7 @@ def _hidden(n_BLD: Tensor, norm: NormAffine, experts: ExpertWeights) -> Tensor:
 
 
 def _hidden_of_expert_norms(n_BLD: Tensor, norm: NormAffine, experts: ExpertWeights) -> Tensor:
-    """Activations (B, L, E, F) of all experts, each behind its own affine of (B, E, D): a batch of products over E."""
+    """Activations (B, L, E, F) of all experts, for one affine (B, E, D) per sample and expert."""
     B, L, _ = n_BLD.shape
     E, D, size = experts.num_experts, static_size(n_BLD.shape[2]), _expert_size(experts)
     gamma_EB1D, beta_EB1D = (affine.transpose(0, 1).unsqueeze(2) for affine in norm)
@@ -113,7 +113,7 @@ def _top_k(n_BLD: Tensor, norm: NormAffine, experts: ExpertWeights, weights_BK: 
     H = experts.num_experts * size
     compute = experts.w_in.dtype
     units_BKF = indices_BK.unsqueeze(2) * size + torch.arange(size, device=n_BLD.device, dtype=indices_BK.dtype)
-    # For each slot its value rows, then its gate rows: the products below then need no further copy.
+    # The gate rows of each slot follow its value rows, so that the products below need no further copy.
     rows = torch.stack([units_BKF, units_BKF + H], dim=2).flatten()
     w_in = experts.w_in.index_select(0, rows)
     b_in = experts.b_in.index_select(0, rows)
@@ -139,5 +139,5 @@ def _top_k(n_BLD: Tensor, norm: NormAffine, experts: ExpertWeights, weights_BK: 
 
 
 def _weigh(a_BLKF: Tensor, weights_BK: Tensor, compute: torch.dtype) -> Tensor:
-    """``w · a`` as (B, L, K·F). The product is rounded once: weights are never rounded to the compute dtype first."""
+    """``w · a`` (B, L, K·F), rounded once: the weights are not rounded to the compute dtype before."""
     return (a_BLKF * weights_BK.unsqueeze(1).unsqueeze(3)).to(compute).flatten(2)

@@ -1,4 +1,4 @@
-"""The public operation: check the arguments once, choose a backend, call it."""
+"""The public function `moe_ffn`: it checks the arguments, chooses a backend and calls it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,16 @@ from mtu_kernels.tracing import (
 
 
 class _Backend(NamedTuple):
-    """A backend's function, for arguments already checked; what keeps it from running here; from serving a call; its
-    way to check indices on a GPU; what keeps it from being fast; and the tokens of a sample from which on it is."""
+    """What the public functions need of a backend. Reasons are clauses, or ``None`` if nothing speaks against it.
+
+    Attributes:
+        moe_ffn: the public function, for arguments that have been checked.
+        why_not_installed: the reason why this installation cannot run the backend.
+        why_not: the reason why the backend cannot serve a device and a compute dtype.
+        indices_are_valid: checks expert indices on a GPU.
+        why_slow: the reason why "auto" prefers PyTorch's operators on this machine.
+        min_tokens: "auto" prefers PyTorch's operators for samples with fewer tokens.
+    """
 
     moe_ffn: Callable[..., Tensor]
     why_not_installed: Callable[[], str | None] = lambda: None
@@ -39,7 +47,7 @@ _BACKENDS = {
     "triton": _Backend(triton.moe_ffn, triton.why_not_installed, triton.why_not, triton.indices_are_valid),
     "cpp": _Backend(cpp.moe_ffn, cpp.why_not_installed, cpp.why_not, why_slow=cpp.why_slow, min_tokens=cpp.MIN_TOKENS),
 }
-# The fused backend of each kind of device.
+# The fused backend of each device type.
 _FASTEST = {"cuda": "triton", "cpu": "cpp"}
 
 
@@ -58,33 +66,33 @@ def moe_ffn(
 
     ``x̂_e = LayerNorm(x[b]) · γ[b,e] + β[b,e]``, ``u_e, g_e = x̂_e W_in,eᵀ + b_in,e``, ``a_e = u_e · gelu(g_e)``,
     ``y[b] = Σ_e w[b,e] · (W_out,e a_e) + bias``, where bias is b_out (D,) once or ``Σ_e w[b,e] · b_out[e]``.
-    With the residual, ``x + y``.
+    With the residual, the result is ``x + y``.
 
     The compute dtype is that of experts.w_in. Statistics and accumulators are float32 (float64 for float64). Every
-    gradient has its input's dtype. Under autocast the experts alone are cast, to the autocast dtype.
+    gradient has the dtype of its input. Autocast casts only the experts.
 
     Args:
         x: (B, L, D) compute dtype or float32.
         norm: weight and bias (B, D), or (B, E, D) for an affine per expert; x's dtype or float32.
         experts: w_in (2H, D), b_in (2H,), w_out (D, H), b_out (D,) or (E, D) float32, bfloat16, float16 or float64, and
             the number of experts E, which divides H.
-        routing: weights (B, K), x's dtype or float32, and indices (B, K) int32 or int64, distinct for each sample;
-            indices ``None``: dense, K = E.
+        routing: weights (B, K), x's dtype or float32, and indices (B, K) int32 or int64, distinct for each sample. If
+            indices are ``None``, routing is dense and K = E.
         eps: added to the variance.
         backend: a name in ``available_backends()``, or "auto" for the fastest that serves the call. Fused backends have
-            first derivatives only; "eager" has all, and rules for ``torch.func``.
-        recompute: save the inputs only and compute the hidden units again in the backward pass.
-        residual: return x + y. "cpp" and "reference" round this sum once where x has the compute dtype; otherwise, and
-            in other backends, it is PyTorch's sum of x and y.
+            first derivatives only. "eager" has all derivatives, and works under ``torch.func``.
+        recompute: whether to save only the inputs, and compute the hidden units again in the backward pass.
+        residual: whether to return x + y. If x has the compute dtype, "cpp" and "reference" round this sum once. In all
+            other cases, PyTorch adds x and y.
 
     Returns:
-        y (B, L, D) compute dtype; or x + y, in the dtype that PyTorch gives the sum.
+        y (B, L, D) in the compute dtype, or x + y in the dtype that PyTorch gives the sum.
 
     Raises:
-        ValueError: an argument's shape, dtype, device or index values break the rules above, or the backend's name is
-            unknown. On CUDA wrong index values raise from the device, at the next synchronisation; under
-            ``torch.compile`` they are not looked at.
-        RuntimeError: the backend is not part of this installation, or cannot serve the call's device or dtype.
+        ValueError: an argument's shape, dtype, device or index values break the rules above, or no backend has the
+            name. On CUDA, wrong index values raise from the device at the next synchronisation. Under
+            ``torch.compile``, index values are not checked.
+        RuntimeError: this installation cannot run the backend, or the backend cannot serve the device or dtype.
 
     Source:
         Upcycling Text-to-Image Diffusion Models for Multi-Task Capabilities, arXiv 2503.11905, section 3.
@@ -98,7 +106,7 @@ def moe_ffn(
     experts = _autocast(experts, torch.get_autocast_dtype(device_type))
     chosen = _choose(backend, x, experts)
     check_arguments(x, norm, experts, routing, chosen.indices_are_valid)
-    # Autocast would go on inside and cast the routing weights and norm affines as well.
+    # Inside the backend, autocast would cast the routing weights and norm affines as well.
     with torch.autocast(device_type, enabled=False):
         return chosen.moe_ffn(x, norm, experts, routing, eps=eps, recompute=recompute, residual=residual)
 
@@ -106,14 +114,14 @@ def moe_ffn(
 def warmup(
     x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing, *, backward: bool = False, **options: Any
 ) -> None:
-    """Compiles and loads what a call with these arguments runs, so that a CUDA graph can capture it.
+    """Compiles and loads the kernels of a call with these arguments, so that a CUDA graph can capture it.
 
-    Kernels are compiled for shapes, dtypes and 16-byte alignment; values do not matter.
+    Kernels depend on shapes, dtypes and 16-byte alignment, and not on values.
 
     Args:
         x, norm, experts, routing: as for ``moe_ffn``.
-        backward: prepare training, forward and backward, too. What is trained is taken from the tensors'
-            ``requires_grad``; if none is set, everything.
+        backward: whether to prepare the forward and backward pass of training as well. Tensors with ``requires_grad``
+            are trained; if no tensor has it, all are.
         options: eps, backend, recompute and residual, as for ``moe_ffn``.
 
     Raises:
@@ -137,18 +145,21 @@ def warmup(
 
 
 def available_backends() -> tuple[str, ...]:
-    """The backends that this installation can run, whatever the device."""
+    """The names of the backends that this installation can run on some device."""
     return tuple(name for name, backend in _BACKENDS.items() if backend.why_not_installed() is None)
 
 
 def check_backend(name: str) -> None:
-    """Checks that a backend may be asked for: "auto", or a name in ``available_backends()``.
+    """Checks that a name is "auto" or in ``available_backends()``.
 
-    Device, dtype and shape are no matter here: they are checked at each call.
+    Each call checks whether the backend can serve its device, dtype and shape.
+
+    Args:
+        name: the name of a backend.
 
     Raises:
         ValueError: no backend has this name.
-        RuntimeError: the backend is not part of this installation.
+        RuntimeError: this installation cannot run the backend.
     """
     if name == "auto":
         return
@@ -189,8 +200,7 @@ def _fastest(x: Tensor, experts: ExpertWeights) -> _Backend:
 
 
 def _wants_plain_operators() -> bool:
-    """Whether the call becomes part of an exported program, or of a derivative or transform that the fused operators
-    have no rule for."""
+    """Whether the call is recorded for other runtimes, or transformed in a way that fused operators do not support."""
     return is_exporting_or_tracing() or (not torch.compiler.is_compiling() and in_function_transform())
 
 
@@ -200,7 +210,7 @@ def _log_once(message: str) -> None:
 
 
 def _autocast(experts: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
-    # As autocast itself does, float64 is left alone.
+    # Autocast never casts float64.
     if experts.w_in.dtype == torch.float64:
         return experts
     w_in, b_in, w_out, b_out = (tensor.to(dtype) for tensor in experts[:4])

@@ -1,14 +1,14 @@
-"""Operators of the fused backends: one schema, fake kernels, autograd and FLOP formulas, shared by all of them.
+"""The operators of all fused backends: their schemas, fake kernels, autograd rules and FLOP formulas.
 
 `define_ops("name")` defines three operators without kernels:
 
-- ``mtu_kernels::moe_ffn_name``: inference, y alone. Its gradient is defined too: it saves its inputs only, and the
-  backward operator computes the rest again, which is what ``recompute=True`` asks for.
-- ``mtu_kernels::moe_ffn_name_train``: y, and what the backward pass needs: ``hidden``, ``mean``, ``rstd``.
-- ``mtu_kernels::moe_ffn_name_backward``: the gradients of every floating-point input.
+- ``mtu_kernels::moe_ffn_name`` returns y only. Its gradient saves only its inputs, and the backward operator computes
+  the rest again, as ``recompute=True`` asks.
+- ``mtu_kernels::moe_ffn_name_train`` returns y, and ``hidden``, ``mean`` and ``rstd`` for the backward pass.
+- ``mtu_kernels::moe_ffn_name_backward`` returns the gradients of every floating-point input.
 
-A backend adds kernels and nothing else: in Python by ``LIBRARY.impl("moe_ffn_name", kernel, "CUDA")``, in C++ by
-``TORCH_LIBRARY_IMPL(mtu_kernels, CPU, m)``. The schemas are in Python: the package imports without the extension.
+A backend adds only kernels: in Python with ``LIBRARY.impl("moe_ffn_name", kernel, "CUDA")``, in C++ with
+``TORCH_LIBRARY_IMPL(mtu_kernels, CPU, m)``. Schemas are in Python, so that the package imports without the extension.
 """
 
 from __future__ import annotations
@@ -35,9 +35,12 @@ _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Ops(NamedTuple):
-    """The operators of one backend that a call may choose from. Their arguments are those of `moe_ffn`, flattened.
+    """The forward operators of one backend. Their arguments are those of `moe_ffn`, flattened.
 
-    adds_residual: whether they take ``residual`` as well.
+    Attributes:
+        inference: returns y.
+        train: returns y, hidden, mean and rstd.
+        adds_residual: whether both take the argument ``residual``.
     """
 
     inference: torch._ops.OpOverload
@@ -46,30 +49,30 @@ class Ops(NamedTuple):
 
 
 def define_ops(backend: str, *, adds_residual: bool = False) -> Ops:
-    """Defines the operators of a backend: all of them but their kernels.
+    """Defines the operators of a backend without their kernels.
 
-    The contract of the kernels, with K = E where ``expert_indices`` is ``None``:
+    The kernels must do the following, with K = E if ``expert_indices`` is ``None``:
 
     - ``moe_ffn_{backend}(x, ..., num_experts, eps) -> y``: y (B, L, D) compute dtype, contiguous.
     - ``moe_ffn_{backend}_train(x, ..., num_experts, eps) -> (y, hidden, mean, rstd)``: hidden (B, L, 2·K·F) compute
       dtype, the pre-activations ``[values; gates]`` of the active experts in the order of the indices; mean and rstd
       (B, L) float32 (float64 for float64), the statistics of LayerNorm.
     - ``moe_ffn_{backend}_backward(grad_y, x, ..., hidden, mean, rstd, num_experts, eps, expert_grads) -> 8 gradients``:
-      each in shape and dtype of its input, contiguous. hidden, mean and rstd are all given or all ``None``: then they
-      are computed again. ``expert_grads`` false: the experts are frozen, and their four gradients are tensors of no
-      elements. grad_y may have any strides.
+      each has the shape and dtype of its input and is contiguous. hidden, mean and rstd are all given or all ``None``;
+      if they are ``None``, the kernel computes them again. If ``expert_grads`` is false, the experts are frozen, and
+      their four gradients have no elements. grad_y may have any strides.
 
     Outputs share no memory with each other or with inputs.
 
-    With ``adds_residual`` the first two take ``bool residual=False`` as their last argument: y is then x + y, rounded
-    once, and x has the compute dtype. (Python kernels are not handed an argument that has its default value.)
+    With ``adds_residual`` the first two take ``bool residual=False`` as their last argument. If it is true, they return
+    x + y, rounded once, and x has the compute dtype. (torch passes Python kernels no argument that has its default.)
 
     Args:
-        backend: the name, a suffix of the operators' names.
-        adds_residual: the kernels of this backend add the residual.
+        backend: the suffix of the operators' names.
+        adds_residual: whether the kernels of this backend add the residual.
 
     Returns:
-        The operators to call.
+        The two forward operators.
     """
     name = f"moe_ffn_{backend}"
     tags = (torch.Tag.pt2_compliant_tag,)
@@ -92,7 +95,7 @@ def define_ops(backend: str, *, adds_residual: bool = False) -> Ops:
 
 
 def why_not_dtype(compute: torch.dtype) -> str | None:
-    """What keeps fused kernels from computing in this dtype, as a clause; or ``None``."""
+    """The reason why fused kernels do not compute in this dtype, as a clause; or ``None`` if they do."""
     if compute in _FUSED_DTYPES:
         return None
     return f"it computes in float32, bfloat16 and float16, not in {str(compute).removeprefix('torch.')}"
@@ -109,13 +112,13 @@ def call_ops(
     recompute: bool = False,
     residual: bool = False,
 ) -> Tensor:
-    """`mtu_kernels.moe_ffn` by a backend's operators, for arguments that are already checked.
+    """`mtu_kernels.moe_ffn` with the operators of a backend, for arguments that have been checked.
 
-    The training operator runs only where a gradient will be asked for and its saved tensors are wanted. A residual that
-    the operators do not add is added here, where a compiler may fuse it with what comes next.
+    The training operator runs only if gradients are recorded and ``recompute`` is false. If the operators do not add
+    the residual, PyTorch adds it, so that a compiler may fuse the sum with the next operator.
 
     Raises:
-        NotImplementedError: called under a functional transform (``torch.func``) or in forward-mode differentiation.
+        NotImplementedError: a function transform (``torch.func``) or forward-mode differentiation is under way.
     """
     tensors = (x, *norm, *experts[:4], *routing)
     _refuse_transforms(ops, tensors)
@@ -126,12 +129,12 @@ def call_ops(
 
 
 def records_gradients(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a call with these tensors becomes part of a graph of gradients."""
+    """Whether autograd records a call with these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _refuse_transforms(ops: Ops, tensors: tuple[Tensor | None, ...]) -> None:
-    """Raises where a derivative would come out as zero, or fail in words that name no way out."""
+    """Raises where torch would return zero derivatives, or fail with a message that names no remedy."""
     if torch.compiler.is_compiling() or not in_function_transform():
         return
     transform = torch._C._functorch.peek_interpreter_stack()
@@ -163,7 +166,7 @@ def _register_autograd(
     def backward_of_train(ctx, grad_y, *_):
         if grad_y is None:
             return (None,) * (NUM_TENSORS + len(ctx.options))
-        # Read once: checkpointing unpacks a saved tensor a single time.
+        # The saved tensors are read once, because checkpointing unpacks each of them once.
         saved = ctx.saved_tensors
         return gradients(ctx, grad_y, saved[:NUM_TENSORS], saved[NUM_TENSORS:])
 
@@ -215,7 +218,7 @@ def _fake_backward(grad_y, *args):
 
 
 def _product_flops(x_shape, w_out_shape, weights_shape, num_experts: int) -> int:
-    """Of the two products by w_in and w_out over the active experts: those of the plain FFN for dense routing."""
+    """The FLOPs of the products with w_in and w_out over the active experts."""
     B, L, D = x_shape
     active_hidden = _active_hidden(w_out_shape, weights_shape, num_experts)
     return 2 * B * L * D * (2 * active_hidden) + 2 * B * L * active_hidden * D
@@ -233,6 +236,6 @@ def _train_flops(*args, out_shape=None) -> int:
 def _backward_flops(*args, out_shape=None) -> int:
     _, x, _, _, _, _, w_out, _, weights, _, hidden, _, _, num_experts, _, expert_grads = args
     forward = _product_flops(x, w_out, weights, num_experts)
-    # Of the forward pass, only the first product is computed again.
+    # The backward pass computes only the first product again, which is two thirds of the forward pass.
     recomputed = 0 if hidden is not None else forward // 3 * 2
     return (2 if expert_grads else 1) * forward + recomputed

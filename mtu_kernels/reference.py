@@ -1,7 +1,7 @@
-"""The specification: what `moe_ffn` computes, one sample and one expert at a time, in plain PyTorch.
+"""The specification of `moe_ffn` in plain PyTorch, for one sample and one expert at a time.
 
-Shape suffixes here and in all kernels: B samples, L tokens, D width, E experts, K active experts, F hidden units of one
-expert, H = E·F hidden units in all.
+Names of tensors here and in all kernels end in their shape: B samples, L tokens, D width, E experts, K active experts,
+F hidden units of one expert, H = E·F hidden units of all experts.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def moe_ffn(
     ``x̂_e = LayerNorm(x[b]) · γ_e + β_e``, ``u_e, g_e = x̂_e W_in,eᵀ + b_in,e``, ``a_e = u_e · gelu(g_e)``,
     ``y[b] = Σ_e w[b,e] · (W_out,e a_e) + bias``, and ``x[b] + y[b]`` with the residual
 
-    Every floating-point tensor must have one dtype; it works in any, and is checked against finite differences in
-    float64. No speed is intended.
+    All floating-point tensors must have the same dtype, which may be any. Tests check the function against finite
+    differences in float64. It is not meant to be fast.
 
     Args:
         x: (B, L, D) float.
@@ -40,7 +40,7 @@ def moe_ffn(
     y = []
     for b in range(x.shape[0]):
         n_LD = normalize(x[b], eps)
-        # A bias (D,) belongs to the FFN, not to an expert: it is added once, whatever the weights.
+        # A bias (D,) belongs to the FFN and not to an expert, so no routing weight multiplies it.
         y_LD = torch.zeros_like(n_LD) if experts.b_out.dim() == 2 else experts.b_out.expand_as(n_LD)
         for k, e in enumerate(active_experts(routing, b)):
             expert = expert_slices(experts, e)
@@ -55,13 +55,13 @@ def moe_ffn(
 
 
 def normalize(x_LD: Tensor, eps: float) -> Tensor:
-    """LayerNorm without the affine: ``(x − mean) / sqrt(var + eps)`` over D, with the biased variance."""
+    """LayerNorm without the affine: ``(x − mean) / sqrt(var + eps)`` over D, where var is the biased variance."""
     centred_LD = x_LD - x_LD.mean(dim=-1, keepdim=True)
     return centred_LD * torch.rsqrt(centred_LD.square().mean(dim=-1, keepdim=True) + eps)
 
 
 def geglu(z_L2F: Tensor) -> Tensor:
-    """``u · gelu(g)``, values first, gates second; ``gelu(g) = g · Φ(g)`` by the error function, not by tanh."""
+    """``u · gelu(g)`` of values and gates [u, g], where ``gelu(g) = g · Φ(g)`` is exact and not the tanh formula."""
     u_LF, g_LF = z_L2F.chunk(2, dim=-1)
     return u_LF * g_LF * 0.5 * (1 + torch.erf(g_LF / math.sqrt(2)))
 
@@ -72,14 +72,14 @@ def active_experts(routing: Routing, b: int) -> list[int]:
 
 
 def affine_of(norm: NormAffine, b: int, e: int) -> tuple[Tensor, Tensor]:
-    """γ and β (D,) that sample b meets before expert e."""
+    """γ and β (D,) of sample b and expert e."""
     if norm.weight.dim() == 2:
         return norm.weight[b], norm.bias[b]
     return norm.weight[b, e], norm.bias[b, e]
 
 
 def expert_slices(experts: ExpertWeights, e: int) -> ExpertWeights:
-    """Expert e alone: its F value rows and F gate rows, its columns of w_out, its row of a bias (E, D)."""
+    """The weights of expert e: its F rows of values and F of gates, its columns of w_out, its row of a bias (E, D)."""
     w_in_2EFD = experts.w_in.unflatten(0, (2, experts.num_experts, -1))
     b_in_2EF = experts.b_in.unflatten(0, (2, experts.num_experts, -1))
     w_out_DEF = experts.w_out.unflatten(1, (experts.num_experts, -1))

@@ -1,7 +1,7 @@
-"""The backend "reference": the specification as operators, with the backward pass that fused kernels follow.
+"""The backend "reference": the specification as operators, and the formulas of the backward pass for all backends.
 
-It computes in float64 whatever the storage dtype, and rounds what it returns. It is slow. Use it to tell a wrong kernel
-from a wrong model, and as the ground truth of a kernel's intermediate results.
+It computes in float64 for every storage dtype, rounds its results, and is slow. It tells a wrong kernel from a wrong
+model, and is the ground truth for the intermediate results of kernels.
 
 The gradients, for one sample b, its active experts e with weights w_e, and G = ∂loss/∂y[b] (L, D):
 
@@ -14,7 +14,7 @@ The gradients, for one sample b, its active experts e with weights w_e, and G = 
     ∂β_e    = Σ_l ∂x̂_e                         ∂γ_e = Σ_l ∂x̂_e · n           (one affine: summed over e)
     ∂n      = Σ_e γ_e · ∂x̂_e                   ∂x = rstd · (∂n − mean(∂n) − n · mean(n · ∂n))
 
-with n = (x − mean) · rstd. Nothing divides by w_e, and an inactive expert's gradients are exact zeros.
+with n = (x − mean) · rstd. No formula divides by w_e, which may be 0. Inactive experts get exact zeros.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _geglu_backward(d_a_LF: Tensor, z_L2F: Tensor) -> Tensor:
 
 
 def _widen(*tensors: Tensor | None) -> list:
-    """Floating-point tensors in float64; indices and ``None`` as they are."""
+    """The tensors with floating-point ones in float64. Indices and ``None`` stay as they are."""
     return [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
 
 

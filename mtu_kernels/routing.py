@@ -1,4 +1,4 @@
-"""Routing: which experts a sample uses, and how much of each."""
+"""Routing: the experts that each sample uses, and their weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Routing(NamedTuple):
     """The routing weights of every sample, and the experts that they belong to.
 
     Attributes:
-        weights: (B, K) float. Weight of each active expert, in the dtype of x or float32.
-        indices: (B, K) int32 or int64, no expert twice in a row. ``None`` means dense routing: K = E and slot k is
-            expert k.
+        weights: (B, K) float. The weight of each active expert, in the dtype of x or float32.
+        indices: (B, K) int32 or int64. The active experts of each sample, all different. ``None`` means dense routing:
+            K = E, and the weights are those of experts 0 to E − 1.
     """
 
     weights: Tensor
@@ -28,11 +28,11 @@ def top_k_routing(logits: Tensor, k: int) -> Routing:
 
     ``i = argsort(-logits, stable)[:k]``, ``w = softmax(logits[i])``
 
-    Equal logits keep the lower expert index. ``torch.topk`` would not do: which of two ties it keeps differs by device.
-    The kept experts stay in the order of descending logits.
+    Of equal logits, the one with the lower expert index is kept. (``torch.topk`` keeps another one on another device.)
+    The kept experts are in the order of descending logits.
 
-    The softmax over one logit is the constant 1, by which no router could learn. So for ``k = 1 < E`` the weight keeps
-    this value and takes the gradient of the expert's log-probability among all experts (straight through):
+    The softmax over one logit is the constant 1, whose gradient is zero, so a router could not learn. For ``k = 1 < E``
+    the weight therefore takes the gradient of the expert's log-probability among all experts (straight through):
 
     ``p = softmax(logits)[i]``, ``w = p / stop(p) = 1``, ``∂w/∂logits[e] = [e = i] − softmax(logits)[e]``
 
@@ -41,8 +41,8 @@ def top_k_routing(logits: Tensor, k: int) -> Routing:
         k: number of experts to keep, 1 <= k <= E.
 
     Returns:
-        A ``Routing`` with weights (T, k), float32 (float64 for float64 logits), and indices (T, k) int32. Gradients
-        flow into the kept logits only, but for ``k = 1 < E`` into all.
+        A ``Routing`` with weights (T, k), float32 (float64 for float64 logits), and indices (T, k) int32. The weights
+        have gradients for the kept logits only, or for all logits if ``k = 1 < E``.
 
     Raises:
         ValueError: logits are not two-dimensional or not floating point, or k is out of range.
@@ -66,14 +66,14 @@ def top_k_routing(logits: Tensor, k: int) -> Routing:
 def _straight_through(weights_T1: Tensor, logits: Tensor, chosen_T1: Tensor) -> Tensor:
     """The weights, with the gradients of the chosen experts' log-probabilities among all experts.
 
-    The same as p / stop(p), but that compilers divide approximately, while x - x is 0 for any finite x.
+    ``p / stop(p)`` has the same gradient, but compilers divide approximately. ``x - x`` is 0 for every finite x.
     """
     log_p_T1 = torch.log_softmax(logits, dim=-1, dtype=weights_T1.dtype).gather(1, chosen_T1)
     return weights_T1.detach() + (log_p_T1 - log_p_T1.detach())
 
 
 def dense_weights(routing: Routing, num_experts: int) -> Tensor:
-    """Writes routing weights out over all experts, with exact zeros for inactive ones.
+    """The routing weights of all experts, with exact zeros for inactive ones.
 
     ``w[b, indices[b, k]] = weights[b, k]``
 
@@ -82,7 +82,7 @@ def dense_weights(routing: Routing, num_experts: int) -> Tensor:
         num_experts: E.
 
     Returns:
-        (B, E) in the dtype of the weights; the weights themselves where routing is dense already.
+        (B, E) in the dtype of the weights. If routing is dense, these are the weights themselves, not a copy.
     """
     if routing.indices is None:
         return routing.weights
@@ -93,18 +93,18 @@ def dense_weights(routing: Routing, num_experts: int) -> Tensor:
 def _stable_descending_sort(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The logits (T, E) of each row in descending order, NaN first, and the experts (T, E) that they belong to.
 
-    ``place_e = #{j < e : l_j ≥ l_e} + #{j > e : l_j > l_e}`` where other runtimes may read the program: ONNX has no
-    stable sort. Elsewhere PyTorch's, which takes fewer kernels.
+    PyTorch sorts in few kernels, but ONNX has no stable sort. Programs for other runtimes count instead:
+    ``place_e = #{j < e : l_j ≥ l_e} + #{j > e : l_j > l_e}``
     """
     if not is_exporting_or_tracing():
         return torch.sort(logits, dim=-1, descending=True, stable=True)
     l_T1E = logits.unsqueeze(1)
-    # [t, e, j]: l_j ≥ l_e. NaN alone differs from itself.
+    # Element [t, e, j] says whether l_j ≥ l_e. Only NaN differs from itself.
     not_less_TEE = (l_T1E >= logits.unsqueeze(2)) | (l_T1E != l_T1E)
     expert_E = torch.arange(static_size(logits.shape[1]), device=logits.device)
     is_lower_EE = expert_E < expert_E.unsqueeze(1)
-    # Each pair of experts is compared once, for both of them.
+    # One comparison of a pair of experts gives the order of both.
     place_TE = (not_less_TEE & is_lower_EE).sum(dim=2) + (not_less_TEE.logical_not() & is_lower_EE).sum(dim=1)
-    # No two places are the same.
+    # All places differ, so topk needs no stable order.
     order_TE = place_TE.topk(static_size(logits.shape[1]), largest=False).indices
     return logits.gather(1, order_TE), order_TE

@@ -1,7 +1,7 @@
-"""A kernel launch as a value: built from tensors of any kind, run by whoever has a device for it.
+"""Kernel launches as values, and the machine that runs them.
 
-The operators build launches and hand each to `Machine.run`. On a GPU, `execute` runs it at once. Built on tensors
-without memory and collected instead, the same launches say which kernels a call compiles to, for any architecture.
+The operators build launches and pass each to `Machine.run`. On a GPU, `execute` runs it at once. Benchmarks and tests
+build launches on tensors without memory and collect them, to see which kernels a call runs on any architecture.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Launch(NamedTuple):
 
     Attributes:
         kernel: the function under ``triton.jit``.
-        programs: size of the one-dimensional grid; 0 launches nothing.
-        arguments: run-time arguments in order; ``None`` for a tensor that the call has no use for.
+        programs: the size of the one-dimensional grid. With 0 programs, nothing runs.
+        arguments: the run-time arguments in order, with ``None`` for tensors that the call does not need.
         constants: the ``tl.constexpr`` arguments by name.
-        num_warps: warps per program.
-        num_stages: depth of software pipelining.
+        num_warps: the number of warps of a program.
+        num_stages: the depth of software pipelining.
         overlaps: whether it may start while the launch before it still runs (programmatic dependent launch, sm_90 and
             later). The kernel itself then waits before it reads what that launch writes.
         product: the matrix product that it computes, a name in `tiles.PRODUCTS`; ``None`` for other kernels.
@@ -43,24 +43,24 @@ class Launch(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the compiler is told besides the constants. Compilers for AMD know no dependent launch."""
+        """The compiler's options. Compilers for AMD do not have the one for dependent launches."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return options | {"launch_pdl": True} if self.overlaps else options
 
 
 class Machine(NamedTuple):
-    """Where launches go.
+    """The device that launches are built for, and the function that runs them.
 
     Attributes:
-        arch: "sm_90", "gfx942", …; "interpreter" under Triton's interpreter.
-        run: takes each launch in turn.
+        arch: the architecture, such as "sm_90" or "gfx942", or "interpreter" for Triton's interpreter.
+        run: called with each launch in turn.
     """
 
     arch: str
     run: Callable[[Launch], None]
 
 
-# Triton has these two as well, callable from kernels, and some twenty times slower on the host.
+# Triton has these two as well, for kernels. On the host they are about twenty times slower.
 def ceil_div(a: int, b: int) -> int:
     """a / b rounded up, for b > 0."""
     return -(-a // b)
@@ -101,7 +101,7 @@ def execute(launch: Launch) -> None:
 
 @contextlib.contextmanager
 def on_device(device: torch.device) -> Iterator[Machine]:
-    """The machine of a device, which is the current one meanwhile: kernels launch on the current device."""
+    """Makes a device the current one, on which Triton launches kernels, and gives its machine."""
     if device.type != "cuda":
         yield Machine("interpreter", execute)
         return
@@ -111,7 +111,7 @@ def on_device(device: torch.device) -> Iterator[Machine]:
 
 @functools.cache
 def arch_of(device: torch.device) -> str:
-    """The name of a GPU's architecture, as compilers write it."""
+    """The name of a GPU's architecture, as compilers spell it."""
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
@@ -124,17 +124,17 @@ def _probe():
 
 
 def interpreted() -> bool:
-    """Whether kernels were defined under ``TRITON_INTERPRET=1``, Triton's own switch, and so run on CPU tensors."""
+    """Whether kernels run on CPU tensors, because Triton's own variable ``TRITON_INTERPRET`` was 1 at their import."""
     return not isinstance(_probe, triton.runtime.JITFunction)
 
 
 @functools.cache
 def is_sm_90_or_later(arch: str) -> bool:
-    """Whether it is NVIDIA's sm_90 or a later one: those with tensor descriptors and dependent launches."""
+    """Whether an architecture is NVIDIA's sm_90 or later, which have tensor descriptors and dependent launches."""
     number = arch.removeprefix("sm_")
     return number.isdecimal() and int(number) >= 90
 
 
 def starts_early(arch: str) -> bool:
-    """Whether launches may overlap with the one before, which the interpreter cannot do."""
+    """Whether a launch may start before the previous one has ended. The interpreter cannot do that."""
     return is_sm_90_or_later(arch) and not interpreted()

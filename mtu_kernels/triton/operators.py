@@ -1,8 +1,8 @@
 """The three operators as sequences of launches: LayerNorm, first product, second product, and their gradients.
 
-Each product runs either as a kernel of this package or, where routing is dense and the product therefore plain, by the
-library behind torch (cuBLAS): `tile_choice.find_tile` says which. Sums over rows leave kernels as partial sums and are
-added here, in a fixed order.
+Each product runs as a kernel of this package, or by torch's library (cuBLAS) if routing is dense, so that it is a plain
+matrix product. `tile_choice.find_tile` chooses. Kernels write sums over rows as partial sums, which are added here in a
+fixed order.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mtu_kernels.triton.tiles import ELEMENTWISE_TILE, Library, TileConfig, Tile
 
 
 class Call(NamedTuple):
-    """The tensors of one call, all contiguous, and where its launches go."""
+    """The tensors of one call, all contiguous, and the machine that runs its launches."""
 
     machine: Machine
     x: Tensor
@@ -42,22 +42,22 @@ class Call(NamedTuple):
 
     @property
     def slots(self) -> tuple[int, ...]:
-        """(K,) where each active expert has an input of its own, behind an affine of its own."""
+        """(K,) if each active expert has its own affine and so its own x̂, else ()."""
         return (self.routing.weights.shape[1],) if self.norm.weight.dim() == 3 else ()
 
     @property
     def size(self) -> int:
-        """F."""
+        """F, the hidden units of one expert."""
         return self.experts.w_out.shape[1] // self.experts.num_experts
 
     @property
     def active_hidden(self) -> int:
-        """K·F."""
+        """K·F, the hidden units of all active experts of a sample."""
         return self.size * self.routing.weights.shape[1]
 
     @property
     def precision(self) -> str:
-        """How products of float32 are computed; 16-bit storage knows one way only."""
+        """The precision of float32 products, "ieee" or "tf32". It does not matter for 16-bit storage."""
         if self.experts.w_in.dtype != torch.float32 or not _tf32_allowed(self.x.device, self.machine.arch):
             return "ieee"
         return "tf32"
@@ -72,7 +72,7 @@ class Call(NamedTuple):
 
 
 def make_call(machine: Machine, tensors: tuple[Tensor | None, ...], num_experts: int) -> Call:
-    """From the flattened arguments of an operator. Strided and expanded tensors are copied; contiguous ones are not."""
+    """The call of an operator with flattened arguments. Tensors that are not contiguous are copied."""
     x, gamma, beta, w_in, b_in, w_out, b_out, weights, indices = (
         None if t is None else t.contiguous() for t in tensors
     )
@@ -103,20 +103,26 @@ def train(call: Call, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def backward(
     call: Call, grad_y: Tensor, saved: tuple[Tensor, Tensor, Tensor] | None, eps: float, expert_grads: bool
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, norm, experts (of no elements unless expert_grads) and routing weights, in their dtypes.
+    """The gradients of x, norm, experts and routing weights, in their dtypes.
 
-    saved ``None``: pre-activations and statistics are computed again, and ∂z overwrites z.
+    Args:
+        call: the arguments of the forward pass.
+        grad_y: (B, L, D), with any strides.
+        saved: z, mean and rstd. If ``None``, they are computed again, and ∂z overwrites z.
+        eps: added to the variance, if statistics are computed again.
+        expert_grads: whether experts are trained. If not, their gradients have no elements.
     """
     grad_y = grad_y.contiguous()
     if call.routing.indices is not None:
-        # As the kernels do: wrong indices are reported elsewhere, and must not be followed.
+        # Kernels clamp wrong indices, which are reported elsewhere. PyTorch's operators below must not follow them
+        # either.
         indices = call.routing.indices.clamp(0, call.experts.num_experts - 1)
         call = call._replace(routing=Routing(call.routing.weights, indices))
     recomputed = saved is None
     z, statistics = _recompute(call, eps) if saved is None else (saved[0], Statistics(*saved[1:]))
     outputs = _activation_gradients(call, grad_y, z, in_place=recomputed, expert_grads=expert_grads)
     del z
-    # A pass over ∂y, for gradients of b_out and of what it is weighed by.
+    # The gradients of b_out, and of the weights that multiply it, need one pass over ∂y.
     is_summed = expert_grads or call.experts.b_out.dim() == 2
     grad_y_sum = grad_y.sum(dim=1, dtype=torch.float32) if is_summed else None
     d_weights = _routing_gradient(call, outputs.d_weights, grad_y_sum)
@@ -128,8 +134,9 @@ def backward(
         d_b_in, d_b_out = _bias_gradients(call, outputs.d_bias, grad_y_sum)
         h, dz = outputs.h, outputs.dz
         del outputs
-        # For the least memory at once: where tokens are many, h goes before the gradient of W_in comes; where they are
-        # few, gradients of weights are the larger tensors, and ∂z goes before that of W_out comes.
+        # This order has the lowest peak of memory. With many tokens, h is freed before the gradient of W_in is
+        # allocated. With few, gradients of weights are larger, and ∂z is freed before the gradient of W_out is
+        # allocated.
         out_first = h.numel() >= call.experts.w_out.numel()
         d_w_out = _w_out_gradient(call, grad_y, h) if out_first else None
         if out_first:
@@ -150,9 +157,9 @@ def backward(
 def expert_hidden(
     machine: Machine, x_hat: Tensor, w_in: Tensor, b_in: Tensor, weights: Tensor, num_experts: int
 ) -> Tensor:
-    """h (B, L, H) by the first product alone, for dense routing and an x̂ that was made elsewhere."""
+    """h (B, L, H): the first product alone, for dense routing and a given x̂."""
     H = w_in.shape[0] // 2
-    # No affine is read and nothing is projected out here: of these tensors the shape alone counts.
+    # The first product does not read these tensors. Their shapes say that routing is dense and what H is.
     w_out, absent = w_in.new_empty(0, H), w_in.new_empty(0)
     call = make_call(machine, (x_hat, absent, absent, w_in, b_in, w_out, absent, weights, None), num_experts)
     h = call.empty(*x_hat.shape[:2], H)
@@ -161,7 +168,7 @@ def expert_hidden(
 
 
 def normalize(call: Call, statistics: Statistics | None, eps: float) -> Tensor:
-    """x̂ (B, L, D), or (B, K, L, D) behind affines of (B, E, D); statistics are written if given."""
+    """x̂ (B, L, D), or (B, K, L, D) for affines (B, E, D). Writes statistics unless they are ``None``."""
     B, L, D = call.x.shape
     x_hat = call.empty(B, *call.slots, L, D)
     overlap = starts_early(call.machine.arch)
@@ -172,9 +179,13 @@ def normalize(call: Call, statistics: Statistics | None, eps: float) -> Tensor:
 
 
 def activate(call: Call, x_hat: Tensor, outputs: Hidden, *, follows_norm: bool = True) -> None:
-    """The first product: writes h, z or both.
+    """Computes the first product, which writes h, z or both.
 
-    follows_norm: the last launch is `normalize`'s, during which this one may start.
+    Args:
+        call: the arguments of the operator.
+        x_hat: (B, L, D) or (B, K, L, D) compute dtype.
+        outputs: the tensors to write.
+        follows_norm: whether the previous launch is that of `normalize`, so that this one may start before it ends.
     """
     product = "expert_in" if outputs.z is None else "expert_in_train"
     tile = call.tile(product, grouped=call.routing.indices is not None or x_hat.dim() == 4)
@@ -216,7 +227,7 @@ def _activation_gradients(
     width = call.active_hidden
     tile = call.tile("expert_out_backward", grouped=call.routing.indices is not None)
     if isinstance(tile, Library):
-        # What the library's product leaves has the size of h, which then takes its place.
+        # The library's product has the size of h, which overwrites it.
         da, rows = (grad_y.flatten(0, 1) @ call.experts.w_out).view(B, L, width), ELEMENTWISE_TILE.block_m
     else:
         da, rows = None, row_block(tile, L)
@@ -257,16 +268,16 @@ def _bias_gradients(call: Call, sums: Tensor, grad_y_sum: Tensor) -> tuple[Tenso
 
 
 def _add_samples(parts: Tensor, indices: Tensor | None, num_experts: int) -> Tensor:
-    """Parts (B, K, …) of each sample's active experts → their sums (E, …), exact zeros for experts of no sample."""
+    """Sums (E, …) over samples of the parts (B, K, …) of their active experts. Unused experts get exact zeros."""
     return _spread(parts, indices, num_experts).sum(dim=0)
 
 
 def _spread(parts: Tensor, indices: Tensor | None, num_experts: int) -> Tensor:
-    """(B, K, …) → (B, E, …), exact zeros for inactive experts."""
+    """Parts (B, K, …) of the active experts as (B, E, …), with exact zeros for inactive experts."""
     if indices is None:
         return parts
-    # Selecting and not scattering, which with deterministic algorithms sorts, or waits for the device. Of each sum all
-    # terms but one are zeros, so it is exact.
+    # With deterministic algorithms, a scatter would sort or wait for the device. This sum has one term that is not
+    # zero, so it is exact.
     owns_BKE = indices[:, :, None] == torch.arange(num_experts, device=indices.device)
     owns = owns_BKE.view(*owns_BKE.shape, *[1] * (parts.dim() - 2))
     return torch.where(owns, parts[:, :, None], 0).sum(dim=1)
@@ -282,7 +293,7 @@ def _w_out_gradient(call: Call, grad_y: Tensor, h: Tensor) -> Tensor:
 
 
 def _w_in_gradient(call: Call, dz: Tensor, eps: float) -> Tensor:
-    # x̂ costs one pass over x again: cheaper than keeping it.
+    # Computing x̂ again costs one pass over x, which is cheaper than keeping it.
     x_hat = normalize(call, None, eps)
     tile = call.tile("expert_weights", grouped=call.routing.indices is not None or x_hat.dim() == 4)
     if isinstance(tile, Library):
@@ -293,7 +304,7 @@ def _w_in_gradient(call: Call, dz: Tensor, eps: float) -> Tensor:
 
 
 def _input_gradient(call: Call, dz: Tensor) -> Tensor:
-    """∂x̂ (B, L, D), or (B, K, L, D) behind affines of (B, E, D)."""
+    """∂x̂ (B, L, D), or (B, K, L, D) for affines (B, E, D)."""
     B, L, D = call.x.shape
     tile = call.tile("expert_in_backward", grouped=call.routing.indices is not None or bool(call.slots))
     if isinstance(tile, Library):
@@ -325,10 +336,10 @@ def _empty_statistics(call: Call) -> Statistics:
 
 
 def _tf32_allowed(device: torch.device, arch: str) -> bool:
-    # Of AMD's chips Triton knows such products on one only.
+    # Of AMD's architectures, Triton supports TF32 on one only.
     if device.type != "cuda" or (arch.startswith("gfx") and arch != "gfx942"):
         return False
     settings = torch.backends.cuda.matmul
-    # Where torch has the newer setting, reading the older one raises once a user has set the newer.
+    # If torch has the newer setting and a user has set it, reading the older one raises.
     precision = getattr(settings, "fp32_precision", None)
     return bool(settings.allow_tf32) if precision is None else precision == "tf32"

@@ -1,4 +1,4 @@
-"""Whether Triton can launch a kernel here, found out by trying."""
+"""Trials whether Triton can launch or interpret a kernel on this machine."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import triton
 
 @functools.cache
 def why_not_launchable() -> str | None:
-    """What keeps Triton from launching kernels on a GPU of this machine, as a clause; or ``None``.
+    """The reason why Triton cannot launch kernels on a GPU of this machine, as a clause; or ``None`` if it can.
 
-    Triton compiles C against Python's headers to load and launch kernels. It keeps what came of it, so that a compiler
-    may be gone later; but Triton 3.6 compiles a launcher for each signature of each kernel, at its first launch.
+    Triton compiles C code against Python's headers to load and launch kernels, and caches the result. With a warm cache
+    it needs no compiler, except that Triton 3.6 compiles a launcher for each new signature of a kernel.
     """
     try:
         driver = triton.runtime.driver.active
         loaded = driver.utils
-    except Exception as error:  # of a compiler, a linker or an operating system
+    except Exception as error:  # the compiler, the linker and the operating system raise their own errors
         found = _why_no_compiler() or f"it could not do so ({_first_line(error)})"
         return f"Triton builds its driver with a C compiler and Python's headers, and {found}"
     if loaded is not None and builds_launchers(type(driver)) and (found := _why_no_compiler()) is not None:
@@ -31,12 +31,12 @@ def why_not_launchable() -> str | None:
 
 
 def builds_launchers(driver: type) -> bool:
-    """Whether a driver of Triton's has a C compiler build a launcher for each signature of each kernel."""
+    """Whether a driver class of Triton compiles a launcher for each signature of each kernel."""
     return hasattr(inspect.getmodule(driver), "make_launcher")
 
 
 def _why_no_compiler() -> str | None:
-    # Triton looks in this order, and takes CC as it is. Its builds for other systems bring a compiler.
+    # Triton searches in this order, and does not check CC. Its builds for other systems include a compiler.
     if sys.platform != "linux" or triton.knobs.build.impl is not None:
         return None
     named = os.environ.get("CC")
@@ -53,15 +53,15 @@ def _count(n):
 
 @functools.cache
 def why_not_interpretable() -> str | None:
-    """What keeps Triton's interpreter from running kernels with the NumPy that is installed, as a clause; or ``None``.
+    """The reason why Triton's interpreter fails with the installed NumPy, as a clause; or ``None`` if it works.
 
-    That of Triton 3.6 fails with NumPy 2.4 at a loop whose length is an argument.
+    The interpreter of Triton 3.6 fails with NumPy 2.4 at a loop whose length is an argument.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _count[(1,)](1)
-    except Exception as error:  # of NumPy, or of the interpreter that wraps it
+    except Exception as error:  # NumPy's own errors, or the interpreter's errors that wrap them
         numpy = sys.modules["numpy"].__version__
         return f"the interpreter of Triton {triton.__version__} does not run with NumPy {numpy} ({_first_line(error)})"
     return None

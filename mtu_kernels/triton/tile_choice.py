@@ -1,10 +1,10 @@
-"""Which tile a product runs with: a frozen table, and a careful default for what the table does not know.
+"""The choice of a product's tile: from the table in `tile_table.py`, or a cautious default.
 
-Nothing is tuned at run time: that would stall users, need a driver while compiling, and break CUDA-graph capture.
-`python -m benchmarks.kernels.tune` measures on the GPU it finds and rewrites `tile_table.py`.
+No tile is tuned at run time: that would stall users, need a driver while compiling, and break the capture of CUDA
+graphs. `python -m benchmarks.kernels.tune` measures tiles on a GPU and rewrites the table.
 
-A row that names a version of Triton serves that version alone, and goes before all rows that serve any. Those are
-compiled with the oldest and the newest version that the package supports, and are right on both.
+A row for one version of Triton is preferred to rows for any version. Tests compile the latter with the oldest and the
+newest version that the package supports.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ Table = dict[TileKey, TileConfig | Library]
 
 
 def token_class(tokens: int) -> int:
-    """Token counts that share a tile: those with the same next power of two, from 64 to 65536."""
+    """The class of token counts that share a tile: the next power of two, from 64 to 65536."""
     return min(max(1 << max(tokens - 1, 0).bit_length(), 64), 65536)
 
 
 @functools.cache
 def triton_version() -> str:
-    """Major and minor version of the installed Triton, as keys name it."""
+    """The major and minor version of the installed Triton, as it is written in keys."""
     return ".".join(triton.__version__.split(".")[:2])
 
 
 @functools.cache
 def find_tile(key: TileKey) -> TileConfig | Library:
-    """The tile of the shipped table; where the key names no version of Triton, for the installed one."""
+    """The tile of the shipped table. A key without a version of Triton stands for the installed one."""
     return look_up(_TABLE, key if key.triton else key._replace(triton=triton_version()))
 
 
 def look_up(table: Table, key: TileKey) -> TileConfig | Library:
-    """The row for exactly this shape, else the one for its width, else for its architecture, else the default.
+    """The tile for exactly this shape, else the one for its width, else for its architecture, else the default.
 
-    Of rows for the key's version of Triton, else of those for any version.
+    Rows for the key's version of Triton are searched before those for any version.
     """
     for version in (key.triton, ""):
         for candidate in more_general(key._replace(triton=version)):
@@ -50,37 +50,37 @@ def look_up(table: Table, key: TileKey) -> TileConfig | Library:
 
 
 def more_general(key: TileKey) -> tuple[TileKey, TileKey, TileKey]:
-    """The key, that of its width at any number of tokens, and that of any shape."""
+    """The key itself, the key for any number of tokens, and the key for any shape."""
     return key, key._replace(tokens=0), key._replace(width=0, tokens=0)
 
 
 def default_tile(key: TileKey) -> TileConfig | Library:
-    """What fits any GPU that Triton compiles for: little shared memory, few registers."""
+    """A tile that fits every GPU that Triton compiles for: it takes little shared memory and few registers."""
     if key.arch == "interpreter":
-        # Small, so that small problems take several programs and several steps of the main loop.
+        # Tiles of tests are small, so that small problems take several programs and several steps of the main loop.
         return TileConfig(32, 16, 16, 1, 1, group_m=2)
     if not key.grouped and (key.bits == 32 or key.product in (*PLAIN_PRODUCTS, "expert_out_backward")):
-        # Nothing to fuse; or products in IEEE float32, which Triton runs on the plain units: a library is better tuned.
-        # The gradient of the activation leaves its product so few registers that small tiles cost more than they save.
+        # A library is faster for products with nothing to fuse, and for IEEE float32, which runs without tensor cores.
+        # It is also faster where the gradient of the activation would leave registers for a small tile only.
         return LIBRARY
     if key.bits == 32:
-        # Value-gate pairs are twice as many columns: longer steps of them spill.
+        # Value-gate pairs have twice as many columns, so deeper steps would spill registers.
         return TileConfig(32, 32, 16 if key.product in PAIR_PRODUCTS else 32, 4, 2)
     return TileConfig(64, 32 if key.product in PAIR_PRODUCTS else 64, 32, 4, 2)
 
 
 def index(rows: Iterable[TableRow]) -> Table:
-    """Tiles by their keys.
+    """The tiles of all rows by their keys.
 
     Raises:
-        ValueError: two rows have one key, or a row has a library's product by expert.
+        ValueError: two rows have the same key, or a grouped product has no tile but a library.
     """
     table: Table = {}
     for row in rows:
         if row.key in table:
             raise ValueError(f"tile_table.py has two rows for {row.key}.")
         if row.key.grouped and isinstance(row.tile, Library):
-            raise ValueError(f"tile_table.py must have a tile for {row.key}: a library knows no experts.")
+            raise ValueError(f"tile_table.py must have a tile for {row.key}: a library cannot pick weights by expert.")
         table[row.key] = row.tile
     return table
 

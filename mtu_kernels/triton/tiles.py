@@ -1,4 +1,4 @@
-"""The shapes of programs, and the keys by which `tile_table.py` lists them."""
+"""Tiles, which are the shapes of programs, and the keys that `tile_table.py` lists them by."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ class TileConfig(NamedTuple):
     """The shape of one program of a matrix product.
 
     Attributes:
-        block_m: rows; tokens, or hidden units for weight gradients.
-        block_n: columns; for products with value-gate pairs, pairs. A power of two, or three halves of one: then a tile
-            of the first product has two accumulators, where routing is dense, in inference. Elsewhere it is the power.
-        block_k: depth of one step of the main loop.
-        num_warps: warps of 32 threads (64 on AMD).
-        num_stages: tiles in flight.
-        descriptors: load through tensor descriptors (TMA, sm_90 and later) where strides and addresses allow it.
-        group_m: row tiles that walk the columns together, for the sake of the L2 cache.
-        persistent: programs that stay and walk many tiles, whose warps have different work (sm_90, the first product
-            with dense routing in inference). Where they cannot serve a call, others with the same tile do.
+        block_m: the number of rows, which are tokens, or hidden units in gradients of weights.
+        block_n: the number of columns, or of column pairs in products of value-gate pairs. It is a power of two, or
+            three halves of one. With three halves, the first product of dense inference has two accumulators; all other
+            products use the power of two.
+        block_k: the depth of one step of the main loop.
+        num_warps: the number of warps, of 32 threads each (64 on AMD).
+        num_stages: the number of steps whose loads are under way at once.
+        descriptors: whether to load through tensor descriptors (TMA, sm_90 and later), if strides and addresses allow.
+        group_m: the number of row tiles that go through the columns together, to share the L2 cache.
+        persistent: whether programs stay and compute many tiles, with warps that only load (sm_90, the first product of
+            dense inference). Calls that this does not support run the ordinary kernel with the same tile.
     """
 
     block_m: int
@@ -32,7 +33,7 @@ class TileConfig(NamedTuple):
 
 
 class Library(NamedTuple):
-    """In the place of a tile: a plain matrix product by torch (cuBLAS), and elementwise kernels around it."""
+    """Stands in the place of a tile for a matrix product by torch (cuBLAS), with elementwise kernels around it."""
 
 
 LIBRARY = Library()
@@ -47,31 +48,32 @@ class ElementwiseTile(NamedTuple):
 
     @property
     def constants(self) -> dict[str, int]:
+        """The block sizes as arguments of the kernels."""
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
 
 
 ELEMENTWISE_TILE = ElementwiseTile(64, 64, 8)
 
-# Products, by what they compute. "Grouped" products pick weights by expert and have no library form.
+# The products of a call. Grouped products pick weights by expert, which a library cannot do.
 PRODUCTS = ("expert_in", "expert_in_train", "expert_sum", "expert_out_backward", "expert_in_backward", "expert_weights")
-# Those whose columns are pairs of a value and a gate.
+# The products whose columns are pairs of a value and a gate.
 PAIR_PRODUCTS = ("expert_in", "expert_in_train")
-# Those that are plain matrix products where routing is dense.
+# The products that are plain matrix products if routing is dense.
 PLAIN_PRODUCTS = ("expert_sum", "expert_in_backward", "expert_weights")
 
 
 class TileKey(NamedTuple):
-    """What a tile is chosen by.
+    """The properties of a product that its tile is chosen by.
 
     Attributes:
         product: a name in PRODUCTS.
-        arch: "sm_90", …
+        arch: the architecture, such as "sm_90".
         bits: 16 (bfloat16 and float16) or 32.
-        grouped: whether the product picks weights by expert (top-k routing, an affine per expert).
+        grouped: whether the product picks weights by expert (top-k routing, or an affine per expert).
         width: D, or 0 for any.
         tokens: B·L rounded up to a power of two, or 0 for any.
-        triton: version of Triton that the tile holds for, "3.6", …, or "" for any: another compiler makes other code of
-            the same tile, which may spill, or wait for tensor cores after each product.
+        triton: the version of Triton, such as "3.6", or "" for any. Other versions may compile the same tile to code
+            that spills registers, or that waits for the tensor cores after each product.
     """
 
     product: str
@@ -84,7 +86,7 @@ class TileKey(NamedTuple):
 
 
 class TableRow(NamedTuple):
-    """One row of the table: a key, its tile, and where the choice comes from."""
+    """One row of the table: a key, its tile, and the reason for the choice."""
 
     key: TileKey
     tile: TileConfig | Library

@@ -42,5 +42,5 @@ def test_a_table_with_two_rows_of_a_key_or_a_library_by_expert_is_refused():
     with pytest.raises(ValueError, match=r"two rows for .*triton='3.6'"):
         index([row, row])
     index([row, row._replace(key=KEY._replace(triton=""))])
-    with pytest.raises(ValueError, match="a library knows no experts"):
+    with pytest.raises(ValueError, match="a library cannot pick weights by expert"):
         index([row._replace(tile=LIBRARY)])

@@ -1,10 +1,10 @@
-"""GEGLU inside kernels: the activation, its derivative, and kernels for what a library product left in memory.
+"""GEGLU: the activation and its derivative inside kernels, and kernels that apply them after a library's product.
 
-Storage of 16 bits hides errors below its own rounding, so there Φ is a polynomial; float32 storage gets the error
-function itself. Φ(g) ≈ ½ + g · P(g²), clamped to [0, 1], with P of degree 8 fitted for the least maximal error over all
-g of the clamped value times max(1, |g|). Past |g| = 4.39 the polynomial only grows, so the clamp, which costs no
-instruction, is all that large arguments need. Its error is 2.8e-5, and that of gelu at most 4.2e-5. Half an ulp at 1 is
-4.9e-4 in float16.
+float32 storage gets the error function. Rounding to 16 bits hides small errors, so there Φ is a polynomial:
+Φ(g) ≈ ½ + g · P(g²), clamped to [0, 1]. P has degree 8 and is fitted for the least maximal error, over all g, of the
+clamped value times max(1, |g|). Beyond |g| = 4.39 the polynomial only grows, so the clamp, which costs no instruction,
+covers all large arguments. The error of Φ is 2.8e-5, and that of gelu at most 4.2e-5. Half an ulp at 1 is 4.9e-4 in
+float16.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from mtu_kernels.triton.tiles import ElementwiseTile
 
 
 class GegluGradients(NamedTuple):
-    """What the backward pass of the activation writes, for T row tiles a sample.
+    """The outputs of the activation's backward pass, for T row tiles per sample.
 
     Attributes:
-        h: (B, L, KF) compute dtype, the weighted activation again; ``None`` where no expert learns.
+        h: (B, L, KF) compute dtype, the weighted activation again; ``None`` if experts are frozen.
         dz: (B, L, 2KF) compute dtype. It may be z itself.
-        d_weights: (B, T, KF) float32, sums over the rows of a tile of ``∂(w a) · a``.
-        d_bias: (B, T, 2KF) float32, sums of dz; ``None`` where no expert learns.
+        d_weights: (B, T, KF) float32, ``∂(w a) · a`` summed over the rows of each tile.
+        d_bias: (B, T, 2KF) float32, dz summed over the rows of each tile; ``None`` if experts are frozen.
     """
 
     h: torch.Tensor | None
@@ -60,7 +60,7 @@ def geglu(u, g, EXACT: tl.constexpr):
 
 @triton.jit
 def geglu_backward(da, u, g, EXACT: tl.constexpr):
-    """``a = u · gelu(g)``, and ∂u, ∂g for a gradient da of a, float32."""
+    """``a = u · gelu(g)`` and its gradients ∂u and ∂g for a gradient da of a, float32."""
     cdf = normal_cdf(g, EXACT)
     # exp(-g²/2) / sqrt(2π)
     pdf = 0.3989422804014327 * tl.exp2(g * g * -0.7213475204444817)
@@ -70,8 +70,8 @@ def geglu_backward(da, u, g, EXACT: tl.constexpr):
 
 @triton.jit
 def expert_of_slot(indices_ptr, sample, slot, K, E):
-    """The expert of each slot: the slot itself where routing is dense. Wrong indices are clamped into range."""
-    # The compiler reads on after an early return, even under a constant condition: hence else.
+    """The expert of each slot, which is the slot itself if routing is dense. Wrong indices are clamped into range."""
+    # Without else, the compiler would also compile the code after an early return.
     if indices_ptr is None:
         return slot
     else:
@@ -81,7 +81,7 @@ def expert_of_slot(indices_ptr, sample, slot, K, E):
 
 @triton.jit
 def load_pre_activations(z_ptr, mask_MN, rows_M, columns_N, KF):
-    """u, g of a tile, as they are stored."""
+    """u and g of a tile in the storage dtype."""
     z_ptrs = z_ptr + rows_M[:, None] * (2 * KF) + columns_N[None, :]
     return tl.load(z_ptrs, mask=mask_MN, other=0.0), tl.load(z_ptrs + KF, mask=mask_MN, other=0.0)
 
@@ -91,15 +91,16 @@ def store_geglu_backward(
     da_MN, u_MN, g_MN, mask_MN, sample, tile, rows_M, columns_N, slots_N, weights_ptr, h_ptr, dz_ptr, d_weights_ptr,
     d_bias_ptr, K, KF, EXACT: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
-    """From ∂(w · a), u and g of a tile, writes ∂z, the weighted activation, and its rows' sums for ∂w and ∂b_in.
+    """Writes ∂z, the weighted activation, and the tile's sums for ∂w and ∂b_in, from ∂(w · a), u and g of a tile.
 
-    rows_M are rows of all samples, int64; tile numbers the row tiles of all samples.
+    rows_M (int64) and tile count the rows and row tiles of all samples.
     """
     if IN_PLACE:
-        # dz overwrites z: all of the tile is read before any of it is written.
+        # dz overwrites z, so all threads must have read the tile before one of them writes to it.
         tl.debug_barrier()
-    # Elements past the end hold anything: nothing of theirs is stored or summed. Taking ∂(w · a) for u and g there ties
-    # both to the registers that the product left it in, so that they change hands as 16-bit numbers, and only once.
+    # Elements past the end may be anything, because they are neither stored nor summed. Setting u and g to ∂(w · a)
+    # there makes the compiler keep both in the register layout of the product. It then converts each of them once, in
+    # 16 bits.
     u_MN = tl.where(mask_MN, u_MN.to(tl.float32), da_MN)
     g_MN = tl.where(mask_MN, g_MN.to(tl.float32), da_MN)
     w_N = tl.load(weights_ptr + sample.to(tl.int64) * K + slots_N).to(tl.float32)
@@ -138,12 +139,12 @@ def geglu_backward_kernel(
     da_ptr, weights_ptr, z_ptr, h_ptr, dz_ptr, d_weights_ptr, d_bias_ptr, L, F, K,
     EXACT: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """`store_geglu_backward` for ∂(w · a) = da (B, L, KF) that a library product left; h may be written over it."""
+    """`store_geglu_backward` after a library's product ∂(w · a) = da (B, L, KF), which h may overwrite."""
     KF = K * F
     sample, tile, rows_M, columns_N, slots_N, mask_MN = _elementwise_tile(L, F, K, BLOCK_M, BLOCK_N)
     da_MN = tl.load(da_ptr + rows_M[:, None] * KF + columns_N[None, :], mask=mask_MN, other=0.0).to(tl.float32)
     u_MN, g_MN = load_pre_activations(z_ptr, mask_MN, rows_M, columns_N, KF)
-    # h may overwrite da: all of the tile is read before any of it is written.
+    # h may overwrite da, so all threads must have read the tile before one of them writes to it.
     tl.debug_barrier()
     store_geglu_backward(
         da_MN, u_MN, g_MN, mask_MN, sample, tile, rows_M, columns_N, slots_N, weights_ptr, h_ptr, dz_ptr,
@@ -153,7 +154,7 @@ def geglu_backward_kernel(
 
 @triton.jit
 def _elementwise_tile(L, F, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of this program: sample, number of the row tile, rows, columns, their slots, and which elements there are."""
+    """The sample, row tile, rows, columns, slots of the columns, and mask of valid elements of this program's tile."""
     tiles_m = tl.cdiv(L, BLOCK_M)
     tiles_n = tl.cdiv(K * F, BLOCK_N)
     tile = tl.program_id(0) // tiles_n
@@ -166,7 +167,7 @@ def _elementwise_tile(L, F, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 def launch_geglu(z: torch.Tensor, weights: torch.Tensor, h: torch.Tensor, size: int, tile: ElementwiseTile) -> Launch:
-    """z (B, L, 2KF) → h (B, L, KF) with weights (B, K); size is F."""
+    """Launches `geglu_kernel` from z (B, L, 2KF) and weights (B, K) to h (B, L, KF). size is F."""
     programs = _programs(h, tile)
     constants = {"EXACT": z.dtype == torch.float32, **tile.constants}
     arguments = (z, weights, h, h.shape[1], size, weights.shape[1])
@@ -181,7 +182,7 @@ def launch_geglu_backward(
     size: int,
     tile: ElementwiseTile,
 ) -> Launch:
-    """da (B, L, KF), z (B, L, 2KF) → dz, h and the sums of each row tile; size is F."""
+    """Launches `geglu_backward_kernel` from da (B, L, KF) and z (B, L, 2KF) to outputs. size is F."""
     constants = {"EXACT": z.dtype == torch.float32, "IN_PLACE": outputs.dz is z, **tile.constants}
     arguments = (da, weights, z, *outputs, da.shape[1], size, weights.shape[1])
     return Launch(geglu_backward_kernel, _programs(da, tile), arguments, constants, tile.num_warps, 1)

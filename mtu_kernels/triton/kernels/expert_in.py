@@ -1,7 +1,7 @@
 """The first product: ``h = w · u · gelu(g)`` with ``u, g = x̂ W_inᵀ + b_in``, over the active experts' hidden units.
 
-Values and gates of a hidden unit lie H rows apart in W_in. One tile of the product holds both: its columns are pairs,
-made in the addresses of the loads, and the accumulator splits into u and g where it lies in registers.
+The value and the gate of a hidden unit are H rows apart in W_in. One tile of the product holds both: the addresses of
+the loads interleave them as pairs of columns, and the accumulator is split into u and g in registers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mtu_kernels.triton.tiles import TileConfig
 
 @triton.jit
 def program_tile(tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """This program's row tile and column tile: GROUP_M row tiles walk the columns together and share their weights."""
+    """This program's row tile and column tile. GROUP_M row tiles share the weights of a column tile in the L2 cache."""
     program = tl.program_id(0)
     group = program // (GROUP_M * tiles_n)
     size = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
@@ -33,7 +33,7 @@ def program_tile(tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def load_row_weights(weights_ptr, row_M, slot, L, K):
-    """The routing weight of a slot for each row, float32. Rows are counted through all samples, of L tokens each."""
+    """The routing weight of a slot for each row, float32. Rows are counted over all samples, of L tokens each."""
     return tl.load(weights_ptr + (row_M // L).to(tl.int64) * K + slot).to(tl.float32)
 
 
@@ -44,9 +44,9 @@ def expert_in_kernel(
     EXACT: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """x̂: (matrices, rows, D), with a matrix for each sample, or one of B·L rows where routing is dense.
+    """x̂ is (matrices, rows, D): a matrix of L rows for each sample, or one of B·L rows if routing is dense.
 
-    ALIGNED: a tile holds columns of one slot only. It must be where matrices are not samples.
+    ALIGNED means that the columns of a tile belong to one slot. It must be true if there is one matrix for all samples.
     """
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = K * tl.cdiv(F, BLOCK_N) if ALIGNED else tl.cdiv(K * F, BLOCK_N)
@@ -54,7 +54,7 @@ def expert_in_kernel(
     matrix = tile_m // tiles_m
     local_M = (tile_m % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_M = tl.minimum(local_M, rows - 1)
-    # Column pairs: slot and unit of each, twice over for the loads (values at even, gates at odd places).
+    # The pairs of columns: values are at even places, gates at odd ones.
     pair_P = tl.arange(0, 2 * BLOCK_N)
     n_N = tl.arange(0, BLOCK_N)
     input_matrix = matrix
@@ -75,11 +75,11 @@ def expert_in_kernel(
         expert_P = expert_of_slot(indices_ptr, matrix, column_P // F, K, E)
     row_P = expert_P * F + unit_P + (pair_P % 2) * (E * F)
 
-    # Rows past the end read the last row again: nothing of theirs is stored.
+    # Rows past the end read the last row again. Their results are not stored.
     k_K = tl.arange(0, BLOCK_K)
     x_hat_ptrs = x_hat_ptr + (input_matrix.to(tl.int64) * rows + row_M)[:, None] * D + k_K[None, :]
     w_in_ptrs = w_in_ptr + row_P.to(tl.int64)[None, :] * D + k_K[:, None]
-    # The sum starts from the bias: adding it afterwards would cost the epilogue an instruction an element.
+    # The accumulator starts from the bias. Adding it later would cost one more instruction per element.
     bias_P = tl.load(b_in_ptr + row_P).to(tl.float32)
     z_MP = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32) + bias_P[None, :]
     if OVERLAP:
@@ -103,7 +103,7 @@ def expert_in_kernel(
         tl.store(z_ptrs, u_MN.to(z_ptr.dtype.element_ty), mask=mask_MN)
         tl.store(z_ptrs + K * F, g_MN.to(z_ptr.dtype.element_ty), mask=mask_MN)
     if h_ptr is not None:
-        # Not before the loop, in which every register counts.
+        # The weights are loaded after the loop, which needs all registers.
         if ALIGNED:
             w_MN = load_row_weights(weights_ptr, matrix * rows + row_M, slot, L, K)[:, None]
         else:
@@ -120,10 +120,10 @@ def expert_in_descriptor_kernel(
     SLOT_INPUTS: tl.constexpr, ALIGNED: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """The same by tensor descriptors, which mask rows and depth by themselves, for 16-bit storage.
+    """`expert_in_kernel` with tensor descriptors, which mask rows and depth in hardware, for 16-bit storage.
 
-    BLOCK_N divides F where ALIGNED, else KF.
-    x_hat_desc: (matrices·slots, rows, D); w_in_desc: (2, H, D); h_desc: (matrices, rows, KF); z_desc: 2KF wide.
+    x_hat_desc is (matrices·slots, rows, D), w_in_desc (2, H, D), h_desc (matrices, rows, KF), z_desc (matrices, rows,
+    2KF). BLOCK_N divides F if ALIGNED, else KF.
     """
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = K * F // BLOCK_N
@@ -167,10 +167,11 @@ def expert_in_wide_descriptor_kernel(
     x_hat_desc, w_in_desc, w_in_rest_desc, b_in_ptr, weights_ptr, h_desc, h_rest_desc, rows, L, D, F, E,
     OVERLAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """The same for dense routing, with tiles one half wider than a power of two, which read less per product.
+    """`expert_in_descriptor_kernel` for dense routing and tiles of three halves of a power of two.
 
-    A tile has two accumulators that read the same rows: one of FRONT columns from the front of the hidden units, one of
-    half as many from the rest. FRONT divides F. Rows are those of all samples.
+    Such tiles load fewer bytes per product. A tile has two accumulators that read the same rows: one of FRONT columns
+    from the front of the hidden units, and one of half as many columns from the rest. FRONT divides F. Rows are those
+    of all samples.
     """
     FRONT: tl.constexpr = BLOCK_N // 3 * 2
     REST: tl.constexpr = BLOCK_N // 3
@@ -193,7 +194,8 @@ def expert_in_wide_descriptor_kernel(
         z_MP = tl.dot(x_hat_MK, w_in_PK.T, z_MP)
         z_MR = tl.dot(x_hat_MK, w_in_RK.T, z_MR)
     store_activations(z_MP, h_desc, weights_ptr, rows, L, row, column, F, E, BLOCK_M, FRONT)
-    # Added here, as registers run out before. Past the last hidden unit, where nothing is stored, the bias is zero.
+    # This bias is added after the loop, which has no registers left for it. It is zero past the last hidden unit, whose
+    # results are not stored.
     pair_R = tl.arange(0, 2 * REST)
     unit_R = rest + pair_R % REST
     bias_R = tl.load(b_in_ptr + unit_R + (pair_R // REST) * (E * F), mask=unit_R < E * F, other=0.0)
@@ -205,7 +207,7 @@ def expert_in_wide_descriptor_kernel(
 def store_activations(
     z_MP, h_desc, weights_ptr, rows, L, row, column, F, E, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """h = w · u · gelu(g) of one expert's columns, which start at `column`, for rows of all samples."""
+    """Stores h = w · u · gelu(g) for rows of all samples, and columns of one expert that start at `column`."""
     row_M = tl.minimum(row + tl.arange(0, BLOCK_M), rows - 1)
     w = load_row_weights(weights_ptr, row_M, tl.minimum(column // F, E - 1), L, E)[:, None]
     u_MN, g_MN = tl.split(tl.permute(tl.reshape(z_MP, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
@@ -214,11 +216,11 @@ def store_activations(
 
 
 class Hidden(NamedTuple):
-    """What the first product writes; either may be ``None``.
+    """The outputs of the first product. One of them may be ``None``.
 
     Attributes:
-        h: (B, L, KF) compute dtype, weighted activations.
-        z: (B, L, 2KF) compute dtype, pre-activations ``[values; gates]``.
+        h: (B, L, KF) compute dtype, the weighted activations.
+        z: (B, L, 2KF) compute dtype, the pre-activations ``[values; gates]``.
     """
 
     h: Tensor | None
@@ -235,9 +237,14 @@ def launch_expert_in(
     *,
     overlap: bool = False,
 ) -> Launch:
-    """x̂ (B, L, D), or (B, K, L, D) with an input of its own for each slot, → outputs.
+    """Launches the first product from x̂ (B, L, D), or (B, K, L, D) with an input per slot, to outputs.
 
-    overlap: the launch before this one writes x̂, reads what this one reads besides, and lets this one start early.
+    Args:
+        x_hat, experts, routing: the inputs. Weights of experts are contiguous.
+        outputs: the tensors to write.
+        tile: the shape of a program.
+        precision: "ieee" or "tf32", for float32 products.
+        overlap: whether to start before the previous launch ends. That launch must write x̂, and no other input.
     """
     *_, L, D = x_hat.shape
     B, K = routing.weights.shape
@@ -249,18 +256,18 @@ def launch_expert_in(
     block_n = floor_power_of_2(tile.block_n)
     if by_descriptor and is_dense and outputs.z is None and F % block_n == 0:
         if tile.persistent:
-            # Imported by whoever asks for it: what it is written in is experimental.
+            # Gluon, which the kernel is written in, is experimental. So only calls that use the kernel import it.
             persistent = importlib.import_module("mtu_kernels.triton.kernels.expert_in_persistent")
             return persistent.launch_persistent(x_hat, experts, routing, outputs.h, tile, overlap=overlap)
         if block_n < tile.block_n:
             return _launch_wide(x_hat, experts, routing, outputs.h, tile, overlap=overlap)
     if by_descriptor and F % block_n != 0:
-        # Descriptors mask the ends of tensors, not those of experts.
+        # Descriptors mask the end of a tensor, but not the end of an expert inside it.
         divisor = _divisor(K * F if is_dense else F, block_n)
         by_descriptor = divisor >= 16
         block_n = divisor if by_descriptor else block_n
     is_aligned = slot_inputs or F % block_n == 0
-    # Where one expert owns a tile's columns, its rows may be those of several samples.
+    # If all columns of a tile belong to one expert, its rows may belong to several samples.
     matrices, rows = (1, B * L) if is_dense and is_aligned else (B, L)
     block_m = min(tile.block_m, max(16, next_power_of_2(rows)))
     constants = {
@@ -321,5 +328,5 @@ def _launch_wide(
 
 
 def _divisor(width: int, limit: int) -> int:
-    """The largest power of two up to limit that divides width."""
+    """The largest power of two, at most limit, that divides width."""
     return min(width & -width, limit)

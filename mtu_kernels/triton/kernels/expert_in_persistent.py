@@ -1,11 +1,12 @@
-"""The first product for dense routing on sm_90 by persistent programs, whose warps have different work.
+"""The first product for dense routing on sm_90, in persistent programs with specialised warps.
 
-One warp fetches tiles of x̂ and W_in into a ring of stages. Two groups of four warps multiply, each its own tile: while
-one group is at the tensor cores, the other applies GEGLU to the tile before and stores it. Each program walks many
-tiles, so nothing but its first loads waits. Written in Gluon, where layouts, barriers and warps are explicit.
+One warp loads tiles of x̂ and W_in into a ring of stages. Two groups of four warps multiply different tiles: while one
+group uses the tensor cores, the other applies GEGLU to its previous tile and stores it. Each program computes many
+tiles, so that only its first loads are waited for. The kernel is written in Gluon, where layouts, barriers and warps
+are explicit.
 
-No GPU has run this kernel yet, and no row of the table names it. `python -m benchmarks.kernels.tune --persistent`
-checks it against the reference and times it beside the others.
+No GPU has run this kernel yet, and no row of the table uses it. `python -m benchmarks.kernels.tune --persistent` checks
+it against the reference and measures it beside the others.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from mtu_kernels.triton.tiles import TileConfig
 
 normal_cdf = gluon.jit(activation.normal_cdf.fn)
 
-# Of an H100, for launches that are compiled and not run.
+# The multiprocessors of an H100, for launches that are compiled and not run.
 _PROCESSORS = 132
 
 
@@ -44,9 +45,9 @@ def expert_in_persistent_kernel(
     x_hat_desc, w_in_desc, b_in_ptr, weights_ptr, h_desc, rows, L, D, F, E, OVERLAP: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
-    """x_hat_desc: (rows, D); w_in_desc: (2, H, D); h_desc: (rows, H). BLOCK_N divides F; rows are those of all samples.
+    """x_hat_desc is (rows, D), w_in_desc (2, H, D), h_desc (rows, H). BLOCK_N divides F. Rows are those of all samples.
 
-    A stage's `ready` turns when its tiles have arrived, and its `free` when they have been multiplied.
+    A stage's barrier `ready` completes when its tiles have arrived, and `free` when they have been multiplied.
     """
     x_hat = gl.allocate_shared_memory(x_hat_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_hat_desc.layout)
     w_in = gl.allocate_shared_memory(w_in_desc.dtype, [STAGES, 2, BLOCK_N, BLOCK_K], w_in_desc.layout)
@@ -58,7 +59,7 @@ def expert_in_persistent_kernel(
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(free.index(stage), count=1)
     fence_async_shared()
-    # The second group has 4 warps of 216 registers a thread, the fetching one is alone and needs few.
+    # The second group has 4 warps with 216 registers per thread. The loading warp needs few.
     gl.warp_specialize(
         [
             (_multiply, (
@@ -84,7 +85,7 @@ def _fetch(
     x_hat_desc, w_in_desc, x_hat, w_in, ready, free, rows, D, F, E, OVERLAP: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
-    """All tiles of this program, step by step, as stages come free."""
+    """Loads all tiles of this program, one step after the other, as stages become free."""
     tiles_m = gl.cdiv(rows, BLOCK_M)
     tiles_n = E * F // BLOCK_N
     if OVERLAP:
@@ -94,7 +95,7 @@ def _fetch(
         tile_m, tile_n = _rows_and_columns(tile, tiles_m, tiles_n, GROUP_M)
         for k in range(0, D, BLOCK_K):
             stage = step % STAGES
-            # Of a new barrier, the phase before the first one counts as over: so all stages are free at first.
+            # A new barrier counts as having completed a phase, so all stages are free at first.
             mbarrier.wait(free.index(stage), (step // STAGES + 1) & 1)
             barrier = ready.index(stage)
             mbarrier.expect(barrier, x_hat_desc.block_type.nbytes + w_in_desc.block_type.nbytes)
@@ -108,7 +109,7 @@ def _multiply(
     x_hat, w_in, h_tile, ready, free, b_in_ptr, weights_ptr, h_desc, rows, L, D, F, E, GROUP: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
-    """Every other tile of this program: the even ones for GROUP 0, the odd ones for GROUP 1."""
+    """Computes every other tile of this program: the even ones in GROUP 0, the odd ones in GROUP 1."""
     layout: gl.constexpr = gl.NVMMADistributedLayout(  # type: ignore[assignment]
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 2 * BLOCK_N, 16]
     )
@@ -130,20 +131,20 @@ def _multiply(
             mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
             w_in_KP = w_in.index(stage).reshape([2 * BLOCK_N, BLOCK_K]).permute((1, 0))
             z = warpgroup_mma(x_hat.index(stage), w_in_KP, z, is_async=True)
-            # One product stays under way. The one before is done, and its stage free.
+            # One product may still be running. The previous one has ended, so its stage is free.
             z = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(z,)))
             if k > 0:
                 mbarrier.arrive(free.index((step - 1) % STAGES), count=1)
             step += 1
         z_MP = warpgroup_mma_wait(0, deps=(z,))
         mbarrier.arrive(free.index((step - 1) % STAGES), count=1)
-        # The other group's tile comes between.
+        # The next tile in the ring belongs to the other group.
         step += steps
         u_MN, g_MN = gl.split(gl.permute(gl.reshape(z_MP, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
         row_M = row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, u_MN.type.layout))
         w_M = gl.load(weights_ptr + (gl.minimum(row_M, rows - 1) // L) * E + column // F).to(gl.float32)
         h_MN = u_MN * (g_MN * normal_cdf(g_MN, False)) * gl.expand_dims(w_M, 1)
-        # The tile before has left shared memory.
+        # Waits until the previous tile has left shared memory.
         tma.store_wait(0)
         h_tile.store(h_MN.to(h_desc.dtype))
         fence_async_shared()
@@ -163,7 +164,7 @@ def _rows_and_columns(tile, tiles_m, tiles_n, GROUP_M: gl.constexpr):
 def launch_persistent(
     x_hat: Tensor, experts: ExpertWeights, routing: Routing, h: Tensor, tile: TileConfig, *, overlap: bool
 ) -> Launch:
-    """x̂ (B, L, D) → h (B, L, H), for tensors that descriptors take, and a tile whose columns divide F."""
+    """Launches the kernel from x̂ (B, L, D) to h (B, L, H). All are describable, and the tile's columns divide F."""
     B, L, D = x_hat.shape
     E = experts.num_experts
     H = h.shape[2]

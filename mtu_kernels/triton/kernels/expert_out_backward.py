@@ -1,9 +1,9 @@
-"""The gradient of the second product and of the activation: ∂z, the weighted activation again, and ∂w.
+"""The backward pass of the second product and of the activation: ∂z, the weighted activation again, and ∂w.
 
     ∂(w a) = ∂y W_out,e;    ∂u = w ∂(wa)·gelu(g);    ∂g = w ∂(wa)·u·(Φ(g) + g φ(g));    ∂w = Σ ∂(wa)·a
 
-The product's result stays in registers. Sums over rows leave each row tile as one row of partial sums, which are then
-added in a fixed order: no atomics, so the same bits every time.
+The result of the product stays in registers. Each row tile writes one row of partial sums. They are added later in a
+fixed order and without atomics, so that results have the same bits at every run.
 """
 
 from __future__ import annotations
@@ -31,23 +31,24 @@ def expert_out_backward_kernel(
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, IN_PLACE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    """One tile of ∂(w a) (B, L, KF), with the gradients and partial sums of `store_geglu_backward`."""
     KF = K * F
     tiles_m = tl.cdiv(L, BLOCK_M)
     tile_m, tile_n = program_tile(B * tiles_m, tl.cdiv(KF, BLOCK_N), GROUP_M)
     sample = tile_m // tiles_m
     local_M = (tile_m % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     column_N = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # A remainder, unlike a minimum, leaves neighbours together, and so loads of several elements.
+    # A remainder keeps neighbours together, so that one load takes several elements; a minimum would not.
     slot_N = tl.minimum(column_N // F, K - 1)
     unit_N = expert_of_slot(indices_ptr, sample, slot_N, K, E) * F + column_N % F
 
-    # Read before the product, which hides how long that takes; and the compiler then keeps all that follows the product
-    # in the registers that the product left its result in.
+    # u and g are read before the product, which hides the latency. The compiler then also keeps everything after the
+    # product in its register layout.
     mask_MN = (local_M < L)[:, None] & (column_N < KF)[None, :]
     rows_M = sample.to(tl.int64) * L + local_M
     u_MN, g_MN = load_pre_activations(z_ptr, mask_MN, rows_M, column_N, KF)
 
-    # Rows past the end read the last one again, and columns those of the last slot: nothing of theirs is stored.
+    # Rows past the end read the last row again, and columns those of the last slot. Their results are not stored.
     k_K = tl.arange(0, BLOCK_K)
     safe_M = sample.to(tl.int64) * L + tl.minimum(local_M, L - 1)
     grad_y_ptrs = grad_y_ptr + safe_M[:, None] * D + k_K[None, :]
@@ -73,7 +74,7 @@ def launch_expert_out_backward(
     grad_y: Tensor, experts: ExpertWeights, routing: Routing, z: Tensor, outputs: GegluGradients, tile: TileConfig,
     precision: str,
 ) -> Launch:  # fmt: skip
-    """grad_y (B, L, D) and z (B, L, 2KF) → outputs, whose sums have a row for each tile of `row_block` rows."""
+    """Launches the kernel from grad_y (B, L, D) and z (B, L, 2KF) to outputs, in tiles of `row_block` rows."""
     B, L, D = grad_y.shape
     K = routing.weights.shape[1]
     E = experts.num_experts
@@ -98,5 +99,5 @@ def launch_expert_out_backward(
 
 
 def row_block(tile: TileConfig, L: int) -> int:
-    """Rows of a tile: fewer than the table says where a sample has fewer tokens."""
+    """The rows of a tile, which are fewer than in the table if a sample has fewer tokens."""
     return min(tile.block_m, max(16, next_power_of_2(L)))

@@ -1,10 +1,11 @@
-"""Products that sum over the active experts' hidden units: the second product, and the gradient of x̂.
+"""The products that sum over the active experts' hidden units: the second product, and the gradient of x̂.
 
-    y[b]  = Σ_k h[b, :, k] W_out,eᵀ + bias          one half,   e = indices[b, k]
-    ∂x̂[b] = Σ_k ∂u[b, :, k] W_u,e + ∂g[b, :, k] W_g,e    two halves; apart for each k behind affines of (B, E, D)
+    y[b]  = Σ_k h[b, :, k] W_out,eᵀ + bias                       e = indices[b, k]
+    ∂x̂[b] = Σ_k ∂u[b, :, k] W_u,e + ∂g[b, :, k] W_g,e
 
-Both read (B, L, halves·K·F) rows and, step by step of the main loop, the rows or columns of weights that belong to one
-expert. Which expert that is comes from a vector loaded before the loop: a load inside it would stop its pipelining.
+For affines (B, E, D), the second sum is over one k only, and has an output for each. Both products read rows of (B, L,
+halves·K·F), with one half for h and two for [∂u, ∂g]. Each step of the main loop reads the weights of one expert. The
+experts are loaded into a vector before the loop, because a load of an index inside it would prevent pipelining.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from mtu_kernels.triton.tiles import TileConfig
 
 @triton.jit
 def add_bias(y_MN, bias_ptr, weights_ptr, indices_ptr, sample, n_N, N, K, E, BIAS_PER_EXPERT: tl.constexpr):
-    """y + b_out where it is (D,), y + Σ_k w[k] · b_out[e_k] where it is (E, D)."""
+    """y + b_out for a bias (D,), and y + Σ_k w[k] · b_out[e_k] for a bias (E, D)."""
     n_N = tl.minimum(n_N, N - 1)
-    # The compiler reads on after an early return, even under a constant condition: hence one return.
+    # There is one return, because the compiler also compiles the code after an early return.
     if BIAS_PER_EXPERT:
         bias_N = tl.zeros_like(n_N).to(tl.float32)
         for k in range(0, K):
@@ -61,7 +62,7 @@ def expert_sum_kernel(
     EVEN_F: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """weight_ptr: hidden unit i of half j is at (j·H + i)·stride_k, column n at n·stride_n."""
+    """In weight_ptr, hidden unit i of half j is at (j·H + i)·stride_k, and column n at n·stride_n."""
     tiles_m = tl.cdiv(L, BLOCK_M)
     outputs = B * K if SLOT_OUTPUTS else B
     tile_m, tile_n = program_tile(outputs * tiles_m, tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -74,13 +75,13 @@ def expert_sum_kernel(
     k_K = tl.arange(0, BLOCK_K)
     experts_S = experts_of_sample(indices_ptr, sample, K, E, SLOTS)
 
-    # Rows past the end read the last one again, and columns the first ones: nothing of theirs is stored. A remainder,
-    # unlike a minimum, leaves neighbours together, and so loads of several elements.
+    # Rows past the end read the last row again, and columns past the end the first ones. Their results are not stored.
+    # For columns, a remainder keeps neighbours together, so that one load takes several elements; a minimum would not.
     row_M = sample.to(tl.int64) * L + tl.minimum(local_M, L - 1)
     a_ptrs = a_ptr + row_M[:, None] * (HALVES * K * F) + k_K[None, :]
     weight_ptrs = weight_ptr + (n_N % N).to(tl.int64)[None, :] * stride_n
     y_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # Counted, not divided: divisions were a third of the loop's instructions.
+    # These are counted, because divisions would be a third of the loop's instructions.
     f = 0
     slot = first_slot
     half = 0
@@ -116,9 +117,9 @@ def expert_sum_descriptor_kernel(
     UNITS_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """The same by tensor descriptors, for 16-bit storage; BLOCK_K divides F.
+    """`expert_sum_kernel` with tensor descriptors, for 16-bit storage. BLOCK_K divides F.
 
-    a_desc: (B, L, halves·KF); weight_desc: (halves·H, N) where UNITS_FIRST, else (N, H); y_desc: (outputs, L, N).
+    a_desc is (B, L, halves·KF), weight_desc (halves·H, N) if UNITS_FIRST and else (N, H), and y_desc (outputs, L, N).
     """
     tiles_m = tl.cdiv(L, BLOCK_M)
     outputs = B * K if SLOT_OUTPUTS else B
@@ -153,12 +154,12 @@ def expert_sum_descriptor_kernel(
 
 
 class Summands(NamedTuple):
-    """What is summed.
+    """The operands of such a product.
 
     Attributes:
         a: (B, L, halves·K·F) compute dtype.
-        weight: w_out (N, H), or w_in (2H, N): the two products differ in which of its sides hidden units lie on.
-        units_first: whether hidden units are the first dimension of weight.
+        weight: w_out (N, H), or w_in (2H, N).
+        units_first: whether hidden units are the first dimension of weight, as in w_in.
         bias: (N,) or (E, N), or ``None``.
         num_experts: E.
     """
@@ -171,7 +172,7 @@ class Summands(NamedTuple):
 
 
 def launch_expert_sum(summands: Summands, routing: Routing, y: Tensor, tile: TileConfig, precision: str) -> Launch:
-    """→ y (B, L, N), or (B, K, L, N) with an output of its own for each slot."""
+    """Launches the product that writes y (B, L, N), or (B, K, L, N) with an output for each slot."""
     a, weight, units_first, bias, E = summands
     B, K = routing.weights.shape
     *_, L, N = y.shape
@@ -180,7 +181,7 @@ def launch_expert_sum(summands: Summands, routing: Routing, y: Tensor, tile: Til
     F = hidden // (halves * E)
     slot_outputs = y.dim() == 4
     block_m = min(tile.block_m, max(16, next_power_of_2(L)))
-    # The depth of a step should divide F: masked steps load what they do not use.
+    # The depth of a step should divide F, because masked steps load numbers that they do not use.
     divisor = min(F & -F, tile.block_k)
     block_k = divisor if divisor >= 16 else tile.block_k
     constants = {

@@ -1,8 +1,8 @@
-"""Gradients of the weights of one expert: sums over the samples that use it, walked in order.
+"""The gradients of expert weights: sums over the samples that use an expert, in their order.
 
     ∂W_in,e = Σ_b ∂z[b, :, k]ᵀ x̂[b];    ∂W_out,eᵀ = Σ_b (w a)[b, :, k]ᵀ ∂y[b]        over b with indices[b, k] = e
 
-A program owns one tile of one expert's gradient and writes it once, zero where no sample uses the expert.
+A program computes one tile of one expert's gradient and writes it once. If no sample uses the expert, it writes zeros.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def expert_weights_kernel(
     HALVES: tl.constexpr, SLOT_INPUTS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
     IN_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Hidden unit i of half j has its gradient at (j·H + i)·stride_unit, column n at n·stride_n."""
+    """In gradient_ptr, hidden unit i of half j is at (j·H + i)·stride_unit, and column n at n·stride_n."""
     tiles_m = tl.cdiv(F, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile_n = tl.program_id(0) % tiles_n
@@ -32,14 +32,14 @@ def expert_weights_kernel(
     expert = part % E
     unit_M = (tile % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     n_N = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Units and columns past the end read the first ones again: nothing of theirs is stored. A remainder, unlike a
-    # minimum, leaves neighbours together, and so loads of several elements.
+    # Units and columns past the end read the first ones again. Their results are not stored. A remainder keeps
+    # neighbours together, so that one load takes several elements; a minimum would not.
     safe_unit_M = unit_M % F
     safe_n_N = n_N % N
     k_K = tl.arange(0, BLOCK_K)
     slot_S = tl.arange(0, SLOTS)
-    # Where storage is float32, parts of 16 steps are summed by themselves: one after the other, thousands of rows would
-    # lose digits.
+    # For float32 storage, every 16 steps have a sum of their own. One running sum over thousands of rows would lose
+    # digits.
     part_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     gradient_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for b in range(0, B):
@@ -55,7 +55,7 @@ def expert_weights_kernel(
         a_ptrs = a_ptr + (first + k_K)[None, :] * (HALVES * K * F) + column_M[:, None]
         x_ptrs = x_ptr + (first_x + k_K)[:, None] * N + safe_n_N[None, :]
         for row in range(0, rows, BLOCK_K):
-            # Masked on both sides: memory past the end may hold NaN.
+            # Both operands are masked, because memory past the end may hold NaN.
             a_MK = tl.load(a_ptrs, mask=k_K[None, :] < rows - row, other=0.0)
             x_KN = tl.load(x_ptrs, mask=k_K[:, None] < rows - row, other=0.0)
             part_MN = tl.dot(a_MK, x_KN, part_MN, input_precision=PRECISION)
@@ -78,7 +78,10 @@ def expert_weights_kernel(
 def launch_expert_weights(
     a: Tensor, x: Tensor, routing: Routing, gradient: Tensor, size: int, tile: TileConfig, precision: str
 ) -> Launch:
-    """a (B, L, halves·KF) and x (B, L, N) or (B, K, L, N) → gradient (halves·H, N) of any strides; size is F."""
+    """Launches the kernel from a (B, L, halves·KF) and x (B, L, N) or (B, K, L, N) to gradient (halves·H, N).
+
+    The gradient may have any strides. size is F.
+    """
     B, L, width = a.shape
     K = routing.weights.shape[1]
     hidden, N = gradient.shape

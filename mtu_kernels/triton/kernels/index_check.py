@@ -1,4 +1,4 @@
-"""Whether expert indices are in range and distinct, found out on the device in one kernel."""
+"""The check of expert indices on the device: one kernel tests that they are in range and distinct."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mtu_kernels.triton.launch import Launch, Machine, next_power_of_2
 
 @triton.jit
 def index_check_kernel(indices_ptr, valid_ptr, B, K, E, SLOTS: tl.constexpr, SAMPLES: tl.constexpr):
-    """One program: valid is 1 if in each row K different numbers lie in [0, E), else 0."""
+    """Sets valid to 1 if each row has K different numbers in [0, E), else to 0. It runs as one program."""
     slot_S = tl.arange(0, SLOTS)
     wrong = 0
     for first in range(0, B, SAMPLES):
@@ -31,13 +31,13 @@ def launch_index_check(indices: Tensor, valid: Tensor, num_experts: int) -> Laun
     """indices (B, K) contiguous → valid (1,) int8."""
     B, K = indices.shape
     slots = next_power_of_2(K)
-    # Pairs are compared by 1024 or so at a time.
+    # About 1024 pairs are compared at a time.
     constants = {"SLOTS": slots, "SAMPLES": max(1, min(64, 1024 // slots**2))}
     return Launch(index_check_kernel, 1, (indices, valid, B, K, num_experts), constants, 4, 1)
 
 
 def indices_are_valid(indices: Tensor, num_experts: int, machine: Machine) -> Tensor:
-    """indices (B, K) → a flag (1,) bool on their device."""
+    """Whether indices (B, K) are valid, as a flag (1,) bool on their device."""
     valid = torch.empty(1, dtype=torch.int8, device=indices.device)
     machine.run(launch_index_check(indices.contiguous(), valid, num_experts))
     return valid.view(torch.bool)

@@ -1,4 +1,4 @@
-"""LayerNorm with the affine of each sample (or of each of its experts), forward and backward."""
+"""LayerNorm with an affine per sample, or per sample and expert: forward and backward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mtu_kernels.arguments import NormAffine
 from mtu_kernels.triton.kernels.activation import expert_of_slot
 from mtu_kernels.triton.launch import Launch, ceil_div, next_power_of_2
 
-# Rows that one program of the backward pass walks through, where it can sum them in registers.
+# The number of rows that one program of the backward pass sums in registers, if there is one slot.
 _ROWS_PER_SUM = 128
 
 
@@ -22,9 +22,9 @@ def layer_norm_kernel(
     x_ptr, gamma_ptr, beta_ptr, indices_ptr, x_hat_ptr, mean_ptr, rstd_ptr, L, D, K, E, eps,
     SLOTS: tl.constexpr, PER_EXPERT: tl.constexpr, OVERLAP: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """x̂ = (x − mean) · rstd · γ + β; SLOTS outputs a row. mean_ptr ``None``: statistics are not kept."""
+    """x̂ = (x − mean) · rstd · γ + β, with SLOTS outputs per row. mean_ptr ``None`` keeps no statistics."""
     if OVERLAP:
-        # Once every program has begun, the next launch may begin too; it waits for the results by itself.
+        # When all programs have reached this line, the next launch may start. It waits for the results by itself.
         gdc_launch_dependents()
     tiles = tl.cdiv(L, ROWS)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
@@ -35,7 +35,7 @@ def layer_norm_kernel(
     mask_RD = (local_R < L)[:, None] & mask_D[None, :]
     x_RD = tl.load(x_ptr + row_R[:, None] * D + d_D[None, :], mask=mask_RD, other=0.0).to(tl.float32)
     mean_R = tl.sum(x_RD, axis=1) / D
-    # Centred before squaring: the difference of two large sums would lose everything where |mean| ≫ deviation.
+    # Squares are of centred numbers: E[x²] − mean² would lose all digits where |mean| ≫ deviation.
     centred_RD = tl.where(mask_D[None, :], x_RD - mean_R[:, None], 0.0)
     rstd_R = tl.rsqrt(tl.sum(centred_RD * centred_RD, axis=1) / D + eps)
     n_RD = centred_RD * rstd_R[:, None]
@@ -58,9 +58,9 @@ def layer_norm_backward_kernel(
     d_x_hat_ptr, x_ptr, mean_ptr, rstd_ptr, gamma_ptr, indices_ptr, dx_ptr, d_gamma_ptr, d_beta_ptr, L, D, K, E,
     SLOTS: tl.constexpr, PER_EXPERT: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """∂n = Σ γ ∂x̂; ∂x = rstd (∂n − mean(∂n) − n mean(n ∂n)); sums of ∂x̂ · n and ∂x̂ over this program's rows.
+    """∂n = Σ γ ∂x̂ and ∂x = rstd (∂n − mean(∂n) − n mean(n ∂n)), and ∂x̂ · n and ∂x̂ summed over this program's rows.
 
-    d_gamma_ptr, d_beta_ptr: (B, tiles, SLOTS, D) float32. STEPS is 1 where there are several slots.
+    d_gamma_ptr and d_beta_ptr are (B, tiles, SLOTS, D) float32. STEPS must be 1 if there are several slots.
     """
     tiles = tl.cdiv(L, ROWS * STEPS)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
@@ -103,19 +103,24 @@ def layer_norm_backward_kernel(
 
 
 class Statistics(NamedTuple):
-    """Of each token, float32, (B, L)."""
+    """The statistics of each token, (B, L) float32.
+
+    Attributes:
+        mean: the mean of x.
+        rstd: 1 / sqrt(variance + eps).
+    """
 
     mean: Tensor
     rstd: Tensor
 
 
 class NormGradients(NamedTuple):
-    """What the backward pass of LayerNorm writes, for T row tiles a sample.
+    """The outputs of LayerNorm's backward pass, for T row tiles per sample.
 
     Attributes:
-        x: (B, L, D) dtype of x.
-        weight: (B, T, slots, D) float32, sums over the rows of a tile.
-        bias: the same.
+        x: (B, L, D) in the dtype of x, its gradient.
+        weight: (B, T, slots, D) float32, the gradient of γ summed over the rows of each tile.
+        bias: (B, T, slots, D) float32, the gradient of β summed over the rows of each tile.
     """
 
     x: Tensor
@@ -133,9 +138,12 @@ def launch_layer_norm(
     *,
     overlap: bool = False,
 ) -> Launch:
-    """x (B, L, D) → x̂ (B, L, D), or (B, slots, L, D) for affines (B, E, D); and, if asked for, the statistics.
+    """Launches `layer_norm_kernel` from x (B, L, D) to x̂ (B, L, D), or to (B, slots, L, D) for affines (B, E, D).
 
-    overlap: let the next launch start early, if it asks to.
+    Args:
+        x, norm, indices, eps: as for `mtu_kernels.moe_ffn`.
+        x_hat, statistics: the outputs. ``None`` omits one.
+        overlap: whether the next launch may start early.
     """
     B, L, D = x.shape
     block_d, rows, num_warps = _block(D)
@@ -157,7 +165,7 @@ def launch_layer_norm(
 def launch_layer_norm_backward(
     d_x_hat: Tensor, x: Tensor, statistics: Statistics, norm: NormAffine, indices: Tensor | None, outputs: NormGradients
 ) -> Launch:
-    """∂x̂ (B, L, D), or (B, slots, L, D), → outputs, whose sums have `norm_tiles` rows a sample."""
+    """Launches `layer_norm_backward_kernel` from ∂x̂ (B, L, D), or (B, slots, L, D), in `norm_tiles` tiles a sample."""
     B, L, D = x.shape
     block_d, rows, num_warps = _block(D)
     per_expert = norm.weight.dim() == 3
@@ -176,7 +184,7 @@ def launch_layer_norm_backward(
 
 
 def norm_tiles(L: int, D: int, slots: int) -> int:
-    """Programs that share a sample's rows in the backward pass."""
+    """The number of programs that share the rows of a sample in the backward pass."""
     _, rows, _ = _block(D)
     return ceil_div(L, rows * _steps(L, rows, slots))
 
@@ -186,7 +194,7 @@ def _steps(L: int, rows: int, slots: int) -> int:
 
 
 def _block(D: int) -> tuple[int, int, int]:
-    """Width of a row's block, rows of a program and its warps: some 4096 elements, 32 a thread."""
+    """The width of a row's block, and the rows and warps of a program: about 4096 elements, 32 per thread."""
     block_d = next_power_of_2(D)
     rows = max(1, min(16, 4096 // block_d))
     return block_d, rows, max(1, min(16, block_d * rows // 1024))
