@@ -37,7 +37,7 @@ def moe_ffn(
     with their surroundings. The log says once which of the two a compiled call runs.
     """
     if torch.compiler.is_compiling() and not is_exporting():
-        if torch_compile.serves(x, norm, experts, routing):
+        if torch_compile.supports(x, norm, experts, routing):
             constant(torch_compile.log_path, torch_compile.describe_path(experts.w_in.dtype))
             return torch_compile.moe_ffn(x, norm, experts, routing, eps=eps, residual=residual)
         constant(torch_compile.log_path, "LayerNorm, experts and their sum as one operator")

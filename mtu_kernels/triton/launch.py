@@ -135,6 +135,6 @@ def is_sm_90_or_later(arch: str) -> bool:
     return number.isdecimal() and int(number) >= 90
 
 
-def starts_early(arch: str) -> bool:
+def supports_overlap(arch: str) -> bool:
     """Whether a launch may start before the previous one has ended. The interpreter cannot do that."""
     return is_sm_90_or_later(arch) and not interpreted()

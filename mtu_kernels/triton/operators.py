@@ -26,7 +26,7 @@ from mtu_kernels.triton.kernels.layer_norm import (
     launch_layer_norm_backward,
     norm_tiles,
 )
-from mtu_kernels.triton.launch import Machine, ceil_div, starts_early
+from mtu_kernels.triton.launch import Machine, ceil_div, supports_overlap
 from mtu_kernels.triton.tile_choice import find_tile, token_class
 from mtu_kernels.triton.tiles import ELEMENTWISE_TILE, Library, TileConfig, TileKey
 
@@ -46,14 +46,14 @@ class Call(NamedTuple):
         return (self.routing.weights.shape[1],) if self.norm.weight.dim() == 3 else ()
 
     @property
-    def size(self) -> int:
+    def expert_size(self) -> int:
         """F, the hidden units of one expert."""
         return self.experts.w_out.shape[1] // self.experts.num_experts
 
     @property
     def active_hidden(self) -> int:
         """K·F, the hidden units of all active experts of a sample."""
-        return self.size * self.routing.weights.shape[1]
+        return self.expert_size * self.routing.weights.shape[1]
 
     @property
     def precision(self) -> str:
@@ -171,7 +171,7 @@ def normalize(call: Call, statistics: Statistics | None, eps: float) -> Tensor:
     """x̂ (B, L, D), or (B, K, L, D) for affines (B, E, D). Writes statistics unless they are ``None``."""
     B, L, D = call.x.shape
     x_hat = call.empty(B, *call.slots, L, D)
-    overlap = starts_early(call.machine.arch)
+    overlap = supports_overlap(call.machine.arch)
     call.machine.run(
         launch_layer_norm(call.x, call.norm, call.routing.indices, x_hat, statistics, eps, overlap=overlap)
     )
@@ -190,14 +190,14 @@ def activate(call: Call, x_hat: Tensor, outputs: Hidden, *, follows_norm: bool =
     product = "expert_in" if outputs.z is None else "expert_in_train"
     tile = call.tile(product, grouped=call.routing.indices is not None or x_hat.dim() == 4)
     if isinstance(tile, TileConfig):
-        overlap = follows_norm and starts_early(call.machine.arch)
+        overlap = follows_norm and supports_overlap(call.machine.arch)
         experts, routing = call.experts, call.routing
         call.machine.run(launch_expert_in(x_hat, experts, routing, outputs, tile, call.precision, overlap=overlap))
         return
     z = call.empty(*call.x.shape[:2], 2 * call.active_hidden) if outputs.z is None else outputs.z
     torch.addmm(call.experts.b_in, x_hat.flatten(0, 1), call.experts.w_in.T, out=z.flatten(0, 1))
     if outputs.h is not None:
-        call.machine.run(launch_geglu(z, call.routing.weights, outputs.h, call.size, ELEMENTWISE_TILE))
+        call.machine.run(launch_geglu(z, call.routing.weights, outputs.h, call.expert_size, ELEMENTWISE_TILE))
 
 
 def project_out(call: Call, h: Tensor) -> Tensor:
@@ -240,7 +240,7 @@ def _activation_gradients(
         d_bias=call.empty(B, tiles, 2 * width, dtype=torch.float32) if expert_grads else None,
     )
     if isinstance(tile, Library):
-        launch = launch_geglu_backward(da, call.routing.weights, z, outputs, call.size, ELEMENTWISE_TILE)
+        launch = launch_geglu_backward(da, call.routing.weights, z, outputs, call.expert_size, ELEMENTWISE_TILE)
     else:
         precision = call.precision
         launch = launch_expert_out_backward(grad_y, call.experts, call.routing, z, outputs, tile, precision)
@@ -288,7 +288,7 @@ def _w_out_gradient(call: Call, grad_y: Tensor, h: Tensor) -> Tensor:
     if isinstance(tile, Library):
         return grad_y.flatten(0, 1).T @ h.flatten(0, 1)
     gradient = torch.empty_like(call.experts.w_out)
-    call.machine.run(launch_expert_weights(h, grad_y, call.routing, gradient.T, call.size, tile, call.precision))
+    call.machine.run(launch_expert_weights(h, grad_y, call.routing, gradient.T, call.expert_size, tile, call.precision))
     return gradient
 
 
@@ -299,7 +299,7 @@ def _w_in_gradient(call: Call, dz: Tensor, eps: float) -> Tensor:
     if isinstance(tile, Library):
         return dz.flatten(0, 1).T @ x_hat.flatten(0, 1)
     gradient = torch.empty_like(call.experts.w_in)
-    call.machine.run(launch_expert_weights(dz, x_hat, call.routing, gradient, call.size, tile, call.precision))
+    call.machine.run(launch_expert_weights(dz, x_hat, call.routing, gradient, call.expert_size, tile, call.precision))
     return gradient
 
 

@@ -69,7 +69,7 @@ def default_tile(key: TileKey) -> TileConfig | Library:
     return TileConfig(64, 32 if key.product in PAIR_PRODUCTS else 64, 32, 4, 2)
 
 
-def index(rows: Iterable[TableRow]) -> Table:
+def make_table(rows: Iterable[TableRow]) -> Table:
     """The tiles of all rows by their keys.
 
     Raises:
@@ -85,4 +85,4 @@ def index(rows: Iterable[TableRow]) -> Table:
     return table
 
 
-_TABLE = index(ROWS)
+_TABLE = make_table(ROWS)

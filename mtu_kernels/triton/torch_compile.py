@@ -31,7 +31,7 @@ LIBRARY.define(
 _EXPERT_HIDDEN = torch.ops.mtu_kernels.expert_hidden_triton
 
 
-def serves(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing) -> bool:
+def supports(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing) -> bool:
     """Whether a call is dense inference, with one norm affine for each sample and one bias for all experts."""
     if routing.indices is not None or norm.weight.dim() != 2 or experts.b_out.dim() != 1:
         return False
@@ -48,7 +48,7 @@ def describe_path(compute: torch.dtype) -> str:
 def moe_ffn(
     x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing, *, eps: float, residual: bool = False
 ) -> Tensor:
-    """`mtu_kernels.moe_ffn` for calls that `serves` returns true for."""
+    """`mtu_kernels.moe_ffn` for calls that `supports` returns true for."""
     compute = experts.w_in.dtype
     if compute == torch.float32:
         return eager.moe_ffn(x, norm, experts, routing, eps=eps, residual=residual)
@@ -84,5 +84,5 @@ def _no_derivative(ctx, grad_h: Tensor) -> tuple[None, ...]:
     raise NotImplementedError(f"{_EXPERT_HIDDEN.default} has no derivative: `mtu_kernels.moe_ffn` has.")
 
 
-# Without a rule, a call that records gradients would get zeros without an error. `serves` keeps such calls away.
+# Without a rule, a call that records gradients would get zeros without an error. `supports` keeps such calls away.
 torch.library.register_autograd(_EXPERT_HIDDEN.default, _no_derivative, lib=LIBRARY)

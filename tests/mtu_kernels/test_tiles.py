@@ -3,7 +3,7 @@
 import pytest
 
 from mtu_kernels.triton.availability import MINIMUM_VERSION
-from mtu_kernels.triton.tile_choice import default_tile, find_tile, index, look_up, triton_version
+from mtu_kernels.triton.tile_choice import default_tile, find_tile, look_up, make_table, triton_version
 from mtu_kernels.triton.tile_table import ROWS
 from mtu_kernels.triton.tiles import LIBRARY, TableRow, TileConfig, TileKey
 
@@ -21,7 +21,7 @@ KEYS = [
 def test_rows_of_the_version_go_before_rows_for_any_and_exact_shapes_before_general_ones(missing):
     rows = [TableRow(key, tile, "") for key, tile in zip(KEYS, TILES, strict=True)][missing:]
     others = [TableRow(KEY._replace(triton=version), TileConfig(16, 16, 16, 1, 1), "") for version in ("3.5", "3.60")]
-    assert look_up(index([*others, *rows]), KEY) == [*TILES, default_tile(KEY)][missing]
+    assert look_up(make_table([*others, *rows]), KEY) == [*TILES, default_tile(KEY)][missing]
 
 
 def test_a_key_without_a_version_is_for_the_installed_triton():
@@ -40,7 +40,7 @@ def test_versions_are_named_as_the_package_names_them():
 def test_a_table_with_two_rows_of_a_key_or_a_library_by_expert_is_refused():
     row = TableRow(KEY, TILES[0], "")
     with pytest.raises(ValueError, match=r"two rows for .*triton='3.6'"):
-        index([row, row])
-    index([row, row._replace(key=KEY._replace(triton=""))])
+        make_table([row, row])
+    make_table([row, row._replace(key=KEY._replace(triton=""))])
     with pytest.raises(ValueError, match="a library cannot pick weights by expert"):
-        index([row._replace(tile=LIBRARY)])
+        make_table([row._replace(tile=LIBRARY)])

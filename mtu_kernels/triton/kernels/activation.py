@@ -166,11 +166,13 @@ def _elementwise_tile(L, F, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     return sample, tile, sample.to(tl.int64) * L + local_M, columns_N, slots_N, mask_MN
 
 
-def launch_geglu(z: torch.Tensor, weights: torch.Tensor, h: torch.Tensor, size: int, tile: ElementwiseTile) -> Launch:
-    """Launches `geglu_kernel` from z (B, L, 2KF) and weights (B, K) to h (B, L, KF). size is F."""
+def launch_geglu(
+    z: torch.Tensor, weights: torch.Tensor, h: torch.Tensor, expert_size: int, tile: ElementwiseTile
+) -> Launch:
+    """Launches `geglu_kernel` from z (B, L, 2KF) and weights (B, K) to h (B, L, KF). The expert size is F."""
     programs = _programs(h, tile)
     constants = {"EXACT": z.dtype == torch.float32, **tile.constants}
-    arguments = (z, weights, h, h.shape[1], size, weights.shape[1])
+    arguments = (z, weights, h, h.shape[1], expert_size, weights.shape[1])
     return Launch(geglu_kernel, programs, arguments, constants, tile.num_warps, 1)
 
 
@@ -179,12 +181,12 @@ def launch_geglu_backward(
     weights: torch.Tensor,
     z: torch.Tensor,
     outputs: GegluGradients,
-    size: int,
+    expert_size: int,
     tile: ElementwiseTile,
 ) -> Launch:
-    """Launches `geglu_backward_kernel` from da (B, L, KF) and z (B, L, 2KF) to outputs. size is F."""
+    """Launches `geglu_backward_kernel` from da (B, L, KF) and z (B, L, 2KF) to outputs. The expert size is F."""
     constants = {"EXACT": z.dtype == torch.float32, "IN_PLACE": outputs.dz is z, **tile.constants}
-    arguments = (da, weights, z, *outputs, da.shape[1], size, weights.shape[1])
+    arguments = (da, weights, z, *outputs, da.shape[1], expert_size, weights.shape[1])
     return Launch(geglu_backward_kernel, _programs(da, tile), arguments, constants, tile.num_warps, 1)
 
 

@@ -76,17 +76,17 @@ def expert_weights_kernel(
 
 
 def launch_expert_weights(
-    a: Tensor, x: Tensor, routing: Routing, gradient: Tensor, size: int, tile: TileConfig, precision: str
+    a: Tensor, x: Tensor, routing: Routing, gradient: Tensor, expert_size: int, tile: TileConfig, precision: str
 ) -> Launch:
     """Launches the kernel from a (B, L, halves·KF) and x (B, L, N) or (B, K, L, N) to gradient (halves·H, N).
 
-    The gradient may have any strides. size is F.
+    The gradient may have any strides. The expert size is F.
     """
     B, L, width = a.shape
     K = routing.weights.shape[1]
     hidden, N = gradient.shape
-    halves = width // (K * size)
-    num_experts = hidden // (halves * size)
+    halves = width // (K * expert_size)
+    num_experts = hidden // (halves * expert_size)
     constants = {
         "HALVES": halves,
         "SLOT_INPUTS": x.dim() == 4,
@@ -97,8 +97,8 @@ def launch_expert_weights(
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
     }
-    programs = halves * num_experts * ceil_div(size, tile.block_m) * ceil_div(N, tile.block_n)
-    arguments = (a, x, routing.indices, gradient, B, L, N, size, K, num_experts, *gradient.stride())
+    programs = halves * num_experts * ceil_div(expert_size, tile.block_m) * ceil_div(N, tile.block_n)
+    arguments = (a, x, routing.indices, gradient, B, L, N, expert_size, K, num_experts, *gradient.stride())
     return Launch(
         expert_weights_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages, product="expert_weights"
     )
