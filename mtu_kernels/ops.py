@@ -144,7 +144,7 @@ def _refuse_transforms(ops: Ops, tensors: tuple[Tensor | None, ...]) -> None:
         what = "forward-mode differentiation"
     else:
         what = f"functional transforms ({transform.key().name})"
-    raise NotImplementedError(f"{ops.train} has no rule for {what}: use backend='eager', which has.")
+    raise NotImplementedError(f"{ops.train} has no rule for {what}: use backend='eager', which has one.")
 
 
 def _register_autograd(
@@ -181,7 +181,7 @@ def _register_autograd(
         return *grads, None, *(None for _ in ctx.options)
 
     def no_second_derivative(ctx, *grads):
-        raise NotImplementedError(f"{backward} has no second derivative: use backend='eager', which has.")
+        raise NotImplementedError(f"{backward} has no second derivative: use backend='eager', which has one.")
 
     register = torch.library.register_autograd
     register(inference, backward_of_inference, setup_context=save_inputs, lib=LIBRARY)

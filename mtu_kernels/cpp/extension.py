@@ -26,7 +26,7 @@ def load(folder: Path) -> Extension:
     """Loads the extension from a folder, which registers its kernels. Failures are returned, never raised."""
     paths = sorted([*folder.glob("_C*.so"), *folder.glob("_C*.dylib")])
     if not paths:
-        return Extension((), "its extension was not built when mtu was installed, for want of a compiler or of torch")
+        return Extension((), "its extension was not built when mtu was installed: a compiler or torch was missing")
     try:
         torch.ops.load_library(paths[0])
         name_of = ctypes.CDLL(str(paths[0])).mtu_level_name

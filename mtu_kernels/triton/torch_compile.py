@@ -81,7 +81,7 @@ def _flops(x_hat_shape, w_in_shape, *args, out_shape=None) -> int:
 
 
 def _no_derivative(ctx, grad_h: Tensor) -> tuple[None, ...]:
-    raise NotImplementedError(f"{_EXPERT_HIDDEN.default} has no derivative: `mtu_kernels.moe_ffn` has.")
+    raise NotImplementedError(f"{_EXPERT_HIDDEN.default} has no derivative: call `mtu_kernels.moe_ffn`, which has one.")
 
 
 # Without a rule, a call that records gradients would get zeros without an error. `supports` keeps such calls away.
