@@ -1,6 +1,5 @@
-"""`mtu inspect`: the paper's figures, folders, errors, and the sweep against models that are really built."""
+"""What inspection counts: the paper's figures, folders, and the sweep against models that are really built."""
 
-import json
 import re
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import mtu
-from mtu.cli import main
 from mtu.inspection import Comparison, compare, format_comparison, sweep
 
 from ..tiny import SD, SDXL, inputs, stock_unet, upcycled_unet
@@ -200,145 +198,6 @@ def test_folder_of_an_upcycled_unet_is_compared_with_its_stock_configuration(tmp
     assert swept[2, 1, None].parameters_with_routers == with_routers
 
 
-def test_weights_are_not_needed(tmp_path):
-    stock_unet(SD).save_config(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-    assert main(["inspect", str(tmp_path), "--size", "64"]) == 0
-
-
-# ------------------------------------------------------------------------------------------------------ command line
-
-
-def test_json_holds_the_rows(capsys, tmp_path):
-    stock_unet(SD).save_config(tmp_path)
-    assert (
-        main(["inspect", str(tmp_path), "--size", "64", "--num-experts", "2", "--expert-ratio", "1/4", "--json"]) == 0
-    )
-    result = json.loads(capsys.readouterr().out)
-    assert (result["num_experts"], result["expert_ratio"], result["preserved"]) == (2, 0.25, False)
-    assert "drops hidden units" in result["why_not_preserved"]
-    rows = {row["key"]: row for row in result["rows"]}
-    assert rows["parameters"]["ratio"] == rows["parameters"]["upcycled"] / rows["parameters"]["original"]
-    assert rows["flops"]["ratio"] < 1
-
-
-def test_text_says_why_the_output_is_not_preserved(capsys, tmp_path):
-    stock_unet(SD).save_config(tmp_path)
-    assert main(["inspect", str(tmp_path), "--size", "64", "--top-k", "2"]) == 0
-    captured = capsys.readouterr()
-    assert "preserved at initialisation: no, top_k = 2 of 4 experts" in captured.out
-    assert captured.err == ""
-
-
-def write_config(folder: Path, text: str, where: str = "config.json") -> None:
-    path = folder / where
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
-
-
-def broken_folder(folder: Path, kind: str) -> None:
-    if kind == "empty":
-        return
-    if kind == "corrupt":
-        write_config(folder, '{"_class_name": "UNet2D', "unet/config.json")
-    elif kind == "not utf-8":
-        (folder / "config.json").write_bytes(b"\xff\xfe\x00")
-    elif kind == "list":
-        write_config(folder, "[1, 2]")
-    elif kind == "vae":
-        write_config(folder, '{"_class_name": "AutoencoderKL"}')
-    elif kind == "no class":
-        write_config(folder, "{}")
-    elif kind == "nonsense":
-        write_config(folder, '{"_class_name": "UNet2DConditionModel", "block_out_channels": "wide"}')
-    elif kind == "half upcycled":
-        write_config(folder, '{"_class_name": "MTUUNet2DConditionModel", "tasks": ["edit"]}')
-    elif kind == "no blocks":
-        stock_unet(SD).save_config(folder)
-        config = json.loads((folder / "config.json").read_text())
-        config |= {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
-        write_config(folder, json.dumps({**config, "mid_block_type": None}))
-    elif kind == "class labels":
-        stock_unet(SD, num_class_embeds=10).save_config(folder)
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("empty", "holds neither config.json nor unet/config.json"),
-        ("corrupt", "config.json is not a JSON file: "),
-        ("not utf-8", "config.json is not a JSON file: "),
-        ("list", "must hold a JSON object, but holds a list"),
-        ("vae", "describes a AutoencoderKL, but a UNet2DConditionModel or MTUUNet2DConditionModel is expected"),
-        ("no class", "describes a None, but a UNet2DConditionModel or MTUUNet2DConditionModel is expected"),
-        ("nonsense", "describes no UNet2DConditionModel: "),
-        ("half upcycled", "describes no MTUUNet2DConditionModel: "),
-        ("no blocks", "has no feed-forward networks to upcycle"),
-        ("class labels", "but got num_class_embeds=10"),
-    ],
-)
-def test_folders_that_are_no_unets(capsys, tmp_path, kind, message):
-    broken_folder(tmp_path, kind)
-    assert_refused(capsys, [str(tmp_path)], message)
-
-
-def assert_refused(capsys, arguments: list[str], message: str) -> None:
-    """Raise unless `mtu inspect` with these arguments exits with 2 and one sentence on stderr that has `message`."""
-    assert main(["inspect", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert message in captured.err
-    assert captured.err.startswith("mtu inspect: error: ")
-    assert captured.err.endswith(".\n")
-    assert captured.err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["no/such"], "There is no folder 'no/such': expected sd15, sdxl or the folder of a model."),
-        (["--size", "0"], "size must be a positive multiple of 8, the pixels per latent, but got 0."),
-        (["--size", "-8"], "size must be a positive multiple of 8"),
-        (["--size", "100"], "size must be a positive multiple of 8"),
-        (["--num-experts", "0"], "num_experts must be an integer ≥ 1, but got 0."),
-        (["--num-experts", "3"], "num_experts must divide the hidden width of every FFN, but 3 does not divide"),
-        (["--top-k", "5"], "top_k must be at most num_experts = 4, but got 5."),
-        (["--top-k", "0"], "top_k must be an integer ≥ 1, but got 0."),
-        (["--expert-ratio", "-1"], "expert_ratio must be a positive number, but got -1"),
-        (["--expert-ratio", "0"], "expert_ratio must be a positive number, but got 0"),
-        (["--expert-ratio", "1/7"], "expert_ratio times the hidden width must be a whole number ≥ 1"),
-        (["--norm", "batch"], "norm must be 'task' or 'task_expert', but got 'batch'."),
-        (["--sweep"], "--sweep needs a --budget"),
-        (["--budget", "860M"], "--budget goes with --sweep."),
-        (["--sweep", "--budget", "1B", "--top-k", "2"], "--sweep tries all layouts: expected no --top-k."),
-        (["--sweep", "--budget", "many"], "such as 860M, 1.2B or 1.05x, but got 'many'."),
-        (["--sweep", "--budget", "0M"], "such as 860M, 1.2B or 1.05x, but got '0M'."),
-        (["--sweep", "--budget", "-1x"], "such as 860M, 1.2B or 1.05x, but got '-1x'."),
-        (
-            ["--sweep", "--budget", "500M"],
-            "No layout fits into 500.0 M parameters: the smallest is N = 1 G = 1/4 (748.1 M)",
-        ),
-    ],
-)
-def test_bad_arguments(capsys, arguments, message):
-    # `--budget -1x` would be read as an option.
-    assert_refused(capsys, " ".join(arguments).replace("--budget ", "--budget=").split(), message)
-
-
-def test_layout_of_an_upcycled_model_cannot_be_changed(capsys, tmp_path):
-    upcycled_unet(SD).save_config(tmp_path)
-    assert_refused(capsys, [str(tmp_path), "--top-k", "1"], "its layout is fixed: expected no top_k.")
-
-
-@pytest.mark.parametrize(
-    "arguments", [[], ["nonsense"], ["inspect", "--top-k", "two"], ["inspect", "--expert-ratio", "1/0"]]
-)
-def test_command_lines_that_do_not_parse_exit_with_2(arguments):
-    with pytest.raises(SystemExit) as exit_info:
-        main(arguments)
-    assert exit_info.value.code == 2
-
-
 # ------------------------------------------------------------------------------------------------------------- sweep
 
 
@@ -394,26 +253,3 @@ def test_numbers_of_experts_that_do_not_divide_the_ffn_are_left_out():
     # Widths 6 and 12, hence 24 and 48 hidden units: 16 does not divide 24.
     stock = stock_unet(SD, block_out_channels=(6, 12), norm_num_groups=2, attention_head_dim=2)
     assert {layout.num_experts for layout in sweep(stock, "9x", size=64).layouts} == {1, 2, 4, 8}
-
-
-def test_sweep_filters_by_budget(capsys):
-    assert main(["inspect", "--sweep", "--budget", "1.01B"]) == 0
-    text = capsys.readouterr().out
-    rows = [line.split() for line in text.splitlines() if re.match(r"\s*\d+\s+1", line)]
-    # 859.7 M for E·G = 1; one full-size expert more is 148.6 M more.
-    assert {row[3] for row in rows} == {"748.1", "785.3", "859.7", "1.008"}
-    assert "12 more layouts go beyond the budget, from N = 4 G = 1" in text
-    assert "N = 2 G = 1 (1.008 B)" in text.splitlines()[-1]
-
-
-def test_sweep_prints_json(capsys, tmp_path):
-    stock_unet(SD).save_config(tmp_path)
-    assert main(["inspect", str(tmp_path), "--size", "64", "--sweep", "--budget", "1.05x", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["budget"] == int(1.05 * result["original_parameters"])
-    assert "one expert: N = 1 G = 1 (" in result["recipe"][0]
-    assert "smaller experts: N = 2 G = 1/2 (" in result["recipe"][1]
-    assert "nothing fits; the smallest is N = 2 G = 1 (" in result["recipe"][2]
-    for layout in result["layouts"]:
-        assert layout["within_budget"] == (layout["parameters"] <= result["budget"])
-        assert layout["ratio"] == layout["parameters"] / result["original_parameters"]

@@ -1,0 +1,103 @@
+"""`mtu inspect`: parameters and FLOPs of an upcycled model beside those of its original."""
+
+import json
+from fractions import Fraction
+from typing import Annotated, Any
+
+import typer
+
+from mtu.cli.output import print_report
+
+__all__ = ["EXAMPLES", "inspect_model"]
+
+EXAMPLES = """
+[bold]Examples[/bold]
+
+  mtu inspect sd15
+  mtu inspect sdxl --num-experts 4 --expert-ratio 1/4
+  mtu inspect path/to/a/pipeline --size 768
+  mtu inspect sd15 --sweep --budget 1.05x
+  mtu inspect sd15 --json > sizes.json
+"""
+_LAYOUT = "Expert layout, for a stock model"
+_SWEEP = "Sweep"
+
+
+def _parse_ratio(text: str) -> float:
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise typer.BadParameter(f"expected a number such as 0.25 or 1/4, but got {text!r}.") from None
+
+
+def inspect_model(
+    model: Annotated[
+        str, typer.Argument(help="sd15, sdxl, or the folder of a UNet or a pipeline, stock or upcycled.")
+    ] = "sd15",
+    num_experts: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Experts per FFN (default: 4, for SDXL 1).", rich_help_panel=_LAYOUT),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="K", help="Active experts per task (default: all).", rich_help_panel=_LAYOUT)
+    ] = None,
+    expert_ratio: Annotated[
+        float | None,
+        typer.Option(
+            metavar="G",
+            parser=_parse_ratio,
+            help="Width of an expert / that of the FFN, such as 0.25 or 1/4 (default: 1/N).",
+            rich_help_panel=_LAYOUT,
+        ),
+    ] = None,
+    norm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODE",
+            help="One LayerNorm per task, or task_expert: one per task and expert (default: task).",
+            rich_help_panel=_LAYOUT,
+        ),
+    ] = None,
+    size: Annotated[int, typer.Option(metavar="PIXELS", help="Edge of the picture.")] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    sweep: Annotated[
+        bool,
+        typer.Option(
+            "--sweep", help="List all layouts within a budget, with the paper's recipe.", rich_help_panel=_SWEEP
+        ),
+    ] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="P",
+            help="Parameters without routers: 860M, 1.2B, or 1.05x for a multiple of the original's.",
+            rich_help_panel=_SWEEP,
+        ),
+    ] = None,
+) -> None:
+    """Print parameters and FLOPs of an upcycled model beside its original.
+
+    The command reads configurations only: it needs no weights, and computes nothing but sizes.
+    """
+    layout: dict[str, Any] = {"num_experts": num_experts, "top_k": top_k, "expert_ratio": expert_ratio}
+    given = [f"--{name.replace('_', '-')}" for name, value in layout.items() if value is not None]
+    if sweep and given:
+        raise typer.BadParameter(f"--sweep tries all layouts: expected no {', '.join(given)}.")
+    if sweep and budget is None:
+        raise typer.BadParameter("--sweep needs a --budget of parameters, such as 860M, 1.2B or 1.05x.")
+    if budget is not None and not sweep:
+        raise typer.BadParameter("--budget goes with --sweep.")
+    # PyTorch and diffusers take seconds to import, and neither `--help` nor the checks above need them.
+    from mtu import inspection
+
+    common: dict[str, Any] = {"norm": norm, "size": size}
+    if budget is None:
+        comparison = inspection.compare(model, **layout, **common)
+        result, report, left = comparison.to_dict(), inspection.format_comparison(comparison), 1
+    else:
+        layouts = inspection.sweep(model, budget, **common)
+        result, report, left = layouts.to_dict(), inspection.format_sweep(layouts), 0
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        print_report(report, left)

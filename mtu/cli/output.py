@@ -1,0 +1,64 @@
+"""How commands write: reports that a terminal shows with rich, and errors.
+
+The library's reports are plain text, and go as they are into a file or a pipe. Only a terminal gets colours and tables
+that fit its width.
+"""
+
+import re
+import sys
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["print_error", "print_report"]
+
+_UNBOUNDED = 10_000
+
+
+def print_report(report: str, left: int = 0) -> None:
+    """Print a report whose second paragraph is an aligned table, as `mtu.inspection` formats it.
+
+    Args:
+        report: The paragraphs, separated by blank lines. The first line of the table is its header.
+        left: How many of the table's first columns are aligned to the left. The others are aligned to the right.
+    """
+    console = Console()
+    if not console.is_terminal:
+        print(report)
+        return
+    summary, table, notes = report.split("\n\n", 2)
+    console.print(Text(summary, style="bold"), soft_wrap=True)
+    drawn = _draw(_split_columns(table), left)
+    if Measurement.get(console, console.options.update(width=_UNBOUNDED), drawn).maximum <= console.width:
+        console.print(drawn)
+    else:
+        # Numbers that wrap inside narrow cells cannot be read, so the lines of the plain table stay whole.
+        print(f"\n{table}\n")
+    console.print(Text(notes), soft_wrap=True)
+
+
+def _split_columns(table: str) -> list[list[str]]:
+    """The cells of an aligned table: two or more spaces that stand below each other in all lines part two columns."""
+    lines = table.splitlines()
+    width = max(map(len, lines))
+    lines = [line.ljust(width) for line in lines]
+    blank = "".join(" " if all(line[i] == " " for line in lines) else "x" for i in range(width))
+    columns = [match.span() for match in re.finditer(r"x+(?: x+)*", blank)]
+    return [[line[start:end] for start, end in columns] for line in lines]
+
+
+def _draw(rows: list[list[str]], left: int) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(rows[0]):
+        table.add_column(Text(name.strip()), justify="left" if index < left else "right")
+    for row in rows[1:]:
+        table.add_row(*(Text(cell.rstrip() if index < left else cell.strip()) for index, cell in enumerate(row)))
+    return table
+
+
+def print_error(message: str) -> None:
+    """Print one line on stderr, red where stderr is a terminal."""
+    Console(file=sys.stderr).print(Text(" ".join(message.split()), style="red"), soft_wrap=True)

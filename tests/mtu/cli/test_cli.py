@@ -1,0 +1,145 @@
+"""The command `mtu` as a whole: its surface, its exit codes, and how errors end it."""
+
+import errno
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+import mtu.inspection
+from mtu.cli import app, main
+
+ROOT = Path(__file__).parents[3]
+
+# A change of this list changes what scripts of users can rely on.
+SURFACE = {
+    "mtu": ["--debug", "--install-completion", "--show-completion", "--version"],
+    "mtu inspect": [
+        *["--budget", "--expert-ratio", "--json", "--norm", "--num-experts", "--size", "--sweep", "--top-k", "model"]
+    ],
+}
+
+
+def test_the_commands_and_options_are_these():
+    group = get_command(app)
+    commands = {"mtu": group} | {f"mtu {name}": command for name, command in group.commands.items()}
+    found = {
+        name: sorted(flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts))
+        for name, command in commands.items()
+    }
+    assert found == SURFACE
+
+
+def test_the_installed_command_is_this_one():
+    (command,) = entry_points(group="console_scripts", name="mtu")
+    assert command.value == "mtu.cli:main"
+    assert command.load() is main
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in get_command(app).commands)], ids=" ".join)
+def test_help_has_examples_that_parse(run_mtu, command):
+    ended = run_mtu(*command, "--help")
+    assert ended.code == 0
+    assert ended.err == ""
+    assert "Examples" in ended.out
+    examples = re.findall(r"^ +(mtu .+?) *$", ended.out, re.MULTILINE)
+    assert len(examples) >= 3
+    group = get_command(app)
+    for example in examples:
+        words = example.partition(" > ")[0].split()[1:]
+        # The context of a command is made of its arguments, and refuses those that it does not know.
+        name = next(word for word in words if word in group.commands)
+        rest = words[words.index(name) + 1 :]
+        assert group.commands[name].make_context(name, rest).params
+
+
+def test_help_documents_the_exit_codes(run_mtu):
+    text = run_mtu("--help").out
+    assert all(re.search(rf"^ +{code}  +The command", text, re.MULTILINE) for code in (0, 1, 2, 130))
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["--nonsense"], ["inspect", "--nonsense"]])
+def test_command_lines_that_do_not_parse_exit_with_2(run_mtu, arguments):
+    assert run_mtu(*arguments).code == 2
+
+
+def test_neither_help_nor_version_loads_pytorch():
+    code = f"""
+import runpy, sys
+for arguments in (["--help"], ["inspect", "--help"], ["inspect", "--budget", "1B"], ["--version"]):
+    sys.argv = ["mtu", *arguments]
+    try:
+        runpy.run_module("mtu", run_name="__main__")
+    except SystemExit as end:
+        print("ended with", end.code)
+print([name for name in {("torch", "diffusers", "transformers", "numpy")} if name in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.findall(r"ended with (\d)", result.stdout) == ["0", "0", "2", "0"]
+    assert re.search(r"^mtu \d+\.\d+\.\d+", result.stdout, re.MULTILINE)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+def raise_in_inspect(monkeypatch, error: BaseException) -> None:
+    def compare(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(mtu.inspection, "compare", compare)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("This [bold]is[/] wrong:\n  " + "a long reason, " * 20), "This [bold]is[/] wrong: a long reason, "),
+        (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "a.json"), "No such file or directory: 'a.json'"),
+    ],
+    ids=["ValueError", "OSError"],
+)
+def test_errors_of_the_library_are_one_line(run_mtu, monkeypatch, error, line):
+    raise_in_inspect(monkeypatch, error)
+    ended = run_mtu("inspect")
+    assert ended.code == 1
+    assert ended.out == ""
+    assert ended.err.startswith("mtu inspect: error: ")
+    assert line in ended.err
+    assert ended.err.count("\n") == 1
+
+
+def test_errors_are_red_on_a_terminal(run_mtu, monkeypatch):
+    raise_in_inspect(monkeypatch, ValueError("Wrong."))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert run_mtu("inspect").err == "\x1b[31mmtu inspect: error: Wrong.\x1b[0m\n"
+
+
+def test_debug_raises_the_error_itself(monkeypatch):
+    raise_in_inspect(monkeypatch, ValueError("Wrong."))
+    with pytest.raises(ValueError, match=r"^Wrong\.$"):
+        main(["--debug", "inspect"])
+
+
+def test_errors_that_are_faults_of_the_program_are_raised(monkeypatch):
+    raise_in_inspect(monkeypatch, KeyError("a fault"))
+    with pytest.raises(KeyError, match="a fault"):
+        main(["inspect"])
+
+
+def test_an_interrupted_command_exits_with_130(run_mtu, monkeypatch):
+    raise_in_inspect(monkeypatch, KeyboardInterrupt())
+    ended = run_mtu("inspect")
+    assert (ended.code, ended.out, ended.err) == (130, "", "Interrupted.\n")
+
+
+def test_a_closed_pipe_ends_the_command_without_a_word(run_mtu, monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))  # typer replaces them
+    raise_in_inspect(monkeypatch, BrokenPipeError(errno.EPIPE, "Broken pipe"))
+    ended = run_mtu("inspect")
+    assert (ended.code, ended.out, ended.err) == (1, "", "")
