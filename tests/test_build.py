@@ -22,6 +22,8 @@ NOT_BUILT = re.compile(
     r"To build it, install torch >= 2\.10 and GCC >= 12 or clang >= 15, "
     r"then run pip install --no-build-isolation again\."
 )
+# The files by which type checkers know that the packages have annotations.
+TYPED = {"mtu/py.typed", "mtu_kernels/py.typed"}
 # Writes down what it is asked for, and an empty file in place of a result.
 COMPILER = """#!/bin/sh
 echo "$@" >> {log}
@@ -40,6 +42,7 @@ class Build:
         for name in ("mtu", "mtu_kernels"):
             (self.sources / name).mkdir()
             (self.sources / name / "__init__.py").touch()
+            shutil.copy(ROOT / name / "py.typed", self.sources / name)
         self.packages = folder / "packages"
         self.packages.mkdir()
         site = Path(setuptools.__file__).parents[1]
@@ -80,9 +83,13 @@ def build(tmp_path):
     return Build(tmp_path)
 
 
-def extensions(wheel: Path) -> list[str]:
+def contents(wheel: Path) -> list[str]:
     with ZipFile(wheel) as archive:
-        return [name for name in archive.namelist() if Path(name).name.startswith("_C")]
+        return archive.namelist()
+
+
+def extensions(wheel: Path) -> list[str]:
+    return [name for name in contents(wheel) if Path(name).name.startswith("_C")]
 
 
 def test_without_a_compiler_it_installs_and_says_so(build, tmp_path):
@@ -90,6 +97,7 @@ def test_without_a_compiler_it_installs_and_says_so(build, tmp_path):
     wheel, reason = build.run("build_wheel", PATH=str(tmp_path / "empty"))
     assert re.fullmatch(r"no C\+\+ compiler \(\S+\) was found", reason)
     assert not extensions(wheel)
+    assert set(contents(wheel)) >= TYPED
 
 
 @pytest.mark.parametrize(
@@ -136,7 +144,7 @@ def test_the_source_distribution_has_all_that_is_compiled(build):
     archive, _ = build.run("build_sdist")
     with tarfile.open(archive) as files:
         names = {name.partition("/")[2] for name in files.getnames()}
-    assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")} | {"setup.py"} <= names
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")} | {"setup.py", *TYPED} <= names
 
 
 def installed() -> Path | None:
