@@ -6,9 +6,10 @@ DEFAULT_CONSTRAINTS := constraints/torch-2.13.txt
 CONSTRAINTS ?= $(DEFAULT_CONSTRAINTS)
 VENV := .venv$(if $(filter-out $(DEFAULT_CONSTRAINTS),$(CONSTRAINTS)),-$(basename $(notdir $(CONSTRAINTS))))
 BIN := $(VENV)/bin
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) $(PIP_ARGS)
 
-.PHONY: demo test test-fast lint bench format clean
+.PHONY: demo test test-fast lint lint-style lint-types bench format clean
 .DELETE_ON_ERROR:
 
 # torch goes first: a package that asks for it later is then satisfied with the pinned build.
@@ -19,7 +20,7 @@ $(VENV)/.torch: $(CONSTRAINTS)
 	touch $@
 
 # Whatever csrc is compiled from has it compiled again.
-$(VENV)/.ready: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h)
+$(VENV)/.ready: $(VENV)/.torch pyproject.toml setup.py $(CPP)
 	$(PIP) --no-build-isolation -e '.[dev]'
 	touch $@
 
@@ -47,9 +48,13 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.pages.plot
 	$(BIN)/python -m benchmarks.pages.page
 
-lint: $(VENV)/.ready
+lint: lint-style lint-types
+
+lint-style: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint-types: $(VENV)/.ready
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.ready
