@@ -53,6 +53,7 @@ lint: lint-style lint-types
 lint-style: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 lint-types: $(VENV)/.ready
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -60,6 +61,7 @@ lint-types: $(VENV)/.ready
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 clean:
 	rm -rf .venv .venv-* demo-output build *.egg-info mtu_kernels/_C.*
