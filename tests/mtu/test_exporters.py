@@ -1,9 +1,7 @@
 """Every exporter: routed and exported UNets compute in other runtimes what they compute in PyTorch."""
 
 import io
-import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -169,17 +167,3 @@ def test_torch_jit_trace(settings):
         program = torch.jit.trace(module, example)
         for call in others:
             assert_close(program(*call), module(*call))
-
-
-def test_the_lines_of_the_readme(tmp_path, monkeypatch):
-    pytest.importorskip("onnxscript")
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (lines,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "torch.onnx" in block)
-    monkeypatch.chdir(tmp_path)
-    unet = upcycled_unet(SMALL)
-    latents, t, text = arguments(unet, 2, 8, 12)
-    names = {"torch": torch, "unet": unet, "latents": latents, "t": t, "text": text}
-    exec(lines, names)
-    with torch.no_grad():
-        expected = unet(latents, t, text, task_ids=unet.task_ids(["remove", "edit"])).sample
-    assert_close(torch.from_numpy(names["noise"]), expected)
