@@ -23,7 +23,7 @@ from benchmarks.gpu.output import Output, check_writable
 from benchmarks.gpu.stages import MARGIN_SECONDS, RESERVE_SECONDS, Interrupted, Run, stages, steps_that_fit
 from benchmarks.gpu.state import ENDED, FAILED, State, folder_of
 from benchmarks.gpu.steps import DIAGNOSIS, STEPS, Step, StepContext
-from benchmarks.harness.arguments import parse_choices
+from benchmarks.harness.arguments import choices
 from benchmarks.harness.provenance import provenance
 
 
@@ -46,17 +46,13 @@ def schedule(steps: Sequence[Step], minutes: float, quick: bool, commit: str, st
     yield f"{now:.0f} s at most, of {60 * minutes:.0f}; {RESERVE_SECONDS:.0f} s are kept for the end."
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return parse_choices(text, [step.name for step in STEPS], "step")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_run",
         description="Everything that is worth measuring on a GPU that is at hand for a few minutes.",
         epilog="steps: " + ", ".join(step.name for step in STEPS),
     )
-    add = parser.add_argument
+    add, names = parser.add_argument, choices([step.name for step in STEPS], "step")
     add("--minutes", type=float, default=9.0, help="that the call may take (default: 9)")
     add("--output", type=Path, default=Path("gpu-output"), help="folder for the results (default: %(default)s)")
     add(
@@ -66,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         help="folder that a later call goes on from (default: %(default)s)",
     )
     add("--commit", help="for the rows, in a copy of the tree without its git directory")
-    add("--only", type=_names, default=(), help="steps to run")
-    add("--skip", type=_names, default=(), help="steps not to run")
+    add("--only", type=names, default=(), help="steps to run")
+    add("--skip", type=names, default=(), help="steps not to run")
     add(
         "--collect", type=Path, metavar="DIR", help="run nothing: put what a run left in DIR in its places; draw, write"
     )

@@ -1,4 +1,4 @@
-"""Right before fast: no feed-forward is timed before it has passed this check on its own inputs."""
+"""The check of a feed-forward on its own inputs, which it passes before it is timed."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def check(function: FFN, inputs: Inputs, residual: bool = False) -> None:
 
     The function runs on the whole inputs, and is compared on two samples, the first and the last. The gradient that
     comes back is zero elsewhere, so the exact gradients of all other tokens are zeros, and those of the weights are
-    sums over the compared tokens. The ulp is that of the compute dtype for gradients, too: what they are sums of is
-    stored in it. (The tests of `mtu_kernels` hold them to their own dtype; that takes more numbers than one call has.)
+    sums over the compared tokens. The ulp is that of the compute dtype for gradients, too, since their summands are
+    stored in it. (The tests of `mtu_kernels` use the gradients' own dtype; that takes more numbers than one call has.)
 
     Args:
         function: x, norm, experts, routing → y.
@@ -32,7 +32,7 @@ def check(function: FFN, inputs: Inputs, residual: bool = False) -> None:
         residual: whether the function adds x to y.
 
     Raises:
-        WrongResult: one sentence with the first wrong tensor, its error and what is allowed.
+        WrongResult: one sentence with the first wrong tensor, its error and the tolerance.
     """
     B, L, _ = inputs.x.shape
     device = inputs.x.device

@@ -6,82 +6,65 @@ Routing is top-2, whose products all are kernels; a library product would run on
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
-from collections.abc import Callable
+import functools
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.ffn.inputs import EPS, Inputs, draw_shared, route
+from benchmarks.ffn.training_memory import make_call, step
+from benchmarks.harness.commands import make_parser, parse
 from benchmarks.harness.provenance import RESULTS, provenance
 from benchmarks.harness.rows import write_cells
+from benchmarks.harness.timing import burst_us
 from benchmarks.harness.workloads import Setting, Workload
 from mtu_kernels.arguments import check_arguments
 from mtu_kernels.triton import operators
 from mtu_kernels.triton.launch import Launch, Machine
 
-_BURST = 200
-_BURSTS = 15
+_MODULE = "benchmarks.ffn.host_overhead"
+_BURST, _BURSTS = 200, 15
 
 
-def median_us(call: Callable[[], Any]) -> float:
-    """Median over bursts of the mean time of a call, in µs."""
-    times = []
-    for _ in range(_BURSTS + 1):
-        start = time.perf_counter()
-        for _ in range(_BURST):
-            call()
-        times.append((time.perf_counter() - start) / _BURST * 1e6)
-    return statistics.median(times[1:])  # the first burst fills caches
-
-
-def steps_of(inputs: Inputs, run: Callable[[Launch], None]) -> dict[str, Callable[[], Any]]:
-    """The parts of a call by name: checks of the arguments, and the operators with what they allocate."""
-    tensors = (inputs.x, *inputs.norm, *inputs.experts[:4], *inputs.routing)
+def parts_of(inputs: Inputs, run: Callable[[Launch], None]) -> dict[str, Callable[[], Any]]:
+    """The parts of a call by name: checks of the arguments, and the operators with their allocations."""
     # Index values are checked by a kernel on a GPU; here that would be a sort on the CPU.
     dense = inputs.routing._replace(weights=inputs.routing.weights.new_ones(len(inputs.x), inputs.experts.num_experts))
     shapes = dense._replace(indices=None)
-    machine = Machine("sm_90", run)
-
-    def make() -> operators.Call:
-        return operators.make_call(machine, tensors, inputs.experts.num_experts)
-
-    def step() -> None:
-        _, *saved = operators.train(make(), EPS)
-        operators.backward(make(), inputs.grad_y, saved, EPS, True)
-
+    make = functools.partial(make_call, inputs, Machine("sm_90", run))
     return {
         "checks": lambda: check_arguments(inputs.x, inputs.norm, inputs.experts, shapes),
         "inference": lambda: operators.inference(make(), EPS),
-        "training": step,
+        "training": lambda: step(make, inputs),
     }
 
 
-def main() -> None:
-    """Write `results/host_overhead.csv`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ffn.host_overhead", description=__doc__.split("\n")[0])
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes `results/host_overhead.csv`."""
+    parser = make_parser(_MODULE, 'Host time of a call of the backend "triton", up to Triton\'s own launcher.')
     parser.add_argument("--output", type=Path, default=RESULTS / "host_overhead.csv")
-    given = parser.parse_args()
+    _, options = parse(parser, argv)
     torch.set_num_threads(1)
-    # Few numbers: what is allocated and added up by torch itself should take no time.
+    # Few numbers, so that torch's own allocations and sums take no time.
     inputs = route(draw_shared(Workload(64, 16, 2, "bf16", "forward"), torch.device("cpu"), 0), Setting(8, 2, 2), 1)
-    source = provenance("python -m benchmarks.ffn.host_overhead")
     launches: list[Launch] = []
-    counts = {}
-    for name, step in steps_of(inputs, launches.append).items():
-        launches.clear()
-        step()
-        counts[name] = len(launches)
     rows = []
     with torch.no_grad():
-        for name, step in steps_of(inputs, lambda launch: None).items():
-            rows.append({"part": name, "launches": counts[name], "median_us": f"{median_us(step):.1f}"})
+        recorded, timed = parts_of(inputs, launches.append), parts_of(inputs, lambda launch: None)
+        for name, part in timed.items():
+            launches.clear()
+            recorded[name]()
+            # The first burst fills caches.
+            burst_us(part, inputs.x.device, _BURST, bursts=1)
+            median = burst_us(part, inputs.x.device, _BURST, _BURSTS)
+            rows.append({"part": name, "launches": len(launches), "median_us": f"{median:.1f}"})
             print(*rows[-1].values())
-    write_cells(given.output, rows, source)
+    write_cells(options.output, rows, provenance(f"python -m {_MODULE}"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

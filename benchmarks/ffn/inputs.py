@@ -1,4 +1,4 @@
-"""Random inputs: several sets of them for a group, so that no contender finds its data in the cache."""
+"""Random inputs of one feed-forward: several sets for a group, so that no contender finds its data in the cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.harness.workloads import Setting, Workload
 from mtu_kernels import ExpertWeights, NormAffine, Routing
 
 EPS = 1e-5
-# Stands for the caches of a CPU, whose sizes torch does not tell.
+# Assumed for a CPU, whose cache sizes torch does not tell.
 _CPU_CACHE_BYTES = 32 * 2**20
 _MAX_SETS = 32
 # A backward pass keeps what the forward pass saved, once for each set.
@@ -49,7 +49,7 @@ class Inputs(NamedTuple):
 
     @property
     def leaf_names(self) -> list[str]:
-        """What a gradient is asked for."""
+        """Names of the tensors that a gradient is asked for."""
         return [name for name, tensor in self.named.items() if tensor.requires_grad]
 
     @property
@@ -102,7 +102,7 @@ def route(shared: Shared, setting: Setting, seed: int) -> Inputs:
 
 
 def number_of_sets(shared: Shared, workload: Workload) -> int:
-    """How many sets of inputs exceed the last-level cache three times together."""
+    """The number of sets of inputs that together exceed the last-level cache three times."""
     device = shared.x.device
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else _CPU_CACHE_BYTES
     set_bytes = sum(tensor.nbytes for tensor in shared[:5])

@@ -1,4 +1,4 @@
-"""The contenders: the original, what a user would write, this library's backends, compilers, and the floor."""
+"""The contenders: the original, a loop over experts, this library's backends, compilers, and the bare products."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FFN = Callable[[Tensor, NormAffine, ExpertWeights, Routing], Tensor]
 def stock_ffn(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing) -> Tensor:
     """LayerNorm and GEGLU feed-forward as diffusers executes them: one affine (D,), all in the compute dtype.
 
-    Routing is ignored: this is the price of the original model.
+    It ignores the routing: its time is that of the original model.
     """
     w_in, b_in, w_out, b_out, _ = experts
     x_hat = F.layer_norm(x, x.shape[-1:], *norm, eps=EPS)
@@ -29,7 +29,7 @@ def stock_ffn(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Rout
 
 
 def user_ffn(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing) -> Tensor:
-    """What a user would write first: the stock feed-forward with weighed hidden units, all in the compute dtype.
+    """A user's first version: the stock feed-forward with weighed hidden units, all in the compute dtype.
 
     It does the work of inactive experts, too. Its error sets the tolerance of all others; it is not timed.
     """
@@ -79,7 +79,7 @@ def as_routed(inputs: Inputs) -> Inputs:
 
 
 def as_stock(inputs: Inputs) -> Inputs:
-    """One task, one expert of weight 1, an affine (D,) in the compute dtype: what the original model has."""
+    """The inputs of the original model: one task, one expert of weight 1, an affine (D,) in the compute dtype."""
     gamma, beta = (t[0].detach().to(inputs.x.dtype).requires_grad_(t.requires_grad) for t in inputs.norm)
     one = Routing(torch.ones_like(inputs.routing.weights[:, :1]))
     return inputs._replace(norm=NormAffine(gamma, beta), experts=inputs.experts._replace(num_experts=1), routing=one)
@@ -94,14 +94,14 @@ def as_folded(inputs: Inputs) -> Inputs:
 
 
 class Implementation(NamedTuple):
-    """What computes a feed-forward.
+    """The code of a contender.
 
     Attributes:
-        function: x, norm, experts, routing → y. None: the bare products, which compute nothing of use.
-        prepare: what becomes of the inputs, outside of what is timed.
+        function: x, norm, experts, routing → y. None: the bare products, whose results mean nothing.
+        prepare: changes the inputs before anything is timed.
         backend: of `mtu_kernels`, which an installation may lack.
         recompute: whether the backward pass computes hidden units again.
-        level: instruction set that its kernels are of, where it is not the best that the processor has.
+        level: instruction set of its kernels, where it is not the best that the processor has.
         waits_for_top_k: whether top-k routing makes the host wait, so that no CUDA graph can hold it.
         residual: whether x is added to y.
     """
@@ -116,7 +116,7 @@ class Implementation(NamedTuple):
 
 
 def make(contender: Contender) -> FFN | None:
-    """The function to call; compiled for the shapes that it meets first, and refusing to become dynamic."""
+    """The function to call; compiled for the shapes of its first call, and never with dynamic shapes."""
     function = contender.implementation.function
     if contender.run is None:
         return function
@@ -170,7 +170,7 @@ CONTENDERS: dict[str, Contender] = {
 
 
 def default_contenders() -> tuple[str, ...]:
-    """What is measured where no contender is named: all but those that are tuned, or of a level of their own."""
+    """Contenders that are measured by default: all but those that are tuned, or of a level of their own."""
     return tuple(name for name, c in CONTENDERS.items() if c.run != TUNED and c.implementation.level is None)
 
 

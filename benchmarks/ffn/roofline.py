@@ -1,8 +1,8 @@
-"""The roofline of the feed-forward: what its two products must compute and move, and how near to that a row comes."""
+"""The roofline of the feed-forward: the work and the traffic of its two products, and rows under their roofs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ _USUAL_BATCH = 8
 
 
 class Cost(NamedTuple):
-    """Work of one forward pass that no implementation can avoid.
+    """The least work of one forward pass.
 
     Attributes:
         flops: of the two products; a multiply-add counts as two.
@@ -36,21 +36,21 @@ class Cost(NamedTuple):
         """FLOP for each byte."""
         return self.flops / self.bytes
 
-    def roof(self, roofs: Roofs) -> float:
+    def roof(self, roofs: Row) -> float:
         """FLOP/s that the machine allows: ``min(rate of products, intensity · rate of memory)``."""
         return min(roofs.flops_per_s, self.intensity * roofs.bytes_per_s)
 
-    def bound(self, roofs: Roofs) -> str:
-        """Which roof is the lower one: "products" or "memory"."""
+    def bound(self, roofs: Row) -> str:
+        """The lower one of the two roofs: "products" or "memory"."""
         return "products" if roofs.flops_per_s <= self.intensity * roofs.bytes_per_s else "memory"
 
 
 class RooflinePoint(NamedTuple):
-    """A measured row under its roof."""
+    """A measured row, its cost, and the row of its machine's roofs in its dtype."""
 
     row: Row
     cost: Cost
-    roofs: Roofs
+    roofs: Row
 
     @property
     def flops_per_s(self) -> float:
@@ -58,7 +58,7 @@ class RooflinePoint(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Of the roof."""
+        """The reached part of the roof."""
         return self.flops_per_s / self.cost.roof(self.roofs)
 
 
@@ -70,17 +70,11 @@ def cost(workload: Workload, setting: Setting) -> Cost:
     return Cost(6 * B * L * D * H, numbers * DTYPES[dtype].itemsize)
 
 
-def roofline_points(
-    rows: Sequence[Row], roofs: Mapping[tuple[str, str], Roofs], experts: int = 4
-) -> list[RooflinePoint]:
+def roofline_points(rows: Sequence[Row], roofs: Roofs, experts: int = 4) -> list[RooflinePoint]:
     """The forward passes with dense routing at the models' shapes, of the stock feed-forward and of the one under test.
 
-    Of each shape the last measurement counts; all are of the batch that most rows have.
-
-    Args:
-        rows: of one device.
-        roofs: by device and dtype; rows without any are left out.
-        experts: E of the contender under test.
+    Rows are of one device; those without roofs are left out. Of each shape the last measurement counts, at the batch
+    that most rows have. The contender under test has `experts` experts.
     """
     wanted = [row for row in rows if _wanted(row, experts) and (row.device, row.workload.dtype) in roofs]
     batches = [row.workload.B for row in wanted]
@@ -100,11 +94,7 @@ def _wanted(row: Row, experts: int) -> bool:
 
 
 def read_roofline_points(results: Path, device: str) -> list[RooflinePoint]:
-    """The points of a device, from its rows of `moe_ffn_*.csv` and `scaling_*.csv`.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """The points of a device, from its rows of `moe_ffn_*.csv` and `scaling_*.csv`. Raises ValueError for none."""
     roofs = read_roofs(results / "machine.csv")
     # Where both have a shape, the feed-forward's own file counts.
     files = [results / f"{name}_{device}.csv" for name in ("scaling", "moe_ffn")]

@@ -1,6 +1,6 @@
 """`python -m benchmarks.ffn.scaling`: one feed-forward with more and more tokens, samples, tasks and experts.
 
-Rows are those of `benchmarks.ffn.moe_ffn`, in a file of their own: its pictures are of the models' shapes.
+Rows are those of `benchmarks.ffn.moe_ffn`, in a file of their own, since its pictures are of the models' shapes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from benchmarks.ffn.moe_ffn import run
 from benchmarks.ffn.rows import SCALING_TABLE
 from benchmarks.ffn.sweeps import Sweep
 from benchmarks.ffn.targets import TESTED
-from benchmarks.harness.commands import add_common_options, make_parser, parse, start
+from benchmarks.harness.commands import add_common_options, make_parser, parse, start, usage_errors
 from benchmarks.harness.workloads import DENSE
 
 _SECONDS = {"cpu": 2.0, "cuda": 0.1}
@@ -20,7 +20,7 @@ _BESIDE = ("products", "eager")
 
 
 def sweeps(device: str) -> tuple[Sweep, ...]:
-    """What is measured on a kind of device: one sweep for each quantity, and the shapes that the roofline lacks."""
+    """One sweep for each quantity, and one over the shapes that the roofline lacks, on a kind of device."""
     contenders, more = (*_BESIDE, TESTED[device]), device == "cuda"
     tokens = (256, 512, 1024, 2048, 4096, *((8192, 16384) if more else ()))
     samples = (1, 2, 4, 8, 16, *((32, 64) if more else ()))
@@ -33,7 +33,7 @@ def sweeps(device: str) -> tuple[Sweep, ...]:
     )
 
 
-# A smoke test, nothing to learn from.
+# A smoke test; its times mean nothing.
 _QUICK = Sweep((*_BESIDE, "mtu-eager"), ((32, 16), (32, 32)), (1,))
 
 
@@ -45,15 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help="for each row (default: 2 on a CPU, 0.1 on a GPU)")
     parser.add_argument("--quick", action="store_true", help="a smoke test: two tiny shapes")
     argv, options = parse(parser, argv)
-    try:
-        device, output, source = start(SCALING_TABLE, options, argv, "scaling_{device}.csv")
-    except ValueError as error:
-        parser.error(str(error))
-    chosen = (_QUICK,) if options.quick else sweeps(device.type)
-    groups = [group for sweep in chosen for group in sweep.groups(options.dtype)]
-    seconds = _SECONDS[device.type] if options.seconds is None else options.seconds
-    rows, failures = run(groups, device, seconds, output, source)
-    print(f"{len(rows)} rows added to {output}")
+    with usage_errors(parser):
+        context = start(SCALING_TABLE, options, argv, "scaling_{device}.csv")
+    device = context.device.type
+    groups = [
+        group for sweep in ((_QUICK,) if options.quick else sweeps(device)) for group in sweep.groups(options.dtype)
+    ]
+    _, failures = run(context, groups, _SECONDS[device] if options.seconds is None else options.seconds)
     return 1 if failures else 0
 
 

@@ -1,4 +1,4 @@
-"""How the time of a feed-forward grows with tokens, batch, tasks and experts: lines through rows of `scaling_*.csv`."""
+"""Lines through rows of `scaling_*.csv`: the time of a feed-forward by tokens, batch, tasks and experts."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _LEAST_POINTS = 2
 
 
 class VariedQuantity(NamedTuple):
-    """What is varied in a panel.
+    """A quantity that a panel varies.
 
     Attributes:
         name: of the panel.
-        x: the quantity on its axis.
-        fixed: what all rows of a panel share.
-        wanted: which settings belong to it, at so many experts.
+        x: the quantity of a row, on the axis.
+        fixed: all else, which the rows of a panel share.
+        wanted: whether a setting belongs to the panel, at so many experts.
     """
 
     name: str
@@ -49,7 +49,7 @@ VARIED_QUANTITIES = (
 
 
 class Line(NamedTuple):
-    """One contender: its rows by what is varied. Without routing it has the same row everywhere."""
+    """One contender: its rows by the varied quantity. Without routing it has the same row everywhere."""
 
     contender: str
     K: int | None
@@ -61,7 +61,7 @@ class Panel(NamedTuple):
 
     Attributes:
         name: "tokens", "batch", "tasks" or "experts".
-        fixed: what is not varied, for readers.
+        fixed: all other quantities, for readers.
         lines: the contender under test first.
     """
 
@@ -76,16 +76,14 @@ def us_per_token(row: Row) -> float:
 
 
 def tokens(row: Row) -> int:
-    """Of all samples."""
+    """Tokens of all samples."""
     return row.workload.B * row.workload.L
 
 
 def panels(rows: Sequence[Row], experts: int = 4) -> list[Panel]:
-    """The panels that can be drawn: of each kind the one with the most points, if there are two at least.
+    """For each quantity the panel with the most points, if it has two at least.
 
-    Args:
-        rows: forward passes of one device in one dtype; others are left out.
-        experts: E where it is not what is varied.
+    Rows are of one device in one dtype; only forward passes count. E is `experts` where it is not varied.
     """
     rows = [row for row in rows if row.workload.direction == "forward"]
     return [panel for kind in VARIED_QUANTITIES if (panel := _panel(kind, rows, experts))]
@@ -104,7 +102,7 @@ def _panel(kind: VariedQuantity, rows: Sequence[Row], experts: int) -> Panel | N
             families.setdefault(kind.fixed(row), []).append(row)
     family = max(families.values(), key=lambda family: len({kind.x(row) for row in family}), default=[])
     groups = Counter(row.group for row in family)
-    # Of what was measured twice: the row of the group that most others are from, with the most beside it, or the last.
+    # Of several measurements: the one from the group of most other rows, or with more rows to pair, or the last one.
     family.sort(key=lambda row: (groups[row.group], len(paired_rows(row))))
     best = {(row.setting.K, kind.x(row)): row for row in family}
     if len({x for _, x in best}) < _LEAST_POINTS:
@@ -127,5 +125,5 @@ def _fixed(name: str, row: Row) -> str:
 
 
 def routing_name(K: int | None) -> str:
-    """What the routing is called: "dense", or "top-K" of the experts."""
+    """The name of a routing: "dense", or "top-K" of the experts."""
     return "dense" if K is DENSE else f"top-{K}"

@@ -1,4 +1,4 @@
-"""What is measured of one feed-forward: sweeps of workloads and settings, and those that are run by default."""
+"""Sweeps over the workloads and settings of one feed-forward, and those that are run by default."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PASSES = ("forward", "backward", "forward+backward")
 
 
 class Sweep(NamedTuple):
-    """All combinations of what is listed. Settings that are no different (K > E, tasks in one sample) are left out."""
+    """All combinations of the listed values, without K > E and without several tasks in one sample."""
 
     contenders: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...] = SHAPE_SETS["sd15"] + SHAPE_SETS["sdxl"]
@@ -40,11 +40,11 @@ class Sweep(NamedTuple):
 
 
 _CUDA = (
-    # The op at every shape, beside the price of the original and the floor.
+    # The op at every shape, beside the original and the bare products.
     Sweep(("products", "eager", "mtu-triton"), batches=(1, 2, 8, 32), experts=(1, 4)),
-    # What top-k routing saves.
+    # Top-k routing beside dense routing.
     Sweep(("products", "loop", "mtu-eager", "mtu-triton"), experts=(8,), top_k=(DENSE, 1, 2)),
-    # What a mix of tasks costs.
+    # Mixes of tasks beside one task.
     Sweep(("mtu-triton",), batches=(8, 32), tasks=(1, 4, 64)),
     Sweep(("mtu-triton",), experts=(8,), top_k=(2,), batches=(8, 32), tasks=(1, 4, 64)),
     # Training: time, memory.
@@ -52,7 +52,7 @@ _CUDA = (
         ("products", "eager", "loop", "mtu-eager", "mtu-triton", "mtu-triton-recompute"), passes=("forward+backward",)
     ),
     Sweep(("products", "eager", "mtu-triton"), shapes=SHAPE_SETS["sd15"], passes=("backward",)),
-    # Compilers last, in the order of their patience: each shape is compiled anew.
+    # Compilers last, the slowest at the end: each shape is compiled anew.
     Sweep(("products", "eager", "loop", "mtu-eager", "mtu-triton", "compile-routed", "compile-folded")),
     Sweep(
         ("products", "eager", "mtu-eager", "mtu-triton", "compile-routed", "compile-folded"),
@@ -68,9 +68,9 @@ _CPU = (
     Sweep(("products", "mtu-eager", "mtu-cpp"), SHAPE_SETS["cpu"], (1,), experts=(8,), top_k=(DENSE, 2)),
     Sweep(("products", "eager", "mtu-eager", "mtu-cpp"), SHAPE_SETS["cpu"], (1,), passes=("forward+backward",)),
 )
-# What `python -m benchmarks.ffn.moe_ffn` measures when nothing is asked for, by device.
+# By device, for `python -m benchmarks.ffn.moe_ffn` without options.
 DEFAULT_SWEEPS: dict[str, tuple[Sweep, ...]] = {"cuda": _CUDA, "cpu": _CPU}
-# A smoke test: every path of the harness, nothing to learn from.
+# A smoke test, which runs every path of the harness; its times mean nothing.
 QUICK = Sweep(
     ("products", "eager", "loop", "mtu-eager", "mtu-triton", "mtu-cpp"),
     shapes=((32, 16),),

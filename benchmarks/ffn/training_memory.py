@@ -1,13 +1,15 @@
-"""`python -m benchmarks.ffn.training_memory`: what training holds, in bytes, beside the stock feed-forward.
+"""`python -m benchmarks.ffn.training_memory`: the bytes that training holds, beside the stock feed-forward.
 
-No GPU is needed. Bytes asked of the allocator depend neither on the device nor on numbers, so the backend "triton" is
-counted as it runs on an architecture, with its tiles, but without its kernels. (torch's CPU sum widens ∂y to float32
-first, which its CUDA sum does not: on a GPU the peaks are lower by B·L·D·4 bytes at the most.)
+No GPU is needed. The bytes that are asked of the allocator depend neither on the device nor on values, so the backend
+"triton" is counted as it runs on an architecture, with its tiles, but without its kernels. (torch's CPU sum widens ∂y
+to float32 first, which its CUDA sum does not: on a GPU the peaks are lower by B·L·D·4 bytes at the most.)
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from tqdm import tqdm
 from benchmarks.ffn.inputs import EPS, Inputs, draw_shared, route
 from benchmarks.ffn.peers import as_stock, stock_ffn
 from benchmarks.harness.arguments import SHAPE_SETS
+from benchmarks.harness.commands import make_parser, parse
 from benchmarks.harness.memory import peak_bytes, saved_bytes
 from benchmarks.harness.provenance import RESULTS, provenance
 from benchmarks.harness.rows import write_cells
@@ -24,6 +27,7 @@ from benchmarks.harness.workloads import Setting, Workload
 from mtu_kernels.triton import operators
 from mtu_kernels.triton.launch import Machine
 
+_MODULE = "benchmarks.ffn.training_memory"
 _CPU = torch.device("cpu")
 
 
@@ -50,53 +54,49 @@ def count(workload: Workload, setting: Setting, arch: str) -> Memory:
     """The memory of the backend "triton" with the tiles of an architecture, and of the stock feed-forward."""
     inputs = route(draw_shared(workload, _CPU, seed=0), setting, seed=1)
     stock = as_stock(inputs)
+    make = functools.partial(make_call, inputs, Machine(arch, run=lambda launch: None))
+    with torch.no_grad():
+        saved = sum(tensor.nbytes for tensor in operators.train(make(), EPS)[1:])
+        peaks = [peak_bytes(functools.partial(step, make, inputs, again), _CPU) for again in (False, True)]
     return Memory(
         saved_bytes(lambda: stock_ffn(*stock.arguments), stock.named.values()),
         peak_bytes(lambda: torch.autograd.grad(stock_ffn(*stock.arguments), stock.leaves, stock.grad_y), _CPU),
-        sum(tensor.nbytes for tensor in _train(inputs, arch)[1:]),
-        peak_bytes(lambda: _step(inputs, arch, recompute=False), _CPU),
-        peak_bytes(lambda: _step(inputs, arch, recompute=True), _CPU),
+        saved,
+        *peaks,
     )
 
 
-def _call(inputs: Inputs, arch: str) -> operators.Call:
+def make_call(inputs: Inputs, machine: Machine) -> operators.Call:
+    """The backend's own description of a call, for a machine that may stand for a GPU."""
     tensors = (inputs.x, *inputs.norm, *inputs.experts[:4], *inputs.routing)
-    return operators.make_call(Machine(arch, run=lambda launch: None), tensors, inputs.experts.num_experts)
+    return operators.make_call(machine, tensors, inputs.experts.num_experts)
 
 
-@torch.no_grad()
-def _train(inputs: Inputs, arch: str) -> tuple[torch.Tensor, ...]:
-    return operators.train(_call(inputs, arch), EPS)
-
-
-@torch.no_grad()
-def _step(inputs: Inputs, arch: str, *, recompute: bool) -> tuple[Any, ...]:
-    call = _call(inputs, arch)
+def step(make: Callable[[], operators.Call], inputs: Inputs, recompute: bool = False) -> tuple[Any, ...]:
+    """The operators of a forward and a backward pass. `recompute`: the backward pass computes hidden units again."""
     if recompute:
-        y, saved = operators.inference(call, EPS), None
+        y, saved = operators.inference(make(), EPS), None
     else:
-        y, *saved = operators.train(call, EPS)
-    return y, operators.backward(call, inputs.grad_y, saved, EPS, True)
+        y, *saved = operators.train(make(), EPS)
+    return y, operators.backward(make(), inputs.grad_y, saved, EPS, True)
 
 
-def main() -> None:
-    """Write `results/training_memory.csv`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ffn.training_memory", description=__doc__.split("\n")[0]
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes `results/training_memory.csv`."""
+    parser = make_parser(_MODULE, "The bytes that training holds, beside the stock feed-forward.")
     parser.add_argument("--arch", default="sm_90", help="whose tiles (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS / "training_memory.csv")
-    given = parser.parse_args()
-    source = provenance(f"python -m benchmarks.ffn.training_memory --arch {given.arch}")
+    argv, options = parse(parser, argv)
     rows = []
     for D, L in tqdm(SHAPE_SETS["sd15"] + SHAPE_SETS["sdxl"], unit="shape"):
         workload = Workload(D, L, 2, "bf16", "forward+backward")
-        memory = count(workload, Setting(E=4), given.arch)
+        memory = count(workload, Setting(E=4), options.arch)
         ratios = {f"{name}_ratio": f"{ratio:.4f}" for name, ratio in memory.ratios.items()}
-        place = {"arch": given.arch, "D": D, "L": L, "B": workload.B, "E": 4, "dtype": workload.dtype}
+        place = {"arch": options.arch, "D": D, "L": L, "B": workload.B, "E": 4, "dtype": workload.dtype}
         rows.append(place | memory._asdict() | ratios)
-    write_cells(given.output, rows, source)
+    write_cells(options.output, rows, provenance(f"python -m {_MODULE} --arch {options.arch}"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

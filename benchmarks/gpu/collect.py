@@ -20,9 +20,6 @@ from benchmarks.kernels import tune
 from benchmarks.kernels.tile_rows import merge, read, write
 from mtu_kernels.triton.tiles import TableRow
 
-# How a row of a tuned table says that it is none of the shipped ones.
-_MEASURED = "measured on "
-
 
 class Destinations(NamedTuple):
     """Where things are put: the table of tiles, and the folder of the CSV files."""
@@ -94,7 +91,7 @@ def _tiles(contents: dict[str, str]) -> Iterator[TableRow]:
             with tempfile.TemporaryDirectory() as scratch:
                 path = Path(scratch, TABLE)
                 path.write_text(text)
-                yield from (row for row in read(path) if row.source.startswith(_MEASURED))
+                yield from (row for row in read(path) if row.source.startswith(tune.MEASURED_ON))
 
 
 def _rows(contents: dict[str, str]) -> dict[str, list[dict[str, str]]]:

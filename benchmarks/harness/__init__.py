@@ -1,1 +1,1 @@
-"""How everything is measured, whatever it is: times, memory, the check before timing, CSV rows, their provenance."""
+"""The machinery of all benchmarks: times, memory, the check before timing, CSV rows, their provenance."""

@@ -1,9 +1,10 @@
-"""Arguments that several commands take, and how they are read."""
+"""Parsers of arguments that several commands take."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterable
 
 from benchmarks.harness.workloads import DENSE
 
@@ -11,13 +12,13 @@ from benchmarks.harness.workloads import DENSE
 SHAPE_SETS: dict[str, tuple[tuple[int, int], ...]] = {
     "sd15": ((320, 4096), (640, 1024), (1280, 256), (1280, 64)),
     "sdxl": ((640, 4096), (1280, 1024)),
-    # Batches of SD 1.5 flattened to the token counts that the CPU targets are stated for.
+    # Batches of SD 1.5, flattened to the token counts that the CPU targets are stated for.
     "cpu": ((320, 8192), (640, 2048), (1280, 512), (1280, 128)),
 }
 
 
 def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
-    """Shapes of the command line: DxL and names of sets, separated by commas."""
+    """Parses shapes DxL and names of shape sets, separated by commas."""
     shapes: list[tuple[int, int]] = []
     for name in text.split(","):
         width, _, tokens = name.partition("x")
@@ -31,30 +32,41 @@ def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
     return tuple(shapes)
 
 
-def parse_choices(text: str, known: Sequence[str], noun: str) -> tuple[str, ...]:
-    """Names of the command line, separated by commas; "all" stands for all that are known."""
-    names = tuple(known) if text == "all" else tuple(text.split(","))
-    for name in names:
-        if name not in known:
-            raise argparse.ArgumentTypeError(f"unknown {noun} {name!r}: expected some of {', '.join(known)}.")
-    return names
+def choices(known: Iterable[str], noun: str) -> Callable[[str], tuple[str, ...]]:
+    """A parser of names that are separated by commas; "all" stands for all known names."""
+    known = tuple(known)
+
+    def parse(text: str) -> tuple[str, ...]:
+        names = known if text == "all" else tuple(text.split(","))
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"unknown {noun} {name!r}: expected some of {', '.join(known)}.")
+        return names
+
+    return parse
 
 
-def parse_counts(text: str) -> tuple[int, ...]:
-    """Positive whole numbers of the command line, separated by commas."""
+def parse_counts(text: str, most: int | None = None) -> tuple[int, ...]:
+    """Parses positive whole numbers, separated by commas."""
     counts = text.split(",")
     if not all(count.isdecimal() and int(count) for count in counts):
         raise argparse.ArgumentTypeError(f"expected positive whole numbers such as 1,8, got {text!r}.")
-    return tuple(int(count) for count in counts)
+    if most is not None and max(map(int, counts)) > most:
+        raise argparse.ArgumentTypeError(f"expected whole numbers up to {most}, got {text!r}.")
+    return tuple(map(int, counts))
 
 
 def parse_count(text: str, least: int = 1) -> int:
-    """A whole number of the command line."""
+    """Parses one whole number."""
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}.")
     return int(text)
 
 
+# A percentile needs two times.
+parse_rounds = functools.partial(parse_count, least=2)
+
+
 def parse_top_k(text: str) -> tuple[int | None, ...]:
-    """Numbers of active experts of the command line, separated by commas; "dense" stands for all of them."""
+    """Parses numbers of active experts, separated by commas; "dense" stands for all experts."""
     return tuple(DENSE if name == "dense" else parse_counts(name)[0] for name in text.split(","))

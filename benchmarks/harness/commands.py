@@ -1,39 +1,40 @@
-"""What the commands have in common: their options, the device that they choose, where rows go and come from."""
+"""The options that commands share, and the device, the file and the provenance that they begin with."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from benchmarks.harness.contenders import Contender
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
-from benchmarks.harness.rows import Table
+from benchmarks.harness.rows import Row, Table
 
 
 class CommandContext(NamedTuple):
-    """What a command knows before it measures.
+    """The device that a command measures on, and the file of its rows with their columns and their provenance."""
 
-    Attributes:
-        device: where contenders run.
-        output: file of the rows.
-        source: their provenance.
-    """
-
+    table: Table
     device: torch.device
     output: Path
     source: dict[str, str]
 
+    def append(self, row: Row) -> None:
+        """Adds a row to the file."""
+        self.table.append(self.output, row)
+
 
 def make_parser(
-    module: str, description: str, contenders: Mapping[str, Any] | None = None, noun: str = "contenders"
+    module: str, description: str | None, contenders: Mapping[str, Contender] | None = None, noun: str = "contenders"
 ) -> argparse.ArgumentParser:
-    """The parser of a command, whose help ends with what there is to choose from: names, and what each is about."""
+    """The parser of a command. Its help ends with the names of the contenders and a line about each."""
     lines = [f"  {name:24} {contender.about}" for name, contender in (contenders or {}).items()]
     return argparse.ArgumentParser(
         prog=f"python -m {module}",
@@ -44,46 +45,57 @@ def make_parser(
 
 
 def add_common_options(parser: argparse.ArgumentParser, output: str, *, dtype: bool = True) -> None:
-    """Adds --device, --dtype where one is chosen, --output and --commit.
-
-    Args:
-        parser: of the command.
-        output: the default file, for readers.
-        dtype: whether the command measures a single dtype.
-    """
+    """Adds --device, --output and --commit, and --dtype where the command measures a single dtype."""
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     if dtype:
         parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="(default: bf16)")
     parser.add_argument("--output", type=Path, help=f"CSV to add rows to (default: results/{output})")
+    add_commit_option(parser)
+
+
+def add_commit_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --commit."""
     parser.add_argument("--commit", help="for the provenance, in a copy of the tree without its git directory")
 
 
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --minutes, --resume and --report, for commands that measure many groups and report ratios."""
+    parser.add_argument("--minutes", type=float, help="no group is begun after these (default: all are)")
+    parser.add_argument("--resume", action="store_true", help="leave out groups that the files have of this commit")
+    parser.add_argument("--report", type=Path, metavar="CSV", help="measure nothing: print the ratios of these rows")
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[Sequence[str], argparse.Namespace]:
-    """The arguments, those of the process by default, and what they mean."""
-    # Or else the profiler, which counts memory on a CPU, writes two lines for each row. Read when it starts first.
+    """The arguments, by default those of the process, and the options that they stand for."""
+    # Otherwise the profiler, which counts memory on a CPU, writes two lines for each row. It reads this when it starts.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     argv = sys.argv[1:] if argv is None else argv
     return argv, parser.parse_args(argv)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of the option --device.
+@contextmanager
+def usage_errors(parser: argparse.ArgumentParser, *others: type[Exception]) -> Iterator[None]:
+    """Ends the command with the message of a ValueError, as for a wrong argument."""
+    try:
+        yield
+    except (ValueError, *others) as error:
+        parser.error(str(error))
 
-    Raises:
-        ValueError: there is none.
-    """
+
+def choose_device(name: str) -> torch.device:
+    """The device of the option --device. Raises ValueError where there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a CUDA device, and torch finds none.")
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def start(table: Table, options: argparse.Namespace, argv: Sequence[str], output: str) -> CommandContext:
-    """Device, file and provenance of a command.
+    """Chooses the device and checks the file before anything is measured.
 
     Args:
-        table: the kind of its rows.
-        options: with those of `add_common_options`.
-        argv: the arguments as they were given.
+        table: the columns of the rows.
+        options: those of `add_common_options`.
+        argv: the arguments, for the provenance.
         output: name of the default file; "{device}" in it stands for the kind of device.
 
     Raises:
@@ -93,4 +105,4 @@ def start(table: Table, options: argparse.Namespace, argv: Sequence[str], output
     path = options.output or RESULTS / output.format(device=device.type)
     source = provenance(command_line(table.module, argv), device, options.commit)
     table.check(path, source)
-    return CommandContext(device, path, source)
+    return CommandContext(table, device, path, source)

@@ -1,4 +1,4 @@
-"""What every benchmark knows of a contender: decisions are made by these fields, and a name is no more than a key."""
+"""The fields of a contender that all benchmarks decide by. Its name is a key and says nothing to the code."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ ALL = ("E", "K", "tasks")
 
 
 class Run(NamedTuple):
-    """How a contender is run, where it is not run as it is.
+    """A way to run a contender other than eagerly.
 
     Attributes:
         name: appended to that of the contender.
         about: in words.
-        mode: of torch.compile, or of `mtu.compile`.
+        mode: of `torch.compile` or `mtu.compile`.
         graphs: whether CUDA graphs are replayed.
     """
 
@@ -29,12 +29,12 @@ class Contender(NamedTuple):
     """One of several ways to compute the same thing, which are measured beside each other.
 
     Attributes:
-        about: what it is, in a line.
-        implementation: what computes it; each benchmark has a class of its own for that.
+        about: one line for people.
+        implementation: computes it; each benchmark has a class of its own for that.
         depends_on: fields of `Setting` that make a difference to it; K without E: the share of active experts.
-        run: None: as it is.
-        family: name of the contender that it is, apart from its run and its variant.
-        variant: what it does otherwise than its family does; "": nothing.
+        run: None where it runs eagerly.
+        family: name of the same contender without run and variant.
+        variant: the way in which it differs from its family; "" where it does not.
     """
 
     about: str
@@ -53,9 +53,9 @@ class Contender(NamedTuple):
         return self.run is not None and self.run.graphs
 
     def relevant(self, setting: Setting) -> Setting:
-        """The part of a setting that makes a difference to the contender: the rest takes its default.
+        """The fields of a setting that make a difference to the contender; the others take their defaults.
 
-        It keeps a contender from being measured twice, and finds the row to compare with.
+        So no contender is measured twice, and the row to compare with is found.
         """
         K = setting.K if "K" in self.depends_on else DENSE
         E = setting.E if "E" in self.depends_on or K is not DENSE else 1

@@ -1,4 +1,4 @@
-"""Right before fast: what a contender computes is compared with a wider dtype before it is timed."""
+"""The check that a contender passes before it is timed: its result is compared with one of a wider dtype."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from torch import Tensor
 
 
 class WrongResult(AssertionError):
-    """A contender computes something else than the reference."""
+    """A contender does not compute the result of the reference."""
 
 
 def check_close(label: str, actual: Tensor, user: Tensor, exact: Tensor, dtype: torch.dtype, ulp: float) -> None:
     """Asserts ``max|actual − exact| <= 2 · max|user − exact| + ulp · max|exact|``, and the dtype.
 
     Args:
-        label: what it is, for the error.
-        actual: of the contender.
-        user: of the code whose error sets the tolerance.
-        exact: in a wider dtype.
+        label: names the tensor in the error.
+        actual: computed by the contender.
+        user: computed by the code whose error sets the tolerance.
+        exact: computed in a wider dtype.
         dtype: that `actual` must have.
-        ulp: of the dtype that is computed in.
+        ulp: of the compute dtype.
 
     Raises:
-        WrongResult: one sentence with the error and what is allowed.
+        WrongResult: one sentence with the error and the tolerance.
     """
     error, allowed = _max_abs(actual - exact), 2 * _max_abs(user - exact) + ulp * _max_abs(exact)
     # Not "error > allowed", which NaN would pass.

@@ -1,10 +1,10 @@
-"""The code that Inductor generates for a GPU, without a GPU: tensors on "cuda" have shapes only.
+"""Has Inductor generate its code for a GPU on a machine without one: tensors on "cuda" have shapes only.
 
-What is generated depends on shapes, strides, dtypes and a GPU's properties, which are those of an H100 here. Nothing is
-compiled further, loaded or run. Inductor's code for CPUs would not tell the same: it fuses other operators.
+The code depends on shapes, strides, dtypes and a GPU's properties, which are those of an H100 here. Nothing is compiled
+further, loaded or run. Inductor's code for CPUs would not do instead, since it fuses other operators.
 
 Three things differ from a machine with a GPU. Attention is the flash kernel, which PyTorch would choose for 16-bit
-tensors without a mask. Brackets and `contiguous` are the operators that they stand for, since PyTorch's methods look
+tensors without a mask. Brackets and `contiguous` call the operators that they stand for, since PyTorch's methods look
 for the device. Constants are not folded, since folding makes tensors with memory.
 """
 
@@ -46,19 +46,14 @@ _H100 = {
 
 
 class Operator(NamedTuple):
-    """A call of an operator that Inductor knows nothing of; its tensors have shapes only (device "meta")."""
+    """A call of an operator that Inductor does not know; its tensors have shapes only (device "meta")."""
 
     name: str
     arguments: tuple[Any, ...]
 
 
 class Generated(NamedTuple):
-    """What Inductor makes of a function.
-
-    Attributes:
-        wrapper: the Python code that launches the kernels.
-        operators: the calls of `mtu_kernels` in it, in order.
-    """
+    """Inductor's code for a function: Python that launches the kernels, and the calls of `mtu_kernels` in order."""
 
     wrapper: str
     operators: tuple[Operator, ...]
@@ -93,11 +88,7 @@ def to_fake_gpu(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def generate(function: Callable[..., Any], *arguments: Any) -> Generated:
-    """Has Inductor generate the code of a function, in one graph, for arguments made within `fake_gpu`.
-
-    Raises:
-        RuntimeError: the compiler's own errors.
-    """
+    """Inductor's code of a function, in one graph, for arguments made within `fake_gpu`."""
     made: list[Generated] = []
 
     def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -105,12 +96,12 @@ def generate(function: Callable[..., Any], *arguments: Any) -> Generated:
             try:
                 compile_fx(module, inputs)
             except Exception:
-                # Once the code is there, compiling is broken off.
+                # `_CodeIsThere` ends compilation, and comes back wrapped.
                 if not made:
                     raise
         return module.forward
 
-    # Code of earlier calls would make sizes symbolic.
+    # The code of earlier calls would make sizes symbolic.
     torch.compiler.reset()
     torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*arguments)
     torch.compiler.reset()
@@ -142,7 +133,7 @@ def _patched_inductor(made: list[Generated]) -> Iterator[None]:
         patch(device_interface.CudaInterface, "is_bf16_supported", lambda *args, **options: True)
         patch(DeviceProperties, "create", lambda device: hints)
         patch(scheduler, "has_triton", lambda *device: True)
-        # Part of the keys of what Inductor caches, asked of the driver.
+        # Inductor asks the driver for this part of its caches' keys.
         patch(torch.utils._triton, "triton_hash_with_backend", lambda: "")
         # Patterns of attention are traced on a device, but serve all.
         patch(joint_graph, "lazy_init", lambda *device: prepare_patterns(torch.device("cpu")))

@@ -1,4 +1,4 @@
-"""Memory of a call: the most that it holds at once, and what it keeps for the backward pass."""
+"""Memory: the most that a call holds at once, the bytes that it keeps for the backward pass, and those of weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes that a call holds at once beyond what is held before it, its results included.
+    """The most bytes that a call holds at once beyond those held before it, its results included.
 
     Both ways ask torch's allocator: its own statistics on a GPU, the profiler's record of it on a CPU.
     """
@@ -38,7 +38,7 @@ def saved_bytes(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> int:
     """Bytes that a forward pass saves for its backward pass.
 
     Each storage counts once and whole, however many views of it are saved. Those of the inputs (x, parameters, norm
-    affines, routing) count for nothing: they are there anyway.
+    affines, routing) do not count: they are kept anyway.
     """
     given = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     saved: dict[int, int] = {}
@@ -54,3 +54,9 @@ def saved_bytes(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> int:
         y = forward()
     del y
     return sum(saved.values())
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages of tensors, each storage once."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -1,4 +1,4 @@
-"""Where a figure comes from: the columns that every CSV row carries."""
+"""The columns that every CSV row carries to say where its figures come from."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["RESULTS", "command_line", "provenance"]
-
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-# What keeps libraries from instructions that the machine has.
+# Variables that keep libraries from instructions that the machine has.
 _LIMITS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
-# What a benchmark writes must not make the tree of the next one look changed.
+# Files that a benchmark writes must not make the tree of the next one look changed.
 _WRITTEN = (":!benchmarks/results", ":!docs/images")
 
 
@@ -31,10 +29,8 @@ def command_line(module: str, arguments: Sequence[str]) -> str:
 def provenance(command: str, device: torch.device | None = None, commit: str | None = None) -> dict[str, str]:
     """Command, commit, library versions and machine, for the last columns of a row.
 
-    Args:
-        command: how to make the row again.
-        device: what was measured on; the CPU by default.
-        commit: for a copy of the tree that came without its git directory; asked of git by default.
+    `device` is the one that was measured on, by default the CPU. `commit` is for a copy of the tree without its git
+    directory; by default git is asked.
     """
     return {
         "command": command,
@@ -50,7 +46,7 @@ def provenance(command: str, device: torch.device | None = None, commit: str | N
 
 
 def _version(package: str) -> str:
-    # Asked of the metadata: importing a package to read its version would make it a requirement.
+    # The metadata has it without an import, which would make the package a requirement.
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

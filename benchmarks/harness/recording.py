@@ -1,4 +1,4 @@
-"""Groups measured one after the other: each row into its file as soon as it is there, and a line for people."""
+"""Measures groups one after the other: each row goes into its file at once, and a line of it to people."""
 
 from __future__ import annotations
 
@@ -6,30 +6,42 @@ import datetime
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from benchmarks.harness.rows import Row, Table
-from benchmarks.harness.workloads import Entry
+from benchmarks.harness.commands import CommandContext
+from benchmarks.harness.rows import Row
+from benchmarks.harness.workloads import Entry, Group, Workload
+
+Figures = Iterator[tuple[Entry, dict[str, Any]]]
 
 
 def deadline(minutes: float | None) -> float:
-    """The time by `time.monotonic` in so many minutes; None: never."""
+    """The time by `time.monotonic` in so many minutes; infinite for None."""
     return math.inf if minutes is None else time.monotonic() + 60 * minutes
 
 
-def measured(rows: Iterable[Row], source: dict[str, str]) -> set[tuple[Any, Entry]]:
-    """Workloads and entries of the rows that were measured of the same commit."""
-    same = (row for row in rows if row.source.get("commit") == source["commit"])
-    return {(row.workload, Entry(row.contender, row.setting)) for row in same}
+def run_name() -> str:
+    """The name of a run, by its start. Rows of different runs were not interleaved, so their groups differ in it."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
+
+
+def is_measured(group: Group, context: CommandContext) -> bool:
+    """Whether the file, which may not be there yet, has rows of the same commit for all entries of a group."""
+    if not context.output.exists():
+        return False
+    rows = context.table.read(context.output)
+    rows = [row for row in rows if row.source.get("commit") == context.source["commit"]]
+    found = {Entry(row.contender, row.setting) for row in rows if row.workload == group.workload}
+    return found.issuperset(group.entries)
 
 
 class Log:
-    """One line for each row, refusal and failure; above the progress bar, which is on stderr."""
+    """Writes one line for each row, refusal and failure, above the progress bar on stderr."""
 
     def __init__(self, total: int, unit: str) -> None:
         self.bar = tqdm(total=total, unit=unit, file=sys.stderr)
@@ -42,59 +54,63 @@ class Log:
         self.bar.write(f"{row.workload!s:40} {row.setting!s:22} {row.contender:22} {times}", file=sys.stdout)
 
     @contextmanager
-    def attempt(self, entry: Entry, workload: Any) -> Iterator[None]:
-        """What is done in here may fail: that is said, and the other contenders are measured all the same."""
+    def attempt(self, entry: Entry, workload: Workload) -> Iterator[None]:
+        """Reports an error of one contender, so that the others are still measured.
+
+        RuntimeError and ValueError say that a contender cannot run here; any other error is a failure.
+        """
         try:
             yield
         except (RuntimeError, ValueError) as reason:
-            self._refuse(entry.contender, workload, reason)
+            # The compiler's errors name the cause in their second line.
+            line = " ".join(str(reason).strip().splitlines()[:2])
+            if f"{entry.contender} {line}" not in self._refused:
+                self._refused.add(f"{entry.contender} {line}")
+                self.bar.write(f"skipped {entry.contender} at {workload}: {line}", file=sys.stderr)
         except Exception as reason:
-            # Wrong results, and whatever else goes wrong in one contender.
             self.failures += 1
             place = f"{entry.contender} at {workload} {entry.setting}"
             self.bar.write(f"FAILED, not timed: {place}: {type(reason).__name__}: {reason}", file=sys.stderr)
         self.bar.update()
 
-    def _refuse(self, contender: str, workload: Any, reason: Exception) -> None:
-        """A contender that cannot run somewhere says so once for each reason."""
-        # The compiler's errors name the cause in their second line.
-        line = " ".join(str(reason).strip().splitlines()[:2])
-        if f"{contender} {line}" not in self._refused:
-            self._refused.add(f"{contender} {line}")
-            self.bar.write(f"skipped {contender} at {workload}: {line}", file=sys.stderr)
-
 
 def record(
-    groups: Sequence[Any],
-    measure: Callable[[str, Any], Iterator[Row]],
-    log: Log,
-    table: Table,
-    output: Path,
+    context: CommandContext,
+    groups: Sequence[Group],
+    measure: Callable[[Group, Log], Figures],
+    *,
+    unit: str = "row",
+    rounds: int = 0,
     until: float = math.inf,
-) -> list[Row]:
-    """Measures groups and appends their rows to a CSV file.
+) -> tuple[list[Row], int]:
+    """Measures groups and appends their rows to the file.
 
     Args:
-        groups: what `measure` takes, one after the other.
-        measure: name of the group, group → its rows, as they are measured.
-        log: whose bar is closed at the end.
-        table: the kind of rows.
-        output: the file.
+        context: device, file and provenance.
+        groups: one after the other.
+        measure: yields the entries of a group that could be measured, with their figures by field of `Row`.
+        unit: of the progress bar.
+        rounds: steps of the bar besides the entries.
         until: time by `time.monotonic` after which no group is begun.
 
     Returns:
-        All rows.
+        The rows, and how many contenders were wrong or broke.
     """
-    # Rows of another run were not interleaved with these: groups are named apart by time.
-    start = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
-    rows = []
+    start, rows = run_name(), []
+    log = Log(sum(len(group.entries) for group in groups) + rounds, unit)
     with log.bar:
         for number, group in enumerate(groups):
             if time.monotonic() > until:
                 log.bar.write(f"out of time: {len(groups) - number} of {len(groups)} groups are left", file=sys.stderr)
                 break
-            for row in measure(f"{start}-{number}", group):
-                table.append(output, row)
+            place = {"group": f"{start}-{number}", "device": context.device.type, "workload": group.workload}
+            for (name, setting), figures in measure(group, log):
+                row = Row(contender=name, setting=setting, source=context.source, **place, **figures)
+                context.append(row)
                 log.row(row)
                 rows.append(row)
-    return rows
+            if context.device.type == "cuda":
+                # Blocks of memory of one group's sizes fit the next group badly.
+                torch.cuda.empty_cache()
+    print(f"{len(rows)} rows added to {context.output}")
+    return rows, log.failures

@@ -17,29 +17,32 @@ class Ratio(NamedTuple):
     value: float
 
 
+Ratios = Callable[[Sequence[Row], str], list[Ratio]]
+
+
 class Target(NamedTuple):
-    """What the ratio of two figures may be at most.
+    """The most that a ratio of two figures may be.
 
     Attributes:
-        what: the line's name.
-        at_most: the target; ``None``: the ratio is said for information.
-        ratios: rows, name of the contender under test → what is compared with the target.
-        dtype: the compute dtype that it is stated for; ``None``: any.
-        mean: whether the geometric mean is compared, or else the largest ratio.
+        what: name of the line.
+        at_most: the target; None where the ratio is only reported.
+        ratios: rows, name of the contender under test → ratios that are compared with the target.
+        dtype: the compute dtype that the target is stated for; None for any.
+        mean: whether the geometric mean is compared, and not the largest ratio.
     """
 
     what: str
     at_most: float | None
-    ratios: Callable[[Sequence[Row], str], list[Ratio]]
+    ratios: Ratios
     dtype: str | None = None
     mean: bool = False
 
     def of(self, rows: Sequence[Row], tested: str) -> list[Ratio]:
-        """The ratios of those rows that are of the target's dtype."""
+        """The ratios of the rows in the target's dtype."""
         return self.ratios([row for row in rows if self.dtype in (None, row.workload.dtype)], tested)
 
     def value(self, ratios: Sequence[Ratio]) -> float:
-        """What is compared with the target."""
+        """The mean or the largest ratio, which is compared with the target."""
         values = [ratio.value for ratio in ratios]
         return geometric_mean(values) if self.mean else max(values)
 
@@ -49,11 +52,7 @@ def comparisons(
 ) -> Iterator[tuple[Row, Row]]:
     """Rows of the contender `of`, each with the row of `to` in its group.
 
-    Args:
-        rows: all that there are.
-        of: name.
-        to: name.
-        setting: setting of a row → that of the row it is compared with.
+    `setting` maps the setting of a row to that of the row that it is compared with.
     """
     measured = {(row.group, row.workload, row.contender, row.setting): row for row in rows}
     for row in rows:
@@ -64,12 +63,9 @@ def comparisons(
 
 
 def ratios(pairs: Iterable[tuple[Row, Row]], figure: str = "median_us", divisor: str | None = None) -> list[Ratio]:
-    """The ratios of two figures, where both are known: for each workload and setting the last one.
+    """A figure of each row over that of its partner, by default the same figure, where both are known.
 
-    Args:
-        pairs: rows, and the rows that they are compared with.
-        figure: name.
-        divisor: name of the other row's figure; None: the same.
+    The last measurement of each workload and setting counts.
     """
     found = {}
     for row, other in pairs:
@@ -84,11 +80,7 @@ def report(
 ) -> list[str]:
     """Lines "what: measured (target)" for each device and dtype among the rows.
 
-    Args:
-        rows: as read from a CSV file. Of a pair that was measured more than once the last counts.
-        targets: by device.
-        tested: name of the contender under test, by device.
-        chosen: name of another contender to test.
+    `targets` and `tested`, the name of the contender under test, are by device; `chosen` names another contender.
     """
     lines = []
     for device, dtype in sorted({(row.device, row.workload.dtype) for row in rows}):
@@ -100,7 +92,7 @@ def report(
 
 
 def place(row: Row) -> str:
-    """Where a row was measured: processor and commit."""
+    """The processor and the commit that a row was measured at."""
     return f"{row.source.get('processor', row.device)} at commit {row.source.get('commit', 'unknown')}"
 
 

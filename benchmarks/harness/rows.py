@@ -1,9 +1,10 @@
-"""Rows of result files: written as they are measured, read back by reports, tables and plots."""
+"""Rows of the result files. Benchmarks write them; reports, tables and plots read them back."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,15 +14,11 @@ from benchmarks.harness.workloads import Setting, Workload
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measurement. Figures that its benchmark does not take, or that mean nothing here, are None.
+    """One measurement. Figures that its benchmark does not take are NaN or None; None also where they do not apply.
 
     Attributes:
         group: rows with the same group were measured interleaved, and may be compared.
-        contender: name of what computed it.
-        device: kind of it, "cuda" or "cpu".
-        workload: what all rows of a group share.
-        setting: that of the experts; its default for contenders without.
-        part: what of the workload the figures are of, where they are not of all of it: a task, a kernel.
+        part: the part of the workload that the figures are of, such as a task or a kernel; "" for all of it.
         graph: whether a CUDA graph was replayed.
         median_us: of the timed rounds, with the 20th and the 80th percentile.
         host_us: time that the host takes to issue a call; None on a CPU.
@@ -29,30 +26,32 @@ class Row:
             CUDA graph the most that was held while the graph was prepared, which its memory is kept for.
         saved_bytes: that the forward pass keeps for the backward pass.
         weight_bytes: of all parameters and buffers that the contender keeps on the device, each storage once.
-        warmup_s: of compiling and capturing; None where nothing is.
-        switch_us: median of what must happen between two steps where the tasks of the batch change; None: nothing.
+        warmup_s: of compiling and capturing.
+        switch_us: median time of the work between two steps where the tasks of the batch change.
         images_per_s: at the median; of a UNet alone, at the paper's number of steps.
         psnr_db: of images against the exact ones, the mean over images.
         allowed_db: the least that it may be.
-        error_db: standard error of the difference of the two; 0 where what is allowed is a constant.
+        error_db: standard error of the difference of the two; 0 where the least is a constant.
         pooled_db: PSNR of the mean squared error over all images. One image may make most of it, so nothing is
             compared with it.
-        count: how often a kernel runs.
-        total_us: that all its runs take.
-        source: where the row comes from, as `benchmarks.harness.provenance` says it.
+        count: number of runs of a kernel.
+        total_us: time of all runs of a kernel.
+        matrix: edge of the square matrices whose product was the fastest, at `flops_per_s`.
+        array_bytes: of each array that was read or written, at `bytes_per_s`.
+        source: provenance, as `benchmarks.harness.provenance` has it.
     """
 
     group: str = ""
-    contender: str
+    contender: str = ""
     device: str = ""
     workload: Workload = Workload()  # noqa: RUF009 (a tuple)
     setting: Setting = Setting()  # noqa: RUF009
     part: str = ""
     graph: bool = False
-    median_us: float | None = None
-    p20_us: float | None = None
-    p80_us: float | None = None
-    rounds: int | None = None
+    median_us: float = math.nan
+    p20_us: float = math.nan
+    p80_us: float = math.nan
+    rounds: int = 0
     host_us: float | None = None
     peak_bytes: int | None = None
     saved_bytes: int | None = None
@@ -60,35 +59,39 @@ class Row:
     warmup_s: float | None = None
     switch_us: float | None = None
     images_per_s: float | None = None
-    psnr_db: float | None = None
-    allowed_db: float | None = None
-    error_db: float | None = None
-    pooled_db: float | None = None
-    count: int | None = None
-    total_us: float | None = None
+    psnr_db: float = math.nan
+    allowed_db: float = math.nan
+    error_db: float = math.nan
+    pooled_db: float = math.nan
+    count: int = 0
+    total_us: float = math.nan
+    matrix: int = 0
+    flops_per_s: float = math.nan
+    array_bytes: int = 0
+    bytes_per_s: float = math.nan
     source: Mapping[str, str]
 
 
 TIMES = ("median_us", "p20_us", "p80_us")
 # How figures are written; other fields are written as they are.
 _INTEGERS = ("D", "L", "B", "size", "branches", "steps", "E", "tasks", "rounds")
-_INTEGERS += ("peak_bytes", "saved_bytes", "weight_bytes", "count")
+_INTEGERS += ("peak_bytes", "saved_bytes", "weight_bytes", "count", "matrix", "array_bytes")
 _FORMS = {
     **dict.fromkeys(_INTEGERS, "d"),
     **dict.fromkeys(("host_us", "psnr_db", "allowed_db", "error_db", "pooled_db", "total_us"), ".2f"),
     **dict.fromkeys(("warmup_s", "switch_us"), ".1f"),
-    "images_per_s": ".4g",
+    **dict.fromkeys(("images_per_s", "flops_per_s", "bytes_per_s"), ".4g"),
 }
 
 
 class Table(NamedTuple):
-    """The kind of rows that a benchmark writes into a CSV file.
+    """The rows that a benchmark writes into a CSV file.
 
     Attributes:
         module: that measures them.
-        columns: all in order, provenance excepted.
-        times: how the median and the percentiles are written.
-        fields: of columns that are not named as fields of `Row`, `Workload` or `Setting` are, the field.
+        columns: in order, without those of the provenance.
+        times: format of the median and the percentiles.
+        fields: column → field of `Row`, `Workload` or `Setting`, where the two have different names.
     """
 
     module: str
@@ -99,12 +102,10 @@ class Table(NamedTuple):
     def cells(self, row: Row) -> dict[str, str]:
         """A row as text, by column."""
         values = row.workload._asdict() | row.setting._asdict() | vars(row)
-        return {column: self._text(self.fields.get(column, column), values) for column in self.columns} | dict(
-            row.source
-        )
+        fields = {column: self.fields.get(column, column) for column in self.columns}
+        return {column: self._text(field, values[field]) for column, field in fields.items()} | dict(row.source)
 
-    def _text(self, field: str, values: dict[str, Any]) -> str:
-        value = values[field]
+    def _text(self, field: str, value: Any) -> str:
         if field == "K":
             return "dense" if value is None else str(value)
         if value is None:
@@ -116,13 +117,13 @@ class Table(NamedTuple):
 
     def row(self, cells: dict[str, str]) -> Row:
         """The inverse of `cells`."""
-        values = {}
-        for column in self.columns:
-            field = self.fields.get(column, column)
-            values[field] = self._value(field, cells[column])
-        parts = {kind: {name: values.pop(name) for name in kind._fields if name in values} for kind in _PARTS}
+        fields = {column: self.fields.get(column, column) for column in self.columns}
+        values = {field: self._value(field, cells[column]) for column, field in fields.items()}
+        workload, setting = (
+            kind(**{name: values.pop(name) for name in kind._fields if name in values}) for kind in (Workload, Setting)
+        )
         source = {name: text for name, text in cells.items() if name not in self.columns}
-        return Row(workload=Workload(**parts[Workload]), setting=Setting(**parts[Setting]), source=source, **values)
+        return Row(workload=workload, setting=setting, source=source, **values)
 
     def _value(self, field: str, text: str) -> Any:
         if field == "K":
@@ -141,19 +142,12 @@ class Table(NamedTuple):
         check_header(path, [*self.columns, *source])
 
     def read(self, path: Path) -> list[Row]:
-        """All rows of a CSV file.
-
-        Raises:
-            ValueError: there is no such file, or a column is missing.
-        """
+        """All rows of a CSV file. Raises ValueError where there is no such file, or a column is missing."""
         return [self.row(cells) for cells in read_cells(path, self.columns, self.module)]
 
 
-_PARTS = (Workload, Setting)
-
-
 def append_cells(path: Path, cells: Mapping[str, str]) -> None:
-    """Adds a line to a CSV file, which gets its header with the first one. The file is closed after each line.
+    """Adds a line to a CSV file, whose first line is preceded by the header. The file is closed after each line.
 
     Raises:
         ValueError: the file has other columns.
@@ -169,10 +163,7 @@ def append_cells(path: Path, cells: Mapping[str, str]) -> None:
 
 
 def write_cells(
-    path: Path,
-    rows: Sequence[Mapping[str, Any]],
-    source: Mapping[str, str],
-    kept: Sequence[Mapping[str, str]] = (),
+    path: Path, rows: Sequence[Mapping[str, Any]], source: Mapping[str, str], kept: Sequence[Mapping[str, str]] = ()
 ) -> None:
     """Writes a CSV file anew: rows with their source, and kept rows as they are; cells that they lack are empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,13 +187,8 @@ def check_header(path: Path, columns: list[str]) -> None:
 def read_cells(path: Path, columns: Sequence[str], module: str) -> list[dict[str, str]]:
     """The rows of a CSV file as text, by column.
 
-    Args:
-        path: of the file.
-        columns: that it must have.
-        module: that measures them, for the error.
-
     Raises:
-        ValueError: there is no such file, or a column is missing.
+        ValueError: there is no such file, and `module` would measure its rows; or a column is missing.
     """
     if not path.exists():
         raise ValueError(f"There is no {path}: run `python -m {module}` to measure, got no file.")

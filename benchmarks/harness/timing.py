@@ -1,4 +1,4 @@
-"""Times of calls that are measured interleaved: CUDA graphs and events on a GPU, the clock on a CPU."""
+"""Times calls interleaved: by CUDA graphs and events on a GPU, by the clock on a CPU."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 Call = Callable[[], Any]
+Key = TypeVar("Key", bound=Hashable)
 
 MIN_ROUNDS = 20
 MAX_ROUNDS = 1000
-# Rounds that are run and not counted: clocks, caches and page tables settle.
+# Rounds that do not count, while clocks, caches and page tables reach a steady state.
 WARM_ROUNDS = 2
 # The device sleeps while the host issues a graph; a host that waits for the device is not waited for in turn.
 _CALIBRATION_CYCLES = 1_000_000
@@ -47,6 +48,19 @@ def summary(times_us: Sequence[float], graph: bool) -> Timing:
     return Timing(deciles[4], deciles[1], deciles[7], len(times_us), graph)
 
 
+def capture_stream(device: torch.device) -> AbstractContextManager[Any]:
+    """The context of a new stream on a GPU: graphs cannot be captured on the default one."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+
+
+def time_each(
+    calls: Mapping[Key, Sequence[Call]], device: torch.device, seconds: float, at_least: int = MIN_ROUNDS
+) -> dict[Key, Timing]:
+    """Times contenders interleaved, by name; a CUDA graph can hold each of them."""
+    timings = time_interleaved(list(calls.values()), [True] * len(calls), device, seconds, at_least)
+    return dict(zip(calls, timings, strict=True))
+
+
 def time_interleaved(
     contenders: Sequence[Sequence[Call]],
     capturable: Sequence[bool],
@@ -56,22 +70,22 @@ def time_interleaved(
     after_round: Call = lambda: None,
     replaying: Sequence[bool] | None = None,
 ) -> list[Timing]:
-    """Times contenders round robin, so that all of them see the same clocks and the same neighbours.
+    """Times contenders round robin, so that all of them run at the same clocks and beside the same neighbours.
 
-    On a GPU each contender runs through all its calls in a round, captured in one CUDA graph: the gap before a graph is
-    then shared among them, and none finds its inputs in the cache. The current stream must not be the default one. What
-    replays graphs is timed without the host's part, which is issued while the device is kept busy; what launches
-    kernels one by one is timed with it, in rounds of its own: after it the device would wait for the next graph. On a
-    CPU each runs one call in a round, the next one of its calls in the next round.
+    On a GPU each contender runs through all its calls in a round, captured in one CUDA graph: the calls then share the
+    gap before a graph, and none finds its inputs in the cache. The current stream must not be the default one.
+    Contenders that replay graphs are timed without the host's part, which is issued while the device is kept busy.
+    Those that launch kernels one by one are timed with it, in rounds of their own: after them the device would wait
+    for the next graph. On a CPU each contender runs one call in a round, and its next call in the next round.
 
     Args:
         contenders: for each one its calls, on one set of inputs each; warmed up already.
         capturable: for each one whether a CUDA graph can hold it.
         device: where the calls run.
         seconds: time for each contender; 1000 rounds are run at most.
-        at_least: rounds that are run whatever they take.
-        after_round: called between two rounds, also those that are not counted: for progress where calls take long.
-        replaying: for each one whether its calls replay CUDA graphs of their own; None: none of them does.
+        at_least: rounds that are run however long they take.
+        after_round: called after each round, also the first ones, which do not count.
+        replaying: for each one whether its calls replay CUDA graphs of their own; by default none does.
     """
     if device.type != "cuda":
         turns = [itertools.cycle(calls) for calls in contenders]
@@ -145,7 +159,7 @@ def _captured_runs(contenders: Sequence[Sequence[Call]], capturable: Sequence[bo
 def _captured(calls: Sequence[Call], pool: Any) -> torch.cuda.CUDAGraph | None:
     """One graph of all calls; None where they cannot be captured.
 
-    A failed capture leaves torch's own random generator unusable, so what is known to fail should not be tried.
+    A failed capture leaves torch's own random generator unusable, so calls that are known to fail should not be tried.
     """
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
@@ -194,7 +208,7 @@ def _cycles_per_us() -> float:
 
 
 def _events_round(runs: Sequence[Call], counts: Sequence[int], sleeps: Sequence[int]) -> list[float]:
-    # Not counted: it is what precedes the first contender in the turn, and it lets the host get ahead of the device.
+    # This call does not count: it precedes the first contender as in any other turn, and lets the host get ahead.
     runs[-1]()
     events = []
     for run, sleep in zip(runs, sleeps, strict=True):
@@ -210,7 +224,7 @@ def _events_round(runs: Sequence[Call], counts: Sequence[int], sleeps: Sequence[
 
 
 def warm_up(calls: Sequence[Call], device: torch.device) -> None:
-    """Compiles, tunes and loads what the first calls need; on a GPU for every set of inputs, as captures need it."""
+    """Runs the first call, which compiles, tunes and loads; on a GPU all of them, as captures need it."""
     for call in [calls[0], *(calls if device.type == "cuda" else ())]:
         call()
     synchronize(device)
@@ -227,19 +241,22 @@ def repeated_us(call: Call, device: torch.device, count: int) -> Timing:
     return summary([_clocked(complete) for _ in range(count)], graph=False)
 
 
-def host_us(call: Call, device: torch.device) -> float | None:
-    """Time that the host takes to issue a call, in µs: the mean over a burst, and of several bursts the median.
+def burst_us(call: Call, device: torch.device, burst: int = _BURST, bursts: int = _BURSTS) -> float:
+    """Time that the host takes to issue a call, in µs: the median over bursts of the mean over a burst.
 
-    A burst fits into the queue of the device, whatever the shape. None on a CPU, where a call has no other time.
+    A burst of the default length fits into the queue of the device at any shape.
     """
-    if device.type != "cuda":
-        return None
-    bursts = []
-    for _ in range(_BURSTS):
+    times = []
+    for _ in range(bursts):
         synchronize(device)
-        bursts.append(_clocked(_in_turn([call] * _BURST)) / _BURST)
+        times.append(_clocked(_in_turn([call] * burst)) / burst)
     synchronize(device)
-    return statistics.median(bursts)
+    return statistics.median(times)
+
+
+def host_us(call: Call, device: torch.device) -> float | None:
+    """Time that the host takes to issue a call, in µs; None on a CPU, where a call has no other time."""
+    return burst_us(call, device) if device.type == "cuda" else None
 
 
 def synchronize(device: torch.device) -> None:

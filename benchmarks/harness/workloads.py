@@ -1,4 +1,4 @@
-"""What a row is of: a workload, how its samples are routed, and the contender that computes it."""
+"""The keys of a row: the workload, the routing of its samples, and the contender that computes it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ DENSE = None
 
 
 class Workload(NamedTuple):
-    """What all rows of a group share. Each benchmark sets the fields that it varies, and leaves the others alone.
+    """The work that all rows of a group share. Each benchmark sets the fields that it varies.
 
     Attributes:
         D: width of one feed-forward, which has H = 4·D hidden units.
         L: tokens of a sample.
-        B: samples; of whole models pictures.
+        B: number of samples, or of pictures of a whole model.
         dtype: name of the compute dtype.
-        direction: the pass: "forward", "backward" or "forward+backward".
+        direction: "forward", "backward" or "forward+backward".
         model: name of a whole model.
         size: edge of its pictures in pixels.
         branches: rows of the UNet's batch for each picture; guidance doubles or triples them.
@@ -38,7 +38,7 @@ class Workload(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Of the UNet's batch."""
+        """Number of rows in the UNet's batch."""
         return self.B * self.branches
 
     def __str__(self) -> str:

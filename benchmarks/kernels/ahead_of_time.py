@@ -1,4 +1,4 @@
-"""Compiles launches for GPUs that are not here, and says how many of their programs share one of their processors."""
+"""Compiles launches for GPUs that need not be here, and counts the programs that share a multiprocessor."""
 
 from __future__ import annotations
 
@@ -68,11 +68,17 @@ class Compiled(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What the compiler gets for a launch. Launches of equal keys are one kernel."""
+    """The compiler's input for a launch. Launches of equal keys are one kernel."""
 
     key: tuple[str, ...]
     source: ASTSource
     options: dict[str, Any]
+
+
+def check_not_interpreted() -> None:
+    """Raises ValueError where kernels were defined for Triton's interpreter."""
+    if interpreted():
+        raise ValueError("TRITON_INTERPRET must be unset, since interpreted kernels cannot be compiled; it is set.")
 
 
 def gpu_target(arch: str) -> GPUTarget:
@@ -83,13 +89,12 @@ def gpu_target(arch: str) -> GPUTarget:
 
 
 def specialize(launch: Launch, arch: str) -> Source:
-    """What Triton's JIT would compile at this launch: the same code that it runs decides on types, divisors and ones.
+    """The kernel that Triton's JIT would compile at this launch: its own code decides on types, divisors and ones.
 
     Raises:
         ValueError: kernels were defined for Triton's interpreter.
     """
-    if interpreted():
-        raise ValueError("Kernels must be compiled, not interpreted: unset TRITON_INTERPRET, got it set.")
+    check_not_interpreted()
     kernel = launch.kernel
     backend = make_backend(gpu_target(arch))
     named = launch.constants | launch.options
@@ -102,9 +107,9 @@ def specialize(launch: Launch, arch: str) -> Source:
 
 
 def compile_launch(launch: Launch, arch: str, *, listed: bool = True) -> Compiled:
-    """Compiles the kernel of a launch for an architecture, whether or not its GPU is here.
+    """Compiles the kernel of a launch for an architecture.
 
-    listed ``False``: the code is not disassembled, so that only its registers and its stack are known.
+    Without `listed` the code is not disassembled, so that only its registers and its stack are known.
     """
     _, source, options = specialize(launch, arch)
     compiled = triton.compile(source, target=gpu_target(arch), options=options)
@@ -113,8 +118,16 @@ def compile_launch(launch: Launch, arch: str, *, listed: bool = True) -> Compile
     return Compiled(launch, compiled.metadata.shared + static, getattr(compiled.metadata, "tmem_size", 0) or 0, code)
 
 
+def compile_once(launch: Launch, arch: str, done: dict[tuple[str, ...], Compiled]) -> Compiled:
+    """The compiled launch; a kernel that is among those that are done is not compiled again."""
+    key = specialize(launch, arch).key
+    if key not in done:
+        done[key] = compile_launch(launch, arch)
+    return done[key]._replace(launch=launch)
+
+
 def programs_per_processor(compiled: Compiled, chip: Chip) -> int:
-    """How many programs fit on one multiprocessor at once; 0 where not even one does.
+    """The number of programs that fit on one multiprocessor at once.
 
     Registers go to warps in units of 256, and warps to the four quarters of the processor.
     """

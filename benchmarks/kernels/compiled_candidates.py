@@ -1,4 +1,4 @@
-"""`python -m benchmarks.kernels.compiled_candidates expert_in --arch sm_90`: what candidate tiles compile to.
+"""`python -m benchmarks.kernels.compiled_candidates expert_in --arch sm_90`: compiles the tuner's candidate tiles.
 
 No GPU is needed. For each tile that the tuner would try: registers, waits for the tensor cores in the main loop (more
 than one: they are serialised), instructions, programs on a multiprocessor, and the time that
@@ -8,7 +8,6 @@ than one: they are serialised), instructions, programs on a multiprocessor, and 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -17,14 +16,21 @@ import triton
 from tqdm import tqdm
 
 from benchmarks.harness.arguments import parse_shapes
-from benchmarks.kernels.ahead_of_time import CHIPS, Compiled, compile_launch, programs_per_processor, specialize
+from benchmarks.harness.commands import make_parser, parse, usage_errors
+from benchmarks.harness.report import geometric_mean
+from benchmarks.kernels.ahead_of_time import (
+    CHIPS,
+    Compiled,
+    check_not_interpreted,
+    compile_once,
+    programs_per_processor,
+)
 from benchmarks.kernels.compiled_kernels import Result, table_tile, violations
 from benchmarks.kernels.kernel_calls import SD_SHAPES, NamedLaunch
 from benchmarks.kernels.kernel_model import GPUS, grid_us, read_tile
 from benchmarks.kernels.products import Shape, draw_operands, prepare
 from benchmarks.kernels.sass import count_waits
 from benchmarks.kernels.tile_candidates import candidates
-from mtu_kernels.triton.launch import interpreted
 from mtu_kernels.triton.tiles import PRODUCTS, TileConfig
 
 
@@ -32,8 +38,8 @@ class Candidate(NamedTuple):
     """A tile, compiled.
 
     Attributes:
-        microseconds: predicted, of each shape; empty where nothing is known of the GPU's rates.
-        wrong: why the gate would refuse it.
+        microseconds: predicted, of each shape; empty where the GPU's rates are not known.
+        wrong: reasons why the gate would refuse it.
     """
 
     tile: TileConfig
@@ -57,15 +63,13 @@ def _candidate(product: str, arch: str, shapes: Sequence[Shape], tile: TileConfi
     for shape in shapes:
         total = 0.0
         for launch in prepare(product, draw_operands(shape, "bf16", "meta"), tile).steps:
-            key = specialize(launch, arch).key
             try:
-                compiled = done.get(key) or compile_launch(launch, arch)
+                compiled = compile_once(launch, arch, done)
             except Exception as error:  # Compilers fail in many ways, and a candidate that does not compile is none.
                 return Candidate(tile, None, (), (f"{type(error).__name__}: {' '.join(str(error).split())[-120:]}",))
-            done[key] = compiled
             first = first or compiled
             named = NamedLaunch(f"{product} {shape}", "bf16", None, launch, shape)
-            wrong |= dict.fromkeys(violations(Result(arch, named, (), compiled._replace(launch=launch))))
+            wrong |= dict.fromkeys(violations(Result(arch, named, (), compiled)))
             if arch in GPUS:
                 program = read_tile(compiled, arch).program(depth_of(product, shape))
                 total += grid_us(program, launch.programs, GPUS[arch])
@@ -74,7 +78,7 @@ def _candidate(product: str, arch: str, shapes: Sequence[Shape], tile: TileConfi
 
 
 def depth_of(product: str, shape: Shape) -> int:
-    """How many multiply-adds make one element of a product's result; for gradients of weights, on average."""
+    """The number of multiply-adds for one element of a product's result; for gradients of weights, on average."""
     if product == "expert_sum":
         return shape.active_hidden
     if product == "expert_in_backward":
@@ -105,11 +109,11 @@ def lines(found: Sequence[Candidate], arch: str, shapes: Sequence[Shape]) -> Ite
 
 def _order(candidate: Candidate) -> tuple[bool, float]:
     times = candidate.microseconds
-    return bool(candidate.wrong), math.fsum(map(math.log, times)) / len(times) if times else 0.0
+    return bool(candidate.wrong), geometric_mean(times) if times else 0.0
 
 
 def _parse_tile(text: str) -> TileConfig:
-    """A tile of the command line: rows, columns, depth of a step, warps, stages and, if one likes, group_m."""
+    """Parses a tile: rows, columns, depth of a step, warps, stages and, optionally, group_m."""
     numbers = text.split("x")
     if len(numbers) not in (5, 6) or not all(number.isdecimal() for number in numbers):
         raise argparse.ArgumentTypeError(f"expected a tile such as 128x64x64x4x3 (or …x8), got {text!r}.")
@@ -118,8 +122,10 @@ def _parse_tile(text: str) -> TileConfig:
 
 
 def _parser() -> argparse.ArgumentParser:
-    description = __doc__.split("\n\n")[1]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.compiled_candidates", description=description)
+    description = (
+        "Compiles the tuner's candidate tiles of a product, and prints their code's figures, the best ones first."
+    )
+    parser = make_parser("benchmarks.kernels.compiled_candidates", description)
     parser.add_argument("product", choices=PRODUCTS)
     parser.add_argument("--arch", choices=CHIPS, default="sm_90", help="(default: sm_90)")
     parser.add_argument(
@@ -137,9 +143,9 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = _parser()
-    options = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    if interpreted():
-        parser.error("TRITON_INTERPRET must be unset, since interpreted kernels cannot be compiled; it is set.")
+    _, options = parse(parser, argv)
+    with usage_errors(parser):
+        check_not_interpreted()
     E, K = (8, 2) if options.top_k else (4, None)
     shapes = [Shape(D, L, options.batch, E, K, 4 * D // E) for D, L in options.shapes]
     grid = candidates(shapes[0].key(options.product, options.arch, 16))

@@ -3,13 +3,12 @@
 No GPU is needed. Writes `results/compiled_kernels.csv`. Fails where registers spill, where a program does not fit the
 chip, where a product lacks tensor cores or loads that run ahead of it, and where its main loop waits for Hopper's
 tensor cores more than once, so that products are serialised. `--check` compiles less: the tiles that are shipped, each
-in all of its dtypes, and one call of each kind; it writes only what it is told to. Tiles are those that the installed
-Triton would get; rows that other versions have written stay in the file.
+in all of its dtypes, and one call of each kind; it writes a file only with `--output`. Tiles are those that the
+installed Triton would get; rows that other versions have written stay in the file.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,12 +17,14 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from benchmarks.harness.commands import make_parser, parse, usage_errors
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.harness.rows import write_cells
 from benchmarks.kernels.ahead_of_time import (
     ARCHITECTURES,
     CHIPS,
     Compiled,
+    check_not_interpreted,
     compile_launch,
     programs_per_processor,
     specialize,
@@ -40,11 +41,12 @@ from benchmarks.kernels.kernel_calls import (
     record_rows,
 )
 from benchmarks.kernels.sass import count, count_tensor_core, count_waits
-from mtu_kernels.triton.launch import Launch, interpreted
+from mtu_kernels.triton.launch import Launch
 from mtu_kernels.triton.tile_choice import more_general, triton_version
 from mtu_kernels.triton.tile_table import ROWS
 from mtu_kernels.triton.tiles import TableRow, TileConfig
 
+MODULE = "benchmarks.kernels.compiled_kernels"
 TENSOR_CORE = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 
 
@@ -53,8 +55,8 @@ class Result(NamedTuple):
 
     Attributes:
         named: the first launch that needs it.
-        rows: keys of the table's rows.
-        compiled: ``None`` where the compiler refuses; then error says why.
+        rows: of the table.
+        compiled: None where the compiler refuses, with its `error`.
     """
 
     arch: str
@@ -77,7 +79,7 @@ def tile_of(launch: Launch) -> str:
 
 
 def table_tile(tile: TileConfig) -> str:
-    """A tile of the table, in the words of `tile_of`."""
+    """A tile of the table in the form of `tile_of`."""
     sizes = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
     return f"{sizes} warps={tile.num_warps} stages={tile.num_stages}"
 
@@ -89,16 +91,14 @@ def row_name(row: TableRow) -> str:
 
 
 def rows_of(arch: str, rows: Iterable[TableRow] = ROWS) -> list[TableRow]:
-    """Rows of an architecture that serve the installed Triton: neither those of other versions, nor those for any
-    version that a row of its own goes before.
-    """
+    """Rows of an architecture that the installed Triton gets: those of its version, and those for any version else."""
     ours = [row for row in rows if row.key.arch == arch and row.key.triton in ("", triton_version())]
     named = {row.key._replace(triton="") for row in ours if row.key.triton}
     return [row for row in ours if row.key.triton or named.isdisjoint(more_general(row.key))]
 
 
 def violations(result: Result) -> Iterator[str]:
-    """What is wrong with a kernel, a sentence each."""
+    """The faults of a kernel, a sentence each."""
     if result.compiled is None:
         yield f"it must compile, got {result.error}"
         return
@@ -143,7 +143,7 @@ def _is_odd(result: Result) -> bool:
 
 
 def launches_of(arch: str, *, quick: bool, rows: Sequence[TableRow] = ROWS) -> list[NamedLaunch]:
-    """What is compiled for an architecture; a few for AMD, whose code nothing here reads."""
+    """The launches that are compiled for an architecture; a few for AMD, whose code nothing here reads."""
     found = list(record_rows(rows_of(arch, rows)))
     calls = few_calls() if quick else all_calls()
     if arch not in CHIPS:
@@ -158,7 +158,7 @@ def launches_of(arch: str, *, quick: bool, rows: Sequence[TableRow] = ROWS) -> l
 def compile_all(arch: str, launches: Iterable[NamedLaunch], *, quick: bool = False) -> Iterator[Result]:
     """Compiles each kernel once, however many launches need it.
 
-    quick: only the code of products in bfloat16 is disassembled; that in float16 differs by the type.
+    With `quick` only the code of products in bfloat16 is disassembled; that in float16 differs by the type.
     """
     kernels: dict[tuple[str, ...], list[NamedLaunch]] = {}
     for named in launches:
@@ -169,7 +169,7 @@ def compile_all(arch: str, launches: Iterable[NamedLaunch], *, quick: bool = Fal
         listed = not quick or (is_product(first.launch) and first.dtype == "bf16")
         try:
             yield Result(arch, first, rows, compile_launch(first.launch, arch, listed=listed))
-        except Exception as error:  # Compilers fail in many ways; all of them are findings.
+        except Exception as error:  # Compilers fail in many ways, and each failure is a finding.
             reason = " ".join(str(error).split())[-200:]
             yield Result(arch, first, rows, None, f"{type(error).__name__}: {reason}")
 
@@ -232,16 +232,16 @@ def rows_of_others(path: Path, source: dict[str, str]) -> list[dict[str, str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 if any kernel is not as it should be."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels.compiled_kernels", description=__doc__.split("\n\n")[1]
+    description = (
+        "Compiles every kernel for every architecture, and fails where the code of one is not as it should be."
     )
+    parser = make_parser(MODULE, description)
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="(default: all)")
     parser.add_argument("--check", action="store_true", help="compile less, and write no file but that of --output")
     parser.add_argument("--output", type=Path, help="CSV file (default: results/compiled_kernels.csv)")
-    options = parser.parse_args(argv)
-    if interpreted():
-        parser.error("TRITON_INTERPRET must be unset, since interpreted kernels cannot be compiled; it is set.")
+    argv, options = parse(parser, argv)
+    with usage_errors(parser):
+        check_not_interpreted()
     results: list[Result] = []
     wrong: list[str] = []
     for arch in options.arch:
@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             wrong += [f"{where} ({result.named.name}): {violation}." for violation in violations(result)]
         wrong += [f"{sentence}." for sentence in uncovered(arch, found)]
         results += found
-    source = provenance(command_line("benchmarks.kernels.compiled_kernels", argv))
+    source = provenance(command_line(MODULE, argv))
     if options.output is not None or not options.check:
         path = options.output or RESULTS / "compiled_kernels.csv"
         write_cells(path, [cells(result) for result in results], source, kept=rows_of_others(path, source))

@@ -1,14 +1,14 @@
 """A whole forward pass of the feed-forward, and a whole UNet, on a GPU that is not here: predicted from its products.
 
-    op        LayerNorm, first product with GEGLU and routing weights, second product: what `mtu_kernels.moe_ffn` runs
+    op        `mtu_kernels.moe_ffn`: LayerNorm, first product with GEGLU and routing weights, second product
     compiled  the same between the kernels that a compiler makes of the block around it
-    stock     the original feed-forward as a compiler makes it: residual and LayerNorm, product, GEGLU, product
+    stock     the original feed-forward, compiled: residual and LayerNorm, product, GEGLU, product
     products  the two plain products alone, all of their operands in memory
 
-A UNet is its feed-forwards and the rest, which is the same for both: ``1 + s · (ours / stock - 1)``, where s is the
-share of time of the stock feed-forwards. They are a share f of the FLOPs. A FLOP of the rest takes k times as long, and
-k is such that on an H100 s is what is known there (estimates). Of k the part above 1 is taken to be the memory's, which
-on another GPU grows as memory does, and not as products do.
+A UNet consists of its feed-forwards and the rest, which is the same for both: ``1 + s · (ours / stock - 1)``, where s
+is the share of time of the stock feed-forwards. They are a share f of the FLOPs. A FLOP of the rest takes k times as
+long, and k follows from the known s on an H100 (an estimate). The part of k above 1 is taken to be the memory's, which
+on another GPU scales with the rate of memory, and not with that of products.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.kernels.kernel_model import (
 )
 
 _BYTES = 2
-# Kernels that gathered norm affines and routing weights in front of each layer.
+# Kernels that gather norm affines and routing weights in front of each layer.
 _GATHERS = 3
 
 
@@ -64,14 +64,7 @@ class Tokens(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """A forward pass, in µs, launches included.
-
-    Attributes:
-        norm: LayerNorm.
-        first: product of x̂ and W_in, with GEGLU.
-        second: product of h and W_out.
-        others: kernels around them.
-    """
+    """A forward pass in µs, launches included: LayerNorm, x̂ · W_in with GEGLU, h · W_out, kernels around them."""
 
     norm: float
     first: float
@@ -84,8 +77,7 @@ class Forward(NamedTuple):
 
 
 class UNet(NamedTuple):
-    """Feed-forwards of a UNet: how many of each width and number of tokens, and their share of FLOPs and, on an H100,
-    of time."""
+    """The feed-forwards of a UNet: number by width and tokens, share of FLOPs, and share of time on an H100."""
 
     name: str
     blocks: dict[tuple[int, int], int]
@@ -115,11 +107,7 @@ _PING_PONG = CompiledTile(128, 128, 64, 4, 5, loop=96, epilogue=1055, resident=2
 
 
 class FirstProduct(NamedTuple):
-    """The grid of the first product.
-
-    Attributes:
-        early: whether it may start, and fetch weights, before LayerNorm ends (programmatic dependent launch).
-    """
+    """The grid of the first product; `early`: it may start before LayerNorm ends (programmatic dependent launch)."""
 
     program: Program
     programs: int
@@ -141,19 +129,19 @@ def ping_pong(tokens: Tokens) -> FirstProduct:
 
 
 def op(tokens: Tokens, first: FirstProduct, rates: Rates) -> Forward:
-    """What `mtu_kernels.moe_ffn` runs."""
+    """A call of `mtu_kernels.moe_ffn`."""
     reads = rates.missing(tokens.x_bytes) + 2 * tokens.w_out_bytes
     time = product_us(first.program, first.programs, reads + tokens.h_bytes, rates)
-    # Nothing is waited for but the rows: the launch, and the way of the first weights, pass while LayerNorm runs.
+    # The launch and the first loads of weights pass while LayerNorm runs: the kernel waits for the rows alone.
     hidden = rates.edge_us + rates.microseconds(LATENCY_CYCLES) if first.early else 0.0
     return Forward(pass_us(2 * tokens.x_bytes, rates), time - hidden, _second(tokens, rates))
 
 
 def compiled(tokens: Tokens, first: FirstProduct, rates: Rates, *, opaque: bool) -> Forward:
-    """Between a compiler's kernels: the residual before it belongs to it, since LayerNorm may be its kernel.
+    """A call between a compiler's kernels, with the residual before it, since LayerNorm may be the compiler's kernel.
 
-    opaque: the operator is all of the feed-forward, so that the residual and the gathers of this layer's norm affines
-    and routing weights are kernels of their own. Else the compiler's LayerNorm has both.
+    With `opaque` the operator is the whole feed-forward, so that the residual and the gathers of this layer's norm
+    affines and routing weights are kernels of their own. Otherwise the compiler's LayerNorm contains both.
     """
     first = first._replace(early=first.early and opaque)
     alone = op(tokens, first, rates)
@@ -180,7 +168,7 @@ def products(tokens: Tokens, rates: Rates) -> Forward:
 
 
 def time_share(unet: UNet, rates: Rates) -> float:
-    """Of the stock feed-forwards, of a step."""
+    """The share of a step's time that the stock feed-forwards take."""
     rest = (1 - unet.flop_share) / unet.flop_share
     slowness = (1 / unet.time_share - 1) / rest
     memory = (H100.memory_tbs / rates.memory_tbs) / (H100.tflops / rates.tflops)

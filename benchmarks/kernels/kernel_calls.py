@@ -1,4 +1,4 @@
-"""The launches of representative calls, for any architecture and without any device: tensors have shapes only."""
+"""Launches of representative calls for any architecture, without a device: tensors have shapes only."""
 
 from __future__ import annotations
 
@@ -40,12 +40,11 @@ class Call(NamedTuple):
 
 
 class NamedLaunch(NamedTuple):
-    """A launch, and what it belongs to.
+    """A launch, and the call or the product that it is part of.
 
     Attributes:
-        name: of that, for people.
-        row: of the table, if it shows one.
-        shape: of the call or the product.
+        name: of the call or the product, for people.
+        row: of the table, if the launch has its tile.
         phase: of the call: "inference", "training", "backward", or "backward, recomputing".
     """
 
@@ -89,7 +88,7 @@ ODD = Shape(24, 13, 3, 3, 2, 10)
 
 
 def few_calls() -> tuple[Call, ...]:
-    """One call of each kind of routing: what a quick check compiles beside the rows of the table."""
+    """One call of each kind of routing, which a quick check compiles beside the rows of the table."""
     return Call(dense(640, 1024)), Call(top_2(640, 1024), per_expert=True)
 
 
@@ -104,7 +103,7 @@ def all_calls() -> tuple[Call, ...]:
 
 
 def record(call: Call, arch: str, *, recompute: bool = True) -> Iterator[NamedLaunch]:
-    """What a call launches: for inference, for training, and in the backward pass (with and without recomputation)."""
+    """The launches of a call: for inference, for training, and in the backward pass, also with recomputation."""
     launches: list[Launch] = []
     machine = Machine(arch, launches.append)
     tensors, grad_y = _tensors(call)
@@ -129,11 +128,8 @@ def record_rows(rows: Iterable[TableRow]) -> Iterator[NamedLaunch]:
         if not isinstance(row.tile, TileConfig):
             continue
         key = row.key
-        shape = (
-            Shape(key.width or 640, 1024, 2, 8, 2, 640)
-            if key.grouped
-            else Shape(key.width or 640, 1024, 2, 4, None, 640)
-        )
+        E, K = (8, 2) if key.grouped else (4, None)
+        shape = Shape(key.width or 640, 1024, 2, E, K, 640)
         for dtype in (name for name, bits in BITS.items() if bits == key.bits):
             for step in prepare(key.product, draw_operands(shape, dtype, "meta"), row.tile).steps:
                 yield NamedLaunch(f"{key.product} {shape}", dtype, row, step, shape)

@@ -1,4 +1,4 @@
-"""How long kernels take on a GPU that is not here: a model, whose results are predictions and are labelled so.
+"""A model of the time of kernels on a GPU that need not be here. Its results are labelled as predictions.
 
 A product is a grid of programs, shared evenly among the multiprocessors. Of one program the model knows, in cycles,
 
@@ -30,9 +30,9 @@ _SCHEDULERS = 4
 # Dependent instructions and conflicts keep schedulers from issuing in each cycle. An estimate.
 _ISSUE_SHARE = 0.8
 _SHARED_BYTES_PER_CYCLE = 128
-# What one multiprocessor takes from the L2 cache at most, however few ask for it.
+# One multiprocessor takes no more from the L2 cache, however few others read from it.
 _L2_BYTES_PER_CYCLE = 64
-# Until a first load from the L2 cache or from memory arrives. An estimate.
+# An estimate of the time until a first load from the L2 cache or from memory arrives.
 LATENCY_CYCLES = 800
 _SHARPNESS = 4
 # A library's epilogue: a conversion, and a share of a store, for each element of a thread.
@@ -40,7 +40,7 @@ _LIBRARY_EPILOGUE = 1.5
 
 
 class Rates(NamedTuple):
-    """What a GPU reaches, not what its data sheet promises.
+    """The rates that a GPU reaches, which are below those of its data sheet.
 
     Attributes:
         name: of the GPU.
@@ -72,11 +72,11 @@ class Rates(NamedTuple):
 
     @property
     def flop_per_cycle(self) -> float:
-        """Of one multiprocessor."""
+        """The rate of one multiprocessor."""
         return self.tflops * 1e3 / self.processors / self.ghz
 
     def l2_bytes_per_cycle(self, programs: int) -> float:
-        """Of one multiprocessor, where a grid keeps no more of them busy than it has programs."""
+        """The rate of one multiprocessor; a grid keeps no more of them busy than it has programs."""
         busy = min(programs, self.processors)
         return min(_L2_BYTES_PER_CYCLE, self.l2_tbs * 1e3 / busy / self.ghz)
 
@@ -84,7 +84,7 @@ class Rates(NamedTuple):
         return cycles / self.ghz / 1e3
 
     def missing(self, size: float) -> float:
-        """The bytes of what the kernel before has written that are not in the L2 cache any more.
+        """The bytes, of so many that the kernel before has written, that are not in the L2 cache any more.
 
         Half of the cache counts: each of its two halves keeps what its own multiprocessors read.
         """
@@ -133,7 +133,7 @@ class Program(NamedTuple):
         return self.bytes / self.flops
 
     def loop_cycles(self, programs: int, rates: Rates) -> dict[str, float]:
-        """What its main loop takes of each part of a multiprocessor that other programs want, too."""
+        """The cycles that its main loop takes of each part of a multiprocessor that programs share."""
         return {
             "tensor": self.flops / rates.flop_per_cycle,
             "l2": self.bytes / rates.l2_bytes_per_cycle(programs),
@@ -143,7 +143,7 @@ class Program(NamedTuple):
 
 
 class CompiledTile(NamedTuple):
-    """What the model wants to know of a compiled product with 16-bit operands.
+    """The figures of a compiled product with 16-bit operands that the model uses.
 
     Attributes:
         rows: of the tile.
@@ -183,7 +183,7 @@ class CompiledTile(NamedTuple):
 
 
 def read_tile(compiled: Compiled, arch: str) -> CompiledTile:
-    """From the block sizes and the listed code of a product that was compiled for an architecture."""
+    """The figures of a compiled product, from its block sizes and its listed code."""
     launch, code = compiled.launch, compiled.code
     rows, columns, step = block_of(launch)
     columns *= 2 if launch.product in PAIR_PRODUCTS else 1
@@ -197,7 +197,7 @@ def read_tile(compiled: Compiled, arch: str) -> CompiledTile:
 
 
 def grid_us(program: Program, programs: int, rates: Rates) -> float:
-    """A grid of equal programs, without what memory costs and without the launch."""
+    """The time of a grid of equal programs, without the bound of memory and without the launch."""
     busiest = math.ceil(programs / rates.processors)
     resident = min(program.resident, busiest)
     loop = max(program.loop_cycles(programs, rates).values())
@@ -208,22 +208,22 @@ def grid_us(program: Program, programs: int, rates: Rates) -> float:
 
 
 def product_us(program: Program, programs: int, memory_bytes: float, rates: Rates) -> float:
-    """A product in a CUDA graph, its launch included."""
+    """The time of a product in a CUDA graph, its launch included."""
     return overlapped(grid_us(program, programs, rates), memory_bytes / rates.memory_tbs / 1e6) + rates.edge_us
 
 
 def library_us(M: int, N: int, K: int, memory_bytes: float, rates: Rates) -> float:
-    """A library's product (M, K) · (K, N) in 16 bits, by the best of its tiles, in parts of the depth if that pays."""
+    """The time of a library's product (M, K) · (K, N) in 16 bits, by the best of its tiles and numbers of parts."""
     return min(_library_ways(M, N, K, memory_bytes, rates))
 
 
 def pass_us(memory_bytes: float, rates: Rates) -> float:
-    """A kernel that reads and writes once, such as LayerNorm or GEGLU."""
+    """The time of a kernel that reads and writes once, such as LayerNorm or GEGLU."""
     return memory_bytes / rates.norm_tbs / 1e6 + rates.microseconds(LATENCY_CYCLES) + rates.edge_us
 
 
 def overlapped(first: float, second: float) -> float:
-    """The time of two things that go on at once, and hinder each other where they take equally long."""
+    """The time of two processes at once, which hinder each other where they take equally long."""
     return (first**_SHARPNESS + second**_SHARPNESS) ** (1 / _SHARPNESS)
 
 
@@ -241,7 +241,7 @@ def _library_ways(M: int, N: int, K: int, memory_bytes: float, rates: Rates) -> 
 
 
 def _shared_bytes(loop: Sequence[Instruction], num_warps: int, bytes_per_step: int) -> int:
-    """That go in and out of shared memory in one step; 0 where tensor cores read it by themselves."""
+    """Bytes in and out of shared memory in one step; 0 where tensor cores read it by themselves."""
     # LDSM.16.M88.4: four 8×8 matrices of 16 bits.
     matrices = sum(int(i.name.rpartition(".")[2]) for i in loop if i.base == "LDSM")
     return 128 * matrices * num_warps + bytes_per_step if matrices else 0

@@ -1,23 +1,23 @@
-"""`python -m benchmarks.kernels.prediction`: what compiled kernels let one expect on an H100 and an A100.
+"""`python -m benchmarks.kernels.prediction`: predicts times on an H100 and an A100 from compiled kernels.
 
 Writes `results/predicted_kernels.csv`, the package's products of a forward pass one by one, and
 `results/predicted_forward.csv`: forward passes beside the two plain products alone and beside the stock feed-forward,
-compiled, then whole UNets beside stock ones. Launches are those that the package makes, their code is what Triton
-compiles here; `benchmarks.kernels.kernel_model` gives them times, and `benchmarks.kernels.forward_model` puts them
-together. Nothing is measured.
+compiled, then whole UNets beside stock ones. Launches are those of the package, compiled here by Triton;
+`benchmarks.kernels.kernel_model` predicts their times, and `benchmarks.kernels.forward_model` combines them. Nothing is
+measured.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from benchmarks.harness.commands import make_parser, parse, usage_errors
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
+from benchmarks.harness.report import geometric_mean
 from benchmarks.harness.rows import write_cells
-from benchmarks.kernels.ahead_of_time import Compiled, compile_launch, specialize
+from benchmarks.kernels.ahead_of_time import Compiled, check_not_interpreted, compile_once
 from benchmarks.kernels.compiled_kernels import is_product, tile_of
 from benchmarks.kernels.forward_model import (
     UNETS,
@@ -34,9 +34,10 @@ from benchmarks.kernels.forward_model import (
 )
 from benchmarks.kernels.kernel_calls import SD_SHAPES, Call, dense, record, top_2
 from benchmarks.kernels.kernel_model import GPUS, Program, Rates, grid_us, read_tile
-from mtu_kernels.triton.launch import Launch, interpreted
+from mtu_kernels.triton.launch import Launch
 from mtu_kernels.triton.tiles import PAIR_PRODUCTS
 
+MODULE = "benchmarks.kernels.prediction"
 STATUS = "predicted, not measured"
 BATCH = 2
 MEAN = "geometric mean"
@@ -58,14 +59,14 @@ Firsts = dict[Tokens, FirstProduct]
 
 
 class Variant(NamedTuple):
-    """Forward passes with something built into them.
+    """Forward passes with some of the leads built in, by shape.
 
     Attributes:
         what: "op", over the two plain products alone; or "compiled", over the stock feed-forward, compiled.
-        name: what is built in.
-        firsts: their first products.
-        forwards: by shape.
-        references: time of what they are compared with, by shape, in µs.
+        name: of the leads.
+        firsts: the first products.
+        forwards: the passes.
+        references: the times in µs that they are divided by.
     """
 
     what: str
@@ -86,17 +87,14 @@ def kernels(rates: Rates, shapes: Sequence[tuple[int, int]] = SD_SHAPES) -> list
                 launch = named.launch
                 if named.phase != "inference" or not is_product(launch):
                     continue
-                key = specialize(launch, rates.arch).key
-                if key not in done:
-                    done[key] = compile_launch(launch, rates.arch)
                 depth = D if launch.product in PAIR_PRODUCTS else shape.active_hidden
-                tile = read_tile(done[key]._replace(launch=launch), rates.arch)
+                tile = read_tile(compile_once(launch, rates.arch, done), rates.arch)
                 found.append(Kernel(call, launch, tile.program(depth)))
     return found
 
 
 def dense_firsts(found: Iterable[Kernel]) -> Firsts:
-    """Of the products, the first ones of dense calls, by shape."""
+    """The first products of dense calls, by shape."""
     return {
         Tokens(shape.D, shape.L, shape.B): FirstProduct(program, launch.programs, launch.overlaps)
         for (shape, *_), launch, program in found
@@ -105,7 +103,7 @@ def dense_firsts(found: Iterable[Kernel]) -> Firsts:
 
 
 def kernel_cells(kernel: Kernel, rates: Rates) -> dict[str, str]:
-    """A row of `predicted_kernels.csv`: what bounds a product, and its time without memory and launch."""
+    """A row of `predicted_kernels.csv`: the bounds of a product, and its time without memory and launch."""
     call, launch, program = kernel
     parts = program.loop_cycles(launch.programs, rates)
     busiest = math.ceil(launch.programs / rates.processors)
@@ -127,10 +125,7 @@ def kernel_cells(kernel: Kernel, rates: Rates) -> dict[str, str]:
 
 
 def variants(rates: Rates, shipped: Firsts) -> Iterator[Variant]:
-    """Forward passes at all shapes, by what is built into them.
-
-    shipped: the first products of dense calls as the package launches them.
-    """
+    """Forward passes at all shapes, for each set of leads; `shipped` are the first products as the package has them."""
     late = {tokens: first._replace(early=False) for tokens, first in shipped.items()}
     old = {tokens: before(tokens, rates) for tokens in shipped}
     yield _ops("before", old, rates)
@@ -168,14 +163,13 @@ def forward_cells(variant: Variant, rates: Rates) -> Iterator[dict[str, str]]:
         loaded = program.bytes * programs
         old = before(tokens, rates)
         ratios.append(forward.total / variant.references[tokens])
-        row = (
-            head | {"subject": str(tokens)} | {f"{name}_us": f"{time:.1f}" for name, time in forward._asdict().items()}
-        )
+        row = head | {"subject": str(tokens)}
+        row |= {f"{name}_us": f"{time:.1f}" for name, time in forward._asdict().items()}
         row |= {"total_us": f"{forward.total:.1f}", "reference_us": f"{variant.references[tokens]:.1f}"}
         row |= {"ratio": f"{ratios[-1]:.3f}", "first_tflops": f"{flops / forward.first / 1e6:.0f}"}
         row |= {"first_l2_bytes_per_flop": f"{loaded / flops:.5f}"}
         yield row | {"first_l2_bytes_over_before": f"{loaded / (old.program.bytes * old.programs):.3f}"}
-    mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+    mean = geometric_mean(ratios)
     yield dict.fromkeys(COLUMNS, "") | head | {"subject": MEAN, "ratio": f"{mean:.3f}"}
     for unet in UNETS if variant.what == "compiled" else ():
         number = {Tokens(D, L, BATCH): count for (D, L), count in unet.blocks.items()}
@@ -187,13 +181,11 @@ def forward_cells(variant: Variant, rates: Rates) -> Iterator[dict[str, str]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    argv = sys.argv[1:] if argv is None else argv
-    description = __doc__.split("\n\n")[1]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.prediction", description=description)
-    parser.parse_args(argv)
-    if interpreted():
-        parser.error("TRITON_INTERPRET must be unset, since interpreted kernels cannot be compiled; it is set.")
-    source = provenance(command_line("benchmarks.kernels.prediction", argv))
+    parser = make_parser(MODULE, "Predicts times on an H100 and an A100 from compiled kernels; nothing is measured.")
+    argv, _ = parse(parser, argv)
+    with usage_errors(parser):
+        check_not_interpreted()
+    source = provenance(command_line(MODULE, argv))
     each, whole = [], []
     for rates in GPUS.values():
         found = kernels(rates)

@@ -1,18 +1,18 @@
 """`python -m benchmarks.kernels.product_profile`: one product of the feed-forward alone, with its shipped tile.
 
-Its time and rate are printed. Then it runs once more between the calls by which a profiler starts and stops, so that
-`ncu --profile-from-start off` looks at that run and at nothing else.
+It prints the time and the rate. Then the product runs once more between the calls by which a profiler starts and stops,
+so that `ncu --profile-from-start off` records that run alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 import torch
 
 from benchmarks.harness.arguments import parse_count, parse_shapes
+from benchmarks.harness.commands import make_parser, parse
 from benchmarks.kernels.products import Shape, draw_operands, prepare
 from benchmarks.kernels.tile_measure import Task, Timer
 from mtu_kernels.triton.launch import arch_of, execute, interpreted
@@ -20,18 +20,15 @@ from mtu_kernels.triton.tile_choice import find_tile
 from mtu_kernels.triton.tiles import PAIR_PRODUCTS, PRODUCTS
 
 _SHAPES = ((1280, 1024), (320, 4096))
-# What the table calls the interpreter.
+# The name of the interpreter in the table.
 _INTERPRETED_ARCH = "interpreter"
 
 
 def profile(task: Task, device: torch.device, arch: str) -> str:
-    """Times a product, then runs it once under the profiler, if there is one.
-
-    Returns:
-        A line for people.
+    """Times a product, then runs it once under the profiler, if there is one. Returns a line for people.
 
     Raises:
-        RuntimeError: the tile does not run here, or computes something else.
+        RuntimeError: the tile does not run here, or its result is wrong.
     """
     shape = task.shape
     tile = find_tile(shape.key(task.product, arch, 16))
@@ -55,9 +52,7 @@ def profile(task: Task, device: torch.device, arch: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 if a product does not run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels.product_profile", description=__doc__.partition(": ")[2]
-    )
+    parser = make_parser("benchmarks.kernels.product_profile", "Times one product alone, with its shipped tile.")
     names = [name for name in PRODUCTS if name in ("expert_in", "expert_sum")]
     parser.add_argument("--product", choices=names, default="expert_in", help="(default: expert_in)")
     parser.add_argument(
@@ -65,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--batch", type=parse_count, default=2, help="samples (default: 2)")
     parser.add_argument("--quick", action="store_true", help="a smoke test: a tiny shape, also in Triton's interpreter")
-    options = parser.parse_args(argv)
+    _, options = parse(parser, argv)
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not (options.quick and interpreted()):
         parser.error("Products are profiled on a CUDA device, and torch finds none.")

@@ -1,4 +1,4 @@
-"""Each product of the feed-forward alone, with a tile of one's choice: what the tuner times and the compiler checks."""
+"""Each product of the feed-forward alone, with any tile, for the tuner and for the checks of compiled code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Step = Launch | Callable[[], Any]
 
 
 class Shape(NamedTuple):
-    """Where a product is used: width, tokens, samples, experts, active experts (None: dense), hidden units of each."""
+    """The sizes of a product: width, tokens, samples, experts, active experts (None: dense), hidden units of each."""
 
     D: int
     L: int
@@ -37,7 +37,7 @@ class Shape(NamedTuple):
         return (self.K or self.E) * self.F
 
     def key(self, product: str, arch: str, bits: int) -> TileKey:
-        """What the package looks the tile of this shape up by."""
+        """The key by which the package finds the tile of this shape."""
         return TileKey(product, arch, bits, self.K is not None, self.D, token_class(self.B * self.L))
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class Shape(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What any of the products reads.
+    """The operands of all products.
 
     Attributes:
         x_hat: (B, L, D); also stands for the gradient of y.
@@ -102,7 +102,7 @@ def draw_operands(shape: Shape, dtype: str, device: torch.device | str, seed: in
 
 
 def prepare(product: str, operands: Operands, tile: TileConfig | Library) -> Work:
-    """The product by the package's kernel with this tile, or as the package does it with the library's product.
+    """The product by the package's kernel with this tile, or by the library's product and the kernels around it.
 
     Raises:
         ValueError: routing is by expert, and the library has no such product.

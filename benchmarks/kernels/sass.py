@@ -1,4 +1,4 @@
-"""What a compiled kernel holds: registers, stack, and the instructions of its main loop, read from its machine code."""
+"""Reads machine code: the registers and the stack of a kernel, and the instructions of its main loop."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class MachineCode(NamedTuple):
     Attributes:
         registers: per thread.
         stack: bytes per thread. Anything but 0 is memory that registers spill to.
-        instructions: in the order of their addresses; none if nobody asked for them.
+        instructions: in the order of their addresses; empty if they were not listed.
         main_loop: those of the innermost loop around the matrix product.
         epilogue: those between the main loop and the last exit.
     """
@@ -51,20 +51,20 @@ class MachineCode(NamedTuple):
 
 
 def count(instructions: Sequence[Instruction], *bases: str) -> int:
-    """How many of the instructions have one of the names, modifiers aside."""
+    """The number of instructions with one of the names, modifiers aside."""
     return sum(instruction.base in bases for instruction in instructions)
 
 
 def count_tensor_core(instructions: Sequence[Instruction]) -> int:
-    """How many of the instructions are products on tensor cores."""
+    """The number of products on tensor cores."""
     return sum(bool(_TENSOR_CORE.fullmatch(instruction.base)) for instruction in instructions)
 
 
 def count_waits(instructions: Sequence[Instruction]) -> int:
-    """How many of the instructions wait for Hopper's tensor cores, which work beside the warps that ask them to.
+    """The number of instructions that wait for Hopper's tensor cores, which run asynchronously.
 
-    A main loop needs one wait. Where the compiler cannot keep products apart from what else touches their registers, it
-    waits after each one: they are serialised, and the tensor cores idle in between.
+    A main loop needs one wait. Where the compiler cannot tell products from other uses of their registers, it waits
+    after each product: products are serialised, and the tensor cores idle in between.
     """
     return sum(instruction.name.startswith("WARPGROUP.DEPBAR") for instruction in instructions)
 

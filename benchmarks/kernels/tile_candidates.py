@@ -1,4 +1,4 @@
-"""Which tiles are worth a measurement."""
+"""The candidate tiles that the tuner measures."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _WITH_DESCRIPTORS = ("expert_in", "expert_in_train", "expert_sum", "expert_in_ba
 # Depth of a step, and stages.
 _PIPELINES = ((32, 3), (32, 4), (64, 2), (64, 3), (64, 4))
 _MOST_ACCUMULATORS = 128
-# Two accumulators, which no other product has. Of 128 rows, two programs share a multiprocessor: one hides the other's
-# epilogue. Of 256 rows, fewer bytes are read.
+# Two accumulators, which no other product has. With 128 rows, two programs share a multiprocessor, and one hides the
+# other's epilogue. With 256 rows, fewer bytes are read.
 _WIDE = (
     *(TileConfig(128, 96, step, 4, stages, True) for step, stages in ((32, 3), (32, 4), (64, 2))),
     *(TileConfig(256, 96, 64, 8, stages, True) for stages in (2, 3)),
 )
-# No GPU has shown yet that its kernel is right: tried where it is asked for, and never beside those of the table.
+# No GPU has shown yet that its kernel is right: only --persistent measures it.
 PERSISTENT = TileConfig(128, 64, 64, 4, 5, descriptors=True, persistent=True)
 
 
 def candidates(key: TileKey) -> tuple[TileConfig | Library, ...]:
-    """What the table says, what the default says, the library where it has the product, and a grid of tiles."""
+    """The tile of the table, the default tile, the library where it has the product, and a grid of tiles."""
     found: dict[TileConfig | Library, None] = dict.fromkeys((find_tile(key), default_tile(key)))
     if not key.grouped:
         found[LIBRARY] = None
@@ -51,7 +51,7 @@ def _grid(key: TileKey) -> Iterator[TileConfig]:
         if block_m * block_n * pairs / (32 * num_warps) > _MOST_ACCUMULATORS:
             continue
         for block_k, num_stages in _PIPELINES:
-            # One stage may be on its way to registers: the compiler knows, and says so if the tile does not fit.
+            # One stage may be on its way to registers; the compiler refuses tiles that do not fit.
             bytes_in_flight = (num_stages - 1) * (block_m + block_n * pairs) * block_k * size
             if limit is not None and bytes_in_flight > limit:
                 continue
@@ -60,6 +60,6 @@ def _grid(key: TileKey) -> Iterator[TileConfig]:
 
 
 def _loads(key: TileKey) -> tuple[bool, ...]:
-    """Whether tensor descriptors are tried: with them alone where the hardware is made for them."""
+    """Whether tensor descriptors are tried; nothing else is where the hardware is made for them."""
     has_them = is_sm_90_or_later(key.arch) and key.bits == 16
     return (True,) if has_them and key.product in _WITH_DESCRIPTORS else (False,)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import functools
 import math
 import multiprocessing
@@ -17,7 +16,7 @@ import triton
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.harness.timing import time_interleaved, warm_up
+from benchmarks.harness.timing import capture_stream, time_each, warm_up
 from benchmarks.kernels.ahead_of_time import CHIPS, Compiled, compile_launch, specialize
 from benchmarks.kernels.products import Operands, Shape, draw_operands, prepare
 from benchmarks.kernels.sass import count_waits
@@ -26,7 +25,7 @@ from mtu_kernels.triton.tiles import Library, TileConfig
 
 Tile = TileConfig | Library
 
-# Screening is short; those that come out first are timed again, together.
+# Screening is short; the fastest tiles are then timed again, together.
 _SCREENING_SECONDS = 0.005
 _FINAL_SECONDS = 0.04
 _FINALISTS = 5
@@ -47,16 +46,13 @@ class Task(NamedTuple):
 class Timer:
     """Times tiles on a device (a GPU, or the interpreter's CPU), inside a `with` block.
 
-    Attributes:
-        refused: why tiles have no time.
+    `refused` has the reason for each tile without a time.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.refused: dict[tuple[Task, Tile], str] = {}
-        # Captures need a stream of their own.
-        on_gpu = device.type == "cuda"
-        self._stream = torch.cuda.stream(torch.cuda.Stream(device)) if on_gpu else contextlib.nullcontext()
+        self._stream = capture_stream(device)
 
     def __enter__(self) -> Timer:
         self._stream.__enter__()
@@ -66,9 +62,9 @@ class Timer:
         self._stream.__exit__(*error)
 
     def measure(self, task: Task, tiles: Sequence[Tile], keep: Sequence[Tile] = ()) -> dict[Tile, float]:
-        """Median time in µs of each tile that computes the product rightly. Those in keep are among the last ones.
+        """Median time in µs of each tile that computes the product rightly; tiles to keep are timed with the fastest.
 
-        Tiles that do not fit, or compute something else, are missing; `refused` then says why.
+        Tiles that do not fit, or compute something else, are missing, and `refused` has the reason.
         """
         sets = [draw_operands(task.shape, task.dtype, self.device, seed) for seed in range(self._number_of_sets(task))]
         exact = reference(task.product, sets[0])
@@ -90,11 +86,10 @@ class Timer:
     def _time(self, calls: dict[Tile, list], seconds: float) -> dict[Tile, float]:
         if not calls:
             return {}
-        timings = time_interleaved(list(calls.values()), [True] * len(calls), self.device, seconds)
-        return {tile: timing.median_us for tile, timing in zip(calls, timings, strict=True)}
+        return {tile: timing.median_us for tile, timing in time_each(calls, self.device, seconds).items()}
 
     def _number_of_sets(self, task: Task) -> int:
-        """As many sets of operands as exceed the last-level cache twice, so that weights come from memory."""
+        """The number of sets of operands that exceed the last-level cache twice, so that weights come from memory."""
         B, L, D = task.shape.B, task.shape.L, task.shape.D
         hidden = task.shape.E * task.shape.F
         set_bytes = 2 * (B * L * (D + 3 * task.shape.active_hidden) + 3 * hidden * D)
@@ -105,10 +100,10 @@ class Timer:
 
 
 def compile_ahead(candidates: Mapping[Task, Sequence[Tile]], arch: str) -> dict[tuple[Task, Tile], str]:
-    """Compiles on all cores, into Triton's cache, what will be measured; says what need not be, and why.
+    """Compiles candidates on all cores, into Triton's cache. Returns those that need not be measured, with the reasons.
 
-    Kernels that spill, ask for more shared memory than there is, or wait for Hopper's tensor cores after each product,
-    are not worth a measurement. Those of many shapes are the same.
+    These are kernels that spill, need more shared memory than there is, or wait for Hopper's tensor cores after each
+    product. A kernel that serves many shapes is compiled once.
     """
     alike: dict[tuple, list[tuple[Task, Tile]]] = {}
     for task, tiles in candidates.items():
@@ -129,7 +124,7 @@ def compile_ahead(candidates: Mapping[Task, Sequence[Tile]], arch: str) -> dict[
 
 
 def why_refused(compiled: Compiled, arch: str) -> str | None:
-    """Why a compiled candidate is not worth a measurement, as a clause; or ``None``."""
+    """The reason not to measure a compiled candidate, as a clause; None if it is measured."""
     if compiled.code is not None and compiled.code.stack:
         return f"it spills {compiled.code.stack} bytes"
     if arch in CHIPS and compiled.shared > CHIPS[arch].shared_per_program:
@@ -140,7 +135,7 @@ def why_refused(compiled: Compiled, arch: str) -> str | None:
 
 def _why_not(job: tuple[Task, TileConfig, str]) -> str | None:
     task, tile, arch = job
-    # Listing the code takes half as long as compiling it, and tells of Hopper alone what the tuner asks.
+    # Listing the code takes half as long as compiling it; the tuner needs it for Hopper's waits alone.
     listed = arch == "sm_90"
     try:
         steps = prepare(task.product, draw_operands(task.shape, task.dtype, "meta"), tile).steps
@@ -151,7 +146,7 @@ def _why_not(job: tuple[Task, TileConfig, str]) -> str | None:
 
 
 def _run(product: str, operands: Operands, tile: Tile) -> dict[str, Tensor]:
-    """One call, which brings the memory of its results along: captured calls then share it."""
+    """One call, which allocates its results, so that captured calls share their memory."""
     work = prepare(product, operands, tile)
     work.run(execute)
     return work.outputs
@@ -160,8 +155,8 @@ def _run(product: str, operands: Operands, tile: Tile) -> dict[str, Tensor]:
 def check(outputs: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Asserts that results are those of the reference but for rounding.
 
-    The library's way rounds three times, each by half an ulp at most: u, g and h, or ∂(w a) and the result. A fourth
-    half is left for sums of float32 in other orders and for the polynomial of the activation.
+    With the library's product there are three roundings, each by half an ulp at most: u, g and h, or ∂(w a) and the
+    result. A fourth half is for sums of float32 in other orders and for the polynomial of the activation.
     """
     allowed = 2 * torch.finfo(dtype).eps
     for name, expected in exact.items():
@@ -175,7 +170,7 @@ def check(outputs: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dty
 
 
 def reference(product: str, operands: Operands) -> dict[str, Tensor]:
-    """What a product writes, in float32 products of PyTorch; sums over row tiles are summed."""
+    """The results of a product, by float32 products of PyTorch; sums over row tiles are summed."""
     samples = [_Sample(operands, b) for b in range(operands.x_hat.shape[0])]
     if product == "expert_weights":
         return _weights_reference(operands, samples)

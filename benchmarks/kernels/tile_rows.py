@@ -1,4 +1,4 @@
-"""The table of tiles as a file: rows to text, and new rows among old ones."""
+"""The file of the table of tiles: reads and writes its rows, and merges new rows with old ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def render(rows: Iterable[TableRow]) -> str:
 
 
 def merge(old: Iterable[TableRow], new: Iterable[TableRow], measured: Iterable[TileKey] = ()) -> tuple[TableRow, ...]:
-    """Old rows without those that were measured again, and the new rows."""
+    """The new rows, and the old ones but for the measured keys."""
     gone = set(measured)
     by_key = {row.key: row for row in old if row.key not in gone}
     by_key |= {row.key: row for row in new}
@@ -65,7 +65,7 @@ def _order(row: TableRow) -> tuple:
     return family, int(number or 0), arch, PRODUCTS.index(product), bits, grouped, width, tokens, numbers
 
 
-# Fields that every row shows. Those after them are left out where they are what they are by default.
+# Number of fields that every row shows. The fields after them are left out where they have their defaults.
 _SHOWN = {TileKey: 6, TileConfig: 7}
 
 

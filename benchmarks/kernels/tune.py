@@ -19,8 +19,11 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from benchmarks.harness.arguments import parse_choices, parse_counts, parse_shapes
+from benchmarks.harness.arguments import choices, parse_counts, parse_shapes
+from benchmarks.harness.commands import add_commit_option, make_parser, parse
 from benchmarks.harness.provenance import command_line, provenance
+from benchmarks.harness.recording import deadline
+from benchmarks.harness.report import geometric_mean
 from benchmarks.kernels.kernel_calls import SD_SHAPES
 from benchmarks.kernels.products import Shape
 from benchmarks.kernels.tile_candidates import PERSISTENT, candidates
@@ -31,12 +34,15 @@ from mtu_kernels.triton.launch import arch_of, interpreted
 from mtu_kernels.triton.tile_choice import find_tile, triton_version
 from mtu_kernels.triton.tiles import PRODUCTS, TableRow, TileKey
 
+MODULE = "benchmarks.kernels.tune"
 BITS = 16
 DTYPE = "bf16"
 BATCHES = (2, 8)
-# Experts, and how many of them are active. What all inference runs goes first.
+# Experts, and the active ones among them. Dense routing goes first.
 ROUTINGS: dict[str, tuple[int, int | None]] = {"dense": (4, None), "top-2": (8, 2)}
 _INFERENCE = ("expert_in", "expert_sum")
+# How the source of a row begins that was measured, and not chosen otherwise.
+MEASURED_ON = "measured on "
 SHIPPED = Path(tile_table.__file__)
 # A row for a number of tokens of its own must be worth it.
 _WORTH_A_ROW = 1.02
@@ -45,7 +51,7 @@ Measure = Callable[[Task, Sequence[Tile], Sequence[Tile]], dict[Tile, float]]
 
 
 class Measurement(NamedTuple):
-    """Median times in µs of the tiles that compute a product rightly, and the tile that ran without them."""
+    """Median times in µs of the tiles that compute a product rightly, and the tile that was in use before."""
 
     key: TileKey
     times: dict[Tile, float]
@@ -59,10 +65,10 @@ def tasks_of(
     batches: Sequence[int] = BATCHES,
     routings: Sequence[str] = tuple(ROUTINGS),
 ) -> dict[TileKey, Task]:
-    """What is measured, by the key of its row: several shapes may share one, and the first of them stands for all.
+    """The measured products by the key of their row. Several shapes may share a key; the first stands for all.
 
-    A run may be cut off anywhere, so it begins with what matters most: dense routing, and in it the inference. Keys
-    name the installed version of Triton: what another one makes of the tiles is not measured.
+    A run may be cut off anywhere, so it begins with dense routing, and there with inference. Keys name the installed
+    version of Triton, since another one would compile the tiles differently.
     """
     tasks: dict[TileKey, Task] = {}
     for routing in sorted(routings, key=list(ROUTINGS).index):
@@ -92,9 +98,9 @@ def tune(
         tasks: in the order in which they are measured.
         measure: task, candidates, those to time with care → times in µs.
         table: file; rows of other architectures and of shapes that are not reached stay.
-        source: where the times come from, for the rows.
-        tried: of each key the candidates.
-        refused: pairs of a task and a tile that are known not to be worth it.
+        source: provenance, for the rows.
+        tried: key → candidates.
+        refused: pairs of a task and a tile that are not measured.
         until: time by `time.monotonic` after which no task is begun.
     """
     old = read(table) if table.exists() else tile_table.ROWS
@@ -113,8 +119,8 @@ def tune(
             bar.write(f"{task}: no candidate computed it rightly", sys.stderr)
             continue
         done.append(Measurement(key, times, before))
-        # A tile for all of a width is chosen when all numbers of tokens have been tried: its row would hide what is
-        # shipped for those that are not.
+        # A tile for a whole width is chosen when all numbers of tokens have been tried: its row would hide the shipped
+        # rows of those that are left.
         waiting = {later._replace(tokens=0) for later in list(tasks)[number + 1 :]}
         write(table, merge(old, choose(done, source, waiting), measured=_keys(done) - waiting))
     return done
@@ -126,7 +132,7 @@ def with_persistent(key: TileKey) -> tuple[Tile, ...]:
 
 
 def choose(measurements: Sequence[Measurement], source: str, waiting: Collection[TileKey] = ()) -> list[TableRow]:
-    """Rows for what was measured: one for each width, and more where a number of tokens wants a tile of its own.
+    """Rows for the measurements: one for each width, and more where a number of tokens is better with its own tile.
 
     Widths that wait for more measurements have rows for numbers of tokens alone.
     """
@@ -168,33 +174,20 @@ def _microseconds(one: Measurement) -> str:
 
 
 def _keys(measurements: Iterable[Measurement]) -> set[TileKey]:
-    """Keys whose old rows are out of date: those of the shapes, and those of their widths."""
+    """Keys whose old rows are out of date: those of the shapes and of their widths."""
     keys = {measurement.key for measurement in measurements}
     return keys | {key._replace(tokens=0) for key in keys}
 
 
-def _products(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    for name in names:
-        if name not in PRODUCTS:
-            raise argparse.ArgumentTypeError(f"unknown product {name!r}: expected some of {', '.join(PRODUCTS)}.")
-    return names
-
-
-def _routings(text: str) -> tuple[str, ...]:
-    return parse_choices(text, tuple(ROUTINGS), "routing")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.tune", description=__doc__.split("\n\n")[1])
-    parser.add_argument("--products", type=_products, default=PRODUCTS, help=f"(default: {','.join(PRODUCTS)})")
+    parser = make_parser(MODULE, "Measures tiles on the GPU it finds, and rewrites the package's table of them.")
+    products, routings = choices(PRODUCTS, "product"), choices(ROUTINGS, "routing")
+    parser.add_argument("--products", type=products, default=PRODUCTS, help=f"(default: {','.join(PRODUCTS)})")
     parser.add_argument(
         "--shapes", type=parse_shapes, default=SD_SHAPES, help="DxL, or sets: sd15, sdxl (default: both)"
     )
     parser.add_argument("--batches", type=parse_counts, default=BATCHES, help="samples (default: 2,8)")
-    parser.add_argument(
-        "--routing", type=_routings, default=tuple(ROUTINGS), help="dense, top-2, or all (default: all)"
-    )
+    parser.add_argument("--routing", type=routings, default=tuple(ROUTINGS), help="dense, top-2, or all (default: all)")
     parser.add_argument(
         "--persistent",
         action="store_true",
@@ -203,29 +196,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--minutes", type=float, default=6.0, help="no shape is begun after these (default: 6)")
     parser.add_argument("--table", type=Path, default=SHIPPED, help="file to write (default: the package's own)")
-    parser.add_argument("--commit", help="for the rows, in a copy of the tree without its git directory")
+    add_commit_option(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 if no candidate of a shape computed it rightly."""
-    argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
-    options = parser.parse_args(argv)
+    argv, options = parse(parser, argv)
     if options.table.suffix != ".py":
         parser.error(f"--table must be a Python file, got {options.table}.")
     if not torch.cuda.is_available():
         parser.error("Tiles are measured on a CUDA device, and torch finds none.")
     if interpreted():
         parser.error("TRITON_INTERPRET must be unset, since interpreted kernels have no times; it is set.")
-    until = time.monotonic() + 60 * options.minutes
+    until = deadline(options.minutes)
     device = torch.device("cuda", torch.cuda.current_device())
     arch = arch_of(device)
-    facts = provenance(command_line("benchmarks.kernels.tune", argv), device, options.commit)
-    source = (
-        f"measured on {facts['processor']}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, torch {facts['torch']}, "
-    )
-    source += f"triton {facts['triton']}, commit {facts['commit']}"
+    facts = provenance(command_line(MODULE, argv), device, options.commit)
+    today = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
+    versions = f"torch {facts['torch']}, triton {facts['triton']}, commit {facts['commit']}"
+    source = f"{MEASURED_ON}{facts['processor']}, {today}, {versions}"
     if options.persistent and arch != "sm_90":
         parser.error(f"--persistent needs a GPU of sm_90, got one of {arch}.")
     products, routings = (("expert_in",), ("dense",)) if options.persistent else (options.products, options.routing)
@@ -246,8 +237,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         done = tune(tasks, measure, options.table, source, tried=tried, refused=refused, until=until)
     for (task, tile), reason in timer.refused.items():
         print(f"left out: {task}, {tile}: {reason}", file=sys.stderr)
-    gains = [math.log(one.times[one.before] / min(one.times.values())) for one in done if one.before in one.times]
-    gain = math.exp(sum(gains) / max(len(gains), 1))
+    gains = [one.times[one.before] / min(one.times.values()) for one in done if one.before in one.times]
+    gain = geometric_mean(gains or [1.0])
     print(f"{len(done)} shapes written to {options.table}; the new tiles are {gain:.2f} times as fast as those before.")
     # One that breaks the device takes all later ones with it.
     return int(bool(wrong))

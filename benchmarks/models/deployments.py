@@ -1,4 +1,4 @@
-"""What a contender is once it is built: UNets, and how a batch is put through them."""
+"""Contenders that are built: their UNets, and the calls that a batch is divided into."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from benchmarks.harness.memory import storage_bytes
 from benchmarks.harness.timing import Call
 from benchmarks.models.unet_models import Batch, select_rows
 
 Rows = tuple[int, ...]
-# The calls that a batch is divided into: of each its rows.
+# Divides a batch into calls, each of some of its rows.
 Division = Callable[[Batch], list[Rows]]
 
 
@@ -25,7 +26,7 @@ class Part(NamedTuple):
         predict: arguments → (rows, 4, height, width).
         inputs: the arguments.
         rows: of the batch.
-        prepare: what has to be done before; it is timed, too.
+        prepare: runs before the call, and is timed with it.
     """
 
     predict: Callable[..., Tensor]
@@ -38,11 +39,11 @@ class Deployment(NamedTuple):
     """A contender that is built.
 
     Attributes:
-        unets: what is compiled, and whose weights count.
+        unets: are compiled, and their weights count.
         parts: batch → the calls of a step.
-        kept: tensors besides those of the UNets.
-        switch: what must happen between two steps when the tasks of the batch change.
-        after_check: what is done after the check, which asks for the original's weights, and before timing.
+        kept: further tensors whose memory counts.
+        switch: runs between two steps when the tasks of the batch change.
+        after_check: runs after the check, which needs the original's weights, and before timing.
         sizes_differ: whether another mix of tasks may bring calls of other sizes, or of another UNet.
     """
 
@@ -65,12 +66,11 @@ class Deployment(NamedTuple):
         return torch.empty_like(outputs).index_copy_(0, order, outputs)
 
     def weight_bytes(self, device: torch.device) -> int:
-        """Of all that is kept on the device, each storage once."""
+        """Bytes of all tensors that are kept on the device."""
         tensors = [*self.kept()]
         for unet in self.unets:
             tensors += [*unet.parameters(), *unet.buffers()]
-        storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == device.type]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return storage_bytes(tensor for tensor in tensors if tensor.device.type == device.type)
 
 
 @torch.no_grad()
@@ -104,6 +104,6 @@ def by_task(batch: Batch) -> list[Rows]:
     return [tuple(row for row, task in enumerate(batch.tasks) if task == wanted) for wanted in tasks]
 
 
-def stock_inputs(unet: UNet2DConditionModel, batch: Batch, rows: Rows) -> dict[str, Any]:
-    """Arguments of the original, which reads the noisy latents alone."""
-    return select_rows(batch, rows, unet.config.in_channels)
+def stock_part(unet: UNet2DConditionModel, batch: Batch, rows: Rows) -> Part:
+    """A call of an original, which reads the noisy latents alone."""
+    return Part(functools.partial(call, unet), select_rows(batch, rows, unet.config.in_channels), rows)

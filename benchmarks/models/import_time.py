@@ -1,13 +1,11 @@
-"""`python -m benchmarks.models.import_time`: what importing takes, each time in a fresh interpreter.
+"""`python -m benchmarks.models.import_time`: times of imports, each in a fresh interpreter.
 
-`import mtu` leaves what needs torch and diffusers to its first use. So that use is measured beside it: every public
-name of mtu, against diffusers with the stock pipeline. Times are those of whole processes, run interleaved.
+`import mtu` imports torch and diffusers only on first use. That use is measured beside it: every public name of mtu,
+against diffusers with the stock pipeline. Times are those of whole processes, which run interleaved.
 """
 
 from __future__ import annotations
 
-import datetime
-import functools
 import subprocess
 import sys
 import time
@@ -17,9 +15,10 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from benchmarks.harness.arguments import parse_count
-from benchmarks.harness.commands import make_parser, parse
+from benchmarks.harness.arguments import parse_rounds
+from benchmarks.harness.commands import make_parser, parse, usage_errors
 from benchmarks.harness.provenance import RESULTS, ROOT, command_line, provenance
+from benchmarks.harness.recording import run_name
 from benchmarks.harness.rows import TIMES, Row, Table
 from benchmarks.harness.timing import summary
 
@@ -29,14 +28,7 @@ _DIFFUSERS = "import torch; import diffusers"
 
 
 class Pair(NamedTuple):
-    """Two statements to compare.
-
-    Attributes:
-        part: what is compared.
-        ours: a statement.
-        theirs: the statement that its time is divided by.
-        at_most: the target; None: there is none.
-    """
+    """Two statements: the time of ours is divided by that of theirs, and compared with the target, if there is one."""
 
     part: str
     ours: str
@@ -52,21 +44,13 @@ PAIRS = (
 
 
 # A contender is a statement that a fresh interpreter runs; its part is that of its pair.
-TABLE = Table(
-    "benchmarks.models.import_time",
-    ("group", "part", "statement", *TIMES, "rounds"),
-    times=".0f",
-    fields={"statement": "contender"},
-)
+_COLUMNS = ("group", "part", "statement", *TIMES, "rounds")
+TABLE = Table("benchmarks.models.import_time", _COLUMNS, times=".0f", fields={"statement": "contender"})
 
 
 def process_us(statement: str) -> float:
-    """Time of `python -c statement`, from its start to its end, in µs.
-
-    Raises:
-        RuntimeError: the statement fails.
-    """
-    # In the checkout's root, whose packages are then found whether they are installed or not.
+    """Time of `python -c statement`, from its start to its end, in µs. Raises RuntimeError if it fails."""
+    # It runs in the checkout's root, whose packages are then found whether they are installed or not.
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", statement], cwd=ROOT, capture_output=True, text=True, check=False)
     taken = (time.perf_counter() - start) * 1e6
@@ -78,17 +62,14 @@ def process_us(statement: str) -> float:
 
 def measure(rounds: int, source: dict[str, str]) -> list[Row]:
     """Times all statements interleaved, after a round that fills the caches of files and of bytecode."""
-    group = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
+    place = {"group": run_name(), "source": source}
     contenders = [(pair.part, statement) for pair in PAIRS for statement in (pair.ours, pair.theirs)]
-    times: list[list[float]] = []
+    times = []
     for _ in tqdm(range(_WARM_ROUNDS + rounds), unit="round", file=sys.stderr):
         times.append([process_us(statement) for _, statement in contenders])
-    rows = []
-    for contender, column in zip(contenders, zip(*times[_WARM_ROUNDS:], strict=True), strict=True):
-        timing = summary(column, graph=False)
-        part, statement = contender
-        rows.append(Row(group=group, part=part, contender=statement, **timing._asdict(), source=source))
-    return rows
+    timings = [summary(column, graph=False)._asdict() for column in zip(*times[_WARM_ROUNDS:], strict=True)]
+    pairs = zip(contenders, timings, strict=True)
+    return [Row(part=part, contender=statement, **place, **timing) for (part, statement), timing in pairs]
 
 
 def report(rows: Sequence[Row]) -> list[str]:
@@ -106,22 +87,19 @@ def report(rows: Sequence[Row]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = make_parser(TABLE.module, __doc__.split("\n")[0])
-    at_least_two = functools.partial(parse_count, least=2)
+    parser = make_parser(TABLE.module, "Times of imports, each in a fresh interpreter.")
     parser.add_argument(
-        "--rounds", type=at_least_two, default=_ROUNDS, help="timed runs of each (default: %(default)s)"
+        "--rounds", type=parse_rounds, default=_ROUNDS, help="timed runs of each (default: %(default)s)"
     )
     parser.add_argument("--output", type=Path, default=RESULTS / "import_time.csv", help="CSV to add rows to")
-    argv, given = parse(parser, argv)
+    argv, options = parse(parser, argv)
     source = provenance(command_line(TABLE.module, argv))
-    try:
-        TABLE.check(given.output, source)
-    except ValueError as error:
-        parser.error(str(error))
-    rows = measure(given.rounds, source)
+    with usage_errors(parser):
+        TABLE.check(options.output, source)
+    rows = measure(options.rounds, source)
     for row in rows:
-        TABLE.append(given.output, row)
-    print(f"{len(rows)} rows added to {given.output}")
+        TABLE.append(options.output, row)
+    print(f"{len(rows)} rows added to {options.output}")
     print("\n".join(report(rows)))
     return 0
 

@@ -1,16 +1,14 @@
 """`python -m benchmarks.models.launch_count`: the kernels that compiled blocks and UNets launch on a GPU.
 
-Counted in the code that Inductor generates, so no GPU is needed and nothing is timed. A library's call (a product, a
-convolution, attention) counts as one. Operators of this project count as what they launch: their own code is run with a
-recorder in the place of the GPU.
+They are counted in the code that Inductor generates, so no GPU is needed and nothing is timed. A library's call (a
+product, a convolution, attention) counts as one launch. An operator of this project counts as the kernels that it
+launches: its own code runs with a recorder in the place of the GPU.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import collections
-import csv
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +22,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtu
-from benchmarks.harness.arguments import SHAPE_SETS, parse_choices, parse_shapes
+from benchmarks.harness.arguments import SHAPE_SETS, choices, parse_shapes
+from benchmarks.harness.commands import add_commit_option, make_parser, parse
+from benchmarks.harness.contenders import Contender
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.fake_gpu import ARCH, WORKS, Generated, Operator, fake_gpu, generate, to_fake_gpu
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
+from benchmarks.harness.rows import append_cells
 from benchmarks.models.unet_models import MODELS, default_experts, default_size, tasks_of
 from mtu.experts import ExpertConfig
 from mtu.models.ffn import CONTEXT_KEY, RoutedTransformerBlock
@@ -35,9 +36,13 @@ from mtu.models.router import TaskContext
 from mtu_kernels.triton import operators
 from mtu_kernels.triton.launch import Machine
 
-STOCK = "stock"
-# The others are backends of an upcycled block.
-CONTENDERS = (STOCK, "triton", "eager")
+MODULE = "benchmarks.models.launch_count"
+# The implementation is the backend of an upcycled block; None for a stock block.
+CONTENDERS = {
+    "stock": Contender("the original of diffusers", None),
+    "triton": Contender("upcycled, on the backend 'triton'", "triton"),
+    "eager": Contender("upcycled, on the backend 'eager'", "eager"),
+}
 _TEXT_TOKENS, _TASKS, _EXPERTS, _BATCH = 77, 4, 4, 2
 
 
@@ -60,11 +65,11 @@ class Launches(NamedTuple):
 
 
 class CompiledPart(NamedTuple):
-    """What is compiled.
+    """A part of a model that is compiled by itself.
 
     Attributes:
         part: "feed-forward" (with its norm and residual), "block", or "unet".
-        contender: one of `CONTENDERS`.
+        contender: a key of `CONTENDERS`.
         dtype: of weights and activations.
         width, tokens: of the block; 0 for a UNet.
         model: of a UNet.
@@ -78,9 +83,14 @@ class CompiledPart(NamedTuple):
     model: str = ""
 
     @property
-    def cells(self) -> tuple[str | int, ...]:
-        """Those of the CSV file: a UNet's model is told with its part."""
-        return f"{self.part} {self.model}".strip(), *self[1:5]
+    def backend(self) -> str | None:
+        return CONTENDERS[self.contender].implementation
+
+    @property
+    def cells(self) -> dict[str, str]:
+        """Those of the CSV file: a UNet's model stands with its part."""
+        cells = {name: str(value) for name, value in self._asdict().items() if name != "model"}
+        return cells | {"part": f"{self.part} {self.model}".strip()}
 
 
 # ------------------------------------------------------------------------------------------------------------- counting
@@ -93,10 +103,10 @@ _BOOKKEEPING = {
 
 
 def launches_of(code: Generated) -> Launches:
-    """What generated code launches.
+    """The launches of generated code.
 
     Raises:
-        ValueError: it calls something of which nobody said whether it is a launch.
+        ValueError: it calls a function that is not known to launch something or not to.
     """
     waiting: dict[str, collections.deque[Operator]] = collections.defaultdict(collections.deque)
     for operator in code.operators:
@@ -158,7 +168,7 @@ def _calls(wrapper: str) -> list[str]:
 
 
 def count(compiled: CompiledPart) -> Launches:
-    """What one call of a part launches, once compiled for inference."""
+    """The launches of one call of a part that is compiled for inference."""
     with fake_gpu():
         make = _whole_unet if compiled.model else _block
         function, arguments = make(compiled)
@@ -177,21 +187,21 @@ def _block(compiled: CompiledPart) -> tuple[Callable[..., Tensor], tuple[Tensor,
     context_width = 2048 if is_xl else 768
     with torch.device("meta"):
         block = BasicTransformerBlock(D, heads, D // heads, cross_attention_dim=context_width)
-        if compiled.contender != STOCK:
+        if compiled.backend is not None:
             experts = ExpertConfig(_EXPERTS, None, 1 / _EXPERTS, "task", float(_EXPERTS), context_width)
             block = RoutedTransformerBlock(block, experts, _TASKS, routers_dropped=True)
-            block.ff.backend = compiled.contender
+            block.ff.backend = compiled.backend
     to_fake_gpu(block, dtype)
     x = _tensor(_BATCH, compiled.tokens, D, dtype=dtype)
     text = _tensor(_BATCH, _TEXT_TOKENS, context_width, dtype=dtype)
     task_ids = _tensor(_BATCH, dtype=torch.int64)
 
     def run_block(x: Tensor, text: Tensor, task_ids: Tensor) -> Tensor:
-        options = {} if compiled.contender == STOCK else {CONTEXT_KEY: TaskContext(task_ids, None)}
+        options = {} if compiled.backend is None else {CONTEXT_KEY: TaskContext(task_ids, None)}
         return block(x, encoder_hidden_states=text, cross_attention_kwargs=options)
 
     def run_feed_forward(x: Tensor, task_ids: Tensor) -> Tensor:
-        if compiled.contender == STOCK:
+        if compiled.backend is None:
             return x + block.ff(block.norm3(x))
         return block.ff(x, block.norm3(task_ids), TaskContext(task_ids, None), residual=True)
 
@@ -204,8 +214,8 @@ def _whole_unet(compiled: CompiledPart) -> tuple[Callable[..., Tensor], tuple[An
     model, dtype = compiled.model, DTYPES[compiled.dtype]
     with torch.device("meta"):
         unet = UNet2DConditionModel(**MODELS[model])
-        if compiled.contender != STOCK:
-            options = {"num_experts": default_experts(model), "init": "paper", "backend": compiled.contender}
+        if compiled.backend is not None:
+            options = {"num_experts": default_experts(model), "init": "paper", "backend": compiled.backend}
             unet = mtu.upcycle(unet, tasks=tasks_of(model), **options)
             unet.drop_routers_()
     to_fake_gpu(unet, dtype)
@@ -220,7 +230,7 @@ def _whole_unet(compiled: CompiledPart) -> tuple[Callable[..., Tensor], tuple[An
     if unet.config.addition_embed_type == "text_time":
         pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
         inputs["added_cond_kwargs"] = {"text_embeds": tensor(_BATCH, pooled), "time_ids": tensor(_BATCH, 6)}
-    if compiled.contender != STOCK:
+    if compiled.backend is not None:
         inputs["task_ids"] = _tensor(_BATCH, dtype=torch.int64)
     return lambda inputs: unet(**inputs, return_dict=False)[0], (inputs,)
 
@@ -229,43 +239,35 @@ def _whole_unet(compiled: CompiledPart) -> tuple[Callable[..., Tensor], tuple[An
 
 
 def all_parts(shapes: Sequence[tuple[int, int]], models: Sequence[str], dtype: str) -> Iterator[CompiledPart]:
-    """All that is counted: each part for all contenders."""
-    for part in ("feed-forward", "block"):
-        for width, tokens in shapes:
-            for contender in CONTENDERS:
-                yield CompiledPart(part, contender, dtype, width, tokens)
-    for model in models:
+    """Each part for all contenders."""
+    parts = [(part, *shape, "") for part in ("feed-forward", "block") for shape in shapes]
+    for part, width, tokens, model in [*parts, *(("unet", 0, 0, model) for model in models)]:
         for contender in CONTENDERS:
-            yield CompiledPart("unet", contender, dtype, model=model)
+            yield CompiledPart(part, contender, dtype, width, tokens, model)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write `results/launch_count.csv`."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.models.launch_count", description=__doc__.split("\n")[0]
-    )
-    parse_models = functools.partial(parse_choices, known=tuple(MODELS), noun="model")
-    parser.add_argument("--shapes", type=parse_shapes, default="sd15,sdxl", help="of blocks (default: sd15,sdxl)")
-    parser.add_argument("--unets", type=parse_models, default=(), help="whole UNets (default: none)")
-    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="(default: bf16)")
-    parser.add_argument("--output", type=Path, default=RESULTS / "launch_count.csv")
-    parser.add_argument("--commit", help="for the provenance, in a copy of the tree without its git directory")
-    options = parser.parse_args(argv)
+    """Writes `results/launch_count.csv`."""
+    parser = make_parser(MODULE, "The kernels that compiled blocks and UNets launch on a GPU.", CONTENDERS)
+    add = parser.add_argument
+    add("--shapes", type=parse_shapes, default="sd15,sdxl", help="of blocks (default: sd15,sdxl)")
+    add("--unets", type=choices(MODELS, "model"), default=(), help="whole UNets (default: none)")
+    add("--dtype", choices=("bf16", "fp16"), default="bf16", help="(default: bf16)")
+    add("--output", type=Path, default=RESULTS / "launch_count.csv")
+    add_commit_option(parser)
+    argv, options = parse(parser, argv)
     if not WORKS:
         parser.error(f"Kernels are counted with torch 2.11 or newer, got {torch.__version__}.")
-    source = provenance(command_line("benchmarks.models.launch_count", argv), commit=options.commit)
-    with options.output.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*CompiledPart._fields[:5], "B", *Launches._fields, "launches", *source])
-        for compiled in all_parts(options.shapes, options.unets, options.dtype):
-            launches = count(compiled)
-            counts = [*map(len, launches), launches.total]
-            shape = f"{compiled.width}x{compiled.tokens}" if compiled.width else ""
-            what = f"{compiled.cells[0]:14} {shape:10} {compiled.contender:8}"
-            print(f"{what} {counts[3]:5} = {' + '.join(map(str, counts[:3]))}")
-            writer.writerow([*compiled.cells, _BATCH, *counts, *source.values()])
-            file.flush()
+    source = provenance(command_line(MODULE, argv), commit=options.commit)
+    options.output.unlink(missing_ok=True)
+    for compiled in all_parts(options.shapes, options.unets, options.dtype):
+        launches = count(compiled)
+        counts = {name: len(kernels) for name, kernels in launches._asdict().items()}
+        shape = f"{compiled.width}x{compiled.tokens}" if compiled.width else ""
+        part = f"{compiled.cells['part']:14} {shape:10} {compiled.contender:8}"
+        print(f"{part} {launches.total:5} = {' + '.join(map(str, counts.values()))}")
+        cells = compiled.cells | {"B": _BATCH} | counts | {"launches": launches.total} | source
+        append_cells(options.output, {name: str(cell) for name, cell in cells.items()})
     return 0
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import mtu
 from benchmarks.harness.contenders import Contender
 from benchmarks.harness.workloads import Setting
-from benchmarks.models.deployments import Deployment, Division, Part, at_once, call, each_picture, stock_inputs
+from benchmarks.models.deployments import Deployment, Division, Part, at_once, call, each_picture, stock_part
 from benchmarks.models.unet_catalogue import ONE_BY_ONE, ROUTERS
 from benchmarks.models.unet_models import Batch, Family, select_rows
 from benchmarks.models.unet_peers import four_unets, lora_hotswap, lora_per_sample, swapped_unets
@@ -20,11 +20,11 @@ Builder = Callable[[Family, Setting, Contender], Deployment]
 
 
 def build(contender: Contender, family: Family, setting: Setting) -> Deployment:
-    """A contender with its UNets made to run as they should; nothing is compiled before the first call.
+    """Builds a contender and sets how its UNets run; nothing is compiled before the first call.
 
     Raises:
-        ValueError: CUDA graphs elsewhere than on a CUDA device.
-        RuntimeError: something is not part of this installation.
+        ValueError: CUDA graphs are asked for without a CUDA device.
+        RuntimeError: a package or a backend is not installed.
     """
     if contender.graphs and family.device.type != "cuda":
         raise ValueError(f"CUDA graphs need a CUDA device, got the device {str(family.device)!r}.")
@@ -32,7 +32,7 @@ def build(contender: Contender, family: Family, setting: Setting) -> Deployment:
     deployment = BUILDERS[unets.source](family, setting, contender)
     for unet in deployment.unets if contender.run is not None else ():
         if unets.by_user:
-            # Of one size each: dynamic shapes, which a second one would bring, are slower.
+            # Each size is compiled by itself: a second one would bring dynamic shapes, which are slower.
             unet.compile(mode=contender.run.mode, fullgraph=True, dynamic=False)
         else:
             mtu.compile(unet, contender.run.mode)
@@ -49,24 +49,20 @@ def _cloned(parts: Callable[[Batch], list[Part]]) -> Callable[[Batch], list[Part
 
 def _stock(family: Family, setting: Setting, contender: Contender) -> Deployment:
     unet = family.original()
-
-    def parts(batch: Batch) -> list[Part]:
-        return [Part(functools.partial(call, unet), stock_inputs(unet, batch, rows), rows) for rows in at_once(batch)]
-
-    return Deployment((unet,), parts)
+    return Deployment((unet,), lambda batch: [stock_part(unet, batch, rows) for rows in at_once(batch)])
 
 
 def _stock_recipe(family: Family, setting: Setting, contender: Contender) -> Deployment:
-    """What diffusers' guide to faster inference asks for before compiling: channels-last, projections fused."""
+    """The steps of diffusers' guide to faster inference before compiling: channels-last, projections fused."""
     unet = family.original()
     unet.to(memory_format=torch.channels_last)
     unet.fuse_qkv_projections()
 
     def parts(batch: Batch) -> list[Part]:
         (rows,) = at_once(batch)
-        inputs = stock_inputs(unet, batch, rows)
-        inputs["sample"] = inputs["sample"].to(memory_format=torch.channels_last)
-        return [Part(functools.partial(call, unet), inputs, rows)]
+        part = stock_part(unet, batch, rows)
+        part.inputs["sample"] = part.inputs["sample"].to(memory_format=torch.channels_last)
+        return [part]
 
     return Deployment((unet,), parts)
 
@@ -77,7 +73,7 @@ def _upcycled(family: Family, setting: Setting, contender: Contender) -> Deploym
 
 
 def _folded(family: Family, setting: Setting, contender: Contender) -> Deployment:
-    # Of one task, so there is nothing to switch to.
+    # It has one task, so there is none to switch to.
     return _routed(family.folded(contender.implementation.backend), at_once)._replace(switch=None)
 
 
@@ -85,7 +81,7 @@ def _routed(unet: mtu.MTUUNet2DConditionModel, division: Division) -> Deployment
     names = [spec.name for spec in unet.tasks]
 
     def part(batch: Batch, rows: tuple[int, ...]) -> Part:
-        # The tasks of a batch change between steps, not within: this is what `switch` takes.
+        # The tasks of a batch change between steps, not within them: `switch` has this time.
         task_ids = unet.task_ids([names[batch.tasks[row]] for row in rows])
         inputs = select_rows(batch, rows, unet.conv_in.in_channels) | {"task_ids": task_ids}
         return Part(functools.partial(call, unet), inputs, rows)

@@ -1,18 +1,18 @@
-"""The measurement of one group of whole UNets: built, checked, warmed up, timed interleaved."""
+"""Measures one group of whole UNets: builds, checks and warms them up, and times them interleaved."""
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.harness.memory import peak_bytes
-from benchmarks.harness.recording import Log
+from benchmarks.harness.recording import Figures, Log
 from benchmarks.harness.timing import Call, Timing, repeated_us, synchronize, time_interleaved
-from benchmarks.harness.workloads import DENSE, Entry, Setting, Workload
+from benchmarks.harness.workloads import DENSE, Entry, Group, Setting, Workload
 from benchmarks.models.deployments import Deployment
 from benchmarks.models.unet_catalogue import CONTENDERS
 from benchmarks.models.unet_contenders import build
@@ -20,7 +20,7 @@ from benchmarks.models.unet_models import Family, ReferenceOutputs, draw_batch, 
 
 # Pictures on which contenders that are not compiled for a size are checked: small enough for a wider dtype on a CPU.
 _CHECKED_SIZE = 64
-# Mixes of tasks that calls go through.
+# Mixes of tasks, which calls take turns at.
 _MIXES = 3
 _SWITCHES = 20
 
@@ -30,35 +30,32 @@ class Recompiled(Exception):
 
 
 class MeasurementPlan(NamedTuple):
-    """What is measured, and for how long.
+    """How groups are measured.
 
     Attributes:
-        names: of contenders.
-        settings: of the experts, and how many tasks there are in a batch.
-        runs: least rounds.
+        runs: least number of rounds.
         seconds: for each contender.
-        cold: whether the compiler forgets what it compiled for others; or else the time that it takes means nothing.
+        cold: whether the compiler's caches are off; otherwise the time of compiling means nothing.
         before_timing: called when a group is built, compiled and checked; may wait for its turn on the device.
-        after_timing: called with each entry and one of its steps, when a group's rows are there.
+        after_timing: called with each entry and one of its steps, when a group's rows are written.
     """
 
-    names: tuple[str, ...]
-    settings: tuple[Setting, ...]
     runs: int
     seconds: float
     cold: bool
     before_timing: Call = lambda: None
     after_timing: Callable[[Workload, Entry, Call], None] = lambda workload, entry, step: None
 
-    def entries(self, workload: Workload) -> tuple[Entry, ...]:
-        """Contenders in settings, each once. There are no more tasks in a batch than pictures."""
-        settings = [setting._replace(tasks=min(setting.tasks, workload.B)) for setting in self.settings]
-        pairs = [Entry(name, CONTENDERS[name].relevant(setting)) for name in self.names for setting in settings]
-        return tuple(dict.fromkeys(pairs))
+
+def make_group(workload: Workload, names: Sequence[str], settings: Sequence[Setting]) -> Group:
+    """Contenders in settings, each once. A batch has no more tasks than pictures."""
+    settings = [setting._replace(tasks=min(setting.tasks, workload.B)) for setting in settings]
+    pairs = [Entry(name, CONTENDERS[name].relevant(setting)) for name in names for setting in settings]
+    return Group(workload, tuple(dict.fromkeys(pairs)))
 
 
 class WarmUp(NamedTuple):
-    """What compiling and capturing took, the first calls included: seconds, and the most bytes held at once."""
+    """Seconds of compiling and capturing, the first calls included, and the most bytes that were held meanwhile."""
 
     seconds: float = 0.0
     peak_bytes: int = 0
@@ -79,34 +76,30 @@ class Prepared(NamedTuple):
 
 
 class GroupMeasurement:
-    """The measurement of one group: contenders are built once, whatever the number of settings that they are run in.
+    """The measurement of one group. Each contender is built once, even if it is run in several settings.
 
-    Args:
-        family: the UNets' weights.
-        workload: of the group.
-        plan: what is measured.
-        log: where failures are said.
-        reference: one picture's workload, setting → the outputs they are checked against.
+    `reference` gives the outputs that a setting is checked against, for one picture's workload.
     """
 
     def __init__(
         self,
-        family: Family,
-        workload: Workload,
-        plan: MeasurementPlan,
+        group: Group,
         log: Log,
+        family: Family,
+        plan: MeasurementPlan,
         reference: Callable[[Workload, Setting], ReferenceOutputs],
     ) -> None:
-        self._family, self._workload, self._plan, self._log = family, workload, plan, log
+        self._workload, self._entries = group
+        self._family, self._plan, self._log = family, plan, log
         self._device = family.device
         self._deployments: dict[Entry, Deployment] = {}
         self._warm_ups: dict[Entry, WarmUp] = {}
         self._reference = reference
 
-    def columns(self) -> Iterator[tuple[Entry, dict[str, Any]]]:
+    def figures(self) -> Figures:
         """Yields the entries that could be measured: timed interleaved, then memory and switching one by one."""
         ready = []
-        for entry in self._plan.entries(self._workload):
+        for entry in self._entries:
             self._log.bar.set_description(f"{entry.contender} at {self._workload}")
             with self._log.attempt(entry, self._workload):
                 ready.append(self._prepare(entry))
@@ -142,15 +135,15 @@ class GroupMeasurement:
         return Prepared(entry, deployment, steps, warm_up)
 
     def _reference_for(self, setting: Setting, workload: Workload) -> ReferenceOutputs:
-        # All dense ones are checked against the original, and share its outputs; those of top-k routing differ by task.
+        # With dense routing all are checked against the original; outputs of top-k routing differ by task.
         return self._reference(workload._replace(B=1, branches=1), Setting() if setting.K is DENSE else setting)
 
     def _warm_up(self, deployment: Deployment, steps: Sequence[Call]) -> WarmUp:
-        # The other mixes come as a surprise to those that have no reason to mind.
+        # Contenders whose sizes do not depend on the mix are not warmed up with the other mixes.
         known = steps if deployment.sizes_differ else steps[:1]
 
         def first_calls() -> None:
-            # Those of a user's CUDA graphs run, are captured, and are replayed.
+            # A user's CUDA graphs run at the first call, are captured at the second, and replayed from then on.
             for step in [*known] * 3:
                 step()
             synchronize(self._device)
@@ -174,7 +167,7 @@ class GroupMeasurement:
         if not ready:
             return []
         steps, plan = [prepared.steps for prepared in ready], self._plan
-        # Nothing is captured here: launches are part of an eager step's time; graphs are replayed by the contenders.
+        # Nothing is captured here: launches are part of an eager step's time, and contenders replay their own graphs.
         eager, replaying = [False] * len(ready), [CONTENDERS[prepared.entry.contender].graphs for prepared in ready]
         after_round = functools.partial(self._log.bar.update, 1)
         with torch.compiler.set_stance("fail_on_recompile"):

@@ -19,7 +19,7 @@ from benchmarks.harness.workloads import Setting, Workload
 from mtu.inspection import BUILT_IN
 from mtu.tasks import SD_TASKS, SDXL_TASKS, TaskSpec
 
-# Smoke tests: two levels of the published models, on a few channels.
+# For smoke tests: two levels of the published models, on a few channels.
 _TINY = {"norm_num_groups": 8, "cross_attention_dim": 32, "layers_per_block": 1, "block_out_channels": (32, 64)}
 _TINY_SD = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -33,7 +33,7 @@ _TINY_XL = {
     "addition_time_embed_dim": 4,
     "projection_class_embeddings_input_dim": 40,
 }
-# Arguments of the original's class. Weights are random: what they are makes no difference to time.
+# Arguments of the original's class. Weights are random, since their values make no difference to time.
 MODELS: dict[str, dict[str, Any]] = {
     "sd15": BUILT_IN["sd15"],
     "sdxl": BUILT_IN["sdxl"],
@@ -46,9 +46,9 @@ LATENT_FACTOR = 8
 TASKS = len(SD_TASKS)
 _TEXT_TOKENS = 77
 _TIMESTEP = 500
-# Of SDXL: original and target size, and where the picture was cropped.
+# Of SDXL: original size, target size, and the corner of the crop.
 _TIME_IDS = 6
-# Seeds of a row's numbers: more branches than guidance has.
+# Distance of two pictures' seeds; guidance has fewer branches.
 _MOST_BRANCHES = 8
 
 Unet = TypeVar("Unet", bound=UNet2DConditionModel)
@@ -65,12 +65,12 @@ def default_experts(model: str) -> int:
 
 
 def default_size(model: str) -> int:
-    """Edge of the pictures that the model was made for, in pixels; of the tiny ones a small one."""
+    """Edge of the pictures that the model was made for, in pixels; 64 for the tiny models."""
     return 64 if model in _SMOKE_TESTS else LATENT_FACTOR * MODELS[model]["sample_size"]
 
 
 def check_setting(model: str, setting: Setting) -> None:
-    """Raises ValueError if a model cannot be upcycled to these experts; found out without weights."""
+    """Raises ValueError if a model cannot be upcycled to these experts, without making weights."""
     with torch.device("meta"):
         original = UNet2DConditionModel(**MODELS[model])
     mtu.upcycle(original, num_experts=setting.E, top_k=setting.K, init="paper", backend="eager")
@@ -78,10 +78,10 @@ def check_setting(model: str, setting: Setting) -> None:
 
 @torch.no_grad()
 def build_original(model: str, dtype: str, device: torch.device) -> UNet2DConditionModel:
-    """The stock UNet with seeded random weights, in eval mode, drawn where and as what they stay.
+    """The stock UNet with seeded random weights, in eval mode, drawn on their device and in their dtype.
 
-    Norms are not 1 and 0, which would hide that a contender forgets them, and layers keep the variance of what they
-    get, so that each of them matters to the output.
+    Norms are not 1 and 0, which would hide that a contender forgets them. Layers keep the variance of their inputs, so
+    that each layer matters to the output.
     """
     with torch.device("meta"):
         unet = UNet2DConditionModel(**MODELS[model])
@@ -102,20 +102,14 @@ def build_original(model: str, dtype: str, device: torch.device) -> UNet2DCondit
 
 
 def share_weights(unet: Unet) -> Unet:
-    """A copy of a UNet's modules on the same memory; what is done to its modules and parameters leaves the other be."""
+    """A copy of a UNet on the same memory. Changes of its modules and parameters leave the other one unchanged."""
     tensors: dict[int, Tensor] = {id(t): nn.Parameter(t.detach(), requires_grad=False) for t in unet.parameters()}
     tensors |= {id(t): t.detach() for t in unet.buffers()}
     return copy.deepcopy(unet, tensors)
 
 
 class Family:
-    """The original and what is made from it, each once: contenders share the weights that they do not change.
-
-    Args:
-        model: one of `MODELS`.
-        dtype: of the weights.
-        device: where they are.
-    """
+    """The original and the UNets made from it, each once: contenders share the weights that they do not change."""
 
     def __init__(self, model: str, dtype: str, device: torch.device) -> None:
         self.model, self.dtype, self.device = model, dtype, device
@@ -137,12 +131,7 @@ class Family:
         return share_weights(self._original)
 
     def upcycled(self, setting: Setting, backend: str, routers: bool = False) -> mtu.MTUUNet2DConditionModel:
-        """The original upcycled to the paper's four tasks, in eval mode.
-
-        Args:
-            setting: of the experts.
-            backend: of the kernels.
-            routers: keep them; by default they are dropped, as they are for deployment.
+        """The original upcycled to the paper's four tasks, in eval mode; routers are dropped, as for deployment.
 
         Raises:
             RuntimeError: the backend is not part of this installation.
@@ -161,7 +150,7 @@ class Family:
         return _deployed(share_weights(self._folded), backend, routers=False)
 
     def fine_tuned(self, task: int) -> UNet2DConditionModel:
-        """A UNet of the task's own: a stock one on memory of its own, the same at every call."""
+        """A stock UNet of one task, with memory of its own; the same one at every call."""
         if task not in self._fine_tuned:
             self._fine_tuned[task] = copy.deepcopy(self._original)
         return self._fine_tuned[task]
@@ -175,11 +164,11 @@ def _deployed(unet: mtu.MTUUNet2DConditionModel, backend: str, routers: bool) ->
 
 
 class Batch(NamedTuple):
-    """What a step is given.
+    """The inputs of a step.
 
     Attributes:
         inputs: arguments of the UNet, their rows in the order of pictures; `sample` with the channels of all tasks.
-        tasks: of each row.
+        tasks: the task of each row.
         branches: rows of each picture.
     """
 
@@ -191,12 +180,7 @@ class Batch(NamedTuple):
 def draw_batch(workload: Workload, device: torch.device, tasks: int, first: int = 0) -> Batch:
     """A batch of random numbers; those of a picture's branch are the same in every batch of its size and dtype.
 
-    Args:
-        workload: rows, size and dtype.
-        device: of the tensors.
-        tasks: how many the pictures have, in turn. Of one task, it is the first; of several, all of the model's tasks
-            have their turn as `first` moves on.
-        first: task of the first picture.
+    Pictures take turns at so many `tasks`, from the task `first` on; as `first` increases, all of the model's occur.
     """
     config, edge = MODELS[workload.model], workload.size // LATENT_FACTOR
     specs = tasks_of(workload.model)
@@ -224,7 +208,7 @@ def draw_batch(workload: Workload, device: torch.device, tasks: int, first: int 
 
 
 def select_rows(batch: Batch, rows: Sequence[int], channels: int) -> dict[str, Any]:
-    """Arguments of a call for some rows, whose `sample` has so many channels: tensors of their own."""
+    """Arguments of a call for some rows, copied; `sample` has so many channels."""
 
     def taken(value: Any) -> Any:
         if isinstance(value, dict):
@@ -239,9 +223,9 @@ class ReferenceOutputs(NamedTuple):
     """Outputs for the first branch of the first few pictures, which a contender's are compared with.
 
     Attributes:
-        dtype: that is computed in.
-        user: of the code whose error sets the tolerance, in that dtype.
-        exact: of the same code and weights in a wider dtype.
+        dtype: of the contender.
+        user: in that dtype, computed by the code whose error sets the tolerance.
+        exact: by the same code and weights in a wider dtype.
     """
 
     dtype: torch.dtype
@@ -249,32 +233,28 @@ class ReferenceOutputs(NamedTuple):
     exact: Tensor
 
     def check(self, output: Tensor, branches: int) -> None:
-        """Asserts ``max|output − exact| <= 2 · max|user − exact| + ulp · max|exact|``.
-
-        Args:
-            output: of all rows.
-            branches: rows of each picture.
+        """Asserts ``max|output − exact| <= 2 · max|user − exact| + ulp · max|exact|`` for an output of all rows.
 
         Raises:
-            WrongResult: one sentence with the error and what is allowed.
+            WrongResult: one sentence with the error and the tolerance.
         """
         compared = output[::branches][: len(self.exact)]
         user, exact = self.user[: len(compared)], self.exact[: len(compared)]
-        # A row that is not a number is not compared, but would be timed.
+        # NaN in other rows counts, too.
         compared = torch.where(output.isfinite().all(), compared, torch.nan)
         check_close("the UNet's output", compared, user, exact, self.dtype, torch.finfo(self.dtype).eps)
 
 
 @torch.no_grad()
 def compute_reference_outputs(family: Family, workload: Workload, setting: Setting) -> ReferenceOutputs:
-    """What UNets of this setting are checked against, at this size.
+    """The outputs that UNets of this setting are checked against, at this size.
 
-    With dense routing, a freshly upcycled UNet computes for each of its tasks what the original does, so the original
-    is the reference. Top-k routing leaves hidden units out: there it is the upcycled UNet on the backend "reference".
+    With dense routing, a freshly upcycled UNet has the output of the original for each of its tasks, so the original is
+    the reference. Top-k routing leaves hidden units out: there it is the upcycled UNet on the backend "reference".
     Pictures go one by one, so that a wide dtype needs little memory.
     """
     batch = draw_batch(workload._replace(B=TASKS, branches=1), family.device, setting.tasks)
-    # Tables, not routers, which might choose other experts in a wider dtype.
+    # It has tables in place of routers, which might choose other experts in a wider dtype.
     unet = family.original() if setting.K is None else family.upcycled(setting, "reference")
     user = _one_by_one(unet, batch)
     # Products of float32 may be rounded to TF32 on a GPU.
@@ -286,16 +266,17 @@ def _one_by_one(unet: UNet2DConditionModel, batch: Batch) -> Tensor:
     outputs = []
     for row, task in enumerate(batch.tasks):
         inputs = select_rows(batch, [row], unet.conv_in.in_channels)
-        added = inputs.get("added_cond_kwargs", {})
-        inputs |= {name: t.to(unet.dtype) for name, t in inputs.items() if name in ("sample", "encoder_hidden_states")}
-        if added:
-            inputs["added_cond_kwargs"] = {name: t.to(unet.dtype) for name, t in added.items()}
+        inputs |= {name: inputs[name].to(unet.dtype) for name in ("sample", "encoder_hidden_states")}
+        if "added_cond_kwargs" in inputs:
+            added = inputs["added_cond_kwargs"]
+            inputs["added_cond_kwargs"] = {name: tensor.to(unet.dtype) for name, tensor in added.items()}
         if isinstance(unet, mtu.MTUUNet2DConditionModel):
             inputs["task_ids"] = torch.tensor([task], device=inputs["sample"].device)
         outputs.append(unet(**inputs, return_dict=False)[0])
     return torch.cat(outputs)
 
 
-def _cast(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:
+def _cast(unet: Unet, dtype: torch.dtype) -> Unet:
     # diffusers' own `.to` warns of modules to keep in float32 even where there are none.
-    return nn.Module.to(unet, dtype)
+    nn.Module.to(unet, dtype)
+    return unet

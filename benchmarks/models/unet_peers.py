@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.harness.contenders import Contender
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.workloads import Setting
-from benchmarks.models.deployments import Deployment, Part, at_once, by_task, call, stock_inputs
+from benchmarks.models.deployments import Deployment, Part, at_once, by_task, call, stock_part
 from benchmarks.models.unet_models import TASKS, Batch, Family, share_weights
 
 _RANK = 16
@@ -28,17 +28,15 @@ def four_unets(family: Family, setting: Setting, contender: Contender) -> Deploy
     unets = tuple(share_weights(family.fine_tuned(task)) for task in range(TASKS))
 
     def parts(batch: Batch) -> list[Part]:
-        return [_part(unets[batch.tasks[rows[0]]], batch, rows) for rows in by_task(batch)]
+        return [stock_part(unets[batch.tasks[rows[0]]], batch, rows) for rows in by_task(batch)]
 
     return Deployment(unets, parts, sizes_differ=True)
 
 
 class _Slot:
-    """Tensors on the device which the values of one task at a time are copied into.
+    """Live tensors on the device, into which the values of one task at a time are copied.
 
-    Args:
-        live: the tensors.
-        sources: of each task the values, in the same order.
+    `sources` gives the values of a task, in the order of the live tensors.
     """
 
     def __init__(self, live: Sequence[Tensor], sources: Callable[[int], Sequence[Tensor]]) -> None:
@@ -47,19 +45,19 @@ class _Slot:
 
     @torch.no_grad()
     def hold(self, task: int) -> None:
-        """Have the values of a task there; nothing is copied where they are."""
+        """Copies the values of a task, unless they are there already."""
         if task != self._task:
             torch._foreach_copy_(self._live, self._sources(task), non_blocking=True)
             self._task = task
 
     def switch(self) -> None:
-        """Go on to the next task."""
+        """Copies the values of the next task."""
         self.hold(0 if self._task is None else (self._task + 1) % TASKS)
 
     def parts(self, unet: UNet2DConditionModel, batch: Batch) -> list[Part]:
         """A call for each task of the batch, its values copied in before."""
         return [
-            _part(unet, batch, rows)._replace(prepare=functools.partial(self.hold, batch.tasks[rows[0]]))
+            stock_part(unet, batch, rows)._replace(prepare=functools.partial(self.hold, batch.tasks[rows[0]]))
             for rows in by_task(batch)
         ]
 
@@ -120,23 +118,17 @@ def lora_per_sample(family: Family, setting: Setting, contender: Contender) -> D
     weights = _adapter_weights(unet, family)
 
     def parts(batch: Batch) -> list[Part]:
+        (rows,) = at_once(batch)
         chosen = {"adapter_names": [names[task] for task in batch.tasks]}
-        return [
-            Part(functools.partial(call, model), stock_inputs(unet, batch, rows) | chosen, rows)
-            for rows in at_once(batch)
-        ]
+        return [Part(functools.partial(call, model), stock_part(unet, batch, rows).inputs | chosen, rows)]
 
     return Deployment((unet,), parts, after_check=functools.partial(_randomise_, weights, seed=0))
-
-
-def _part(unet: UNet2DConditionModel, batch: Batch, rows: tuple[int, ...]) -> Part:
-    return Part(functools.partial(call, unet), stock_inputs(unet, batch, rows), rows)
 
 
 def _peft() -> ModuleType:
     if not is_peft_available():
         raise RuntimeError("LoRA needs the package peft, which is not installed: pip install peft.")
-    # An optional package, asked for by two contenders of many.
+    # An optional package, which two contenders need.
     import peft
 
     return peft
@@ -147,8 +139,8 @@ def _adapter() -> Any:
 
 
 def _adapter_weights(unet: UNet2DConditionModel, family: Family) -> list[Tensor]:
-    """The adapters' parameters, in the dtype of the original's."""
-    weights = [parameter for name, parameter in unet.named_parameters() if "lora_" in name]
+    """The adapters' parameters, cast to the dtype of the original's."""
+    weights: list[Tensor] = [parameter for name, parameter in unet.named_parameters() if "lora_" in name]
     for parameter in weights:
         parameter.data = parameter.data.to(DTYPES[family.dtype])
     unet.requires_grad_(False).eval()
@@ -157,7 +149,7 @@ def _adapter_weights(unet: UNet2DConditionModel, family: Family) -> list[Tensor]
 
 @torch.no_grad()
 def _randomise_(weights: Sequence[Tensor], seed: int) -> None:
-    """Products of zeros, which an adapter starts from, run faster than those of data."""
+    """Draws the weights of an adapter. It starts from zeros, whose products run faster than those of data."""
     generator = torch.Generator(weights[0].device).manual_seed(seed)
     for tensor in weights:
         tensor.normal_(0, _RANK**-1 * tensor.shape[1] ** -0.5, generator=generator)

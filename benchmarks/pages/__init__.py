@@ -1,1 +1,1 @@
-"""What readers see, made from the CSV files alone: the plots and the tables of `docs/performance.md`."""
+"""The plots and the tables of `docs/performance.md`, made from the CSV files alone."""

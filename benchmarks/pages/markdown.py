@@ -11,23 +11,15 @@ _MODULE = re.compile(r".*?(python -m [\w.]+).*")
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]], words: int = 1) -> list[str]:
-    """A Markdown table.
-
-    Args:
-        header: of the columns.
-        lines: their cells.
-        words: how many of the first columns are aligned left; numbers are aligned right.
-    """
+    """A Markdown table whose first columns, so many as are `words`, are aligned left; numbers are aligned right."""
     rule = ["---"] * words + ["---:"] * (len(header) - words)
     return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *lines)]
 
 
 def provenance_line(sources: Iterable[Mapping[str, str]], *files: str) -> str:
-    """Processor, threads, commit, torch, commands, each value once, and the files that say the rest.
+    """Processor, threads, commit, torch and commands of rows, each value once, and links to their CSV files.
 
-    Args:
-        sources: cells of rows, with those of `benchmarks.harness.provenance`.
-        files: names of CSV files in `benchmarks/results`.
+    `files` are names in `benchmarks/results`.
     """
     sources = list(sources)
 
@@ -39,7 +31,7 @@ def provenance_line(sources: Iterable[Mapping[str, str]], *files: str) -> str:
     versions = [f"{name} {', '.join(values(name))}" for name in ("commit", "torch") if values(name)]
     commands = values("command")
     if len(commands) > _MOST_COMMANDS:
-        # Without their arguments, which stand in the file.
+        # Their arguments stand in the file.
         commands = list(dict.fromkeys(_MODULE.sub(r"\1", command) for command in commands))
     named = ", ".join(f"`{command}`" for command in commands)
     links = ", ".join(f"[{file}](../benchmarks/results/{file})" for file in files)
@@ -56,9 +48,9 @@ def digits(value: float) -> str:
 
 
 def duration(us: float) -> str:
-    """A time in the unit that it is said in: µs, ms or s."""
+    """A time in µs, ms or s."""
     for unit, size in (("s", 1e6), ("ms", 1e3)):
-        # What rounds to the unit is said in it.
+        # Times that round to the unit have it, too.
         if us >= 0.9995 * size:
             return f"{digits(us / size)} {unit}"
     return f"{digits(us)} µs"

@@ -1,12 +1,11 @@
 """`python -m benchmarks.pages.page`: writes the tables of `docs/performance.md` from the CSV files.
 
 Each table stands between `<!-- table: NAME -->` and `<!-- end -->`; the rest of the page is left as it is. With
-`--check` nothing is written, and a page that does not say what the files do is an error.
+`--check` nothing is written, and a page that differs from the files is an error.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import re
 import sys
@@ -14,21 +13,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.harness.commands import make_parser, parse, usage_errors
 from benchmarks.harness.provenance import RESULTS, ROOT
 from benchmarks.pages import tables_ffn, tables_models
 
+MODULE = "benchmarks.pages.page"
 PAGE = ROOT / "docs" / "performance.md"
 _MARKED = re.compile(r"(<!-- table: (\S*) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 _MARKER = re.compile(r"<!-- (?:table: \S*|end) -->")
 
 
 class Part(NamedTuple):
-    """One of the things between two markers.
+    """One of the tables between two markers.
 
     Attributes:
-        make: folder of the CSV files → lines; ValueError where there is nothing to show.
-        command: makes the rows.
-        picture: above the lines; where nothing could draw it yet, there is none.
+        make: folder of the CSV files → lines; ValueError where they have no rows for it.
+        command: measures the rows.
+        picture: stands above the lines, where it has been drawn.
     """
 
     make: Callable[[Path], list[str]]
@@ -62,12 +63,7 @@ BLOCKS: dict[str, tuple[Part, ...]] = {
 
 
 def render_page(text: str, results: Path, images: Path) -> str:
-    """A page with its tables made anew.
-
-    Args:
-        text: of the page.
-        results: folder of the CSV files.
-        images: folder of the pictures, beside the page.
+    """The text of a page with its tables made anew. The pictures lie beside the page.
 
     Raises:
         ValueError: a marker names no table, or has no other one.
@@ -87,7 +83,7 @@ def _block(parts: Sequence[Part], results: Path, images: Path) -> str:
         try:
             lines = part.make(results)
         except ValueError:
-            # Nothing was measured, or by a benchmark that has changed since.
+            # Nothing was measured, or the benchmark has other columns now.
             missing.append(f"`{part.command}`")
             continue
         if part.picture and (images / part.picture).exists():
@@ -95,33 +91,28 @@ def _block(parts: Sequence[Part], results: Path, images: Path) -> str:
             lines = [f"![{name}]({images.name}/{part.picture})", "", *lines]
         made += [*lines, ""]
     if missing:
-        # In the paragraph of the last provenance line, if there is one.
+        # This line joins the paragraph of the last provenance line, if there is one.
         made[-1:] = [f"*Not measured yet: {', '.join(missing)}.*"]
     return "\n".join(made).rstrip("\n") + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns 1 if a page that is checked is not what the files say."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pages.page",
-        description="Writes the tables of docs/performance.md from the CSV files.",
-    )
+    """The command line. Returns 1 if the check finds a page that differs from the files."""
+    parser = make_parser(MODULE, "Writes the tables of docs/performance.md from the CSV files.")
     parser.add_argument("--check", action="store_true", help="write nothing, and fail if the page would change")
     parser.add_argument("--page", type=Path, default=PAGE, help="(default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files (default: %(default)s)")
-    options = parser.parse_args(argv)
+    _, options = parse(parser, argv)
     if not options.page.exists():
         parser.error(f"There is no {options.page} with markers to write tables between.")
     text = options.page.read_text(encoding="utf-8")
-    try:
+    with usage_errors(parser):
         new = render_page(text, options.results, options.page.parent / "images")
-    except ValueError as error:
-        parser.error(str(error))
     if not options.check:
         options.page.write_text(new, encoding="utf-8")
         print(options.page)
     elif new != text:
-        print(f"{options.page} is not what {options.results} says: {_difference(text, new)}.", file=sys.stderr)
+        print(f"{options.page} differs from {options.results}: {_difference(text, new)}.", file=sys.stderr)
         return 1
     return 0
 
@@ -130,7 +121,7 @@ def _difference(text: str, new: str) -> str:
     """The first table that differs; a page and its rewriting differ nowhere else."""
     pairs = zip(_MARKED.finditer(text), _MARKED.finditer(new), strict=True)
     name = next(old[2] for old, made in pairs if old[3] != made[3])
-    return f"python -m benchmarks.pages.page would change the table {name!r}"
+    return f"python -m {MODULE} would change the table {name!r}"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""`python -m benchmarks.pages.plot`: all pictures that there are rows for, from the CSV files alone."""
+"""`python -m benchmarks.pages.plot`: draws all pictures that there are rows for, from the CSV files alone."""
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,18 +10,16 @@ from pathlib import Path
 from benchmarks.ffn import rows as ffn_rows
 from benchmarks.ffn.machine import read_roofs
 from benchmarks.ffn.roofline import read_roofline_points
+from benchmarks.harness.commands import make_parser, parse
 from benchmarks.harness.provenance import RESULTS, ROOT
 from benchmarks.models import unet_targets
 from benchmarks.pages import plot_ffn, plot_roofline, plot_scaling, plot_unet
-from benchmarks.pages.plot_ffn import points
-
-__all__ = ["IMAGES", "main", "points"]
 
 IMAGES = ROOT / "docs" / "images"
 
 
 def pictures(results: Path, images: Path, batch: int | None, experts: int) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """Paths of the pictures that the files of a folder may be drawn as, each with what draws it."""
+    """Paths of the pictures of a folder's files, each with the function that draws it."""
     kinds = {
         "moe_ffn_*.csv": lambda file, picture: plot_ffn.plot(ffn_rows.TABLE.read(file), picture, batch, experts),
         "scaling_*.csv": lambda file, picture: plot_scaling.plot(ffn_rows.TABLE.read(file), picture, experts),
@@ -45,12 +42,12 @@ def _draw_roofline(results: Path, device: str, picture: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Files that cannot be drawn are an error, after all others were drawn."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.pages.plot", description=__doc__.partition(": ")[2])
+    parser = make_parser("benchmarks.pages.plot", "Draws all pictures that there are rows for, from the CSV files.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=IMAGES, help="folder of the pictures (default: %(default)s)")
     parser.add_argument("--batch", type=int, help="samples of one feed-forward (default: 8, or the most measured)")
     parser.add_argument("--experts", type=int, default=4, help="(default: 4)")
-    options = parser.parse_args(argv)
+    _, options = parse(parser, argv)
     found, reasons = False, []
     for picture, draw in pictures(options.results, options.output, options.batch, options.experts):
         found = True

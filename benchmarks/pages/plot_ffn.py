@@ -28,7 +28,7 @@ class Point(NamedTuple):
 
 
 def points(rows: Sequence[Row], batch: int, experts: int) -> dict[tuple[str, Workload], Point]:
-    """What is drawn: for each contender and workload of this batch size the last measurement with dense routing.
+    """For each contender and workload of this batch size the last measurement with dense routing.
 
     Rows of contenders that depend on the routing are those of `experts` experts and one task.
     """
@@ -37,7 +37,7 @@ def points(rows: Sequence[Row], batch: int, experts: int) -> dict[tuple[str, Wor
         for row, floor in paired_rows(rows, name, _FLOOR):
             if batch == row.workload.B and row.setting in (Setting(), Setting(E=experts)):
                 times = (time / floor.median_us for time in (row.median_us, row.p20_us, row.p80_us))
-                # One expert is measured beside several of them: the ones asked for go first.
+                # Where one expert was measured, too, the row of several experts counts.
                 known = drawn.get((name, row.workload))
                 if known is None or row.setting.E >= known.row.setting.E:
                     drawn[name, row.workload] = Point(row, *times)
@@ -45,16 +45,9 @@ def points(rows: Sequence[Row], batch: int, experts: int) -> dict[tuple[str, Wor
 
 
 def plot(rows: Sequence[Row], path: Path, batch: int | None = None, experts: int = 4) -> None:
-    """Draws a panel for each pass that was measured, and writes a PNG.
+    """Draws a panel for each pass that was measured on one device, and writes a PNG.
 
-    Args:
-        rows: of one device.
-        path: of the picture.
-        batch: samples; by default 8, or the largest that was measured.
-        experts: E of the contenders that depend on the routing.
-
-    Raises:
-        ValueError: no contender was measured beside the bare products.
+    The batch is by default 8, or the largest that was measured. Raises ValueError without rows of the bare products.
     """
     dtype = most_common_dtype(rows)
     rows = [row for row in rows if row.workload.dtype == dtype]
@@ -79,7 +72,7 @@ def _panel(axes: Axes, drawn: dict[tuple[str, Workload], Point], direction: str)
     width = min(0.14, 0.84 / len({name for name, _ in drawn}))
     crowded = len(drawn) > 30
     for at, workload in enumerate(workloads):
-        # Bars stand side by side, whoever is missing.
+        # Bars stand side by side, without gaps for missing contenders.
         names = [name for name in FFN_LOOKS if (name, workload) in drawn]
         for number, name in enumerate(names):
             point, (color, label) = drawn[name, workload], FFN_LOOKS[name]

@@ -21,28 +21,20 @@ _LEAST_GAP = 0.011
 
 
 def plot(roofline_points: Sequence[RooflinePoint], path: Path) -> None:
-    """Draws a panel for each dtype, and writes a PNG.
-
-    Args:
-        marks: of one device.
-        path: of the picture.
-
-    Raises:
-        ValueError: there is no point.
-    """
+    """Draws a panel for each dtype on one device, and writes a PNG. Raises ValueError without points."""
     if not roofline_points:
         raise ValueError(f"{path.name} needs forward passes with dense routing at the models' shapes, got none.")
-    dtypes = sorted({point.roofs.dtype for point in roofline_points})
+    dtypes = sorted({point.roofs.workload.dtype for point in roofline_points})
     with text_style():
         figure = Figure(figsize=(11, 1.2 + 4 * len(dtypes)), layout="constrained")
         panels = figure.subplots(len(dtypes), squeeze=False)[:, 0]
         for axes, dtype in zip(panels, dtypes, strict=True):
-            _panel(axes, [point for point in roofline_points if point.roofs.dtype == dtype])
+            _panel(axes, [point for point in roofline_points if point.roofs.workload.dtype == dtype])
         batch = roofline_points[0].row.workload.B
         title = f"Roofline of one feed-forward, forward, B = {batch}, dense routing: higher is faster"
         legend(figure, panels, title)
-        says = "Roofs: the fastest matrix product of torch, and the fastest way through memory, measured."
-        save(figure, path, [point.row for point in roofline_points], says)
+        caption = "Roofs: the fastest matrix product of torch, and the fastest way through memory, measured."
+        save(figure, path, [point.row for point in roofline_points], caption)
 
 
 def _panel(axes: Axes, roofline_points: Sequence[RooflinePoint]) -> None:
@@ -64,13 +56,13 @@ def _panel(axes: Axes, roofline_points: Sequence[RooflinePoint]) -> None:
         axis.set_minor_formatter(NullFormatter())
     axes.set_xlim(low, high)
     bottom, top = _span([*(point.flops_per_s / _TERA for point in roofline_points), peak], 1.6)
-    # Names of shapes stand below all marks.
+    # Names of shapes stand below all points.
     axes.set_ylim(bottom / 4, top)
     _name_shapes(axes, roofline_points)
     axes.set_xlabel("FLOP for each byte that must move (x, y and weights once)")
     axes.set_ylabel("TFLOP/s")
     roof = f"{peak:.4g} TFLOP/s, {roofs.bytes_per_s / 1e9:,.4g} GB/s"
-    axes.set_title(f"{roofs.dtype}: {roof}", loc="left", fontsize=10, fontweight="bold")
+    axes.set_title(f"{roofs.workload.dtype}: {roof}", loc="left", fontsize=10, fontweight="bold")
 
 
 def _name_shapes(axes: Axes, roofline_points: Sequence[RooflinePoint]) -> None:

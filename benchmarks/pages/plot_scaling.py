@@ -1,4 +1,4 @@
-"""Pictures of `results/scaling_*.csv`: µs a token as tokens, samples, tasks and experts become more."""
+"""Pictures of `results/scaling_*.csv`: µs a token by tokens, samples, tasks and experts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.ffn.scaling_lines import Panel, panels, routing_name, tokens
-from benchmarks.harness.rows import Row
+from benchmarks.harness.rows import TIMES, Row
 from benchmarks.harness.workloads import DENSE
 from benchmarks.pages.plot_style import FFN_LOOKS, legend, most_common_dtype, save, text_style
 
@@ -23,20 +23,10 @@ _AXES = {
 # Routing by line and mark; contenders by colour.
 _DASHES = {None: ("-", "o"), 1: (":", "^"), 2: ("--", "s")}
 _OTHER_DASHES = ("-.", "D")
-_TIMES = ("median_us", "p20_us", "p80_us")
 
 
 def plot(rows: Sequence[Row], path: Path, experts: int = 4) -> None:
-    """Draws a panel for each quantity that was varied, and writes a PNG.
-
-    Args:
-        rows: of one device.
-        path: of the picture.
-        experts: E where it is not what is varied.
-
-    Raises:
-        ValueError: nothing was varied.
-    """
+    """Draws a panel for each quantity that was varied on one device, and writes a PNG. Raises ValueError for none."""
     dtype = most_common_dtype(rows)
     drawn = panels([row for row in rows if row.workload.dtype == dtype], experts)
     if not drawn:
@@ -60,7 +50,7 @@ def _panel(axes: Axes, panel: Panel) -> None:
         style, mark = _DASHES.get(line.K, _OTHER_DASHES)
         label += "" if line.K is DENSE else f", {routing_name(line.K)}"
         xs, rows = list(line.rows), line.rows.values()
-        medians, low, high = ([getattr(row, name) / tokens(row) for row in rows] for name in _TIMES)
+        medians, low, high = ([getattr(row, name) / tokens(row) for row in rows] for name in TIMES)
         axes.plot(xs, medians, style, color=color, marker=mark, markersize=4, label=label)
         axes.fill_between(xs, low, high, color=color, alpha=0.12, linewidth=0)
     ticks = sorted({x for line in panel.lines for x in line.rows})

@@ -1,8 +1,9 @@
-"""What all pictures share: colours, letters, the legend, and the line that says where the numbers come from."""
+"""The style of all pictures: colours, letters, the legend, and the line with the provenance."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import matplotlib as mpl
@@ -31,20 +32,15 @@ _LETTERS = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": Fals
 _GREY = "#555555"
 
 
-def text_style() -> mpl.rc_context:
+def text_style() -> AbstractContextManager[None]:
     """The context that pictures are drawn in: sizes of letters, no frame."""
     return mpl.rc_context(_LETTERS)
 
 
 def legend(figure: Figure, panels: Sequence[Axes], title: str, labels: Sequence[str] = (), columns: int = 4) -> None:
-    """One legend above all panels; its title is that of the picture.
+    """One legend above all panels, each label once, those of `labels` first; its title is that of the picture.
 
-    Args:
-        figure: of the panels.
-        panels: whose labelled marks are listed, each label once.
-        title: of the picture. A title of the figure would be laid out over the legend.
-        labels: the first ones, in order.
-        columns: of the legend.
+    A title of the figure would be laid out over the legend.
     """
     found = {}
     for axes in panels:
@@ -57,14 +53,14 @@ def legend(figure: Figure, panels: Sequence[Axes], title: str, labels: Sequence[
     figure.legend(handles, ordered, **place, **style)
 
 
-def save(figure: Figure, path: Path, rows: Sequence[Row], says: str) -> None:
-    """Writes a PNG with a line below: what the marks are, and where the rows come from."""
+def save(figure: Figure, path: Path, rows: Sequence[Row], caption: str) -> None:
+    """Writes a PNG with a line below it: the caption, and the provenance of the rows."""
     device = "" if rows[0].device == "cuda" else f", threads: {_values(rows, 'threads')}"
     versions = " · ".join(f"{name} {_values(rows, name)}" for name in ("commit", "torch", "triton"))
     text = f"{_values(rows, 'processor')}{device} · {versions}"
     # As many letters of this size as fit into an inch.
-    wide = len(says) + len(text) > 15 * figure.get_figwidth()
-    text = says + ("\n" if wide else " ") + text
+    wide = len(caption) + len(text) > 15 * figure.get_figwidth()
+    text = caption + ("\n" if wide else " ") + text
     figure.supxlabel(text, x=0.01, ha="left", fontsize=8, color=_GREY)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
-from benchmarks.harness.rows import Row
+from benchmarks.harness.rows import TIMES, Row
 from benchmarks.models.steps import Case, ModelSetup, Step, Steps, steps_by_setup, usual
 from benchmarks.pages.plot_style import save, text_style
 
@@ -28,19 +28,14 @@ _COLORS = {
 }
 _OTHER = "#999999"
 _ORIGINAL = "#D55E00"
-# A bar that is many times as long as the others would leave them no room: it is cut, and its number tells the rest.
+# A bar that is many times as long as the others would leave them no room: it is cut, and its number stands in it.
 _LONGEST = 3.0
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Draws a panel for each model and batch, of dense routing with mixed tasks, and writes a PNG.
+    """Draws a panel for each model and batch, of dense routing with mixed tasks on one device, and writes a PNG.
 
-    Args:
-        rows: of one device.
-        path: of the picture.
-
-    Raises:
-        ValueError: no contender was measured beside the original.
+    Raises ValueError where no contender was measured beside the original.
     """
     drawn = {setup: _relative(usual(cases)) for setup, cases in steps_by_setup(rows).items()}
     drawn = {setup: cases for setup, cases in drawn.items() if cases}
@@ -84,7 +79,7 @@ def _bars(axes: Axes, cases: Sequence[Case], steps: dict[Case, Step], limit: flo
         if case not in steps:
             continue
         step = steps[case]
-        median, low, high = (step.relative(getattr(step.row, column)) for column in ("median_us", "p20_us", "p80_us"))
+        median, low, high = (step.relative(getattr(step.row, column)) for column in TIMES)
         axes.barh(at, min(median, limit), 0.8, color=_COLORS.get(case.family, _OTHER))
         axes.hlines(at, min(low, limit), min(high, limit), color="#444444", linewidth=0.8)
         cut = high > limit * 0.85

@@ -1,15 +1,15 @@
-"""Tables of one feed-forward: beside its peers, under the roofs of the machine, and as its input grows."""
+"""Tables of one feed-forward: beside its peers, under the roofs of the machine, and with more and more input."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from benchmarks.ffn.roofline import RooflinePoint, read_roofline_points
 from benchmarks.ffn.rows import TABLE
 from benchmarks.ffn.scaling_lines import Line, panels, routing_name, us_per_token
-from benchmarks.ffn.targets import TESTED, paired_rows
+from benchmarks.ffn.targets import TESTED, over
+from benchmarks.harness.report import Ratios
 from benchmarks.harness.rows import Row, read_cells
 from benchmarks.harness.workloads import DENSE, Setting
 from benchmarks.pages.markdown import MISSING, digits, duration, provenance_line, ratio, table
@@ -18,42 +18,29 @@ _USUAL_BATCH = 8
 _FLOOR = "products"
 
 
-class Ratio(NamedTuple):
-    """A line of the table of one feed-forward: the contender under test over another row of its group.
-
-    Attributes:
-        what: the line's name, after the dtype.
-        to: the contender it is divided by; None: the one under test itself.
-        setting: of the row.
-        changed: fields in which the other one's setting differs.
-        direction: the pass.
-    """
-
-    what: str
-    to: str | None
-    setting: Setting
-    changed: dict[str, int | None]
-    direction: str = "forward"
+_FOUR, _TOP_2, _FOUR_TASKS = Setting(4), Setting(8, 2), Setting(4, DENSE, 4)
 
 
-_FOUR, _TOP_2 = Setting(4), Setting(8, 2)
-_RATIOS = (
-    Ratio("four experts / stock feed-forward of diffusers, eager", "eager", _FOUR, {}),
-    Ratio("… / `torch.compile` of the stock feed-forward", "compile-folded", _FOUR, {}),
-    Ratio("… / the same, max-autotune", "compile-folded-max", _FOUR, {}),
-    Ratio("… / the two matrix products alone", "products", _FOUR, {}),
-    Ratio("top-2 of 8 / all 8", None, _TOP_2, {"K": DENSE}),
-    Ratio("four mixed tasks / one task", None, Setting(4, DENSE, 4), {"tasks": 1}),
-    Ratio("forward + backward, four experts / stock, eager", "eager", _FOUR, {}, "forward+backward"),
-)
+def _over(to: str | None, setting: Setting = _FOUR, direction: str = "forward", **changed: int | None) -> Ratios:
+    """Times in a setting over those of another contender, or of the same one with a changed setting."""
+    wanted = (setting, direction)
+    return over(to, lambda row: (row.setting, row.workload.direction) == wanted, **changed)
+
+
+# Lines of the table: ratios of the contender under test.
+_RATIOS = {
+    "four experts / stock feed-forward of diffusers, eager": _over("eager"),
+    "… / `torch.compile` of the stock feed-forward": _over("compile-folded"),
+    "… / the same, max-autotune": _over("compile-folded-max"),
+    "… / the two matrix products alone": _over("products"),
+    "top-2 of 8 / all 8": _over(None, _TOP_2, K=DENSE),
+    "four mixed tasks / one task": _over(None, _FOUR_TASKS, tasks=1),
+    "forward + backward, four experts / stock, eager": _over("eager", direction="forward+backward"),
+}
 
 
 def feed_forward(results: Path, device: str) -> list[str]:
-    """Time of the contender under test, and its ratios to others, by shape.
-
-    Raises:
-        ValueError: nothing was measured.
-    """
+    """Time of the contender under test, and its ratios to others, by shape."""
     rows = TABLE.read(results / f"moe_ffn_{device}.csv")
     lines, used = [], []
     batch = _batch(rows, TESTED[device])
@@ -62,19 +49,16 @@ def feed_forward(results: Path, device: str) -> list[str]:
     for dtype in sorted({row.workload.dtype for row in rows}):
         chosen = [row for row in rows if row.workload.dtype == dtype]
         found = {row.workload: row for row in chosen if (row.contender, row.setting) == (TESTED[device], _FOUR)}
-        cells = {
-            (workload.D, workload.L): duration(row.median_us)
-            for workload, row in found.items()
-            if workload.direction == "forward"
-        }
+        forward = {workload[:2]: row for workload, row in found.items() if workload.direction == "forward"}
+        cells = {shape: duration(row.median_us) for shape, row in forward.items()}
         lines.append([dtype, "four experts: time", *(cells.get(shape, MISSING) for shape in shapes)])
         used += found.values()
-        for line in _RATIOS:
-            values = _values(line, chosen, TESTED[device])
-            if values:
-                used += [row for row, _ in values.values()]
-                cells = {shape: ratio(value) for shape, (_, value) in values.items()}
-                lines.append([dtype, line.what, *(cells.get(shape, MISSING) for shape in shapes)])
+        for name, ratios in _RATIOS.items():
+            measured = ratios(chosen, TESTED[device])
+            if measured:
+                used += [row for row, _ in measured]
+                cells = {row.workload[:2]: ratio(value) for row, value in measured}
+                lines.append([dtype, name, *(cells.get(shape, MISSING) for shape in shapes)])
     if not used:
         raise ValueError(f"There are no rows of {TESTED[device]} in {results / f'moe_ffn_{device}.csv'}.")
     header = ["", f"`{TESTED[device]}`, B = {batch}, width × tokens", *("{}×{}".format(*shape) for shape in shapes)]
@@ -86,27 +70,16 @@ def _batch(rows: Sequence[Row], tested: str) -> int:
     return max(set(batches), key=lambda B: (B == _USUAL_BATCH, batches.count(B)), default=1)
 
 
-def _values(line: Ratio, rows: Sequence[Row], tested: str) -> dict[tuple[int, int], tuple[Row, float]]:
-    return {
-        (row.workload.D, row.workload.L): (row, row.median_us / other.median_us)
-        for row, other in paired_rows(rows, tested, line.to or tested, **line.changed)
-        if row.setting == line.setting and row.workload.direction == line.direction
-    }
-
-
 def roofline(results: Path, device: str) -> list[str]:
-    """What each shape must compute and move, which roof binds it, and the share of that roof that is reached.
+    """The work and the traffic of each shape, the roof that binds it, and the share of that roof that is reached.
 
     Shapes are those of the dtype that most rows have; the picture shows all.
-
-    Raises:
-        ValueError: the roofs, or all rows, are missing.
     """
     drawn = read_roofline_points(results, device)
     batch = drawn[0].row.workload.B
-    lines, dtypes = [], [point.roofs.dtype for point in drawn]
+    lines, dtypes = [], [point.roofs.workload.dtype for point in drawn]
     dtype = max(sorted(set(dtypes)), key=dtypes.count)
-    for place in dict.fromkeys(point.row.workload for point in drawn if point.roofs.dtype == dtype):
+    for place in dict.fromkeys(point.row.workload for point in drawn if point.roofs.workload.dtype == dtype):
         here = {point.row.contender: point for point in drawn if point.row.workload == place}
         must, roofs = next((point.cost, point.roofs) for point in here.values())
         work = [f"{must.flops / 1e9:.1f}", f"{must.bytes / 1e6:.1f}", f"{must.intensity:.0f}"]
@@ -114,20 +87,18 @@ def roofline(results: Path, device: str) -> list[str]:
         lines.append([f"{place.dtype} {place.D}×{place.L}", must.bound(roofs), *work, *share])
     names = (f"moe_ffn_{device}.csv", f"scaling_{device}.csv")
     header = [f"B = {batch}", "bound by", "GFLOP", "MB", "FLOP/byte", f"`{TESTED[device]}`", "stock, eager"]
-    sources = [
-        *{point.roofs.dtype: point.roofs.source for point in drawn}.values(),
-        *(point.row.source for point in drawn),
-    ]
+    roofs = {point.roofs.workload.dtype: point.roofs for point in drawn}.values()
+    sources = [row.source for row in (*roofs, *(point.row for point in drawn))]
     files = ["machine.csv", *(name for name in names if (results / name).exists())]
     return [_roofs(drawn), "", *table(header, lines, 2), "", provenance_line(sources, *files)]
 
 
 def _roofs(drawn: Sequence[RooflinePoint]) -> str:
     texts = []
-    for dtype, roofs in {point.roofs.dtype: point.roofs for point in drawn}.items():
+    for dtype, roofs in {point.roofs.workload.dtype: point.roofs for point in drawn}.items():
         product = f"{digits(roofs.flops_per_s / 1e12)} TFLOP/s (matrices of edge {roofs.matrix})"
         meet = f"they meet at {roofs.flops_per_s / roofs.bytes_per_s:.0f} FLOP/byte"
-        texts.append(f"{dtype} {product} and {digits(roofs.bytes_per_s / 1e9)} GB/s ({roofs.traffic}); {meet}")
+        texts.append(f"{dtype} {product} and {digits(roofs.bytes_per_s / 1e9)} GB/s ({roofs.part}); {meet}")
     return f"Roofs: {'. '.join(texts)}."
 
 
@@ -136,11 +107,7 @@ def _share(point: RooflinePoint | None) -> str:
 
 
 def scaling(results: Path, device: str) -> list[str]:
-    """µs a token by what is varied; of the bare products, and of what knows no such thing, only the picture tells.
-
-    Raises:
-        ValueError: nothing was varied.
-    """
+    """µs a token by the varied quantity; the picture alone shows the bare products, and lines that do not vary."""
     rows = TABLE.read(results / f"scaling_{device}.csv")
     lines, used = [], []
     for panel in panels(rows):
@@ -162,18 +129,11 @@ def _line_name(line: Line) -> str:
     return f"`{line.contender}`" + ("" if line.K is DENSE else f", {routing_name(line.K)}")
 
 
-_SIZES = {
-    "parameters": "parameters",
-    "flops": "FLOPs of a UNet call, convolutions and linears",
-}
+_SIZES = {"parameters": "parameters", "flops": "FLOPs of a UNet call, convolutions and linears"}
 
 
 def sizes(results: Path) -> list[str]:
-    """Parameters and FLOPs, before and after upcycling.
-
-    Raises:
-        ValueError: they were not counted.
-    """
+    """Parameters and FLOPs, before and after upcycling."""
     columns = ("model", "num_experts", "size", "quantity", "original", "upcycled", "ratio", "ratio_routers_dropped")
     rows = read_cells(results / "model_sizes.csv", columns, "benchmarks.models.model_sizes")
     lines = []

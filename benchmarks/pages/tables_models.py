@@ -1,4 +1,4 @@
-"""Tables of whole models: a denoising step, what four tasks hold, whole images and their PSNR, imports, targets."""
+"""Tables of whole models: denoising steps and their memory, whole images and their PSNR, imports, targets."""
 
 from __future__ import annotations
 
@@ -11,27 +11,15 @@ from benchmarks.harness.rows import Row
 from benchmarks.models import import_time, unet_targets
 from benchmarks.models.steps import Step, comparisons, deployed, steps_by_setup, usual
 from benchmarks.models.unet_catalogue import ORIGINAL, find
-from benchmarks.pages.markdown import (
-    MISSING,
-    digits,
-    duration,
-    gigabytes,
-    provenance_line,
-    ratio,
-    small_ratio,
-    table,
-)
+from benchmarks.pages.markdown import MISSING, digits, duration, gigabytes, provenance_line, ratio, small_ratio, table
 from benchmarks.pipelines import pipeline_contenders, psnr_rows
 from benchmarks.pipelines.pipeline_contenders import STOCK
 
 
 def unet(results: Path, device: str) -> list[str]:
-    """A denoising step of each contender relative to the original's, by batch, and what else serving four tasks takes.
+    """A denoising step of each contender relative to the original's, by batch, in a table for each model.
 
-    A table for each model; what it takes is that of the batch of four tasks.
-
-    Raises:
-        ValueError: nothing was measured.
+    Memory, switching and warm-up are those of the batch of four tasks.
     """
     rows = _unet_rows(results, device)
     lines = []
@@ -81,11 +69,7 @@ def _step(step: Step | None) -> str:
 
 
 def settings(results: Path, device: str) -> list[str]:
-    """What one task instead of mixed ones, top-k, and the like make of a contender's step, by batch.
-
-    Raises:
-        ValueError: none of them was measured beside its contender.
-    """
+    """Ratios of a contender's steps by batch: one task to mixed tasks, top-k to dense routing, and the like."""
     rows = _unet_rows(results, device)
     lines, used = [], []
     for setup, cases in steps_by_setup(rows).items():
@@ -106,11 +90,7 @@ def settings(results: Path, device: str) -> list[str]:
 
 
 def pipeline(results: Path, device: str) -> list[str]:
-    """Whole images, a table for each model; ratios to the stock pipelines of the same group.
-
-    Raises:
-        ValueError: nothing was measured.
-    """
+    """Whole images, a table for each model; ratios are to the stock pipelines of the same group."""
     path = results / f"pipeline_{device}.csv"
     rows = pipeline_contenders.TABLE.read(path)
     last = {(row.workload, row.contender): row for row in rows}
@@ -131,11 +111,7 @@ def pipeline(results: Path, device: str) -> list[str]:
 
 
 def image_psnr(results: Path, device: str) -> list[str]:
-    """PSNR of each path's images, what is allowed, and whether it was held: by task, in float32 the worst task alone.
-
-    Raises:
-        ValueError: nothing was measured.
-    """
+    """PSNR of each path's images, the least allowed one, and the verdict: by task, in float32 the worst task alone."""
     path = results / f"image_psnr_{device}.csv"
     rows = psnr_rows.TABLE.read(path)
     if not rows:
@@ -165,18 +141,12 @@ def _decibels(row: Row | None) -> str:
     if row is None:
         return MISSING
     text = "∞" if math.isinf(row.psnr_db) else f"{row.psnr_db:.1f}"
-    missing = row.allowed_db - row.psnr_db
-    # Not "missing > 0", which NaN would pass.
-    verdict = "" if missing <= 0 else " even" if missing <= 2 * row.error_db else " **missed**"
+    verdict = {"met": "", "even": " even", "missed": " **missed**"}[psnr_rows.verdict(row)]
     return f"{text} ({row.allowed_db:.1f}){verdict}"
 
 
 def imports(results: Path) -> list[str]:
-    """Times of imports in fresh interpreters, ours over theirs.
-
-    Raises:
-        ValueError: they were not measured.
-    """
+    """Times of imports in fresh interpreters, ours over theirs."""
     rows = import_time.TABLE.read(results / "import_time.csv")
     medians = {(row.part, row.contender): row.median_us for row in rows}
     lines = []
@@ -192,7 +162,7 @@ def imports(results: Path) -> list[str]:
 
 
 def targets(results: Path) -> list[str]:
-    """Whether whole models meet their targets. What was not measured is said, so this table is always there."""
+    """Whether whole models meet their targets. The table is always there, and says which ones were not measured."""
     lines, sources, files = [], [], []
     for device, chosen in unet_targets.TARGETS.items():
         try:

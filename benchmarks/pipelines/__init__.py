@@ -1,1 +1,1 @@
-"""Whole images, from prompts to pixels: time, memory, and how exact each execution path is."""
+"""Whole images, from prompts to pixels: their time, their memory, and their exactness on each execution path."""

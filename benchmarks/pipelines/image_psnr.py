@@ -11,7 +11,7 @@ it differs from "stock-eager" in nothing but the order of sums. In float32 the t
 8-bit pictures is at 59 dB.
 
 The shipped icons model gets small seeded differences between tasks, as in `benchmarks.pipelines.pipeline`. Writes a CSV
-row for each way, task and dtype, and for all tasks together.
+row for each path, task and dtype, and for all tasks together.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -28,8 +27,16 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import mtu
-from benchmarks.harness.arguments import parse_choices, parse_count
-from benchmarks.harness.commands import add_common_options, make_parser, parse, start
+from benchmarks.harness.arguments import choices, parse_count
+from benchmarks.harness.commands import (
+    CommandContext,
+    add_common_options,
+    make_parser,
+    parse,
+    start,
+    usage_errors,
+)
+from benchmarks.harness.contenders import Contender
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.recording import Log
 from benchmarks.harness.rows import Row
@@ -57,7 +64,7 @@ _BATCH = 16
 
 
 class PipelinePair(NamedTuple):
-    """What pipelines are made of: one in float32 to fold, and the same in the dtype and place that are looked at."""
+    """One pipeline in float32, which is folded, and the same in the dtype and on the device of a workload."""
 
     exact: mtu.MTUPipeline
     upcycled: mtu.MTUPipeline
@@ -68,19 +75,16 @@ class PipelinePair(NamedTuple):
         return self.upcycled
 
 
-Images = Callable[[PipelinePair, Sequence[Sample], int], Tensor]
-
-
 class ExecutionPath(NamedTuple):
-    """One way to make images: what it is, in a line; devices that have it; origin, samples, steps → images."""
+    """The implementation of a contender: the function that makes its images, and the devices that it runs on."""
 
-    about: str
-    devices: tuple[str, ...]
-    images: Images
+    images: Callable[[PipelinePair, Sequence[Sample], int], Tensor]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    is_reference: bool = False
 
 
 def stock(layout: torch.memory_format, origin: PipelinePair, samples: Sequence[Sample], steps: int) -> Tensor:
-    """A stock pipeline for each task, folded in float32; its UNet in a memory layout."""
+    """A stock pipeline for each task, folded in float32, whose UNet has a memory layout."""
 
     def pipeline(name: str) -> DiffusionPipeline:
         pipe = export(origin.exact, name, origin.upcycled)
@@ -121,37 +125,30 @@ def folded(backend: str, origin: PipelinePair, samples: Sequence[Sample], steps:
     return _by_task(samples, pipeline, upcycled_images, steps)
 
 
-PATHS = {
-    STOCK: ExecutionPath(
-        "the stock pipelines of the exported tasks",
-        ("cpu", "cuda"),
-        functools.partial(stock, torch.contiguous_format),
+_CPU, _CUDA = ("cpu",), ("cuda",)
+_STOCK = functools.partial(stock, torch.contiguous_format)
+_CHANNELS_LAST = functools.partial(stock, torch.channels_last)
+_EAGER = ExecutionPath(functools.partial(routed, "eager"), is_reference=True)
+_GRAPHS = functools.partial(compiled, "reduce-overhead")
+_FOLDED_CPP, _FOLDED_TRITON = (functools.partial(folded, backend) for backend in ("cpp", "triton"))
+PATHS: dict[str, Contender] = {
+    STOCK: Contender("the stock pipelines of the exported tasks", ExecutionPath(_STOCK)),
+    "stock-channels-last": Contender("the same in another memory layout", ExecutionPath(_CHANNELS_LAST)),
+    "mtu-eager": Contender("one task a call, backend 'eager'", _EAGER),
+    "mtu-cpp": Contender("one task a call, backend 'cpp'", ExecutionPath(functools.partial(routed, "cpp"), _CPU)),
+    "mtu-triton": Contender(
+        "one task a call, backend 'triton'", ExecutionPath(functools.partial(routed, "triton"), _CUDA)
     ),
-    "stock-channels-last": ExecutionPath(
-        "the same in another memory layout",
-        ("cpu", "cuda"),
-        functools.partial(stock, torch.channels_last),
-    ),
-    "mtu-eager": ExecutionPath("one task a call, backend 'eager'", ("cpu", "cuda"), functools.partial(routed, "eager")),
-    "mtu-cpp": ExecutionPath("one task a call, backend 'cpp'", ("cpu",), functools.partial(routed, "cpp")),
-    "mtu-triton": ExecutionPath("one task a call, backend 'triton'", ("cuda",), functools.partial(routed, "triton")),
-    "mixed": ExecutionPath("all tasks in each call, backend 'auto'", ("cpu", "cuda"), functools.partial(mixed, "auto")),
-    "compiled": ExecutionPath("the same, compiled", ("cpu", "cuda"), functools.partial(compiled, "default")),
-    "graphs": ExecutionPath("the same in CUDA graphs", ("cuda",), functools.partial(compiled, "reduce-overhead")),
-    "folded-cpp": ExecutionPath("exported, one expert, backend 'cpp'", ("cpu",), functools.partial(folded, "cpp")),
-    "folded-triton": ExecutionPath(
-        "exported, one expert, backend 'triton'", ("cuda",), functools.partial(folded, "triton")
-    ),
+    "mixed": Contender("all tasks in each call, backend 'auto'", ExecutionPath(functools.partial(mixed, "auto"))),
+    "compiled": Contender("the same, compiled", ExecutionPath(functools.partial(compiled, "default"))),
+    "graphs": Contender("the same in CUDA graphs", ExecutionPath(_GRAPHS, _CUDA)),
+    "folded-cpp": Contender("exported, one expert, backend 'cpp'", ExecutionPath(_FOLDED_CPP, _CPU)),
+    "folded-triton": Contender("exported, one expert, backend 'triton'", ExecutionPath(_FOLDED_TRITON, _CUDA)),
 }
 
 
 def one_expert(unet: mtu.MTUUNet2DConditionModel, name: str) -> mtu.MTUUNet2DConditionModel:
-    """One task folded into its weights, as a model of that task alone with one expert: the fused kernels then run it.
-
-    Args:
-        unet: the upcycled UNet.
-        name: of the task.
-    """
+    """One task folded into its weights, as a model of that task alone with one expert, which the fused kernels run."""
     exported = unet.export_task(name)
     alone = mtu.MTUUNet2DConditionModel(
         **(stock_config(exported) | {"in_channels": unet.config.in_channels}),
@@ -181,8 +178,8 @@ def measure(
         pipe: float32, on the CPU.
         paths: names, that of the stock pipelines among them.
         workloads: of one model and number of images, each in a dtype of its own.
-        device: where all of them run.
-        log: which counts the paths that break.
+        device: that all paths run on.
+        log: counts the paths that break.
     """
     steps = workloads[0].steps
     samples = draw_samples(pipe, workloads[0].B // len(pipe.unet.tasks))
@@ -193,36 +190,25 @@ def measure(
         for path in paths:
             log.bar.set_description(f"{path} {workload.dtype}")
             with log.attempt(Entry(path, Setting()), workload):
-                # Compared with itself it says nothing.
-                if (path, workload.dtype) != ("mtu-eager", "fp32"):
-                    errors[path] = squared_errors(PATHS[path].images(origin, samples, steps), exact)
+                implementation = PATHS[path].implementation
+                # The reference is not compared with itself.
+                if not (implementation.is_reference and workload.dtype == "fp32"):
+                    errors[path] = squared_errors(implementation.images(origin, samples, steps), exact)
         yield workload, errors
 
 
 def run(
-    pipe: mtu.MTUPipeline,
-    paths: Sequence[str],
-    workloads: Sequence[Workload],
-    device: torch.device,
-    output: Path,
-    source: dict[str, str],
+    context: CommandContext, pipe: mtu.MTUPipeline, paths: Sequence[str], workloads: Sequence[Workload]
 ) -> tuple[list[Row], int]:
-    """Compares all paths in each workload, and appends rows to the file.
-
-    Returns:
-        The rows, and how many paths are missing because they broke.
-    """
+    """Compares all paths in each workload, and appends rows to the file. Returns also how many paths broke."""
     log, rows = Log(len(paths) * len(workloads), unit="path"), []
+    tasks = [spec.name for spec in pipe.unet.tasks]
     with log.bar:
-        for workload, errors in measure(pipe, paths, workloads, device, log):
-            tasks = [spec.name for spec in pipe.unet.tasks]
-            for row in compare(errors, tasks, workload, device.type, source):
-                TABLE.append(output, row)
+        for workload, errors in measure(pipe, paths, workloads, context.device, log):
+            for row in compare(errors, tasks, workload, context.device.type, context.source):
+                context.append(row)
                 rows.append(row)
     return rows, log.failures
-
-
-# ---------------------------------------------------------------------------------------------------------- parts
 
 
 def _by_task(
@@ -248,23 +234,16 @@ def _in_batches(
     return torch.cat([images(pipe, samples[i : i + _BATCH], steps) for i in range(0, len(samples), _BATCH)])
 
 
-def _paths(text: str) -> tuple[str, ...]:
-    return parse_choices(text, tuple(PATHS), "path")
-
-
-def _dtypes(text: str) -> tuple[str, ...]:
-    return parse_choices(text, tuple(DTYPES), "dtype")
-
-
 def _parser() -> argparse.ArgumentParser:
     description = "Images of every way to run the model, compared with those of the eager one."
     parser = make_parser(TABLE.module, description, PATHS, "paths")
     add_common_options(parser, "image_psnr_DEVICE.csv", dtype=False)
     add_model_options(parser)
-    parser.add_argument("--dtypes", type=_dtypes, default=("bf16", "fp32"), help="(default: bf16,fp32)")
-    parser.add_argument("--paths", type=_paths, help="names, separated by commas (default: all that the device has)")
-    parser.add_argument("--samples", type=parse_count, help=f"of each task (default: {_PER_TASK})")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: two samples of each task, two steps")
+    add, paths, dtypes = parser.add_argument, choices(PATHS, "path"), choices(DTYPES, "dtype")
+    add("--dtypes", type=dtypes, default=("bf16", "fp32"), help="(default: bf16,fp32)")
+    add("--paths", type=paths, help="names, separated by commas (default: all that the device has)")
+    add("--samples", type=parse_count, help=f"of each task (default: {_PER_TASK})")
+    add("--quick", action="store_true", help="a smoke test: two samples of each task, two steps")
     return parser
 
 
@@ -272,27 +251,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 if a path missed its target."""
     parser = _parser()
     argv, options = parse(parser, argv)
-    try:
-        device, output, source = start(TABLE, options, argv, "image_psnr_{device}.csv")
-    except ValueError as error:
-        parser.error(str(error))
-    here = [name for name, path in PATHS.items() if device.type in path.devices]
+    with usage_errors(parser):
+        context = start(TABLE, options, argv, "image_psnr_{device}.csv")
+    here = [name for name, path in PATHS.items() if context.device.type in path.implementation.devices]
     paths = here if options.paths is None else [STOCK, *(name for name in options.paths if name != STOCK)]
     elsewhere = [name for name in paths if name not in here]
     if elsewhere:
         parser.error(f"--paths must be some of {', '.join(here)} on this device, got {elsewhere[0]}.")
-    try:
+    with usage_errors(parser, TypeError):
         pipe = load_pipeline(options.folder)
         workload = workload_of(pipe, options, _QUICK["steps"])
-    except (ValueError, TypeError) as error:
-        parser.error(str(error))
-    # Otherwise convolutions of float32 tensors are those of ten bits.
+    # Otherwise convolutions of float32 tensors have products of ten bits.
     torch.backends.cudnn.allow_tf32 = False
     images = len(pipe.unet.tasks) * (options.samples or (_QUICK["samples"] if options.quick else _PER_TASK))
     workloads = [workload._replace(B=images, dtype=dtype) for dtype in options.dtypes]
-    rows, failures = run(pipe, paths, workloads, device, output, source)
+    rows, failures = run(context, pipe, paths, workloads)
     print("\n".join(table(rows)))
-    print(f"{len(rows)} rows added to {output}")
+    print(f"{len(rows)} rows added to {context.output}")
     return int(failures > 0 or any(verdict(row) == "missed" for row in rows))
 
 

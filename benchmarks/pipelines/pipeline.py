@@ -1,10 +1,9 @@
 """`python -m benchmarks.pipelines.pipeline`: whole images, one of each task, from prompts to pixels.
 
-Four stock pipelines, one after another, beside one upcycled model. The shipped icons model and stock folders are
-upcycled; as they know nothing of their tasks yet, those get small seeded random differences (in the norms, the
-routers' last layers and the kernels of the condition images), so that each task computes what no other does. Weights
-make no difference to time. Contenders run interleaved in one process, timed by the clock, after their images were
-checked against those of float32. Writes a CSV row for each of them.
+Four stock pipelines, one after another, run beside one upcycled model. The shipped icons model and stock folders are
+upcycled; their tasks are all the same then, so they get small seeded random differences (in the norms, the routers'
+last layers and the kernels of the condition images). Weights make no difference to time. Contenders run interleaved in
+one process, timed by the clock, after their images were checked against those of float32. Writes a CSV row for each.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,15 +19,14 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import mtu
-from benchmarks.harness.arguments import parse_choices, parse_count
-from benchmarks.harness.commands import add_common_options, make_parser, parse, start
+from benchmarks.harness.arguments import choices, parse_rounds
+from benchmarks.harness.commands import add_common_options, make_parser, parse, start, usage_errors
 from benchmarks.harness.contenders import Contender
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.memory import peak_bytes
-from benchmarks.harness.recording import Log, record
-from benchmarks.harness.rows import Row
-from benchmarks.harness.timing import WARM_ROUNDS, synchronize, time_interleaved
-from benchmarks.harness.workloads import DENSE, Entry, Setting, Workload
+from benchmarks.harness.recording import Figures, Log, record
+from benchmarks.harness.timing import WARM_ROUNDS, Call, synchronize, time_interleaved
+from benchmarks.harness.workloads import DENSE, Entry, Group, Setting, Workload
 from benchmarks.pipelines.pipeline_contenders import CONTENDERS, EAGER, TABLE, Calls, comparison
 from benchmarks.pipelines.pipeline_models import (
     Sample,
@@ -49,31 +46,22 @@ from benchmarks.pipelines.pipeline_models import (
 )
 
 _RUNS, _QUICK_RUNS, _QUICK_STEPS = 5, 2, 2
-# Of the images that are checked against those of a wider dtype: every operation runs, and rounding has no time to grow.
+# Of the images that are checked against those of a wider dtype: every operation runs, and rounding stays small.
 _CHECKED_STEPS = 2
-
-# Number of steps → images of all samples, in their order.
-Generate = Callable[[int], Tensor]
 
 
 class PreparedContender(NamedTuple):
-    """A contender that was built: what makes its images, and the columns that are known already."""
+    """A contender that was built: the call that makes all its images, and the figures that are known already."""
 
-    generate: Generate
-    columns: dict[str, Any]
+    generate: Call
+    figures: dict[str, Any]
 
 
 class PipelineBenchmark:
-    """The pipelines of a run: one model in float32, and in the dtype and place where it is measured.
+    """One model in float32 on the CPU, and in the dtype and on the device of the measurement; and the contenders."""
 
-    Args:
-        pipe: float32, on the CPU.
-        dtype: name of the dtype.
-        device: where contenders run.
-    """
-
-    def __init__(self, pipe: mtu.MTUPipeline, dtype: str, device: torch.device) -> None:
-        self.exact, self.device = pipe, device
+    def __init__(self, pipe: mtu.MTUPipeline, dtype: str, device: torch.device, steps: int) -> None:
+        self.exact, self.device, self.steps = pipe, device, steps
         self.samples: list[Sample] = draw_samples(pipe, 1)
         self.size = output_size(pipe)
         self.upcycled = cast(pipe, DTYPES[dtype], device, "auto")
@@ -85,7 +73,7 @@ class PipelineBenchmark:
 
     @functools.cached_property
     def reference(self) -> tuple[Tensor, Tensor]:
-        """Images of a user's code, which are the measure of rounding, and of the same code in a wider dtype."""
+        """Images of a user's code, whose error sets the tolerance, and of the same code in a wider dtype."""
         dtype = self.upcycled.unet.dtype
         wide = torch.float64 if dtype == torch.float32 else torch.float32
         pipes = (cast(self.exact, to, self.device, "eager") for to in (dtype, wide))
@@ -93,11 +81,11 @@ class PipelineBenchmark:
         return user, exact
 
     def build(self, contender: Contender) -> PreparedContender:
-        """Builds a contender, warms it up, and checks its images against those of a user's code.
+        """Builds a contender, warms it up, and checks its images.
 
         Raises:
-            ValueError: a way to compile that this device does not have.
-            WrongResult: other images.
+            ValueError: this device cannot run it so.
+            WrongResult: its images are wrong.
         """
         sources = self.stock if contender.implementation.stock else {"": self.upcycled}
         pipes, seconds = {name: copy_sharing_weights(pipe) for name, pipe in sources.items()}, None
@@ -107,10 +95,10 @@ class PipelineBenchmark:
             seconds = sum(self._warm_up(contender.implementation, name, pipe) for name, pipe in pipes.items())
         generate = functools.partial(self._generate, contender.implementation, pipes)
         check_images(generate(_CHECKED_STEPS), *self.reference)
-        columns = {"warmup_s": seconds, "weight_bytes": weight_bytes(pipes.values())}
-        # Steps add nothing to the most that is held at once.
-        columns["peak_bytes"] = peak_bytes(functools.partial(generate, _CHECKED_STEPS), self.device)
-        return PreparedContender(generate, columns)
+        figures = {"warmup_s": seconds, "weight_bytes": weight_bytes(pipes.values()), "graph": contender.graphs}
+        # More steps hold no more at once.
+        figures["peak_bytes"] = peak_bytes(functools.partial(generate, _CHECKED_STEPS), self.device)
+        return PreparedContender(functools.partial(generate, self.steps), figures)
 
     def _warm_up(self, calls: Calls, name: str, pipe: DiffusionPipeline) -> float:
         specs = [sample.spec for sample in self.samples]
@@ -130,63 +118,34 @@ class PipelineBenchmark:
         synchronize(self.device)
         return images
 
+    def group(self, names: Sequence[str], workload: Workload) -> Group:
+        """The contenders in the setting of the upcycled model, which all make the same images."""
+        config = self.upcycled.unet.expert_config
+        setting = Setting(config.num_experts, DENSE if config.is_dense else config.top_k)
+        tasks = {name: 1 if CONTENDERS[name].implementation.each else len(self.samples) for name in names}
+        entries = (
+            Entry(name, CONTENDERS[name].relevant(setting._replace(tasks=number))) for name, number in tasks.items()
+        )
+        return Group(workload, tuple(entries))
 
-def measure(
-    bench: PipelineBenchmark, names: Sequence[str], workload: Workload, runs: int, log: Log
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the contenders that run here with their columns, all of them timed interleaved."""
-    ready = {}
-    for name in names:
-        log.bar.set_description(f"warm-up and check of {name}")
-        with log.attempt(Entry(name, _setting(bench, name)), workload):
-            ready[name] = bench.build(CONTENDERS[name])
-    if not ready:
-        return
-    log.bar.set_description(f"rounds of {workload}")
-    calls = [[functools.partial(one.generate, workload.steps)] for one in ready.values()]
-    # The clock of a CPU on GPUs, too: what the host does between steps is part of an image's time, and every call ends
-    # in a synchronisation.
-    clock = torch.device("cpu")
-    timings = time_interleaved(calls, [False] * len(calls), clock, 0, runs, log.bar.update)
-    for (name, one), timing in zip(ready.items(), timings, strict=True):
-        columns = timing._asdict() | {"graph": CONTENDERS[name].graphs, **one.columns}
-        yield name, columns | {"images_per_s": workload.B / timing.median_us * 1e6}
-
-
-def run(
-    bench: PipelineBenchmark, names: Sequence[str], workload: Workload, runs: int, output: Path, source: dict[str, str]
-) -> tuple[list[Row], int]:
-    """Measures contenders, and appends their rows to the file.
-
-    Args:
-        bench: the pipelines.
-        names: of contenders.
-        workload: what they all make.
-        runs: rounds that are timed.
-        output: the CSV file.
-        source: provenance of the rows.
-
-    Returns:
-        The rows, and how many contenders are missing because they were wrong or broke.
-    """
-    log = Log(len(names) + WARM_ROUNDS + runs, unit="step")
-
-    def rows_of(group: str, workload: Workload) -> Iterator[Row]:
-        place = {"group": group, "device": bench.device.type, "workload": workload, "source": source}
-        for name, columns in measure(bench, names, workload, runs, log):
-            yield Row(contender=name, setting=_setting(bench, name), **place, **columns)
-
-    return record([workload], rows_of, log, TABLE, output), log.failures
-
-
-def _setting(bench: PipelineBenchmark, name: str) -> Setting:
-    config, calls = bench.upcycled.unet.expert_config, CONTENDERS[name].implementation
-    K = DENSE if config.is_dense else config.top_k
-    return CONTENDERS[name].relevant(Setting(config.num_experts, K, 1 if calls.each else len(bench.samples)))
-
-
-def _contenders(text: str) -> tuple[str, ...]:
-    return parse_choices(text, tuple(CONTENDERS), "contender")
+    def measure(self, group: Group, runs: int, log: Log) -> Figures:
+        """Yields the contenders that run here with their figures; their times are interleaved."""
+        ready: dict[Entry, PreparedContender] = {}
+        for entry in group.entries:
+            log.bar.set_description(f"warm-up and check of {entry.contender}")
+            with log.attempt(entry, group.workload):
+                ready[entry] = self.build(CONTENDERS[entry.contender])
+        if not ready:
+            return
+        log.bar.set_description(f"rounds of {group.workload}")
+        calls = [[prepared.generate] for prepared in ready.values()]
+        # The clock of a CPU on GPUs, too: the host's work between steps is part of an image's time, and every call ends
+        # in a synchronisation.
+        clock = torch.device("cpu")
+        timings = time_interleaved(calls, [False] * len(calls), clock, 0, runs, log.bar.update)
+        for (entry, prepared), timing in zip(ready.items(), timings, strict=True):
+            speed = {"images_per_s": group.workload.B / timing.median_us * 1e6}
+            yield entry, timing._asdict() | prepared.figures | speed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -194,10 +153,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser(TABLE.module, description, CONTENDERS)
     add_common_options(parser, "pipeline_DEVICE.csv")
     add_model_options(parser)
-    # A percentile needs two times.
-    at_least_two = functools.partial(parse_count, least=2)
-    parser.add_argument("--runs", type=at_least_two, help=f"timed runs of each contender (default: {_RUNS})")
-    parser.add_argument("--contenders", type=_contenders, help="names, separated by commas (default: all)")
+    parser.add_argument("--runs", type=parse_rounds, help=f"timed runs of each contender (default: {_RUNS})")
+    names = choices(CONTENDERS, "contender")
+    parser.add_argument("--contenders", type=names, help="names, separated by commas (default: all)")
     parser.add_argument("--quick", action="store_true", help="a smoke test: two steps, two runs, nothing compiled")
     return parser
 
@@ -208,14 +166,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv, options = parse(parser, argv)
     runs = options.runs or (_QUICK_RUNS if options.quick else _RUNS)
     names = options.contenders or (EAGER if options.quick else tuple(CONTENDERS))
-    try:
-        device, output, source = start(TABLE, options, argv, "pipeline_{device}.csv")
+    with usage_errors(parser, TypeError):
+        context = start(TABLE, options, argv, "pipeline_{device}.csv")
         pipe = load_pipeline(options.folder)
         workload = workload_of(pipe, options, _QUICK_STEPS)._replace(B=len(pipe.unet.tasks), dtype=options.dtype)
-    except (ValueError, TypeError) as error:
-        parser.error(str(error))
-    rows, failures = run(PipelineBenchmark(pipe, options.dtype, device), names, workload, runs, output, source)
-    print(f"{len(rows)} rows added to {output}")
+    bench = PipelineBenchmark(pipe, options.dtype, context.device, workload.steps)
+    group = bench.group(names, workload)
+
+    def measure(group: Group, log: Log) -> Figures:
+        return bench.measure(group, runs, log)
+
+    rows, failures = record(context, [group], measure, unit="step", rounds=WARM_ROUNDS + runs)
     print("\n".join(comparison(rows)))
     return 1 if failures else 0
 

@@ -1,4 +1,4 @@
-"""The contenders that make whole images, their rows in `results/pipeline_*.csv`, and how those compare."""
+"""The contenders that make whole images, the columns of `results/pipeline_*.csv`, and comparisons for people."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ TABLE = Table(
 
 
 class Calls(NamedTuple):
-    """How images of several tasks are asked for.
+    """The calls that make images of several tasks.
 
     Attributes:
-        stock: of a stock pipeline for each task; or else of the upcycled model.
-        each: one task after another.
+        stock: whether a stock pipeline makes those of each task, and not the upcycled model.
+        each: whether one task follows another.
     """
 
     stock: bool
@@ -53,7 +53,7 @@ STOCK = "stock-each"
 
 
 def comparison(rows: Sequence[Row]) -> list[str]:
-    """For people: the time of each contender over that of the stock pipelines, run in the same way and eager."""
+    """The time of each contender over that of the stock pipelines, run in the same way and run eagerly."""
     medians, lines = {row.contender: row.median_us for row in rows}, []
     for row in rows:
         runs = (CONTENDERS[row.contender].run, None)

@@ -1,4 +1,4 @@
-"""The pipelines whose images are measured, stock and upcycled, copies of them, and what they are asked for."""
+"""The pipelines whose images are measured, stock and upcycled, copies of them, and the samples that they make."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 import mtu
 from benchmarks.harness.arguments import parse_count
 from benchmarks.harness.correctness import WrongResult
+from benchmarks.harness.memory import storage_bytes
 from benchmarks.harness.workloads import Workload
+from benchmarks.models.unet_models import share_weights
 from mtu.data.icons import examples as icons
 from mtu.data.icons.examples import Icons
-from mtu.pipelines.guidance import plan_guidance
 from mtu.pipelines.inputs import condition_image
 from mtu.recipes.icons.demo import BASE_MODEL, ICON_TASKS
 from mtu.tasks import TaskSpec
@@ -32,7 +33,7 @@ _CONDITION_STD = 0.1
 
 
 class Sample(NamedTuple):
-    """One image that is asked for.
+    """The arguments of one image.
 
     Attributes:
         spec: of its task.
@@ -61,21 +62,17 @@ def workload_of(pipe: mtu.MTUPipeline, options: argparse.Namespace, quick_steps:
         ValueError: the pictures are no squares, or tasks have different numbers of steps and none is given.
     """
     steps = steps_of(pipe.unet.tasks, options.steps or (quick_steps if options.quick else None))
-    return Workload(model=model_name(options.folder), size=output_size(pipe), steps=steps)
-
-
-def model_name(folder: Path | None) -> str:
-    """What the model is called in rows; None: the shipped icons model."""
-    return "icons" if folder is None else folder.resolve().name
+    model = "icons" if options.folder is None else options.folder.resolve().name
+    return Workload(model=model, size=output_size(pipe), steps=steps)
 
 
 def load_pipeline(folder: Path | None) -> mtu.MTUPipeline:
-    """A pipeline of several tasks in float32, out of a folder in diffusers' layout; None: the shipped icons model.
+    """A pipeline of several tasks in float32 from a folder in diffusers' layout, by default the shipped icons model.
 
-    A stock one is upcycled. One whose tasks are all the same yet gets small seeded differences between them.
+    A stock one is upcycled. Where all tasks are the same, they get small seeded differences.
 
     Raises:
-        ValueError: no such folder, or a pipeline of another kind.
+        ValueError: there is no such folder, or it holds another kind of pipeline.
     """
     index = (BASE_MODEL if folder is None else folder) / "model_index.json"
     if not index.is_file():
@@ -134,11 +131,7 @@ def draw_samples(pipe: mtu.MTUPipeline, per_task: int) -> list[Sample]:
 
 
 def output_size(pipe: DiffusionPipeline) -> int:
-    """Edge of the pictures that the model was made for, in pixels.
-
-    Raises:
-        ValueError: they are no squares.
-    """
+    """Edge of the pictures that the model was made for, in pixels. Raises ValueError if they are no squares."""
     size = pipe.unet.config.sample_size
     edges = {size} if isinstance(size, int) else set(size)
     if len(edges) != 1:
@@ -146,17 +139,8 @@ def output_size(pipe: DiffusionPipeline) -> int:
     return edges.pop() * pipe.vae_scale_factor
 
 
-def text_tokens(pipe: DiffusionPipeline) -> int:
-    """Tokens of every prompt, padded."""
-    return pipe.tokenizer.model_max_length
-
-
 def steps_of(specs: Sequence[TaskSpec], given: int | None) -> int:
-    """Denoising steps of a call: those given, or else the tasks' own.
-
-    Raises:
-        ValueError: none given, and tasks of different numbers.
-    """
+    """Denoising steps of a call: those given, or the tasks' own. Raises ValueError where these differ."""
     own = {spec.num_inference_steps for spec in specs}
     if given is None and len(own) > 1:
         raise ValueError(f"--steps must be given for tasks of different numbers of steps, got {sorted(own)}.")
@@ -169,37 +153,22 @@ def stock_rows(spec: TaskSpec) -> int:
     return (3 if spec.takes_image else 2) if guided else 1
 
 
-def unet_rows(specs: Sequence[TaskSpec]) -> int:
-    """Rows of the UNet's batch for one sample of each task in an upcycled pipeline."""
-    scales = ([getattr(spec, name) or 1.0 for spec in specs] for name in ("guidance_scale", "image_guidance_scale"))
-    return len(plan_guidance(specs, *scales).samples)
-
-
-# ------------------------------------------------------------------------------------------------------ pipelines
-
-
 def cast(pipe: mtu.MTUPipeline, dtype: torch.dtype, device: torch.device, backend: str) -> mtu.MTUPipeline:
-    """A copy in another dtype and place, on a backend; the original stays as it is.
-
-    Raises:
-        RuntimeError: the backend is not part of this installation.
-    """
+    """A copy in another dtype, on another device and backend. Raises RuntimeError for a backend that is missing."""
     copied = copy.deepcopy(pipe)
     for part in _modules(copied):
         # diffusers' own `.to` warns of modules to keep in float32 even where there are none.
         nn.Module.to(part, device, dtype)
     copied.unet.set_backend(backend)
-    # A copy of a pipeline forgets it.
+    # A copy of a pipeline has a progress bar again.
     copied.set_progress_bar_config(disable=True)
     return copied
 
 
-def export(pipe: mtu.MTUPipeline, name: str, parts: mtu.MTUPipeline) -> StableDiffusionPipeline:
-    """The stock pipeline of one task: folded in the precision of `pipe`, in the dtype and the place of `parts`.
+def export(pipe: mtu.MTUPipeline, name: str, parts: mtu.MTUPipeline) -> DiffusionPipeline:
+    """The stock pipeline of one task: folded in the precision of `pipe`, with the dtype and the device of `parts`.
 
-    Args:
-        pipe: its UNet is folded.
-        parts: a pipeline of the same model, all of which but the UNet is shared.
+    `parts` is a pipeline of the same model, which shares all its modules but the UNet.
     """
     stock = pipe.export_task(name)
     unet = nn.Module.to(stock.unet, parts.unet.device, parts.unet.dtype)
@@ -210,40 +179,26 @@ def export(pipe: mtu.MTUPipeline, name: str, parts: mtu.MTUPipeline) -> StableDi
 
 def copy_sharing_weights(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """A pipeline with a UNet of its own on the same weights, so that one may be compiled and the other not."""
-    unet = pipe.unet
-    # Parameters of its own: a change of their layout would be one for both.
-    own = {id(parameter): nn.Parameter(parameter.detach(), False) for parameter in unet.parameters()}
     copied = copy.copy(pipe)
-    copied.unet = copy.deepcopy(unet, own)
+    copied.unet = share_weights(pipe.unet)
     return copied
 
 
 def weight_bytes(pipes: Iterable[DiffusionPipeline]) -> int:
     """Bytes of all parameters and buffers that pipelines keep, what they share counted once."""
-    storages = {}
-    for pipe in pipes:
-        for part in _modules(pipe):
-            for tensor in (*part.parameters(), *part.buffers()):
-                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(storages.values())
-
-
-# --------------------------------------------------------------------------------------------------------- images
+    modules = [module for pipe in pipes for module in _modules(pipe)]
+    return storage_bytes(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
 
 
 def upcycled_images(pipe: mtu.MTUPipeline, samples: Sequence[Sample], steps: int) -> Tensor:
     """Images of any mix of tasks from one call: (n, 3, H, W) in [0, 1], in the pipeline's dtype."""
-    return pipe(
-        [sample.prompt for sample in samples],
-        [sample.image for sample in samples],
-        [sample.spec.name for sample in samples],
-        **_common(pipe, samples, steps),
-        height=output_size(pipe),
-        width=output_size(pipe),
-    ).images
+    prompts, images = [sample.prompt for sample in samples], [sample.image for sample in samples]
+    tasks, size = [sample.spec.name for sample in samples], output_size(pipe)
+    output: Any = pipe(prompts, images, tasks, **_common(pipe, samples, steps), height=size, width=size)
+    return output.images
 
 
-def stock_images(pipe: StableDiffusionPipeline, samples: Sequence[Sample], steps: int) -> Tensor:
+def stock_images(pipe: DiffusionPipeline, samples: Sequence[Sample], steps: int) -> Tensor:
     """Images of one task from one call of its exported pipeline: (n, 3, H, W) in [0, 1], in the pipeline's dtype."""
     spec = samples[0].spec
     given: dict[str, Any] = {"guidance_scale": spec.guidance_scale}
@@ -251,7 +206,8 @@ def stock_images(pipe: StableDiffusionPipeline, samples: Sequence[Sample], steps
         # Without dual guidance, i − u drops out of the stock formula at the scale 1.
         given["image_guidance_scale"] = 1.0 if spec.image_guidance_scale is None else spec.image_guidance_scale
         given["image"] = torch.stack([sample.image for sample in samples])
-    return pipe([sample.prompt for sample in samples], **_common(pipe, samples, steps), **given).images
+    output: Any = pipe([sample.prompt for sample in samples], **_common(pipe, samples, steps), **given)
+    return output.images
 
 
 def each_task(samples: Sequence[Sample]) -> Mapping[str, list[int]]:
@@ -263,17 +219,13 @@ def each_task(samples: Sequence[Sample]) -> Mapping[str, list[int]]:
 
 
 def check_images(images: Tensor, user: Tensor, exact: Tensor) -> None:
-    """Asserts ``rms(images − exact) <= 2 · rms(user − exact) + ulp``.
+    """Asserts ``rms(images − exact) <= 2 · rms(user − exact) + ulp``, and the dtype.
 
-    Not the largest difference, as for one call of a kernel: the steps of a sampler pass single pixels' errors on.
-
-    Args:
-        images: (n, 3, H, W) of a contender.
-        user: of the code whose error sets the tolerance, in the same dtype.
-        exact: of the same code and weights in a wider dtype.
+    The largest difference, as for one call of a kernel, would not do: the steps of a sampler pass single pixels' errors
+    on. `user` are the images of the code whose error sets the tolerance, `exact` those of a wider dtype.
 
     Raises:
-        WrongResult: one sentence with the error and what is allowed.
+        WrongResult: one sentence with the error and the tolerance.
     """
     error, usual = (float((t.double() - exact.double()).square().mean().sqrt()) for t in (images, user))
     allowed = 2 * usual + torch.finfo(user.dtype).eps
@@ -283,9 +235,6 @@ def check_images(images: Tensor, user: Tensor, exact: Tensor) -> None:
             f"the images must be {user.dtype} within {allowed:.3g} (root mean square) of the exact ones, got "
             f"{images.dtype} off by {error:.3g}."
         )
-
-
-# ---------------------------------------------------------------------------------------------------------- parts
 
 
 def _common(pipe: DiffusionPipeline, samples: Sequence[Sample], steps: int) -> dict[str, Any]:

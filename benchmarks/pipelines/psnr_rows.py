@@ -17,10 +17,12 @@ STOCK = "stock-eager"
 _ALLOWED_FLOAT32_DB = 60.0
 # An image without any error counts as one with this mean squared error.
 _LEAST_ERROR = 1e-20
-# Standard errors by which chance is believed to part two ways of equal rounding, in a table of some thirty rows.
+# Chance parts two paths of equal rounding by so many standard errors, in a table of some thirty rows.
 _EVEN = 3
+# A part is a task's name, or this for all tasks together.
+_ALL = "all"
 
-# A contender is a path: a way that the images were made. The part is a task's name; "all" for all of them together.
+# A contender is an execution path.
 TABLE = Table(
     "benchmarks.pipelines.image_psnr",
     (
@@ -32,7 +34,7 @@ TABLE = Table(
 
 
 def verdict(row: Row) -> str:
-    """ "met"; "even" if what is missing is within three standard errors; "missed"."""
+    """Whether the PSNR is "met", "even" within three standard errors, or "missed"."""
     missing = row.allowed_db - row.psnr_db
     # Not "missing > …", which NaN would pass.
     return "met" if missing <= 0 else "even" if missing <= _EVEN * row.error_db else "missed"
@@ -61,16 +63,16 @@ def compare(
     """Rows of all paths, for each task and for all of them.
 
     Args:
-        errors: of each sample, by path; that of the stock pipelines is among them.
+        errors: of each sample, by path; the stock pipelines are among the paths.
         tasks: names; samples are of each of them in turn.
-        workload: what was computed.
+        workload: that all paths computed.
         device: kind of it.
         source: provenance.
     """
     rows = []
     for path, own in errors.items():
-        for task in (*tasks, "all"):
-            of = slice(None) if task == "all" else slice(tasks.index(task), None, len(tasks))
+        for task in (*tasks, _ALL):
+            of = slice(None) if task == _ALL else slice(tasks.index(task), None, len(tasks))
             values, allowed = psnr(own[of]), psnr(errors[STOCK][of])
             least, error = float(allowed.mean()), standard_error(values - allowed)
             if workload.dtype == "fp32":
@@ -83,7 +85,7 @@ def compare(
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """For people: a line for each row."""
+    """A line for each row, for people."""
     lines = [f"{'path':20} {'dtype':6} {'task':18} {'PSNR dB':>8} {'allowed':>8} {'error':>6} {'pooled':>8}"]
     for row in rows:
         numbers = f"{row.psnr_db:8.2f} {row.allowed_db:8.2f} {row.error_db:6.2f} {row.pooled_db:8.2f}"

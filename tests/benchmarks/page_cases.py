@@ -2,9 +2,8 @@
 
 import csv
 
-from benchmarks.ffn import rows
-from benchmarks.ffn.machine import Roofs
-from benchmarks.harness.rows import Row, append_cells
+from benchmarks.ffn import machine, rows
+from benchmarks.harness.rows import Row
 from benchmarks.harness.workloads import DENSE, Setting, Workload
 from benchmarks.models import unet_targets
 from benchmarks.models.unet_catalogue import CONTENDERS
@@ -58,7 +57,8 @@ def make_images(contender, median):
 
 def make_roofs(device="cuda", dtype="bf16", flops_per_s=8e14, bytes_per_s=4e12):
     """The roofs of a made-up machine; by default they meet at 200 FLOP a byte."""
-    return Roofs(device, dtype, 8192, flops_per_s, "triad", 2**30, bytes_per_s, 20, SOURCE)
+    rates = {"matrix": 8192, "flops_per_s": flops_per_s, "array_bytes": 2**30, "bytes_per_s": bytes_per_s}
+    return Row(device=device, workload=Workload(dtype=dtype), part="triad", rounds=20, source=SOURCE, **rates)
 
 
 def grown():
@@ -81,8 +81,9 @@ def grown():
     return made
 
 
-# Of each file's name the kind of rows; those of machines have cells of their own.
+# By the name of a file without its device.
 _TABLES = {
+    "machine": machine.TABLE,
     "moe_ffn": rows.TABLE,
     "scaling": rows.TABLE,
     "unet": unet_targets.TABLE,
@@ -91,9 +92,9 @@ _TABLES = {
 
 
 def write_rows(path, made):
-    table = _TABLES.get(path.stem.rpartition("_")[0])
+    name, _, device = path.stem.rpartition("_")
     for row in made:
-        append_cells(path, row.cells() if table is None else table.cells(row))
+        _TABLES[name or device].append(path, row)
 
 
 def write_cells(path, columns, lines):

@@ -14,7 +14,7 @@ from benchmarks.ffn.sweeps import DEFAULT_SWEEPS, QUICK
 from benchmarks.harness.contenders import ALL, Contender
 from benchmarks.harness.provenance import ROOT, provenance
 from benchmarks.harness.workloads import Setting
-from benchmarks.pages import plot
+from benchmarks.pages import plot, plot_ffn
 
 from ..rows_cases import make_row
 
@@ -214,6 +214,9 @@ def test_points_are_the_routing_asked_for_over_the_products():
     rows = [make_row("products", 100), make_row("eager", 200)]
     rows += [make_row("mtu-triton", time, setting=Setting(E)) for E, time in ((1, 120), (4, 110), (8, 300))]
     rows += [make_row("mtu-triton", 50, setting=Setting(4, 2)), make_row("eager", 10, B=1)]
-    drawn = plot.points(rows, batch=8, experts=4)
+    drawn = plot_ffn.points(rows, batch=8, experts=4)
     assert {name: point.median for (name, _), point in drawn.items()} == {"eager": 2.0, "mtu-triton": 1.1}
-    assert [plot.points(rows, 8, experts)["mtu-triton", rows[0].workload].median for experts in (1, 8)] == [1.2, 3.0]
+    assert [plot_ffn.points(rows, 8, experts)["mtu-triton", rows[0].workload].median for experts in (1, 8)] == [
+        1.2,
+        3.0,
+    ]

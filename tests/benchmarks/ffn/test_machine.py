@@ -20,13 +20,13 @@ def clock(monkeypatch):
     """Calls take as long as the test says: milliseconds in the order that they are timed."""
     times = []
 
-    def timed(calls, capturable, device, seconds, rounds):
-        for (call,) in calls:
+    def timed(calls, device, seconds, rounds):
+        for (call,) in calls.values():
             call()
-        medians = [times.pop(0) * 1e3 for _ in calls]
-        return [Timing(us, us, us, rounds, False) for us in medians]
+        medians = {name: times.pop(0) * 1e3 for name in calls}
+        return {name: Timing(us, us, us, rounds, False) for name, us in medians.items()}
 
-    monkeypatch.setattr(machine, "time_interleaved", timed)
+    monkeypatch.setattr(machine, "time_each", timed)
     return times
 
 
@@ -34,13 +34,13 @@ def test_roofs_are_the_best_of_the_medians(clock):
     # Products of edges 8, 16, 32 at 1 ms each: the largest one is the fastest. Then a copy and a triad of 4 KiB arrays.
     clock += [1, 1, 1, 2, 2.5]
     roofs = machine.measure(CPU, "fp32", {"commit": "abc"}, (8, 16, 32), 4096, rounds=7)
-    assert (roofs.device, roofs.dtype, roofs.matrix, roofs.rounds) == ("cpu", "fp32", 32, 7)
+    assert (roofs.device, roofs.workload.dtype, roofs.matrix, roofs.rounds) == ("cpu", "fp32", 32, 7)
     assert roofs.flops_per_s == pytest.approx(2 * 32**3 / 1e-3)
-    assert (roofs.traffic, roofs.array_bytes) == ("triad", 4096)
+    assert (roofs.part, roofs.array_bytes) == ("triad", 4096)
     assert roofs.bytes_per_s == pytest.approx(3 * 4096 / 2.5e-3)
     clock += [1, 1, 9, 2, 4]
     roofs = machine.measure(CPU, "fp32", {}, (8, 16, 32), 4096)
-    assert (roofs.matrix, roofs.traffic) == (16, "copy")
+    assert (roofs.matrix, roofs.part) == (16, "copy")
 
 
 def test_a_quick_run_and_reading_back(tmp_path, capsys):

@@ -11,7 +11,7 @@ from benchmarks.harness.report import report
 from benchmarks.harness.rows import Row
 from benchmarks.harness.workloads import Setting, Workload
 from benchmarks.models import unet
-from benchmarks.models.deployments import Deployment, Part, at_once, call, stock_inputs
+from benchmarks.models.deployments import Deployment, Part, at_once, call, stock_part
 from benchmarks.models.unet_catalogue import CONTENDERS, ONE_BY_ONE, default_contenders, sibling
 from benchmarks.models.unet_contenders import BUILDERS
 from benchmarks.models.unet_models import tasks_of
@@ -159,7 +159,7 @@ def _specialised(family, setting, contender):
 
     def parts(batch):
         (rows,) = at_once(batch)
-        return [Part(predict, stock_inputs(unet, batch, rows) | {"task": batch.tasks[0]}, rows)]
+        return [Part(predict, stock_part(unet, batch, rows).inputs | {"task": batch.tasks[0]}, rows)]
 
     return Deployment((), parts)
 
@@ -206,7 +206,7 @@ def test_a_group_that_is_prepared_waits_for_its_turn_and_its_kernels_are_counted
 def test_who_waits_for_a_parent_that_is_gone_ends(tmp_path, monkeypatch):
     parents = iter((10, 10, 1))
     monkeypatch.setattr("benchmarks.models.unet.os.getppid", lambda: next(parents))
-    with pytest.raises(SystemExit, match=f"Whoever was to make {tmp_path / 'go'} is gone"):
+    with pytest.raises(SystemExit, match=f"The process that was to make {tmp_path / 'go'} is gone"):
         unet._wait_for(tmp_path / "go")
 
 

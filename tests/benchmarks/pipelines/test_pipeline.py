@@ -14,14 +14,15 @@ from benchmarks.harness.provenance import provenance
 from benchmarks.harness.rows import Row
 from benchmarks.harness.workloads import Workload
 from benchmarks.pipelines import image_psnr, pipeline, pipeline_models, psnr_rows
+from benchmarks.pipelines.image_psnr import ExecutionPath
 from benchmarks.pipelines.pipeline_contenders import TABLE, comparison
-from benchmarks.pipelines.pipeline_models import check_images, copy_sharing_weights, draw_samples, stock_rows, unet_rows
+from benchmarks.pipelines.pipeline_models import check_images, copy_sharing_weights, draw_samples, stock_rows
 from benchmarks.pipelines.psnr_rows import STOCK, compare, psnr, squared_errors, standard_error, verdict
 from mtu.recipes.icons.base import BaseConfig, new_pipeline, save_model
 from mtu.recipes.icons.denoiser import DenoiserConfig
 from mtu.recipes.icons.text import TextConfig
 from mtu.recipes.icons.vae import VAEConfig
-from mtu.tasks import EDIT, SD_TASKS, SUPER_RESOLUTION, TEXT_TO_IMAGE, TaskSpec
+from mtu.tasks import EDIT, SD_TASKS, SUPER_RESOLUTION, TaskSpec
 
 MINIATURE = BaseConfig(
     vae=VAEConfig(block_out_channels=(8, 8, 16), norm_num_groups=4),
@@ -232,8 +233,6 @@ def test_steps_are_those_of_the_tasks_or_those_given():
 
 def test_rows_of_the_unets_batches():
     assert [stock_rows(spec) for spec in SD_TASKS] == [2, 3, 1, 3]
-    assert unet_rows(SD_TASKS) == 9
-    assert unet_rows([TEXT_TO_IMAGE]) == 2
 
 
 def test_copies_share_weights_but_not_their_layout(pipe):
@@ -294,8 +293,9 @@ def test_paths_that_cannot_run_are_skipped_and_wrong_ones_end_in_an_error(folder
         raise RuntimeError("Nothing of the kind runs here.")
 
     right = image_psnr.PATHS["mtu-eager"]
-    monkeypatch.setitem(image_psnr.PATHS, "mtu-cpp", right._replace(images=refuse))
-    monkeypatch.setitem(image_psnr.PATHS, "mixed", right._replace(images=lambda *given: 1 - right.images(*given)))
+    paths = {"mtu-cpp": refuse, "mixed": lambda *given: 1 - right.implementation.images(*given)}
+    for name, images in paths.items():
+        monkeypatch.setitem(image_psnr.PATHS, name, right._replace(implementation=ExecutionPath(images)))
     output = tmp_path / "rows.csv"
     given = ["--samples", "1", "--steps", "1", "--dtypes", "fp32"]
     assert run_quickly(image_psnr, folder, output, *given, "--paths", "mtu-cpp")[0] == 0
