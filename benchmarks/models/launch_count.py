@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import collections
-import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,7 +28,8 @@ from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.fake_gpu import ARCH, WORKS, Generated, Operator, fake_gpu, generate, to_fake_gpu
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.harness.rows import append_cells
-from benchmarks.models.unet_models import MODELS, default_experts, default_size, tasks_of
+from benchmarks.models.unet_models import LATENT_FACTOR, MODELS, default_experts, default_size, tasks_of
+from mtu.example_inputs import TEXT_TOKENS, example_inputs
 from mtu.experts import ExpertConfig
 from mtu.models.ffn import CONTEXT_KEY, RoutedTransformerBlock
 from mtu.models.router import TaskContext
@@ -43,7 +43,7 @@ CONTENDERS = {
     "triton": Contender("upcycled, on the backend 'triton'", "triton"),
     "eager": Contender("upcycled, on the backend 'eager'", "eager"),
 }
-_TEXT_TOKENS, _TASKS, _EXPERTS, _BATCH = 77, 4, 4, 2
+_TASKS, _EXPERTS, _BATCH = 4, 4, 2
 
 
 class Launches(NamedTuple):
@@ -193,7 +193,7 @@ def _block(compiled: CompiledPart) -> tuple[Callable[..., Tensor], tuple[Tensor,
             block.ff.backend = compiled.backend
     to_fake_gpu(block, dtype)
     x = _tensor(_BATCH, compiled.tokens, D, dtype=dtype)
-    text = _tensor(_BATCH, _TEXT_TOKENS, context_width, dtype=dtype)
+    text = _tensor(_BATCH, TEXT_TOKENS, context_width, dtype=dtype)
     task_ids = _tensor(_BATCH, dtype=torch.int64)
 
     def run_block(x: Tensor, text: Tensor, task_ids: Tensor) -> Tensor:
@@ -219,17 +219,9 @@ def _whole_unet(compiled: CompiledPart) -> tuple[Callable[..., Tensor], tuple[An
             unet = mtu.upcycle(unet, tasks=tasks_of(model), **options)
             unet.drop_routers_()
     to_fake_gpu(unet, dtype)
-    tensor = functools.partial(_tensor, dtype=dtype)
-    channels = unet.conv_in.in_channels
-    edge = default_size(model) // 8
-    inputs: dict[str, Any] = {
-        "sample": tensor(_BATCH, channels, edge, edge),
-        "timestep": _tensor(_BATCH, dtype=torch.float32),
-        "encoder_hidden_states": tensor(_BATCH, _TEXT_TOKENS, unet.config.cross_attention_dim),
-    }
-    if unet.config.addition_embed_type == "text_time":
-        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {"text_embeds": tensor(_BATCH, pooled), "time_ids": tensor(_BATCH, 6)}
+    edge = default_size(model) // LATENT_FACTOR
+    inputs = example_inputs(unet, _BATCH, height=edge, width=edge, channels=unet.conv_in.in_channels)
+    inputs["timestep"] = _tensor(_BATCH, dtype=torch.float32)
     if compiled.backend is not None:
         inputs["task_ids"] = _tensor(_BATCH, dtype=torch.int64)
     return lambda inputs: unet(**inputs, return_dict=False)[0], (inputs,)

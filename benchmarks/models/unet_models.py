@@ -16,6 +16,7 @@ import mtu
 from benchmarks.harness.correctness import check_close
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.workloads import Setting, Workload
+from mtu.example_inputs import example_inputs
 from mtu.inspection import BUILT_IN
 from mtu.tasks import SD_TASKS, SDXL_TASKS, TaskSpec
 
@@ -44,10 +45,7 @@ _SMOKE_TESTS = ("tiny", "tiny-xl")
 # Pixels per latent.
 LATENT_FACTOR = 8
 TASKS = len(SD_TASKS)
-_TEXT_TOKENS = 77
 _TIMESTEP = 500
-# Of SDXL: original size, target size, and the corner of the crop.
-_TIME_IDS = 6
 # Distance of two pictures' seeds; guidance has fewer branches.
 _MOST_BRANCHES = 8
 
@@ -67,6 +65,12 @@ def default_experts(model: str) -> int:
 def default_size(model: str) -> int:
     """Edge of the pictures that the model was made for, in pixels; 64 for the tiny models."""
     return 64 if model in _SMOKE_TESTS else LATENT_FACTOR * MODELS[model]["sample_size"]
+
+
+@functools.cache
+def _without_weights(model: str) -> UNet2DConditionModel:
+    with torch.device("meta"):
+        return UNet2DConditionModel(**MODELS[model])
 
 
 def check_setting(model: str, setting: Setting) -> None:
@@ -182,21 +186,18 @@ def draw_batch(workload: Workload, device: torch.device, tasks: int, first: int 
 
     Pictures take turns at so many `tasks`, from the task `first` on; as `first` increases, all of the model's occur.
     """
-    config, edge = MODELS[workload.model], workload.size // LATENT_FACTOR
-    specs = tasks_of(workload.model)
+    specs, edge = tasks_of(workload.model), workload.size // LATENT_FACTOR
     channels = 4 + max(spec.condition_channels for spec in specs)
-    width = config["cross_attention_dim"]
-    pooled = config.get("projection_class_embeddings_input_dim", 0)
-    pooled -= _TIME_IDS * config.get("addition_time_embed_dim", 0)
-    shapes = {"sample": (channels, edge, edge), "encoder_hidden_states": (_TEXT_TOKENS, width)}
-    shapes |= {"text_embeds": (pooled,)} if pooled else {}
+    example = example_inputs(_without_weights(workload.model), height=edge, width=edge, channels=channels)
+    example |= example.pop("added_cond_kwargs", {})
+    drawn = [name for name in ("sample", "encoder_hidden_states", "text_embeds") if name in example]
     rows = []
     for picture in range(workload.B):
         for branch in range(workload.branches):
             generator = torch.Generator().manual_seed(picture * _MOST_BRANCHES + branch)
-            rows.append({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()})
+            rows.append({name: torch.randn(example[name].shape[1:], generator=generator) for name in drawn})
     inputs: dict[str, Any] = {
-        name: torch.stack([row[name] for row in rows]).to(device, DTYPES[workload.dtype]) for name in rows[0]
+        name: torch.stack([row[name] for row in rows]).to(device, DTYPES[workload.dtype]) for name in drawn
     }
     if "text_embeds" in inputs:
         time_ids = torch.tensor([workload.size, workload.size, 0, 0, workload.size, workload.size])
