@@ -10,13 +10,13 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtu
 from mtu.runtime.compiling import CompiledCalls, Plan
 from mtu.runtime.graphs import CudaGraphs
 
+from ..recorded_graphs import RecordedGraphs
 from ..tiny import (
     FAMILIES,
     SD,
@@ -52,41 +52,9 @@ SETTINGS = [
 pytestmark = pytest.mark.usefixtures("dynamo")
 
 
-class Captures:
-    """Stands for CUDA graphs: records a step's operators with the tensors they read, and runs those again."""
-
-    def __init__(self):
-        self.count = 0
-        # What happens to the memory that graphs share.
-        self.order = []
-
-    def __call__(self, step):
-        self.count += 1
-        step()
-        recorded = make_fx(lambda: step())()
-        output = torch.empty_like(step())
-
-        def replay():
-            self.order.append("replay")
-            output.copy_(recorded())
-
-        return replay, output
-
-    @contextlib.contextmanager
-    def turn(self):
-        self.order.append("wait")
-        try:
-            yield
-        finally:
-            self.order.append("record")
-
-    def wait(self):
-        self.order.append("host waits")
-
-
 def compiled(unet, plan, max_sizes=8):
     """The UNet through `CompiledCalls`, and what counts its captures."""
-    captures = Captures()
+    captures = RecordedGraphs()
     unet._compiled_call_impl = CompiledCalls(unet, plan, max_sizes, captures)
     return unet, captures
 
@@ -122,7 +90,7 @@ def test_one_size_serves_all_task_mixes(family, settings, dropped):
 
 
 def test_a_compiled_step_can_be_captured():
-    class Step(Captures):
+    class Step(RecordedGraphs):
         def __call__(self, step):
             return (lambda: None), step()
 
@@ -184,10 +152,10 @@ def test_sizes_are_announced_and_the_least_recently_used_goes_first(caplog):
 
 
 def test_any_number_of_sizes_is_compiled():
-    """Compilers stop at eight versions of the same code; here each size has code of its own."""
+    """Compilers stop at eight versions of the same code (a second one is an error here): each size has its own."""
     unet, _ = compiled(upcycled_unet(SMALL), TRACED, max_sizes=2)
     given = inputs(unet, batch=1)
-    for tokens in range(1, 11):
+    for tokens in (1, 2, 3):
         call = {**given, "encoder_hidden_states": given["encoder_hidden_states"][:, :1].repeat(1, tokens, 1)}
         assert_close(predict(unet, call, "edit"), plain(unet, call, "edit"))
 
@@ -199,6 +167,14 @@ def test_a_kept_output_is_not_overwritten():
     before = first.clone()
     predict(unet, inputs(unet, seed=5), *MIXES[1])
     assert torch.equal(first, before)
+
+
+def test_a_graph_in_bfloat16_computes_what_the_model_does():
+    unet, captures = compiled(upcycled_unet(SMALL).to(torch.bfloat16), GRAPHS)
+    given = inputs(unet)
+    for names in MIXES:
+        assert torch.equal(predict(unet, given, *names), plain(unet, given, *names))
+    assert captures.count == 1
 
 
 def test_inference_mode_and_no_grad_are_told_apart():
