@@ -26,9 +26,8 @@ def operators_of(function):
     """Names of the operators of `mtu_kernels` that a call runs, each as often as it runs."""
     with torch.profiler.profile() as profile:
         result = function()
-    return [
-        e.name.removeprefix("mtu_kernels::") for e in profile.events() if e.name.startswith("mtu_kernels::")
-    ], result
+    names = [event.name for event in profile.events() or ()]
+    return [name.removeprefix("mtu_kernels::") for name in names if name.startswith("mtu_kernels::")], result
 
 
 @pytest.fixture(params=DEVICES)

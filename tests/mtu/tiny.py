@@ -122,7 +122,7 @@ def assert_differ(first: Tensor, second: Tensor) -> None:
 
 def snapshot(unet: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A copy of what an operation that fails must not change: the state dict and the configuration."""
-    return {k: v.clone() for k, v in unet.state_dict().items()}, dict(unet.config)
+    return {k: v.clone() for k, v in unet.state_dict().items()}, dict(unet.config.items())
 
 
 def assert_unchanged(unet: torch.nn.Module, before: tuple[dict[str, Tensor], dict[str, Any]]) -> None:

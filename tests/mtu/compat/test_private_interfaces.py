@@ -351,7 +351,7 @@ def test_execution_device():
 @of_private_interface
 def test_callback_inputs():
     assert {"latents", "prompt_embeds"} <= set(StableDiffusionPipeline._callback_tensor_inputs)
-    assert StableDiffusionPipeline.num_timesteps.fget(types.SimpleNamespace(_num_timesteps=3)) == 3
+    assert vars(StableDiffusionPipeline)["num_timesteps"].__get__(types.SimpleNamespace(_num_timesteps=3)) == 3
 
 
 @of_private_interface

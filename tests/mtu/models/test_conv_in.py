@@ -87,10 +87,13 @@ def test_gradients_reach_the_rows_of_present_tasks_only(channels_last):
     present = IDS != 1
     grad = torch.randn(5, 6, 7, 10, generator=torch.Generator().manual_seed(2))[present]
     conv(sample[present], IDS[present], channels_last=channels_last).backward(grad)
-    assert (conv.weight.grad[1] == 0).all()
-    assert (conv.bias.grad[1] == 0).all()
-    assert (conv.weight.grad[0, :, 4:] == 0).all()
-    assert (conv.weight.grad[2, :, 6:] == 0).all()
+    weight_grad, bias_grad = conv.weight.grad, conv.bias.grad
+    assert weight_grad is not None
+    assert bias_grad is not None
+    assert (weight_grad[1] == 0).all()
+    assert (bias_grad[1] == 0).all()
+    assert (weight_grad[0, :, 4:] == 0).all()
+    assert (weight_grad[2, :, 6:] == 0).all()
     expected_sample = sample.detach().clone().requires_grad_()
     one_by_one(reference, expected_sample[present], IDS[present]).backward(grad)
     assert_same(conv.weight.grad, reference.weight.grad)

@@ -1,5 +1,7 @@
 """Export: the plain UNet of one task computes what the routed one does."""
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -100,7 +102,8 @@ def test_an_export_is_a_stock_unet_that_stock_diffusers_loads(tmp_path, config, 
         "in_channels": channels,
     }
     exported.save_pretrained(tmp_path)
-    loaded, info = UNet2DConditionModel.from_pretrained(tmp_path, output_loading_info=True)
+    answer: Any = UNet2DConditionModel.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, info = answer
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     given = rows(inputs(unet), slice(None), channels)
     assert torch.equal(predict(loaded, given), predict(exported, given))

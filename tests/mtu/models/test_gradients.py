@@ -85,14 +85,15 @@ def test_a_task_that_is_absent_gets_exactly_no_gradient(settings):
 
 def test_the_gradients_of_a_mixed_batch_are_those_of_its_samples_added_up():
     unet = upcycled_unet(top_k=2, norm="task_expert").train()
-    mixed, added = gradients(unet), None
+    mixed = gradients(unet)
+    added = {name: torch.zeros_like(grad) for name, grad in mixed.items()}
     given = inputs(unet)
     for i, name in enumerate(NAMES):
         unet.zero_grad()
         alone = {k: v[i : i + 1] for k, v in given.items()}
         (unet(**alone, task_ids=unet.task_ids(name)).sample.square().mean() / len(NAMES)).backward()
-        part = {k: p.grad.clone() for k, p in unet.named_trainable_parameters()}
-        added = part if added is None else {k: added[k] + part[k] for k in added}
+        for name, parameter in unet.named_trainable_parameters():
+            added[name] += parameter.grad
     for name, grad in mixed.items():
         # Twice the depth of the forward pass, hence twice its tolerance.
         assert (added[name] - grad).abs().max() <= 2 * TOLERANCE * max(1e-2, grad.abs().max()), name

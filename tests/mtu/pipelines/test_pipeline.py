@@ -520,7 +520,9 @@ def test_callback_may_interrupt(pipe, mixed):
 
 def test_callback_objects_name_their_own_tensors(mixed):
     class Halve(PipelineCallback):
-        tensor_inputs = ("latents",)
+        @property
+        def tensor_inputs(self):
+            return ["latents"]
 
         def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
             return {"latents": callback_kwargs["latents"] / 2}

@@ -76,6 +76,7 @@ def test_measures_are_right_for_images_that_are_known(base: Path) -> None:
             where = [i for i, e in enumerate(examples) if task in (e.task, f"{e.task}: {e.kind}")]
             expected = psnr(noisy[where], targets[where]).mean()  # of two examples the mean is the median
             assert row.before == pytest.approx(float(expected), abs=1e-3)
+            assert row.copy is not None
             assert 5 < row.copy < 40
 
 

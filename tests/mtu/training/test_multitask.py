@@ -37,6 +37,7 @@ def data(pipeline):
 
 def test_latents_are_those_of_the_pipeline(pipeline, data) -> None:
     example = Icons("train").sample("edit", 2)
+    assert example.image is not None
     with torch.no_grad():
         target = pipeline.vae.encode(example.target[None]).latent_dist.mode() * pipeline.vae.config.scaling_factor
         condition = pipeline.vae.encode(example.image[None]).latent_dist.mode()
