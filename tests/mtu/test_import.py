@@ -46,6 +46,7 @@ def test_importing_loads_neither_torch_nor_diffusers_nor_transformers():
     assert run(code).strip() == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
 def test_every_name_comes_by_its_first_use_whatever_was_imported_before():
     # Each in a child of a process that has loaded all but mtu, which takes seconds.
@@ -81,6 +82,7 @@ def test_a_name_that_is_not_there():
         from mtu import downcycle  # noqa: F401
 
 
+@pytest.mark.slow
 def test_kernels_leave_torchs_compiler_alone_until_they_are_compiled():
     code = """
 import sys, torch, mtu_kernels

@@ -249,6 +249,7 @@ COMPILED = ({}, {"num_experts": 4, "top_k": 2, "norm": "task_expert"})
 MIXES = (NAMES, ("edit",) * 5, ("text-to-image", "remove", "remove", "edit", "super-resolution"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", COMPILED, ids=["dense", "top2"])
 def test_one_compilation_serves_all_task_mixes_and_follows_updates(dynamo, settings):
     unet = upcycled_unet(**settings)
@@ -276,6 +277,7 @@ def test_one_compilation_serves_all_task_mixes_and_follows_updates(dynamo, setti
     assert sum(dim == 1 for _, dim, _ in gathers) == (2 if "top_k" in settings else 1)
 
 
+@pytest.mark.slow
 def test_one_compilation_serves_training(dynamo):
     unet = upcycled_unet().train()
     given = inputs(unet)
@@ -304,6 +306,7 @@ def test_repeated_blocks_are_compiled_and_one_compilation_serves_tasks(dynamo):
         assert_close(predict(unet, given, *names), output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "dropped"), [(COMPILED[0], False), (COMPILED[1], True)], ids=["dense", "dropped_top2"]
 )

@@ -15,8 +15,8 @@ CPU = torch.device("cpu")
 TOP_2 = {"top_k": 2, "norm": "task_expert"}
 MODELS = [
     pytest.param({}, False, id="dense"),
-    pytest.param(TOP_2, False, id="top2"),
-    pytest.param({}, True, id="dense-dropped"),
+    pytest.param(TOP_2, False, id="top2", marks=pytest.mark.slow),
+    pytest.param({}, True, id="dense-dropped", marks=pytest.mark.slow),
     pytest.param(TOP_2, True, id="top2-dropped"),
 ]
 pytestmark = pytest.mark.parametrize(("settings", "dropped"), MODELS)

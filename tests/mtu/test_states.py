@@ -218,6 +218,7 @@ ON_META = dict.fromkeys(
     "needs parameters with values, .* on the meta device",
 )
 NOT_COPIED = ("deepcopy", "pickle")
+SLOW = pytest.mark.slow
 # Of states that differ from others in where values are kept alone.
 SOME = ("forward", *SURGERY, "drop_routers_", "router_weights", "hold_routing", *FILES, "export_task", "warmup", "fit")
 # A sum of weights and an adapter's product rounds to other values than its parts.
@@ -303,15 +304,16 @@ def assert_same(actual, expected):
             assert error <= CLOSE * scale, f"error {error:.3g} of {scale:.3g}"
 
 
+ESSENTIAL = {"forward", "add_task", "save_task", "export_task", "fit"}
 CELLS = [
-    (name, method)
+    pytest.param(name, method, id=f"{name}-{method}", marks=() if method in ESSENTIAL and state.only is None else SLOW)
     for name, state in STATES.items()
     for method in state.only or METHODS
     if method not in state.stock_fails
 ]
 
 
-@pytest.mark.parametrize(("name", "method"), CELLS, ids=["-".join(cell) for cell in CELLS])
+@pytest.mark.parametrize(("name", "method"), CELLS)
 def test_a_method_in_a_state(name, method, tmp_path):
     state = STATES[name]
     unet = state.put(upcycled_unet(SMALL), tmp_path)
@@ -340,6 +342,7 @@ def assert_refused(unet, method, message, folder):
     assert not [path for path in folder.iterdir() if path.name in ("task", "trained", "whole")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "method"), [(name, m) for name, state in STATES.items() for m in state.stock_fails])
 def test_what_is_left_out_is_what_stock_models_fail_at(name, method, tmp_path):
     state = STATES[name]

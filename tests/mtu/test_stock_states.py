@@ -54,6 +54,7 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", MAKING)
 @pytest.mark.parametrize("name", STATES)
 def test_a_stock_unet_in_a_state(name, verb, trained, tmp_path):

@@ -12,8 +12,10 @@ from .tiny import FAMILIES, SD, SDXL, TOLERANCE, assert_close, inputs, predict, 
 NAMES = ("remove", "text-to-image")
 SETTINGS = [
     pytest.param(SD, {}, id="sd-dense"),
-    pytest.param(SDXL, {"num_experts": 1}, id="sdxl-dense"),
-    pytest.param(SDXL, {"num_experts": 4, "top_k": 2, "norm": "task_expert"}, id="sdxl-top2-expert_norms"),
+    pytest.param(SDXL, {"num_experts": 1}, id="sdxl-dense", marks=pytest.mark.slow),
+    pytest.param(
+        SDXL, {"num_experts": 4, "top_k": 2, "norm": "task_expert"}, id="sdxl-top2-expert_norms", marks=pytest.mark.slow
+    ),
 ]
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here")),
@@ -35,6 +37,13 @@ def device(request):
     return request.param
 
 
+def few_tokens(unet, channels=8):
+    """Inputs of two samples, of 24 tokens at most, as the interpreter takes its time for each tile."""
+    given = inputs(unet, batch=2, channels=channels)
+    given["sample"] = given["sample"][..., :4, :6]
+    return given
+
+
 def on(device, given):
     return {k: on(device, v) if isinstance(v, dict) else v.to(device) for k, v in given.items()}
 
@@ -42,7 +51,7 @@ def on(device, given):
 @pytest.mark.parametrize(("config", "settings"), SETTINGS)
 def test_a_mixed_batch(config, settings, device):
     unet = upcycled_unet(config, **settings)
-    given = inputs(unet, batch=2)
+    given = few_tokens(unet)
     unet.set_backend("eager")
     expected = predict(unet, given, *NAMES)
     unet.set_backend("triton")
@@ -51,6 +60,7 @@ def test_a_mixed_batch(config, settings, device):
     assert_close(actual.cpu(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["saved", "checkpointing"])
 def test_training(checkpointing, device):
     """Both families, dense and top-k, with and without checkpointing, in the fewest models: the interpreter is slow."""
@@ -61,7 +71,7 @@ def test_training(checkpointing, device):
         unet.set_backend(backend)
         if checkpointing:
             unet.enable_gradient_checkpointing()
-        given = on(device, inputs(unet.cpu(), batch=2))
+        given = on(device, few_tokens(unet.cpu()))
         unet.to(device)
 
         def step(unet=unet, given=given):
@@ -78,10 +88,11 @@ def test_training(checkpointing, device):
         assert (actual - expected).abs().max() <= 2 * TOLERANCE * max(1e-2, expected.abs().max())
 
 
+@pytest.mark.slow
 def test_the_output_is_the_originals_right_after_upcycling(device):
     for config in FAMILIES.values():
         stock = stock_unet(config).to(device)
-        given = on(device, inputs(stock.cpu(), batch=2, channels=4))
+        given = on(device, few_tokens(stock.cpu(), channels=4))
         expected = predict(stock.to(device), given)
         assert_close(predict(mtu.upcycle(stock, backend="triton"), given, "edit", "remove"), expected)
 
@@ -89,7 +100,7 @@ def test_the_output_is_the_originals_right_after_upcycling(device):
 def test_adapted_layers_are_called_themselves(device):
     unet = upcycled_unet()
     unet.add_adapter(LoraConfig(r=2, target_modules=["ff.net.2"], init_lora_weights=False))
-    given = inputs(unet, batch=2)
+    given = few_tokens(unet)
     unet.set_backend("eager")
     expected = predict(unet, given, *NAMES)
     unet.set_backend("triton")
@@ -98,11 +109,12 @@ def test_adapted_layers_are_called_themselves(device):
     assert_close(actual.cpu(), expected)
 
 
+@pytest.mark.slow
 def test_one_compilation_serves_all_task_mixes(device):
     torch.compiler.reset()
     unet = upcycled_unet().to(device)
     unet.set_backend("triton")
-    given = on(device, inputs(unet.cpu(), batch=2))
+    given = on(device, few_tokens(unet.cpu()))
     compiled = torch.compile(unet.to(device), backend="aot_eager", fullgraph=True)
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for names in (NAMES, ("edit",) * 2):

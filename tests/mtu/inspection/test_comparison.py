@@ -15,7 +15,7 @@ from mtu.inspection import Comparison, compare, format_comparison, sweep
 from ..tiny import SD, SDXL, inputs, stock_unet, upcycled_unet
 
 
-@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+@pytest.fixture(scope="module", params=["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def published(request) -> Comparison:
     return compare(request.param)
 
@@ -101,6 +101,7 @@ def test_text_names_the_convention_and_the_tasks(published):
 # ---------------------------------------------------------------------------- counts against a model that is really run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "layout"),
     [
@@ -144,6 +145,7 @@ def test_attention_products_are_what_their_formula_says():
     assert rows["flops_with_attention"].original - rows["flops"].original == expected
 
 
+@pytest.mark.slow
 def test_top_k_costs_the_active_experts_only():
     unet = stock_unet(SD)
     flops = [
@@ -167,6 +169,7 @@ def test_inspecting_a_unet_leaves_it_alone():
 # ---------------------------------------------------------------------------------------------------------- folders
 
 
+@pytest.mark.slow
 def test_folder_of_a_unet_and_of_a_pipeline(tmp_path):
     unet = stock_unet(SD)
     unet.save_pretrained(tmp_path / "alone")
@@ -179,6 +182,7 @@ def test_folder_of_a_unet_and_of_a_pipeline(tmp_path):
     assert piped.rows == own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drop_routers", [False, True], ids=["routers", "dropped"])
 def test_folder_of_an_upcycled_unet_is_compared_with_its_stock_configuration(tmp_path, drop_routers):
     layout = {"num_experts": 2, "expert_ratio": 1.0, "norm": "task_expert"}
@@ -201,6 +205,7 @@ def test_folder_of_an_upcycled_unet_is_compared_with_its_stock_configuration(tmp
 # ------------------------------------------------------------------------------------------------------------- sweep
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["task", "task_expert"])
 def test_swept_numbers_are_those_of_comparisons(norm):
     stock = stock_unet(SD)

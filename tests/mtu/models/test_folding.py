@@ -10,7 +10,7 @@ from peft import LoraConfig
 from mtu import TaskSpec
 
 from ..tiny import (
-    FAMILIES,
+    BOTH_FAMILIES,
     SD,
     assert_close,
     assert_differ,
@@ -49,9 +49,9 @@ def assert_export_equals_routed(unet, **options):
     assert_differ(expected, others)
 
 
-@pytest.mark.parametrize("dropped", [False, True], ids=["routers", "dropped"])
+@pytest.mark.parametrize("dropped", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["routers", "dropped"])
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("config", BOTH_FAMILIES)
 def test_export_equals_routed(config, settings, dropped):
     unet = upcycled_unet(config, **settings)
     if dropped:
@@ -88,7 +88,7 @@ def test_inactive_experts_are_exact_zeros_in_an_export():
         assert zero.tolist() == (row == 0).tolist()
 
 
-@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("config", BOTH_FAMILIES)
 @pytest.mark.parametrize("name", TASKS)
 def test_an_export_is_a_stock_unet_that_stock_diffusers_loads(tmp_path, config, name):
     unet = upcycled_unet(config)

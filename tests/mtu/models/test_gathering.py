@@ -57,7 +57,7 @@ def gathered_by(unet, task_ids):
 # --------------------------------------------------------------------------------------------------- what it is worth
 
 
-@pytest.mark.parametrize("dropped", [False, True], ids=["routers", "dropped"])
+@pytest.mark.parametrize("dropped", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["routers", "dropped"])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_more_layers_take_no_more_gathers(settings, dropped):
     counts, layers = [], []
@@ -81,6 +81,7 @@ def test_more_layers_take_no_more_gathers(settings, dropped):
     assert counts[0][aten.index_select.default] == (5 if "top_k" in settings else 4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
 def test_compiled_layers_read_what_was_gathered_once():
     """Inductor would gather again for each layer, were it not told to have the result in memory."""
@@ -117,6 +118,7 @@ def replace_by_compiled(unet, backend):
             blocks.transformer_blocks[i] = torch.compile(block, backend=backend, fullgraph=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile_blocks", [compile_in_place, replace_by_compiled])
 @pytest.mark.parametrize("dropped", [False, True], ids=["routers", "dropped"])
 def test_blocks_that_are_compiled_by_themselves_compile_once_a_shape(dropped, compile_blocks):

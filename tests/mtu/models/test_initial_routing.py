@@ -60,7 +60,7 @@ def train_the_ffn(unet, steps):
 
 
 @pytest.mark.parametrize(("num_experts", "top_k", "ratio"), LAYOUTS)
-@pytest.mark.parametrize("init", ["preserve", "paper"])
+@pytest.mark.parametrize("init", ["preserve", pytest.param("paper", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings(UNPRESERVED, IDLE)
 def test_experts_part_and_routers_learn(num_experts, top_k, ratio, init):
     unet = mtu.upcycle(stock_unet(ONE_BLOCK), num_experts=num_experts, top_k=top_k, expert_ratio=ratio, init=init)

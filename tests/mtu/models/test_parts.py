@@ -12,6 +12,7 @@ from mtu.storage import _digest
 
 from ..file_operations import CUTS, count_operations, run_cut_off
 from ..tiny import (
+    BOTH_FAMILIES,
     FAMILIES,
     SDXL,
     assert_close,
@@ -66,7 +67,7 @@ def retrained(unet, name):
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("config", BOTH_FAMILIES)
 def test_a_saved_task_comes_back(tmp_path, config, settings):
     unet = upcycled_unet(config, **settings)
     given = inputs(unet)
@@ -258,6 +259,7 @@ def test_saving_to_a_file_or_an_unknown_task_raises(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("save", "load"), [("save_trained", "load_trained"), ("save_task", "load_task")])
 def test_saving_over_an_older_one_may_be_cut_off_anywhere(tmp_path, monkeypatch, save, load):
     """The older or the newer loads; `tests.mtu.test_storage` tells the kinds of cuts apart."""
@@ -288,7 +290,7 @@ def test_saving_over_an_older_one_may_be_cut_off_anywhere(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("config", BOTH_FAMILIES)
 def test_trained_parameters_over_the_same_base(tmp_path, config, settings):
     unet = upcycled_unet(config, **settings)
     unet.add_task(TaskSpec("depth", condition_channels=6), "edit")

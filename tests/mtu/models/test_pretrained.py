@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from mtu import MTUUNet2DConditionModel
 
 from ..file_operations import CUTS, count_operations, run_cut_off
-from ..tiny import FAMILIES, inputs, predict, stock_unet, upcycled_unet
+from ..tiny import BOTH_FAMILIES, inputs, predict, stock_unet, upcycled_unet
 
 NAMES = ("remove", "text-to-image", "edit", "super-resolution", "edit")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -61,7 +61,7 @@ def edit_tensors(path, change):
 @pytest.mark.parametrize("dropped", [False, True], ids=["routers", "dropped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("config", BOTH_FAMILIES)
 def test_a_loaded_model_gives_the_same_bits(tmp_path, config, settings, dtype, dropped):
     unet = upcycled_unet(config, **settings).to(dtype)
     if dropped:
@@ -133,6 +133,7 @@ def test_saving_over_another_checkpoint(folder):
     assert load(folder).config.num_experts == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [("200KB", "10GB"), ("200KB", "400KB"), ("400KB", "200KB"), ("10GB", "200KB")])
 @pytest.mark.parametrize("variant", [None, "ema"])
 def test_saving_over_another_number_of_shards(tmp_path, shards, variant):
@@ -147,6 +148,7 @@ def test_saving_over_another_number_of_shards(tmp_path, shards, variant):
     assert {path.name for path in tmp_path.iterdir()} == names | {"notes.txt", "fresh"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("old_shards", "new_shards"), [("900KB", "10GB"), ("10GB", "900KB")])
 def test_saving_may_be_cut_off_anywhere(tmp_path, monkeypatch, old_shards, new_shards):
     """Over a model of another layout, whose tensors do not fit the newer configuration.

@@ -37,6 +37,7 @@ def compiled(pipe):
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_warm_up_names_the_sizes_of_calls_and_images_stay_the_same(compiled, shared_pipe, picture, caplog):
     mtu.warmup(compiled, [TASKS, ("edit", "remove", "text-to-image", "super-resolution")], height=16, width=16)
     (size,) = compiled.unet._compiled_call_impl._sizes
@@ -51,6 +52,7 @@ def test_warm_up_names_the_sizes_of_calls_and_images_stay_the_same(compiled, sha
     assert message.startswith("New size, 2 rows of 8×8 latents with 16 text tokens")
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_a_task_that_was_exported(shared_pipe, picture, caplog):
     stock = shared_pipe.export_task("text-to-image")
     stock.set_progress_bar_config(disable=True)
@@ -68,7 +70,7 @@ def test_a_pipeline_of_a_task_that_was_exported(shared_pipe, picture, caplog):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("is_compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "compiled"])
 def test_routers_run_at_most_once_in_a_call(pipe, picture, monkeypatch, is_compiled, request):
     if is_compiled:
         pipe = request.getfixturevalue("compiled")

@@ -25,6 +25,7 @@ def written(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_each_block_of_the_card_runs_by_itself(tmp_path):
     """What loads a folder must say so with all that it needs, `import mtu` first."""
     mtu.upcycle(stock_pipeline()).save_pretrained(tmp_path)

@@ -95,12 +95,12 @@ def assert_same(actual, expected, tolerance=TOLERANCE):
 
 SCHEDULERS = [
     DDIMScheduler,
-    PNDMScheduler,
-    EulerDiscreteScheduler,
+    pytest.param(PNDMScheduler, marks=pytest.mark.slow),
+    pytest.param(EulerDiscreteScheduler, marks=pytest.mark.slow),
     EulerAncestralDiscreteScheduler,
     HeunDiscreteScheduler,
-    DPMSolverMultistepScheduler,
-    UniPCMultistepScheduler,
+    pytest.param(DPMSolverMultistepScheduler, marks=pytest.mark.slow),
+    pytest.param(UniPCMultistepScheduler, marks=pytest.mark.slow),
 ]
 
 
@@ -163,6 +163,7 @@ def test_law_for_a_pure_batch(pipe, picture, index):
     assert_same(pair, stock)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["preserve", "paper"])
 @pytest.mark.parametrize(
     "settings",
@@ -697,6 +698,7 @@ def test_channels_last(pipe, mixed):
     assert_same(mixed(), reference)
 
 
+@pytest.mark.slow
 def test_compiled_unet(pipe, mixed):
     reference = mixed()
     pipe.unet = torch.compile(pipe.unet, backend="eager")

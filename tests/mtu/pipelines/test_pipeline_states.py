@@ -137,7 +137,12 @@ def lora(shared_pipe, tmp_path_factory):
     return folder
 
 
-CELLS = [(name, method) for name, state in STATES.items() for method in METHODS if method not in state.stock_fails]
+CELLS = [
+    pytest.param(name, method, marks=() if method in ("call", "export_task") else pytest.mark.slow)
+    for name, state in STATES.items()
+    for method in METHODS
+    if method not in state.stock_fails
+]
 
 
 @pytest.mark.parametrize(("name", "method"), CELLS)
@@ -162,6 +167,7 @@ def test_a_method_of_a_pipeline_in_a_state(name, method, pipe, shared_pipe, lora
     assert torch.equal(call(pipe), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "method"), [(name, m) for name, state in STATES.items() for m in state.stock_fails])
 def test_what_is_left_out_is_what_stock_pipelines_fail_at(name, method, lora, tmp_path):
     """They raise, or adapters compute in the dtype that weights are stored in."""

@@ -12,7 +12,10 @@ from mtu.runtime.compiling import CompiledCalls, Plan
 from tests.mtu.recorded_graphs import RecordedGraphs
 
 # diffusers looks the version of torch up while a bfloat16 UNet is traced.
-pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`-wrapped function")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`-wrapped function"),
+]
 
 CPU = torch.device("cpu")
 PER_TASK, STEPS = 2, 3

@@ -35,6 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_demo_from_end_to_end(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = DemoConfig(minutes=5, steps=3, examples=4, per_row=1, batch_per_task=1, inference_steps=2)
     # Over what an earlier run left.

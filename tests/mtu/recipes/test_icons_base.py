@@ -151,6 +151,7 @@ def test_scenes_show_both_icons_or_the_one_that_is_left() -> None:
     assert 60 < prompts.count("") < 140
 
 
+@pytest.mark.slow
 def test_scores_are_perfect_for_true_pictures_and_not_for_others() -> None:
     pictures = requests("test", 60, 0)
     true = np.stack([picture.paint() for picture in pictures]).astype(np.float32)
@@ -164,6 +165,7 @@ def test_scores_are_perfect_for_true_pictures_and_not_for_others() -> None:
     assert retrieved(np.roll(true, 1, axis=0), pictures, 100, 0).mean() < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_pictures")
 def test_miniature_run_from_end_to_end_resumes_and_describes_itself(tmp_path: Path) -> None:
     make_base(tmp_path, MINIATURE, SCORE, command="the command")
@@ -238,6 +240,7 @@ def test_untrained_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
             assert torch.equal(loaded[key], tensor.half().float() if tensor.is_floating_point() else tensor), key
 
 
+@pytest.mark.slow
 def test_shipped_model_is_small_and_draws_what_the_caption_says() -> None:
     files = [path for path in ASSET.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 20 * 2**20

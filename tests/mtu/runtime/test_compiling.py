@@ -71,6 +71,7 @@ def plain(unet, given, *names, **more):
 # ------------------------------------------------------------------------------------------------- tasks and sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropped", [False, True], ids=["routers", "dropped"])
 @pytest.mark.parametrize(("family", "settings"), SETTINGS)
 def test_one_size_serves_all_task_mixes(family, settings, dropped):
@@ -89,6 +90,7 @@ def test_one_size_serves_all_task_mixes(family, settings, dropped):
     assert_differ(outputs[0], outputs[1])
 
 
+@pytest.mark.slow
 def test_a_compiled_step_can_be_captured():
     class Step(RecordedGraphs):
         def __call__(self, step):
@@ -151,6 +153,7 @@ def test_sizes_are_announced_and_the_least_recently_used_goes_first(caplog):
     assert len(unet._compiled_call_impl._sizes) == 2
 
 
+@pytest.mark.slow
 def test_any_number_of_sizes_is_compiled():
     """Compilers stop at eight versions of the same code (a second one is an error here): each size has its own."""
     unet, _ = compiled(upcycled_unet(SMALL), TRACED, max_sizes=2)
@@ -309,6 +312,7 @@ def test_gradients_and_training_run_uncompiled(caplog):
     assert not caplog.records
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", [TRACED, GRAPHS], ids=["compiled", "graphs"])
 def test_residuals_of_adapters(plan):
     """The stock forward takes the residuals of a T2I-Adapter out of their list."""
@@ -551,6 +555,7 @@ def test_on_a_cpu_the_best_mode_is_channels_last_and_nothing_else():
     assert_close(predict(unet, given, *NAMES), expected)
 
 
+@pytest.mark.slow
 def test_generated_code_gives_the_same_outputs_and_is_taken_back():
     """The one test that generates code."""
     unet = mtu.compile(upcycled_unet(SMALL), "default")
