@@ -28,7 +28,7 @@ TEST_FILES = (
     "tests/mtu_kernels/test_triton_gpu.py",
     "tests/mtu_kernels",
     "tests/mtu/test_triton.py",
-    "tests/mtu/runtime/test_compiling.py",
+    "tests/mtu/runtime",
     "tests/mtu/recipes/test_device.py",
     "tests/mtu/pipelines/test_compiled_pipeline.py",
     "tests/benchmarks/test_gpu.py",

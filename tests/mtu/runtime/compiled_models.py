@@ -1,0 +1,42 @@
+"""UNets whose calls go through `CompiledCalls`, and what they compute without."""
+
+import pytest
+
+from mtu.runtime.compiling import CompiledCalls, Plan
+
+from ..recorded_graphs import RecordedGraphs
+from ..tiny import predict, randomise_
+
+NAMES = ("remove", "text-to-image", "edit", "super-resolution", "edit")
+MIXES = (NAMES, ("edit",) * 5, ("text-to-image",) * 5, ("text-to-image", "remove", "remove", "edit", "edit"))
+# Traced like by the shipped plans, without the minutes that generating code takes.
+TRACED, GRAPHS, BOTH = Plan({"backend": "eager"}, False), Plan(None, True), Plan({"backend": "eager"}, True)
+SETTINGS = [
+    pytest.param("sd", {}, id="sd-dense"),
+    pytest.param("sd", {"num_experts": 4, "top_k": 2, "norm": "task_expert"}, id="sd-top2-expert_norms"),
+    pytest.param("sdxl", {"num_experts": 1}, id="sdxl-dense"),
+]
+
+
+def compiled(unet, plan, max_sizes=8):
+    """The UNet through `CompiledCalls`, and what counts its captures."""
+    captures = RecordedGraphs()
+    unet._compiled_call_impl = CompiledCalls(unet, plan, max_sizes, captures)
+    return unet, captures
+
+
+def plain(unet, given, *names, **more):
+    """The output without `mtu.compile`."""
+    calls, unet._compiled_call_impl = unet._compiled_call_impl, None
+    try:
+        return predict(unet, given, *names, **more)
+    finally:
+        unet._compiled_call_impl = calls
+
+
+def update_routers(unet):
+    randomise_([router.linear_2.weight for router in unet.routers()], seed=9)
+
+
+def replace_data(unet):
+    unet.conv_out.weight.data = unet.conv_out.weight.data * 2
