@@ -12,6 +12,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import mtu
 
+from .mixed_batches import PROMPTS, STEPS, TASKS, images, noise
+
 MAX_LENGTH = 16
 
 
@@ -127,3 +129,15 @@ def picture() -> Callable[..., PIL.Image.Image]:
         return PIL.Image.fromarray(pixels)
 
     return draw
+
+
+@pytest.fixture
+def mixed(pipe, picture):
+    """Run one batch of all four tasks; arguments may be overridden."""
+
+    def run(**given):
+        arguments = {"prompt": list(PROMPTS), "image": images(picture), "task": list(TASKS), "latents": noise()}
+        arguments |= {"num_inference_steps": STEPS, "output_type": "pt", **given}
+        return pipe(**arguments).images
+
+    return run

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.callbacks import SDCFGCutoffCallback
 
-from tests.mtu.pipelines.test_pipeline import NEGATIVES, PROMPTS, TASKS, assert_same, images, noise
+from tests.mtu.pipelines.mixed_batches import NEGATIVES, PROMPTS, TASKS, assert_same, images, noise
 
 STEPS = 4
 ROWS = ["latents", "prompt_embeds"]

@@ -9,7 +9,7 @@ from mtu.experts import stock_config
 from mtu.inspection.counting import count_flops
 from mtu.runtime.compiling import CompiledCalls, Plan
 from tests.mtu.pipelines.conftest import randomise_
-from tests.mtu.pipelines.test_pipeline import PROMPTS, TASKS, assert_same, images, noise, run_stock, seeds
+from tests.mtu.pipelines.mixed_batches import PROMPTS, TASKS, assert_same, images, noise, run_stock, seeds
 
 
 def consistency_pipeline(stock):

@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import mtu
-from tests.mtu.pipelines.test_pipeline import assert_same, noise
+from tests.mtu.pipelines.mixed_batches import assert_same, noise
 
 GIVEN = {"latents": noise(1), "num_inference_steps": 2, "output_type": "latent"}
 
