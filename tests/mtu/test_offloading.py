@@ -46,7 +46,11 @@ def assert_computes(unet, given, expected):
 OFFLOADED = [
     pytest.param(lambda unet, folder: cpu_offload(unet, CPU), id="cpu"),
     pytest.param(lambda unet, folder: disk_offload(unet, folder, CPU), id="disk"),
-    pytest.param(lambda unet, folder: disk_offload(unet, folder, CPU, offload_buffers=True), id="disk-buffers"),
+    pytest.param(
+        lambda unet, folder: disk_offload(unet, folder, CPU, offload_buffers=True),
+        id="disk-buffers",
+        marks=pytest.mark.slow,
+    ),
     pytest.param(lambda unet, folder: cpu_offload_with_hook(unet, CPU), id="model"),
 ]
 
@@ -77,8 +81,10 @@ def part_of_first_block(part):
 
 MAPS = [
     pytest.param(("conv_in", part_of_first_block("ff.router")), id="conv_in and a router"),
-    pytest.param(("up_blocks", "mid_block"), id="blocks"),
-    pytest.param(("conv_in", "task_embedding", "conv_out", "down_blocks", "up_blocks.1"), id="many"),
+    pytest.param(("up_blocks", "mid_block"), id="blocks", marks=pytest.mark.slow),
+    pytest.param(
+        ("conv_in", "task_embedding", "conv_out", "down_blocks", "up_blocks.1"), id="many", marks=pytest.mark.slow
+    ),
 ]
 
 
@@ -117,7 +123,9 @@ def test_an_inferred_map(settings, dropped, tmp_path):
 
 
 @pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
-@pytest.mark.parametrize("blocks", [1, 2, None], ids=["block", "two blocks", "leaf"])
+@pytest.mark.parametrize(
+    "blocks", [1, pytest.param(2, marks=pytest.mark.slow), None], ids=["block", "two blocks", "leaf"]
+)
 def test_group_offloading(settings, dropped, blocks, on_disk, tmp_path):
     unet = model(settings, dropped)
     given = inputs(unet)

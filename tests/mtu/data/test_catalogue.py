@@ -23,6 +23,7 @@ def test_missing_font_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> N
         font.font_path()
 
 
+@pytest.mark.slow
 def test_masks_are_drawn_whole_and_keep_a_margin() -> None:
     for size in (64, 32):
         masks = font.masks(size)

@@ -126,6 +126,7 @@ def test_kinds_of_edit_are_equally_frequent() -> None:
     assert all(abs(count - 150) < 43 for count in counts.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "suffix", "prompt"), [("outline", OUTLINE, "outline it"), ("off", OFF, "cross it out")]
 )
@@ -190,6 +191,7 @@ def test_image_tasks_are_tested_on_icons_never_seen() -> None:
         assert not others & set(variant_names(split, OFF))
 
 
+@pytest.mark.slow
 def test_copying_the_input_scores_what_it_should() -> None:
     """Medians in dB, a fingerprint of rendering, colours and degradation."""
     expected = {"outline": 14, "off": 18, "recolour": 14, "super-resolution": 21, "remove": 19, "no noise": 27}

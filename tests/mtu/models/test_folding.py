@@ -26,13 +26,13 @@ from ..tiny import (
 TASKS = ("text-to-image", "edit", "super-resolution", "remove")
 SETTINGS = [
     pytest.param({}, id="dense"),
-    pytest.param({"num_experts": 1}, id="one_expert"),
-    pytest.param({"num_experts": 8, "norm": "task_expert"}, id="expert_norms"),
+    pytest.param({"num_experts": 1}, id="one_expert", marks=pytest.mark.slow),
+    pytest.param({"num_experts": 8, "norm": "task_expert"}, id="expert_norms", marks=pytest.mark.slow),
     pytest.param({"num_experts": 4, "top_k": 2}, id="top2"),
     pytest.param({"num_experts": 8, "top_k": 3, "norm": "task_expert"}, id="expert_norms_top3"),
 ]
 WIDE = [
-    pytest.param({"num_experts": 2, "expert_ratio": 1.0}, id="wide"),
+    pytest.param({"num_experts": 2, "expert_ratio": 1.0}, id="wide", marks=pytest.mark.slow),
     pytest.param({"num_experts": 2, "expert_ratio": 0.25, "norm": "task_expert"}, id="narrow_expert_norms"),
     pytest.param({"num_experts": 4, "expert_ratio": 0.5, "top_k": 2}, id="wide_top2"),
 ]

@@ -19,7 +19,13 @@ ONE_BLOCK = {
     "up_block_types": ("UpBlock2D",),
 }
 LAYOUTS = [
-    pytest.param(layout.num_experts, layout.top_k, float(layout.expert_ratio), id=str(layout).partition(" (")[0])
+    pytest.param(
+        layout.num_experts,
+        layout.top_k,
+        float(layout.expert_ratio),
+        id=str(layout).partition(" (")[0],
+        marks=pytest.mark.slow if layout.num_experts > 4 else (),
+    )
     for layout in sweep(stock_unet(ONE_BLOCK), "99x", size=64).layouts
     if layout.num_experts > 1
 ] + [

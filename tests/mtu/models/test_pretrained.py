@@ -59,7 +59,7 @@ def edit_tensors(path, change):
 
 
 @pytest.mark.parametrize("dropped", [False, True], ids=["routers", "dropped"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("config", BOTH_FAMILIES)
 def test_a_loaded_model_gives_the_same_bits(tmp_path, config, settings, dtype, dropped):
