@@ -13,14 +13,7 @@ from diffusers import (
 
 import mtu
 
-from .mixed_batches import (
-    STEPS,
-    TASKS,
-    assert_same,
-    images,
-    noise,
-    run_stock,
-)
+from .mixed_batches import STEPS, TASKS, assert_same, images, noise, run_stock
 
 
 def test_upcycling_keeps_the_other_components(stock):

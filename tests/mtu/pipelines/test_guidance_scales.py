@@ -2,11 +2,7 @@
 
 import PIL.Image
 import pytest
-from diffusers import (
-    DDIMScheduler,
-    HeunDiscreteScheduler,
-    PNDMScheduler,
-)
+from diffusers import DDIMScheduler, HeunDiscreteScheduler, PNDMScheduler
 
 from mtu.tasks import TaskSpec
 

@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderTiny,
-)
+from diffusers import AutoencoderTiny
 from diffusers.models.attention import BasicTransformerBlock
 from peft import LoraConfig
 
