@@ -44,6 +44,20 @@ class ExpertWeights(NamedTuple):
     num_experts: int
 
 
+class Options(NamedTuple):
+    """How a backend computes a call, as for `mtu_kernels.moe_ffn`.
+
+    Attributes:
+        eps: added to the variance.
+        recompute: whether the backward pass computes the hidden units again.
+        residual: whether the result is x + y.
+    """
+
+    eps: float = 1e-5
+    recompute: bool = False
+    residual: bool = False
+
+
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

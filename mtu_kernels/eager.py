@@ -11,27 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mtu_kernels.arguments import ExpertWeights, NormAffine
+from mtu_kernels.arguments import ExpertWeights, NormAffine, Options
 from mtu_kernels.routing import Routing
 from mtu_kernels.tracing import is_exporting, static_size
 
 
-def moe_ffn(
-    x: Tensor,
-    norm: NormAffine,
-    experts: ExpertWeights,
-    routing: Routing,
-    *,
-    eps: float = 1e-5,
-    recompute: bool = False,
-    residual: bool = False,
-) -> Tensor:
+def moe_ffn(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing, options: Options) -> Tensor:
     """`mtu_kernels.moe_ffn` for arguments that have been checked.
 
     Dense routing costs as many products as a stock FFN. Top-k routing does K/E of that work. It gathers the weights of
     the active experts for each sample, which takes the memory of B·K/E copies of the FFN during the call. (A loop over
     experts that selects their samples would need no copies, but needs the routing on the host.)
     """
+    eps, recompute, residual = options
     # Exported programs have no backward pass, so checkpoints would save no memory.
     if recompute and torch.is_grad_enabled() and not is_exporting():
         tensors = (*norm, *experts[:4], *routing)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mtu_kernels import cpp, eager, reference_ops, triton
-from mtu_kernels.arguments import ExpertWeights, NormAffine, check_arguments, indices_are_valid
+from mtu_kernels.arguments import ExpertWeights, NormAffine, Options, check_arguments, indices_are_valid
 from mtu_kernels.routing import Routing
 from mtu_kernels.tracing import (
     in_function_transform,
@@ -98,17 +98,18 @@ def moe_ffn(
         Upcycling Text-to-Image Diffusion Models for Multi-Task Capabilities, arXiv 2503.11905, section 3.
     """
     check_backend(backend)
+    options = Options(eps, recompute, residual)
     device_type = x.device.type
     if not supports_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         chosen = _choose(backend, x, experts)
         check_arguments(x, norm, experts, routing, chosen.indices_are_valid)
-        return chosen.moe_ffn(x, norm, experts, routing, eps=eps, recompute=recompute, residual=residual)
+        return chosen.moe_ffn(x, norm, experts, routing, options)
     experts = _autocast(experts, torch.get_autocast_dtype(device_type))
     chosen = _choose(backend, x, experts)
     check_arguments(x, norm, experts, routing, chosen.indices_are_valid)
     # Inside the backend, autocast would cast the routing weights and norm affines as well.
     with torch.autocast(device_type, enabled=False):
-        return chosen.moe_ffn(x, norm, experts, routing, eps=eps, recompute=recompute, residual=residual)
+        return chosen.moe_ffn(x, norm, experts, routing, options)
 
 
 def warmup(

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from mtu_kernels.arguments import ExpertWeights, NormAffine
+from mtu_kernels.arguments import ExpertWeights, NormAffine, Options
 from mtu_kernels.routing import Routing
 from mtu_kernels.tracing import in_function_transform
 
@@ -102,15 +102,7 @@ def why_not_dtype(compute: torch.dtype) -> str | None:
 
 
 def call_ops(
-    ops: Ops,
-    x: Tensor,
-    norm: NormAffine,
-    experts: ExpertWeights,
-    routing: Routing,
-    *,
-    eps: float = 1e-5,
-    recompute: bool = False,
-    residual: bool = False,
+    ops: Ops, x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing, options: Options
 ) -> Tensor:
     """`mtu_kernels.moe_ffn` with the operators of a backend, for arguments that have been checked.
 
@@ -120,6 +112,7 @@ def call_ops(
     Raises:
         NotImplementedError: a function transform (``torch.func``) or forward-mode differentiation is under way.
     """
+    eps, recompute, residual = options
     tensors = (x, *norm, *experts[:4], *routing)
     _refuse_transforms(ops, tensors)
     is_fused = residual and ops.adds_residual and x.dtype == experts.w_in.dtype

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mtu_kernels.arguments import ExpertWeights, NormAffine
+from mtu_kernels.arguments import ExpertWeights, NormAffine, Options
 from mtu_kernels.cpp.extension import EXTENSION
 from mtu_kernels.cpp.operators import OPS, ops_at
 from mtu_kernels.ops import call_ops, why_not_dtype
@@ -27,23 +27,21 @@ def moe_ffn(
     norm: NormAffine,
     experts: ExpertWeights,
     routing: Routing,
+    options: Options,
     *,
-    eps: float = 1e-5,
-    recompute: bool = False,
-    residual: bool = False,
     level: str | None = None,
 ) -> Tensor:
     """`mtu_kernels.moe_ffn` for arguments that have been checked.
 
     Args:
-        x, norm, experts, routing, eps, recompute, residual: as for `mtu_kernels.moe_ffn`.
+        x, norm, experts, routing, options: as for `mtu_kernels.moe_ffn`.
         level: the instruction set to use, one of ``levels()``. ``None`` takes the first, which is the fastest.
 
     Raises:
         ValueError: this machine does not have the level.
     """
     ops = OPS if level is None else ops_at(level)
-    return call_ops(ops, x, norm, experts, routing, eps=eps, recompute=recompute, residual=residual)
+    return call_ops(ops, x, norm, experts, routing, options)
 
 
 def levels() -> tuple[str, ...]:

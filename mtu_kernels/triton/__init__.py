@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mtu_kernels.arguments import ExpertWeights, NormAffine
+from mtu_kernels.arguments import ExpertWeights, NormAffine, Options
 from mtu_kernels.ops import LIBRARY, call_ops, define_ops
 from mtu_kernels.routing import Routing
 from mtu_kernels.tracing import constant, is_exporting
@@ -21,16 +21,7 @@ from mtu_kernels.triton import availability, torch_compile
 _OPS = define_ops("triton")
 
 
-def moe_ffn(
-    x: Tensor,
-    norm: NormAffine,
-    experts: ExpertWeights,
-    routing: Routing,
-    *,
-    eps: float = 1e-5,
-    recompute: bool = False,
-    residual: bool = False,
-) -> Tensor:
+def moe_ffn(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing, options: Options) -> Tensor:
     """`mtu_kernels.moe_ffn` for arguments that have been checked.
 
     A call runs as one fused operator. Under torch.compile, dense inference runs as several, which the compiler fuses
@@ -39,9 +30,9 @@ def moe_ffn(
     if torch.compiler.is_compiling() and not is_exporting():
         if torch_compile.supports(x, norm, experts, routing):
             constant(torch_compile.log_path, torch_compile.describe_path(experts.w_in.dtype))
-            return torch_compile.moe_ffn(x, norm, experts, routing, eps=eps, residual=residual)
+            return torch_compile.moe_ffn(x, norm, experts, routing, options)
         constant(torch_compile.log_path, "LayerNorm, experts and their sum as one operator")
-    return call_ops(_OPS, x, norm, experts, routing, eps=eps, recompute=recompute, residual=residual)
+    return call_ops(_OPS, x, norm, experts, routing, options)
 
 
 def why_not_installed() -> str | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mtu_kernels import eager
-from mtu_kernels.arguments import ExpertWeights, NormAffine
+from mtu_kernels.arguments import ExpertWeights, NormAffine, Options
 from mtu_kernels.ops import LIBRARY, records_gradients
 from mtu_kernels.routing import Routing
 
@@ -45,18 +45,16 @@ def describe_path(compute: torch.dtype) -> str:
     return "dense inference as PyTorch's operators around one for the experts' hidden units"
 
 
-def moe_ffn(
-    x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing, *, eps: float, residual: bool = False
-) -> Tensor:
+def moe_ffn(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing, options: Options) -> Tensor:
     """`mtu_kernels.moe_ffn` for calls that `supports` returns true for."""
     compute = experts.w_in.dtype
     if compute == torch.float32:
-        return eager.moe_ffn(x, norm, experts, routing, eps=eps, residual=residual)
+        return eager.moe_ffn(x, norm, experts, routing, options)
     # If x has other strides, the compiler's LayerNorm writes x̂ contiguously at no cost.
-    x_hat = eager.normalize(x, norm, compute, eps).contiguous()
+    x_hat = eager.normalize(x, norm, compute, options.eps).contiguous()
     h = _EXPERT_HIDDEN(x_hat, experts.w_in, experts.b_in, routing.weights, experts.num_experts)
     y = F.linear(h, experts.w_out, experts.b_out)
-    return x + y if residual else y
+    return x + y if options.residual else y
 
 
 def log_path(path: str) -> None:

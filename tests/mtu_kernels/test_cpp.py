@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mtu_kernels import ExpertWeights, NormAffine, Routing, available_backends, cpp, moe_ffn
+from mtu_kernels.arguments import Options
 
 from .moe_ffn_cases import (
     Sizes,
@@ -20,8 +21,14 @@ from .moe_ffn_cases import (
 
 pytestmark = pytest.mark.skipif("cpp" not in available_backends(), reason=f"the extension: {cpp.why_not_installed()}")
 
+
+def cpp_at(level, *arguments, **options):
+    """`mtu_kernels.moe_ffn` of the backend "cpp" with the kernels of one level."""
+    return cpp.moe_ffn(*arguments, Options(**options), level=level)
+
+
 LEVELS = [pytest.param(level, id=level) for level in cpp.levels()]
-AT_EACH_LEVEL = {level: functools.partial(cpp.moe_ffn, level=level) for level in cpp.levels()}
+AT_EACH_LEVEL = {level: functools.partial(cpp_at, level) for level in cpp.levels()}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMS = {
     "dense": (None, {}),
@@ -79,7 +86,7 @@ def test_residual_is_rounded_with_y_and_not_after_it(level, dtype):
     experts = problem.experts._replace(w_out=torch.zeros_like(problem.experts.w_out), b_out=b_out.to(low))
     routing = Routing(torch.tensor([[1.0, 2.0**-9]]).repeat(3, 1))
     y = (routing.weights.double() @ b_out)[:, None]
-    actual = cpp.moe_ffn(x.to(low), problem.norm, experts, routing, residual=True, level=level)
+    actual = cpp_at(level, x.to(low), problem.norm, experts, routing, residual=True)
     assert torch.equal(actual, (x + y).to(low))
     assert not torch.equal(actual, x.to(low) + y.to(low))
 
@@ -88,7 +95,7 @@ def test_residual_is_rounded_with_y_and_not_after_it(level, dtype):
 def test_every_level_recomputes_what_it_saved(level):
     problem = make_problem(0, SIZES["rests"]._replace(K=2), dtype=torch.bfloat16, expert_norm=True)
     saved, recomputed = (
-        forward_and_gradients(functools.partial(cpp.moe_ffn, level=level, recompute=recompute), problem)
+        forward_and_gradients(functools.partial(cpp_at, level, recompute=recompute), problem)
         for recompute in (False, True)
     )
     assert all(torch.equal(a, b) for a, b in zip(saved, recomputed, strict=True))
@@ -96,7 +103,7 @@ def test_every_level_recomputes_what_it_saved(level):
 
 def test_the_best_level_is_the_default():
     problem = make_problem(0, SIZES["rests"], dtype=torch.bfloat16)
-    best = forward_and_gradients(functools.partial(cpp.moe_ffn, level=cpp.levels()[0]), problem)
+    best = forward_and_gradients(functools.partial(cpp_at, cpp.levels()[0]), problem)
     assert all(torch.equal(a, b) for a, b in zip(best, forward_and_gradients(cpp_op, problem), strict=True))
     assert cpp.levels()[-1] == "portable"
 
@@ -216,7 +223,7 @@ def strided(tensor: Tensor) -> Tensor:
 def test_memory_of_any_layout(level, dtype, form, sizes, lay_out):
     """What lies around the numbers (NaN) is never read, or its product with a zero would show."""
     K, options = FORMS[form]
-    op = functools.partial(cpp.moe_ffn, level=level)
+    op = functools.partial(cpp_at, level)
     problem = make_problem(0, SIZES[sizes]._replace(K=K), dtype=DTYPES[dtype], **options)
     moved = problem.map(lay_out)
     if K:
@@ -243,7 +250,7 @@ def test_experts_of_no_sample_are_never_read(level, dtype, sizes):
     for rows in (slice(F, 2 * F), slice((E + 1) * F, (E + 2) * F)):
         spoilt.w_in[rows], spoilt.b_in[rows] = torch.nan, torch.nan
     spoilt.w_out[:, F : 2 * F], spoilt.b_out[1] = torch.nan, torch.nan
-    op = functools.partial(cpp.moe_ffn, level=level)
+    op = functools.partial(cpp_at, level)
     # The gradient of a routing weight that is not there is not asked for, so b_out enters by its rows alone.
     y = op(problem.x, problem.norm, spoilt, problem.routing)
     assert torch.equal(y, op(*problem.arguments))
@@ -280,7 +287,7 @@ def test_tokens_that_are_not_numbers_stay_alone(level, dtype):
     problem = make_problem(0, SIZES["rests"], dtype=DTYPES[dtype])
     x = problem.x.clone()
     x[1, 5, 3], x[2, 36, 0] = torch.nan, torch.inf
-    op = functools.partial(cpp.moe_ffn, level=level)
+    op = functools.partial(cpp_at, level)
     y, expected = op(x, *problem.arguments[1:]), op(*problem.arguments)
     spoilt = y.isnan().any(dim=-1)
     assert spoilt.nonzero().tolist() == [[1, 5], [2, 36]]
@@ -315,7 +322,7 @@ def test_gates_of_any_size(level, dtype):
     experts = ExpertWeights(torch.zeros(2 * F, D, dtype=dtype), b_in, w_out, torch.zeros(D, dtype=dtype), 1)
     x = torch.randn(1, 1, D, generator=torch.Generator().manual_seed(0)).to(dtype)
     norm = NormAffine(torch.ones(1, D), torch.zeros(1, D))
-    y = cpp.moe_ffn(x, norm, experts, Routing(torch.ones(1, 1)), level=level)
+    y = cpp_at(level, x, norm, experts, Routing(torch.ones(1, 1)))
     (gradient,) = torch.autograd.grad(y.sum(), b_in)
     exact_gates = gates.double().requires_grad_()
     # Not by torch's gelu, which has no digits left in the tail even in float64.

@@ -9,6 +9,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from mtu_kernels import available_backends, check_backend, cpp, moe_ffn
+from mtu_kernels.arguments import Options
 from mtu_kernels.cpp.extension import Extension, load
 from mtu_kernels.moe_ffn import _fastest
 
@@ -116,7 +117,7 @@ def test_float64_is_for_other_backends():
 @needs_extension
 def test_a_level_that_is_not_there():
     with pytest.raises(ValueError, match=r"^level must be one that this machine runs, .*portable, got 'avx1024'\.$"):
-        cpp.moe_ffn(*make_problem().arguments, level="avx1024")
+        cpp.moe_ffn(*make_problem().arguments, Options(), level="avx1024")
 
 
 def test_auto_leaves_portable_kernels_alone(monkeypatch, caplog):

@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtu_kernels import moe_ffn
+from mtu_kernels.arguments import Options
 from mtu_kernels.triton import operators, torch_compile
 from mtu_kernels.triton.launch import Machine
 
@@ -120,7 +121,7 @@ def test_a_derivative_is_refused_not_zero(place):
 def test_flops_are_those_without_a_compiler(place):
     problem = place.move(make_problem(0, dtype=place.low))
     counts = []
-    for function in (triton_ffn, functools.partial(torch_compile.moe_ffn, eps=1e-5)):
+    for function in (triton_ffn, functools.partial(torch_compile.moe_ffn, options=Options())):
         with FlopCounterMode(display=False) as counter:
             function(*problem.arguments)
         counts.append(counter.get_total_flops())
