@@ -1,5 +1,6 @@
 """What is particular to the backend "triton": tiles of all architectures, memory, repeatability, refusals."""
 
+import functools
 import logging
 import math
 import subprocess
@@ -257,6 +258,19 @@ def test_saved_tensors_may_come_back_with_other_strides(place):
             y = moe_ffn(*problem.arguments, backend="triton")
         outputs.append(torch.autograd.grad(y, problem.tensors, problem.grad_y.detach()))
     assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+@interpreted
+def test_a_backward_pass_under_autocast_computes_library_products_in_their_dtype(monkeypatch):
+    """Tiles of the interpreter leave no product to a library. Those of GPUs do, above all in float32."""
+    find_tile = operators.find_tile
+    monkeypatch.setattr(operators, "find_tile", lambda key: find_tile(key._replace(arch="sm_90")))
+    problem = make_problem(0).requires_grad()
+    expected = forward_and_gradients(functools.partial(moe_ffn, backend="triton"), problem)[1:]
+    y = moe_ffn(*problem.arguments, backend="triton")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = torch.autograd.grad(y, problem.tensors, problem.grad_y.detach())
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 @triton_package.jit
