@@ -1,8 +1,8 @@
-"""`python -m benchmarks.gpu_run`: everything that is worth measuring on a GPU that is at hand for a few minutes.
+"""`python -m benchmarks.gpu_run`: all measurements for a GPU that is available for a few minutes.
 
-Steps run in the order of what they are worth, each in processes of its own and within a budget: one that hangs or
-crashes costs its own result and no other. What they yield is in the output folder after each of them. A call that is
-cut off, in whatever way, loses nothing: the next one with the same state folder goes on.
+The most valuable steps run first, each in processes of its own and within a budget: a step that hangs or crashes loses
+its own result alone. The output folder has all results after each step. A call that is cut off loses nothing: the next
+one with the same state folder goes on.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from benchmarks.gpu.stages import MARGIN_SECONDS, RESERVE_SECONDS, Interrupted, 
 from benchmarks.gpu.state import ENDED, FAILED, State, folder_of
 from benchmarks.gpu.steps import DIAGNOSIS, STEPS, Step, StepContext
 from benchmarks.harness.arguments import choices
+from benchmarks.harness.commands import add_commit_option, make_parser
 from benchmarks.harness.provenance import provenance
 
 
 def schedule(steps: Sequence[Step], minutes: float, quick: bool, commit: str, state: Path) -> Iterator[str]:
-    """Lines that say what a run would do, and when at the latest."""
+    """Lines with the steps of a run, their commands, and the latest time that each begins."""
     now, end = 0.0, 60 * minutes - RESERVE_SECONDS
     cuda, folder = torch.cuda.is_available(), folder_of(state, commit + "+quick" * quick) / "steps"
     for stage in stages(steps):
@@ -47,25 +48,18 @@ def schedule(steps: Sequence[Step], minutes: float, quick: bool, commit: str, st
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_run",
-        description="Everything that is worth measuring on a GPU that is at hand for a few minutes.",
-        epilog="steps: " + ", ".join(step.name for step in STEPS),
-    )
+    parser = make_parser("benchmarks.gpu_run", "All measurements for a GPU that is available for a few minutes.")
+    parser.epilog = "steps: " + ", ".join(step.name for step in STEPS)
     add, names = parser.add_argument, choices([step.name for step in STEPS], "step")
     add("--minutes", type=float, default=9.0, help="that the call may take (default: 9)")
     add("--output", type=Path, default=Path("gpu-output"), help="folder for the results (default: %(default)s)")
-    add(
-        "--state",
-        type=Path,
-        default=Path("gpu-state"),
-        help="folder that a later call goes on from (default: %(default)s)",
-    )
-    add("--commit", help="for the rows, in a copy of the tree without its git directory")
+    later = "folder that a later call goes on from (default: %(default)s)"
+    add("--state", type=Path, default=Path("gpu-state"), help=later)
+    add_commit_option(parser)
     add("--only", type=names, default=(), help="steps to run")
     add("--skip", type=names, default=(), help="steps not to run")
     add(
-        "--collect", type=Path, metavar="DIR", help="run nothing: put what a run left in DIR in its places; draw, write"
+        "--collect", type=Path, metavar="DIR", help="run nothing: put the results in DIR into their places; draw, write"
     )
     add("--dry-run", action="store_true", help="run nothing: print steps, commands, budgets, and when each begins")
     add("--quick", action="store_true", help="a smoke test of all steps on the tiny model, also without a GPU")
@@ -80,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     until += 60 * options.minutes
     steps = [s for s in STEPS if (not options.only or s.name in options.only) and s.name not in options.skip]
     commit = options.commit or provenance("")["commit"]
-    # What a smoke test did is not done for a run.
+    # The steps of a smoke test do not count for a run.
     steps_of = commit + "+quick" * options.quick
     try:
         if options.commit is not None and not options.commit.strip():
@@ -117,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted:
         print("The run was told to end.")
     finally:
-        # Of what was begun in the moment of an interruption.
+        # A step may have begun in the moment of an interruption.
         state.end_leftovers()
         state.close()
     print(output.summary())

@@ -1,1 +1,1 @@
-"""The steps of `python -m benchmarks.gpu_run`, their processes, their state, and what becomes of their results."""
+"""The steps of `python -m benchmarks.gpu_run`, their processes, their state, and their results."""

@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.gpu_run` brought back, put in place: the table of tiles, CSV files; plots and page."""
+"""Puts the results of `python -m benchmarks.gpu_run` into their places: the table of tiles, CSV files, plots, page."""
 
 from __future__ import annotations
 
@@ -22,31 +22,24 @@ from mtu_kernels.triton.tiles import TableRow
 
 
 class Destinations(NamedTuple):
-    """Where things are put: the table of tiles, and the folder of the CSV files."""
+    """The places of the table of tiles and of the CSV files."""
 
     table: Path = tune.SHIPPED
     results: Path = PLACE
 
 
 class CollectedResults(NamedTuple):
-    """What a folder holds: rows of tuned tiles, and of each CSV file's name the rows of all steps."""
+    """Rows of tuned tiles, and the rows of all steps by the name of their CSV file."""
 
     tiles: tuple[TableRow, ...]
     files: dict[str, list[dict[str, str]]]
 
 
 def collect(folder: Path, places: Destinations | None = None) -> list[str]:
-    """Puts returned files in their places. Rows that are there already are left out.
+    """Puts the output folder of a run into its places, by default the package's own. Returns a line for each place.
 
-    Args:
-        folder: what was the output folder of a run.
-        places: the package's own by default.
-
-    Returns:
-        Lines that say what was put where.
-
-    Raises:
-        ValueError: the folder holds no result of a run, or rows of other columns; nothing is changed then.
+    Rows that are there already are left out. Raises ValueError where the folder holds no result of a run, or rows of
+    other columns; nothing is changed then.
     """
     places = places or Destinations()
     found = _found(folder)
@@ -55,7 +48,7 @@ def collect(folder: Path, places: Destinations | None = None) -> list[str]:
     lines = []
     if found.tiles:
         old = read(places.table)
-        # A tuned width says what all its numbers of tokens run with: what was chosen before it is gone.
+        # The row of a tuned width is for all of its numbers of tokens, and replaces their rows.
         widths = {row.key for row in found.tiles if not row.key.tokens}
         stale = [row.key for row in old if row.key._replace(tokens=0) in widths]
         write(places.table, merge(old, found.tiles, measured=stale))
@@ -97,7 +90,7 @@ def _tiles(contents: dict[str, str]) -> Iterator[TableRow]:
 def _rows(contents: dict[str, str]) -> dict[str, list[dict[str, str]]]:
     files: dict[str, list[dict[str, str]]] = {}
     for path, text in contents.items():
-        # What training writes besides is not one of the benchmarks' files.
+        # Files in deeper folders are of the training.
         step, _, name = path.partition("/")
         if name.endswith(".csv") and "/" not in name:
             header, *lines = csv.reader(io.StringIO(text))
@@ -119,7 +112,7 @@ def _without_known(rows: Sequence[dict[str, str]], file: Path) -> list[dict[str,
 
 
 def collect_and_redraw(folder: Path) -> int:
-    """The command `--collect`: puts files in their places, then makes plots and the page anew."""
+    """The option `--collect`: puts files into their places, then makes plots and the page anew."""
     # They need matplotlib, which a machine that measures may lack.
     from benchmarks.pages import page, plot
 

@@ -11,32 +11,24 @@ from pathlib import Path
 
 from benchmarks.gpu.state import Outcome, State, replace
 
-# Of each step: what its command said.
+# The output of each step's command.
 LOG = "log.txt"
 RUN = "benchmarks.gpu_run"
 RESULTS, SUMMARY, FACTS = "results.zip", "summary.md", "summary.json"
-# Of a step that trains: the folder of its model, which is a file of its own.
+# The model of a step that trains; it is packed into a file of its own.
 MODEL = Path("output", "model")
-# What brings files back may refuse large ones.
+# The way back from the machine may refuse large files.
 _PART_BYTES = 15 * 2**20
 _PACKED = (".txt", ".csv", ".py", ".json", ".md", ".png")
-# Of one log, its end: a compiler may fill megabytes.
+# The end of a log is packed: a compiler may write megabytes.
 _LOG_BYTES = 2**19
 _TAIL_LINES = 40
 
 
 class Output:
-    """Packs what the steps wrote into three files; a trained model into parts of one more.
+    """Packs the steps' files into three files, and a trained model into parts of one more.
 
-    Args:
-        folder: made if it is not there.
-        state: of the run.
-        names: of the steps, in order.
-        commit: that is measured.
-        quick: whether the steps are of the tiny model, and no results.
-
-    Raises:
-        ValueError: the folder cannot be written.
+    The folder is made if it is not there; ValueError says that it cannot be written. `names` are the steps in order.
     """
 
     def __init__(self, folder: Path, state: State, names: Sequence[str], commit: str, quick: bool = False) -> None:
@@ -71,7 +63,7 @@ class Output:
                 archive.writestr(f"{name}/{path}", _end_of(file))
 
     def _pack_model(self, model: Path, packed: Path) -> None:
-        # Written once: a trained model is megabytes. Where the first part is, the others are.
+        # It is written once, since a trained model has megabytes. The first part is written last.
         if not _part(packed, 0).exists():
             stream = io.BytesIO()
             with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -112,11 +104,7 @@ def _part(packed: Path, number: int) -> Path:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes the folder if it is not there.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
+    """Makes the folder if it is not there. Raises ValueError if it cannot be written."""
     probe = folder / f"{SUMMARY}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)

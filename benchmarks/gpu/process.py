@@ -1,7 +1,8 @@
-"""Commands in process groups of their own, which end when they are told to, and are found again by a later run."""
+"""Commands in process groups of their own, which can be ended, and which a later run finds again."""
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -10,35 +11,27 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-# A command that is told to stop has this long to write what it has.
+# A command that is asked to stop has this long to write its results.
 GRACE_SECONDS = 4.0
 _POLL_SECONDS = 0.05
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
-# The shell becomes the command. Before that, it leaves the kernel's line on itself in a file: who kills the run between
-# the start and the note would otherwise leave a process behind that nobody knows of. A step runs without its
-# note, too.
+# The shell becomes the command. Before that, it writes the kernel's line on itself into a file: otherwise a run that is
+# killed between the start and the note would leave an unknown process behind. A step runs without its note, too.
 _START = 'cat /proc/sys/kernel/random/boot_id "/proc/$$/stat" > "$0"; exec "$@"'
 
 
 class Group:
     """A command that runs in a session, and so in a process group, of its own.
 
-    Args:
-        command: program and arguments.
-        note: file that says which process it is, for `end_leftover`.
-        log: file that its output is added to.
-        cwd: where it runs.
-        environment: of the command.
-
-    Raises:
-        OSError: the log cannot be written, or there is no shell.
+    Its output is added to the log; `note` is the file that identifies its process for `end_leftover`. Raises OSError
+    where the log cannot be written, or there is no shell.
     """
 
     def __init__(
         self, command: Sequence[str], note: Path, log: Path, cwd: Path, environment: Mapping[str, str]
     ) -> None:
         self.note, self.started = note, time.monotonic()
-        self._asked: float | None = None
+        self._asked = math.inf
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 ["/bin/sh", "-c", _START, str(note), *command],
@@ -60,8 +53,8 @@ class Group:
         return time.monotonic() - self.started
 
     def ask(self, how: signal.Signals = signal.SIGTERM) -> None:
-        """Asks the command to stop; those that are to stop together are asked together, and then ended."""
-        if self._asked is None:
+        """Asks the command to stop, once. Commands that are to stop together are all asked before one is ended."""
+        if self._asked == math.inf:
             self._asked = time.monotonic()
             with suppress(ProcessLookupError):
                 self._process.send_signal(how)
@@ -83,13 +76,10 @@ def pause() -> None:
 
 
 def end_leftover(note: Path) -> bool:
-    """Kills the group that a run which was killed itself has left behind, if it is still there.
+    """Kills the group that a killed run has left behind. Returns whether it was still there.
 
     A process number may have been given out again since: a process is the same if it began at the same time, and a
     number whose group has members is not given out.
-
-    Returns:
-        Whether there was one.
     """
     found = _noted(note)
     note.unlink(missing_ok=True)
@@ -108,7 +98,7 @@ def _kill_group(number: int) -> bool:
 
 
 def _noted(note: Path) -> tuple[str, int, str] | None:
-    """Boot, process number and beginning; None where there is no note, or only a part of one."""
+    """Boot, process number and start time; None without a note, or with only a part of one."""
     with suppress(OSError, ValueError, IndexError):
         boot, line = note.read_text().splitlines()
         return boot, int(line.partition(" ")[0]), _field_of_beginning(line)

@@ -1,12 +1,11 @@
-"""`python -m benchmarks.gpu.smoke`: what this machine is, and whether the routed feed-forward computes rightly on it.
+"""`python -m benchmarks.gpu.smoke`: facts about this machine, and a check of the routed feed-forward on it.
 
-Two shapes, dense, output and gradients of every input, each checked against the float64 reference as all contenders of
-the benchmarks are. The outputs decide. Facts are printed first, so that they are there whatever comes after them.
+Output and gradients of every input are checked at two shapes with dense routing, against the float64 reference as for
+all contenders of the benchmarks. The outputs decide. Facts are printed first, so that a crash does not lose them.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 import shutil
@@ -19,6 +18,7 @@ import torch
 from benchmarks.ffn.correctness import check
 from benchmarks.ffn.inputs import EPS, draw_shared, route
 from benchmarks.harness.arguments import parse_shapes
+from benchmarks.harness.commands import add_commit_option, make_parser, parse
 from benchmarks.harness.correctness import WrongResult
 from benchmarks.harness.provenance import provenance
 from benchmarks.harness.workloads import Setting, Workload
@@ -28,7 +28,7 @@ _SHAPES = ((320, 4096), (1280, 256))
 
 
 class UnfitMachine(Exception):
-    """A machine that nothing can be measured on: one sentence."""
+    """Nothing can be measured on this machine, for the reason in one sentence."""
 
 
 def facts(commit: str | None) -> Iterator[str]:
@@ -46,7 +46,7 @@ def facts(commit: str | None) -> Iterator[str]:
 
 
 def check_machine() -> None:
-    """Raises Unfit if measurements on CUDA would fail here for reasons that are not the kernels'."""
+    """Raises UnfitMachine if measurements on CUDA would fail here for other reasons than the kernels."""
     if not torch.cuda.is_available():
         raise UnfitMachine("A CUDA device is needed, and torch finds none.")
     if _compiler() is None:
@@ -58,11 +58,8 @@ def check_machine() -> None:
 def check_shapes(shapes: Sequence[tuple[int, int]], batch: int, dtype: str, device: torch.device) -> None:
     """Checks outputs, and then gradients, against the reference.
 
-    Gradients that are wrong are said and not raised: all that is measured of inference is worth having without them.
-
-    Raises:
-        WrongResult: outputs are not as exact as a user's code.
-        RuntimeError: the backend does not run here.
+    Wrong outputs raise WrongResult, and a backend that does not run here RuntimeError. Errors of gradients are printed
+    and not raised, since all measurements of inference are possible without them.
     """
     check_backend("triton")
     function = functools.partial(moe_ffn, eps=EPS, backend="triton")
@@ -87,13 +84,14 @@ def _compiler() -> str | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 where results are wrong or nothing runs, after one sentence on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.smoke", description=__doc__.partition(": ")[2])
-    parser.add_argument(
-        "--shapes", type=parse_shapes, default=_SHAPES, help="DxL, or sets (default: 320x4096,1280x256)"
+    parser = make_parser(
+        "benchmarks.gpu.smoke", "Facts about this machine, and a check of the routed feed-forward on it."
     )
+    shapes_help = "DxL, or sets (default: 320x4096,1280x256)"
+    parser.add_argument("--shapes", type=parse_shapes, default=_SHAPES, help=shapes_help)
     parser.add_argument("--quick", action="store_true", help="one tiny shape, also on a CPU in Triton's interpreter")
-    parser.add_argument("--commit", help="in a copy of the tree without its git directory")
-    options = parser.parse_args(argv)
+    add_commit_option(parser)
+    _, options = parse(parser, argv)
     print("\n".join(facts(options.commit)), flush=True)
     try:
         if options.quick:

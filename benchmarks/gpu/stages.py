@@ -1,4 +1,4 @@
-"""Steps of a run on a GPU one after another, or beside each other, each within its budget, all within the run's."""
+"""Runs steps on a GPU one after another, or beside each other, each within its budget, all within that of the run."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from benchmarks.gpu.process import GRACE_SECONDS, Group, pause
 from benchmarks.gpu.state import CUT, DONE, ENDED, FAILED, LATE, Outcome, State
 from benchmarks.gpu.steps import DIAGNOSIS, GO, TUNE, Step, StepContext
 
-# For the last results to be packed, and for what is still running to end.
+# At the end the last results are packed, and running steps end.
 RESERVE_SECONDS = 2 * GRACE_SECONDS
-# A step that stops by itself does so before it is ended: its imports, and the group that it is in, come on top.
+# A step must stop by itself before it is ended; its imports, and the group that it is in, take time besides.
 MARGIN_SECONDS = 12.0
 # How often results are packed while steps run: the run may be killed at any time.
 _PACK_SECONDS = 15.0
-# Lines of a log that say what went wrong, however much comes after them.
+# Beginnings of the lines of a log that report an error.
 _SKIPPED = "skipped "
 _TELLING = ("FAILED", _SKIPPED)
 _MOST_LETTERS = 300
@@ -37,10 +37,10 @@ class _Running:
     """A step that was begun.
 
     Attributes:
-        until: time by `time.monotonic` at which it is ended, unless it holds on.
+        until: time by `time.monotonic` at which it is ended, unless it waits for its turn.
         said: bytes of its log that are of earlier calls.
-        short: whether the run had less time left than its budget, or than what it does alone.
-        released: whether it may go on to what it does alone.
+        short: whether the run had less time left than its budget, or than its time alone.
+        released: whether it has its turn on the device.
     """
 
     step: Step
@@ -52,15 +52,7 @@ class _Running:
 
 
 class Run:
-    """One call.
-
-    Args:
-        state: of this call and earlier ones.
-        output: where results go.
-        until: time by `time.monotonic` at which everything must have ended.
-        commit: for the rows.
-        quick: on the tiny model.
-    """
+    """One call of a run, which must have ended at the time `until` by `time.monotonic`."""
 
     def __init__(self, state: State, output: Output, until: float, commit: str, quick: bool) -> None:
         self._state, self._output, self._commit, self._quick = state, output, commit, quick
@@ -69,10 +61,9 @@ class Run:
         self._packed = time.monotonic()
 
     def run(self, steps: Sequence[Step]) -> None:
-        """Runs steps as long as there is time. What is done is skipped; what failed in an earlier call comes later.
+        """Runs steps as long as there is time. Steps that are done are skipped; those that failed before come later.
 
-        Raises:
-            Interrupted: the run was told to end; what ran is ended then, and noted.
+        Interrupted means that the run was told to end; its steps are ended and noted then.
         """
         for stage in stages(order_steps(steps, self._state.outcomes(step.name for step in steps))):
             self._stage(stage)
@@ -91,16 +82,16 @@ class Run:
             chosen = list(stage) if self._quick else steps_that_fit(stage, left)
             for step in stage:
                 if step in chosen:
-                    # What compiles must leave time for what is then timed.
+                    # Steps that compile must leave time for those that are then timed.
                     begun = self._begin(step, rows_of, left - sum(one.timed for one in chosen), len(chosen))
                     running |= {} if begun is None else {step.name: begun}
                 else:
                     needed = step.least + step.timed
                     self._note(step, Outcome(LATE, 0, f"{max(0.0, left):.0f} s were left, and it needs {needed:.0f}."))
-            while not all(self._holds_on(begun) for begun in running.values()):
+            while not all(self._waits(begun) for begun in running.values()):
                 self._look_after(running)
             for name in list(running):
-                # These are prepared and hold on: now each has the device to itself.
+                # These are prepared and wait: now each has the device to itself.
                 self._release(running[name])
                 while name in running:
                     self._look_after(running)
@@ -112,7 +103,7 @@ class Run:
             raise
 
     def _commit_of_rows(self) -> str:
-        """What rows say that they were measured of, once the tuned tiles are in their place."""
+        """The commit for the rows, which names the tuned tiles once they are in their place."""
         try:
             return f"{self._commit}+tuned-tiles" if self._state.use_tuned_table() else self._commit
         except OSError as error:
@@ -136,7 +127,7 @@ class Run:
             return None
         return _Running(step, group, time.monotonic() + seconds, said, short=seconds < step.seconds)
 
-    def _holds_on(self, begun: _Running) -> bool:
+    def _waits(self, begun: _Running) -> bool:
         ready = self._state.step(begun.step.name) / f"{GO}.ready"
         return bool(begun.step.timed) and not begun.released and ready.exists()
 
@@ -150,13 +141,13 @@ class Run:
             _say(f"{begun.step.name} cannot be told to go on: {error}")
 
     def _look_after(self, running: dict[str, _Running]) -> None:
-        """Takes those that ended, or must end, out of what runs; packs now and then."""
+        """Ends the steps that must end, notes those that ended, and packs from time to time."""
         pause()
         now = time.monotonic()
         late = {
             name
             for name, begun in running.items()
-            if begun.group.code is None and now > begun.until and not self._holds_on(begun)
+            if begun.group.code is None and now > begun.until and not self._waits(begun)
         }
         for name in late:
             running[name].group.ask(running[name].step.stop)
@@ -166,24 +157,24 @@ class Run:
             if name not in late:
                 ended = self._verdict(begun)
             elif running[name].short or now > self._until:
-                # Not its own fault: the next call begins with it.
+                # The step is not at fault, and the next call begins with it.
                 ended = CUT, "The time of the run was over."
             else:
                 ended = ENDED, f"It still ran after {begun.group.seconds:.0f} s."
-            # First: who is told to end meanwhile must not take it for one that was cut.
+            # First, so that an interruption from here on does not count it among the cut steps.
             del running[name]
             self._end(begun, *ended)
         if time.monotonic() > self._packed + _PACK_SECONDS:
             self._pack()
 
     def _verdict(self, begun: _Running) -> tuple[str, str]:
-        code, log = begun.group.code, self._state.step(begun.step.name) / LOG
-        # What was said in an earlier call is in there, too.
+        code, log = begun.group.code or 0, self._state.step(begun.step.name) / LOG
+        # The log has the output of earlier calls, too.
         text = log.read_bytes()[begun.said :].decode(errors="replace")
         lines = [line.rpartition("\r")[2].strip() for line in text.split("\n")]
         telling = [line for line in lines if line.startswith(_TELLING)]
         if code == 0:
-            # A contender that found no room beside others may find it when it is tried again.
+            # A contender that lacked memory beside others may have it at the next try.
             skipped = [line for line in telling if line.startswith(_SKIPPED)]
             if skipped:
                 return FAILED, f"Something is missing: {skipped[-1][:_MOST_LETTERS]}"
@@ -224,10 +215,9 @@ class Run:
 
 
 def order_steps(steps: Sequence[Step], before: Mapping[str, Outcome]) -> list[Step]:
-    """The steps that are not done: those that failed in an earlier call after the others, and last what fills the time.
+    """The steps that are not done: failed ones after the others, and last those that fill the time.
 
-    Of those that failed the tiles are tuned last: they need a long while again, and what was not measured with them in
-    the earlier call can be measured without them.
+    Of the failed ones the tiles are tuned last: that takes long, and the other steps can do without them.
     """
 
     def place(step: Step) -> tuple[bool, bool, bool]:
@@ -253,7 +243,7 @@ def stages(steps: Sequence[Step]) -> Iterator[list[Step]]:
 def steps_that_fit(stage: Sequence[Step], left: float) -> list[Step]:
     """The steps of a stage for which so many seconds are enough, the first ones first.
 
-    They run beside each other, but what some of them do alone adds up.
+    They run beside each other, but the times that some of them need alone add up.
     """
     chosen: list[Step] = []
     for step in stage:

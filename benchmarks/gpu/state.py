@@ -1,4 +1,4 @@
-"""What a run on a GPU keeps between its calls: the steps that ended, what they wrote, and a copy of the tree."""
+"""The state of a run on a GPU between its calls: the steps that ended, their files, and a copy of the tree."""
 
 from __future__ import annotations
 
@@ -21,12 +21,9 @@ DONE, FAILED, ENDED, CUT, LATE = "done", "failed", "ended", "cut", "not started"
 
 
 class Outcome(NamedTuple):
-    """How a step ended.
+    """The end of a step, the seconds that it took, and the reason in a sentence where it is not done.
 
-    Attributes:
-        status: `DONE`; `FAILED`: by itself; `ENDED`: at its budget; `CUT`: with the whole run; `LATE`: never begun.
-        seconds: that it took.
-        sentence: why, where it is not done.
+    A step is `DONE`, `FAILED` by itself, `ENDED` at its budget, `CUT` with the whole run, or `LATE`: never begun.
     """
 
     status: str
@@ -35,14 +32,10 @@ class Outcome(NamedTuple):
 
 
 class State:
-    """The state folder of a run, for one call of it at a time.
+    """The state folder of a run, for one call of it at a time; it is made if it is not there.
 
-    Args:
-        folder: made if it is not there. What compilers keep is shared by all commits.
-        commit: whose steps these are: what ended of another commit says nothing of this one.
-
-    Raises:
-        ValueError: the folder cannot be written, or another call is using it.
+    Steps are kept by commit, caches of compilers for all commits. ValueError says that the folder cannot be written, or
+    that another call is using it.
     """
 
     def __init__(self, folder: Path, commit: str) -> None:
@@ -65,11 +58,11 @@ class State:
         self._lock.close()
 
     def end_leftovers(self) -> list[str]:
-        """Kills what a call that was killed left running. Returns the names of the steps."""
+        """Kills the steps that a killed call left running. Returns their names."""
         return [note.name for note in sorted(self._running.iterdir()) if end_leftover(note)]
 
     def copy_tree(self) -> None:
-        """Copies the tree that this module is part of: its own stays as it is when tiles are tuned."""
+        """Copies the tree of this module, which stays as it is when tiles are tuned."""
         shutil.rmtree(self.tree, ignore_errors=True)
         skipped = shutil.ignore_patterns("__pycache__", "*.partial")
         self.tree.mkdir()
@@ -93,11 +86,11 @@ class State:
         return folder
 
     def note(self, name: str) -> Path:
-        """The file that says which process a step is."""
+        """The file that identifies the process of a step."""
         return self._running / name
 
     def outcome(self, name: str) -> Outcome | None:
-        """How a step ended, in this call or an earlier one; None if it did not, or that cannot be read."""
+        """The end of a step in this call or an earlier one; None if there is none, or it cannot be read."""
         try:
             return Outcome(**json.loads((self.folder / "outcomes" / name).read_text()))
         except (OSError, ValueError, TypeError):
@@ -112,12 +105,12 @@ class State:
 
 
 def folder_of(state: Path, commit: str) -> Path:
-    """What a state folder has of one commit."""
+    """The part of a state folder that is of one commit."""
     return state / re.sub(r"[^\w.+-]", "_", f"commit-{commit}")
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Writes a file as a whole: who reads it meanwhile, or after a crash, has the old one or the new one."""
+    """Writes a file as a whole: a reader, also after a crash, finds the old content or the new one."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         partial.write_bytes(content)
