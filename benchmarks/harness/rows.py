@@ -14,7 +14,7 @@ from benchmarks.harness.workloads import Setting, Workload
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measurement. Figures that its benchmark does not take are NaN or None; None also where they do not apply.
+    """One measurement. Figures that its benchmark does not take are NaN or 0; None: they do not apply.
 
     Attributes:
         group: rows with the same group were measured interleaved, and may be compared.
@@ -53,12 +53,12 @@ class Row:
     p80_us: float = math.nan
     rounds: int = 0
     host_us: float | None = None
-    peak_bytes: int | None = None
+    peak_bytes: int = 0
     saved_bytes: int | None = None
-    weight_bytes: int | None = None
+    weight_bytes: int = 0
     warmup_s: float | None = None
     switch_us: float | None = None
-    images_per_s: float | None = None
+    images_per_s: float = math.nan
     psnr_db: float = math.nan
     allowed_db: float = math.nan
     error_db: float = math.nan

@@ -186,7 +186,7 @@ def _block(compiled: CompiledPart) -> tuple[Callable[..., Tensor], tuple[Tensor,
     heads = D // 64 if is_xl else 8
     context_width = 2048 if is_xl else 768
     with torch.device("meta"):
-        block = BasicTransformerBlock(D, heads, D // heads, cross_attention_dim=context_width)
+        block: Any = BasicTransformerBlock(D, heads, D // heads, cross_attention_dim=context_width)
         if compiled.backend is not None:
             experts = ExpertConfig(_EXPERTS, None, 1 / _EXPERTS, "task", float(_EXPERTS), context_width)
             block = RoutedTransformerBlock(block, experts, _TASKS, routers_dropped=True)

@@ -1,7 +1,8 @@
-"""Denoising steps of whole UNets beside that of the original: what the picture and the tables of `unet_*.csv` show."""
+"""Denoising steps of whole UNets beside that of the original, for the picture and the tables of `unet_*.csv`."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ _MANY_TASKS = 4
 
 
 class ModelSetup(NamedTuple):
-    """What steps share that are shown side by side."""
+    """The model and the inputs that steps share which are shown side by side."""
 
     model: str
     size: int
@@ -31,13 +32,13 @@ class ModelSetup(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A contender, and what is unusual in its setting: by default all experts are active, and samples mix tasks.
+    """A contender with its differences from the usual setting, in which all experts are active and samples mix tasks.
 
     Attributes:
         contender: its name.
-        experts: E of dense routing, where it is not what the model usually has.
+        experts: E of dense routing, where it is not the model's usual one.
         top_k: K and E of top-k routing.
-        one_task: whether all samples are of one task, though there is more than one sample.
+        one_task: whether all of several samples are of one task.
     """
 
     contender: str
@@ -55,11 +56,11 @@ class Case(NamedTuple):
 
     @property
     def is_usual(self) -> bool:
-        """Whether neither the setting nor what the contender is asked to do is unusual."""
+        """Whether the setting is the usual one, and the contender no variant."""
         return self == Case(self.contender) and not self.variant
 
     def __str__(self) -> str:
-        """The name with what is unusual."""
+        """The name, with the differences from the usual setting."""
         text = self.contender
         if self.experts is not None:
             text += f", {self.experts} experts" if self.experts > 1 else ", 1 expert"
@@ -74,16 +75,16 @@ class Step(NamedTuple):
     row: Row
     original: Row | None
 
-    def relative(self, us: float) -> float | None:
-        """A time over the original's median."""
-        return us / self.original.median_us if self.original else None
+    def relative(self, us: float) -> float:
+        """A time over the original's median; NaN where the group has no original."""
+        return us / self.original.median_us if self.original else math.nan
 
 
 Steps = dict[Case, dict[int, Step]]
 
 
 def case_of(row: Row) -> Case:
-    """The contender of a row with what is unusual in its setting."""
+    """The contender of a row with its differences from the usual setting."""
     (E, K, tasks), contender = row.setting, find(row.contender)
     experts, top_k = None, None
     if "E" in contender.depends_on:
@@ -114,7 +115,7 @@ def steps_by_setup(rows: Sequence[Row]) -> dict[ModelSetup, Steps]:
 
 
 def usual(cases: Steps) -> Steps:
-    """Those cases with nothing unusual."""
+    """The usual cases."""
     return {case: steps for case, steps in cases.items() if case.is_usual}
 
 
@@ -129,7 +130,7 @@ _VARIANTS = {ONE_BY_ONE: "samples one after another / at once", ROUTERS: "router
 
 
 def _usual_counterparts(case: Case) -> dict[str, Case]:
-    """The case without each of the things that are unusual in it, by what is then divided by what."""
+    """The case without each of its differences, by the name of the ratio of the two."""
     found = {}
     if case.one_task:
         found["one task / mixed tasks"] = case._replace(one_task=False)
@@ -142,14 +143,14 @@ def _usual_counterparts(case: Case) -> dict[str, Case]:
 
 
 class Comparison(NamedTuple):
-    """Steps with one thing unusual, by batch, each with the usual step of its contender in the same group."""
+    """Steps with one difference, by batch, each with the usual step of its contender in the same group."""
 
     ratio: str
     pairs: dict[int, tuple[Step, Step]]
 
 
 def comparisons(cases: Steps) -> dict[Case, Comparison]:
-    """What one unusual thing makes of a step; cases with several of them are left out."""
+    """Steps with one difference beside the usual ones; cases with several differences are left out."""
     found = {}
     for case, steps in cases.items():
         counterparts = _usual_counterparts(case)

@@ -1,4 +1,4 @@
-"""The contenders of whole UNets as data: what each is made from, how it is run. Building them is not done here."""
+"""The contenders of whole UNets as data: their UNets and their runs. `unet_contenders` builds them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ RUNS = {
         Run("max", "compiled and tuned, in CUDA graphs", "max-autotune", graphs=True),
     )
 }
-# By a user of torch, who has no other graphs than those of compiled code.
+# The runs of a user of torch, whose graphs are those of compiled code.
 _COMPILED = ("compile", "graphs", "max")
 _MULTITASK = ("tasks",)
 
 
 class UNets(NamedTuple):
-    """What a contender's UNets are.
+    """The UNets of a contender.
 
     Attributes:
-        source: what they are made from: a key of `unet_contenders.BUILDERS`.
+        source: a key of `unet_contenders.BUILDERS`.
         backend: of upcycled ones.
-        by_user: compiled as a user of torch would, not by `mtu.compile`.
+        by_user: compiled by `torch.compile`, and not by `mtu.compile`.
     """
 
     source: str
@@ -38,7 +38,7 @@ class UNets(NamedTuple):
 
 
 def _runs(family: str, contender: Contender, *runs: str) -> dict[str, Contender]:
-    """A contender as it is, and as it is run in other ways. The variant, if there is one, ends the name."""
+    """A contender run eagerly, and in other ways. The variant, if there is one, ends the name."""
     variant = f"@{contender.variant}" * bool(contender.variant)
     ways = {family + variant: contender._replace(family=family)}
     for key in runs:
@@ -86,7 +86,7 @@ CONTENDERS: dict[str, Contender] = {
 
 
 def find(name: str) -> Contender:
-    """The contender of a row; rows of those that are not measured any more tell nothing but their name."""
+    """The contender of a row. Rows may be of contenders that are not measured any more; their name is known alone."""
     return CONTENDERS.get(name) or Contender("not measured any more", UNets(""), family=name)
 
 
@@ -97,7 +97,7 @@ def sibling(name: str, *, run: str | None = None, variant: str = "") -> str:
 
 
 def default_contenders(device: str) -> tuple[str, ...]:
-    """What is measured when nothing is named: on a CPU, where compiling takes minutes, what runs without."""
+    """The contenders that are measured by default; on a CPU, where compiling takes minutes, those that run without."""
     if device == "cpu":
         return ("stock", "stock+channels-last", "mtu-eager", "mtu-cpp", "mtu-cpp+channels-last")
     # Tuning takes minutes for each size.

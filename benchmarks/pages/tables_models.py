@@ -61,11 +61,10 @@ def _unet_rows(results: Path, device: str) -> list[Row]:
 def _step(step: Step | None) -> str:
     if step is None:
         return MISSING
-    relative = step.relative(step.row.median_us)
-    if relative is None:
-        return duration(step.row.median_us)
-    own = f" ({duration(step.row.median_us)})" if step.row is step.original else ""
-    return ratio(relative) + own
+    own = duration(step.row.median_us)
+    if step.original is None:
+        return own
+    return ratio(step.relative(step.row.median_us)) + (f" ({own})" if step.row is step.original else "")
 
 
 def settings(results: Path, device: str) -> list[str]:

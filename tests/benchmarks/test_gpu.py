@@ -45,7 +45,9 @@ def test_graphs_are_replayed_and_what_waits_for_the_host_is_timed_without(cuda):
     assert 3 < four.median_us / one.median_us < 5
     assert waiting.median_us > one.median_us
     assert runs.item() > before + 2 * one.rounds
-    assert 0 < host_us(once, cuda) < 1e4
+    issued = host_us(once, cuda)
+    assert issued is not None
+    assert 0 < issued < 1e4
 
 
 def test_peak_of_a_call(cuda):
@@ -61,6 +63,7 @@ def test_a_quick_run(tmp_path):
     assert {row.contender for row in rows} == {"products", "eager", "loop", "mtu-eager", "mtu-triton"}
     for row in rows:
         assert row.graph == (row.contender != "loop" or row.setting.K is None)
+        assert row.host_us is not None
         assert row.host_us > 0
         assert row.source["processor"] == torch.cuda.get_device_name()
 
@@ -98,4 +101,4 @@ def test_several_sizes_and_settings_of_captured_unets(tmp_path):
     rows = unet_targets.TABLE.read(output)
     # Of two pictures with one task and two, of one picture with one; each dense and with top-2.
     assert len(rows) == 2 * (1 + 4) + 2 * (1 + 2)
-    assert all(row.graph and row.warmup_s > 0 for row in rows)
+    assert all(row.graph and row.warmup_s for row in rows)
