@@ -15,7 +15,7 @@ EPS = 1e-5
 # Assumed for a CPU, whose cache sizes torch does not tell.
 _CPU_CACHE_BYTES = 32 * 2**20
 _MAX_SETS = 32
-# A backward pass keeps what the forward pass saved, once for each set.
+# A backward pass keeps the saved tensors of its forward pass, once for each set.
 _MAX_SETS_OF_CPU_BACKWARD = 2
 
 

@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     description = "Times and memory of the routed feed-forward beside its peers, and the ratios that have targets."
     parser = make_parser(TABLE.module, description, CONTENDERS)
     sweep = parser.add_argument_group(
-        "what to measure", "Without any of these: a default sweep. With some: all combinations of what they list."
+        "sweep", "Without these options a default sweep is measured; with some, all combinations of their values."
     )
     add, names = sweep.add_argument, choices(CONTENDERS, "contender")
     add("--shapes", type=parse_shapes, help="DxL, or sets: sd15, sdxl, cpu (default: sd15,sdxl; cpu on a CPU)")

@@ -45,7 +45,7 @@ class Group:
 
     @property
     def code(self) -> int | None:
-        """What the command returned, negative if a signal ended it; None while it runs."""
+        """The exit status of the command, negative if a signal ended it; None while it runs."""
         return self._process.poll()
 
     @property
@@ -60,7 +60,7 @@ class Group:
                 self._process.send_signal(how)
 
     def end(self, how: signal.Signals = signal.SIGTERM) -> None:
-        """Asks the command to stop, waits a while, and kills what is left of its group; also after it has ended."""
+        """Asks the command to stop, waits a while, and kills the rest of its group, also after its end."""
         if self.code is None:
             self.ask(how)
             while self.code is None and time.monotonic() < self._asked + GRACE_SECONDS:

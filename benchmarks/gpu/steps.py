@@ -212,7 +212,7 @@ STEPS: tuple[Step, ...] = (
     _compiled_unet("sd15", 4, seconds=220, timed=20),
     Step("tests", _TESTS_YIELD, _tests, 150, 30, alone=False, stop=signal.SIGINT),
     Step("ffn-compiled", "the feed-forward beside the compiled folded original", _FFN_COMPILED, 75, 30),
-    Step("profile", "what holds the first product back, by ncu where it is installed", _profile, 60, 15),
+    Step("profile", "the bottleneck of the first product, by ncu where it is installed", _profile, 60, 15),
     _compiled_unet("sd15", 8, seconds=220, timed=20),
     _compiled_unet("sd15", 2, seconds=220, timed=20),
     Step("training", "forward and backward passes", _TRAINING, 40, 25),

@@ -22,7 +22,7 @@ class Row:
         graph: whether a CUDA graph was replayed.
         median_us: of the timed rounds, with the 20th and the 80th percentile.
         host_us: time that the host takes to issue a call; None on a CPU.
-        peak_bytes: the most that is held at once beyond what is held before, the weights not counted; of a UNet in a
+        peak_bytes: the most bytes held at once beyond those held before, the weights not counted; of a UNet in a
             CUDA graph the most that was held while the graph was prepared, which its memory is kept for.
         saved_bytes: that the forward pass keeps for the backward pass.
         weight_bytes: of all parameters and buffers that the contender keeps on the device, each storage once.

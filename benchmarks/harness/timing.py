@@ -32,7 +32,7 @@ class Timing(NamedTuple):
     """Times of one call in µs, over the rounds.
 
     Attributes:
-        graph: whether CUDA graphs were replayed; without them the time holds what the host adds.
+        graph: whether CUDA graphs were replayed; without them the time includes the host's part.
     """
 
     median_us: float
@@ -138,7 +138,7 @@ def _in_turn(calls: Sequence[Call]) -> Call:
 
 
 def _captured_runs(contenders: Sequence[Sequence[Call]], capturable: Sequence[bool]) -> tuple[list[bool], list[Call]]:
-    """For each contender whether it was captured, and what runs all its calls."""
+    """For each contender whether it was captured, and a call that runs all its calls."""
     # Graphs share their memory: they run one after the other, and nothing reads their results.
     pool = torch.cuda.graph_pool_handle()
     graphs, runs = [], []
@@ -164,7 +164,7 @@ def _captured(calls: Sequence[Call], pool: Any) -> torch.cuda.CUDAGraph | None:
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     try:
-        # The backward pass runs in a thread of its own, which may do what a capture forbids.
+        # The backward pass runs in a thread of its own, whose calls a capture may forbid.
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             _in_turn(calls)()

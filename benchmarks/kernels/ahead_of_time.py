@@ -27,7 +27,7 @@ class Chip(NamedTuple):
         shared: bytes of shared memory, of which each program takes 1 KB more than it asks for.
         threads: that are resident at most.
         programs: that are resident at most.
-        static: bytes of shared memory that a program has besides what Triton asks for.
+        static: bytes of shared memory of a program that Triton does not ask for.
     """
 
     shared: int

@@ -10,8 +10,8 @@ A product is a grid of programs, shared evenly among the multiprocessors. Of one
 A multiprocessor with n programs, P of them at a time, is busy for the longest of ``fill + n · loop + epilogue`` (loops
 follow one another, and epilogues hide behind other programs' loops), ``n · (fill + loop + epilogue) / P`` (too few
 programs to hide them) and all that is issued. Memory is the other bound: every operand is read once and every result
-written once, but for what the kernel before has left in the L2 cache. Two bounds of equal length hinder each other:
-``(t⁴ + m⁴)^¼``. A library's product is the best of its tiles in the same model.
+written once, but for results that the kernel before has left in the L2 cache. Two bounds of equal length hinder each
+other: ``(t⁴ + m⁴)^¼``. A library's product is the best of its tiles in the same model.
 """
 
 from __future__ import annotations
@@ -86,12 +86,12 @@ class Rates(NamedTuple):
     def missing(self, size: float) -> float:
         """The bytes, of so many that the kernel before has written, that are not in the L2 cache any more.
 
-        Half of the cache counts: each of its two halves keeps what its own multiprocessors read.
+        Half of the cache counts: each of its two halves keeps the reads of its own multiprocessors.
         """
         return max(0.0, size - self.l2_mb * 1e6 / 2)
 
 
-# H100 SXM5: 132 multiprocessors, 989 TFLOP/s dense. Rates: estimates from what libraries are known to reach. Its
+# H100 SXM5: 132 multiprocessors, 989 TFLOP/s dense. Rates are estimates from known results of libraries. Its
 # library has tiles of any multiple of 32 columns, and hides epilogues behind other tiles' loops.
 H100 = Rates(
     "H100 SXM", "sm_90", 132, 1.755, 790, 9.5, 3.0, 2.6, 50, 1.2, cluster=2,
@@ -116,7 +116,7 @@ class Program(NamedTuple):
         issue_cycles: to issue its main loop.
         shared_cycles: of shared memory's traffic.
         latency_cycles: that its main loop takes at least, with the stages in flight that it has.
-        epilogue_cycles: to issue what follows the main loop.
+        epilogue_cycles: to issue the instructions after the main loop.
         resident: programs on a multiprocessor at once.
     """
 

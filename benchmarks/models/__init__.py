@@ -1,1 +1,1 @@
-"""Whole UNets and what they consist of: denoising steps, kernel counts, sizes, imports."""
+"""Whole UNets and their parts: denoising steps, kernel counts, sizes, imports."""

@@ -89,7 +89,7 @@ def build_original(model: str, dtype: str, device: torch.device) -> UNet2DCondit
     """
     with torch.device("meta"):
         unet = UNet2DConditionModel(**MODELS[model])
-    # Never in float32: SDXL would need four times the memory of what is kept while it is cast.
+    # Never in float32: while it is cast, SDXL would need four times the memory that it needs then.
     _cast(unet, DTYPES[dtype]).to_empty(device=device).requires_grad_(False).eval()
     generator = torch.Generator(device).manual_seed(0)
     for module in unet.modules():

@@ -59,7 +59,7 @@ from mtu.experts import stock_config
 # With 16 the standard error is itself too uncertain: one row in twenty was three of them off, and not so with more.
 _PER_TASK = 48
 _QUICK = {"samples": 2, "steps": 2}
-# Samples of a call, at most: it bounds the size of what is compiled, and memory.
+# The most samples of a call, which bounds memory and the sizes that are compiled.
 _BATCH = 16
 
 

@@ -185,7 +185,7 @@ def copy_sharing_weights(pipe: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def weight_bytes(pipes: Iterable[DiffusionPipeline]) -> int:
-    """Bytes of all parameters and buffers that pipelines keep, what they share counted once."""
+    """Bytes of all parameters and buffers that pipelines keep, shared ones counted once."""
     modules = [module for pipe in pipes for module in _modules(pipe)]
     return storage_bytes(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
 
