@@ -1,4 +1,4 @@
-"""The rooms of `benchmarks`: each imports only those before it, and none outgrows what one can overlook."""
+"""The rooms of `benchmarks`: each imports only those before it, and none has too many files."""
 
 import ast
 

@@ -25,7 +25,7 @@ QUICKLY = ["--quick", "--seconds", "0", "--device", "cpu"]
 
 @pytest.fixture
 def no_compiler(monkeypatch):
-    """Compiling takes seconds; what is around it is the same."""
+    """Compiling takes seconds; the code around it is the same."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 

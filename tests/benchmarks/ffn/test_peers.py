@@ -1,4 +1,4 @@
-"""The contenders compute what they are said to compute."""
+"""The contenders have the results of the reference, and wrong ones fail the check."""
 
 import pytest
 import torch

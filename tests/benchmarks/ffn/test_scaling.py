@@ -1,4 +1,4 @@
-"""How the cost of a feed-forward grows: what is measured, and which rows make a line."""
+"""The scaling of a feed-forward: its sweeps, and the rows that make a line."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run on a GPU brought back, put in its places."""
+"""The results of a run on a GPU are put into their places."""
 
 import dataclasses
 import json
@@ -71,7 +71,7 @@ def test_rows_and_tiles_come_to_their_places_once(returned, places):
     assert [row.contender for row in ROWS_TABLE.read(file)] == ["loop", "products", "eager", "mtu-triton"]
     table = tile_rows.read(places.table)
     assert TUNED in table
-    # Other widths, products and architectures stay; what was chosen for this width is gone.
+    # Other widths, products and architectures stay; the earlier choice for this width is gone.
     same = {row for row in ROWS if row.key._replace(tokens=0) == KEY}
     assert set(table) == (set(ROWS) - same) | {TUNED}
     before = contents(places)

@@ -90,7 +90,7 @@ def test_a_step_that_hangs_or_crashes_costs_no_other(folders):
     assert folders.sentence("fails") == "It returned 3: FAILED, not timed: eager"
     assert folders.sentence("absent").startswith("It returned 127: ")
     assert not runs(int(folders.packed()["hangs/child.txt"]))
-    # What failed is run again, after what was not run yet.
+    # Failed steps run again, after those that have not run yet.
     again = [shell("fails", "echo right; date +%s%N > rows.csv"), shell("new", "date +%s%N > rows.csv")]
     assert folders.call(*again) == {"fails": DONE, "new": DONE}
     assert folders.sentence("fails") == ""
@@ -98,7 +98,7 @@ def test_a_step_that_hangs_or_crashes_costs_no_other(folders):
     assert folders.packed()["new/rows.csv"] < folders.packed()["fails/rows.csv"]
 
 
-def test_what_fills_the_time_comes_after_what_is_tried_again_and_tuning_is_tried_again_last():
+def test_steps_that_fill_the_time_come_after_failed_ones_and_tuning_is_the_last_failed_one():
     names = ["smoke", "tune", "ffn", "unet", "icons", "new", "cut", "done"]
     steps = [shell(name, "true", decides=name == "smoke", fills=name == "icons") for name in names]
     before = {"smoke": FAILED, "tune": ENDED, "ffn": FAILED, "unet": ENDED, "cut": CUT, "icons": LATE, "done": DONE}
@@ -169,7 +169,7 @@ def test_only_steps_that_follow_each_other_run_together():
     assert list(stages([a, b, c, d, e])) == [[a], [b, c], [d], [e]]
 
 
-def test_what_is_timed_alone_must_fit_beside_what_else_is():
+def test_the_times_of_steps_that_are_timed_alone_add_up():
     a, b, c = (Step(name, "", lambda place: [], 100, 40, alone=False, timed=20) for name in "abc")
     beside = Step("beside", "", lambda place: [], 100, 30, alone=False)
     stage = [a, b, c, beside]
@@ -292,7 +292,7 @@ def test_results_that_cannot_be_copied_out_stay_and_the_rest_goes_on(folders, ca
     assert {"one/rows.csv", "two/rows.csv"} <= folders.packed().keys()
 
 
-def test_what_ended_of_another_commit_says_nothing_of_this_one(folders):
+def test_steps_of_another_commit_do_not_count(folders):
     assert folders.call(shell("one", "true")) == {"one": DONE}
     state = State(folders.state, "def5678+tuned/../x")
     assert state.outcome("one") is None

@@ -1,4 +1,4 @@
-"""The first step of a run on a GPU: what it says of a machine that is unfit, and of results that are wrong."""
+"""The first step of a run on a GPU: its messages about unfit machines and wrong results."""
 
 import pytest
 import torch

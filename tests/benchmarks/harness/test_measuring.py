@@ -1,4 +1,4 @@
-"""Times, memory, and what is to be measured."""
+"""Times, memory, and the sweeps."""
 
 import pytest
 import torch
@@ -186,7 +186,7 @@ def test_graphs_are_timed_without_the_host_and_apart_from_what_is_launched_one_b
     )
     assert [timing.graph for timing in timings] == [False, True, True]
     assert [timing.median_us for timing in timings[1:]] == pytest.approx([100, 700])
-    # What is launched one by one takes as long as the host does, with its event.
+    # Kernels that are launched one by one take as long as the host does, with its event.
     assert timings[0].median_us == pytest.approx(3001)
     first = device.order.index("eager")
     assert "eager" not in device.order[:first]

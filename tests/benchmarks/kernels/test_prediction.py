@@ -1,4 +1,4 @@
-"""The model of kernels' times: its laws, and what it says of the feed-forward as it was."""
+"""The model of kernels' times: its laws, and its results for earlier versions of the feed-forward."""
 
 import csv
 

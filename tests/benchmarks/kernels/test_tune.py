@@ -1,4 +1,4 @@
-"""The tuner without a GPU: what it would measure, what it makes of times, and the file it writes."""
+"""The tuner without a GPU: its tasks, its choice of tiles by their times, and the file that it writes."""
 
 import math
 import time
@@ -84,7 +84,7 @@ def test_shapes_of_one_key_are_measured_once():
     assert tasks.keys() == keys
 
 
-def test_what_all_inference_runs_is_measured_first():
+def test_the_products_of_inference_are_measured_first():
     tasks = list(tune.tasks_of(PRODUCTS, ((640, 1024),), "sm_90", batches=(2,)).values())
     dense = [task.product for task in tasks if task.shape.K is None]
     assert [task.shape.K for task in tasks] == [None] * len(PRODUCTS) + [2] * len(PRODUCTS)
@@ -200,7 +200,7 @@ WAIT = Instruction(0x10, "WARPGROUP.DEPBAR.LE", None)
         (0, 100 * 1024, (WAIT,) * 4, "it waits 4 times for its products in a step of its main loop"),
     ],
 )
-def test_what_spills_or_does_not_fit_or_is_serialised_is_not_measured(stack, shared, loop, reason):
+def test_tiles_that_spill_or_do_not_fit_or_are_serialised_are_not_measured(stack, shared, loop, reason):
     compiled = Compiled(None, shared, 0, MachineCode(90, stack, loop, loop, ()))
     assert why_refused(compiled, "sm_90") == reason
     assert why_refused(compiled._replace(shared=0, code=None), "gfx942") is None

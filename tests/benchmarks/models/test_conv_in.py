@@ -24,7 +24,7 @@ def test_rows_and_ratios(tmp_path, capsys):
     assert set(provenance("")) < set(rows[0])
 
 
-def test_what_is_timed_has_the_size_of_stable_diffusion():
+def test_the_timed_convolutions_have_the_size_of_stable_diffusion():
     calls = conv_in.contenders(3, torch.float32, torch.device("cpu"))
     assert {name: call().shape for name, call in calls.items()} == dict.fromkeys(calls, (3, 320, 64, 64))
     assert not any(call().requires_grad for call in calls.values())

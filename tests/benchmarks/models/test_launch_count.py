@@ -31,6 +31,7 @@ def test_the_feed_forward():
 
 
 @counted
+@pytest.mark.slow
 def test_the_block():
     stock, upcycled = counts("block")
     # Six products and one attention in each attention layer, two products in the feed-forward.
@@ -59,7 +60,7 @@ def test_an_operator_counts_as_what_it_launches():
     assert first.startswith("expert_in")
 
 
-def test_what_is_not_known_is_not_left_out():
+def test_unknown_calls_are_errors():
     code = "def call(args):\n    args.clear()\n    {}\n"
     launches = launches_of(Generated(code.format("triton_poi_0.run(x); extern_kernels.mm(x)"), ()))
     assert launches == (("triton_poi_0",), ("mm",), ())
@@ -71,7 +72,7 @@ def test_what_is_not_known_is_not_left_out():
 
 @counted
 def test_the_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(launch_count, "count", lambda subject: launch_count.Launches(("a",) * 3, ("b",), ()))
+    monkeypatch.setattr(launch_count, "count", lambda compiled: launch_count.Launches(("a",) * 3, ("b",), ()))
     output = tmp_path / "rows.csv"
     assert launch_count.main(["--shapes", "320x4096", "--unets", "tiny", "--output", str(output)]) == 0
     with output.open(newline="") as file:

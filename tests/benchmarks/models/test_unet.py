@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import gc
 
 import pytest
 import torch
@@ -23,6 +24,14 @@ SOURCE = {"commit": "abc1234", "processor": "Some CPU"}
 TARGET = "SD 1.5 at 512x512, four mixed tasks / the original, eager"
 # Dynamo says this of diffusers' code.
 COMPILING = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_objects_to_collect():
+    """Each group ends with a collection, which takes half a second where all that was imported is looked through."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def make_row(contender, seconds, workload=PUBLISHED, setting=DENSE, group="g", **columns):
@@ -136,8 +145,9 @@ def test_graphs_are_refused_off_cuda(tmp_path, capsys):
 
 
 @COMPILING
+@pytest.mark.slow
 def test_compiled_contenders_are_warmed_up_once_for_all_tasks(tmp_path, monkeypatch):
-    # Tracing is what depends on this library; generating code takes five times as long.
+    # Only tracing depends on this library; generating code takes five times as long.
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, *, mode, **options: compile(model, backend="eager", **options))
     output = tmp_path / "rows.csv"
@@ -164,13 +174,13 @@ def _specialised(family, setting, contender):
     return Deployment((), parts)
 
 
-def test_what_is_compiled_again_for_other_tasks_is_not_timed(tmp_path, capsys, monkeypatch):
+def test_contenders_that_are_compiled_again_for_other_tasks_are_not_timed(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(BUILDERS, "upcycled", _specialised)
     output = tmp_path / "rows.csv"
     assert run_quickly(output, "--tasks", "4", contenders="mtu-eager+compile")[0] == 1
     assert "Recompiled: Detected recompile" in capsys.readouterr().err
     assert not output.exists()
-    # One task asks for no other code. With caches, what compiling took says nothing.
+    # One task asks for no other code. With caches, the time of compiling means nothing.
     assert run_quickly(output, "--tasks", "1", contenders="mtu-eager+compile")[0] == 0
     assert run_quickly(output, "--tasks", "1", "--warm-caches", contenders="mtu-eager+compile")[0] == 0
     cold, warm = TABLE.read(output)
@@ -203,7 +213,7 @@ def test_a_group_that_is_prepared_waits_for_its_turn_and_its_kernels_are_counted
     )
 
 
-def test_who_waits_for_a_parent_that_is_gone_ends(tmp_path, monkeypatch):
+def test_a_process_that_waits_for_a_parent_that_is_gone_ends(tmp_path, monkeypatch):
     parents = iter((10, 10, 1))
     monkeypatch.setattr("benchmarks.models.unet.os.getppid", lambda: next(parents))
     with pytest.raises(SystemExit, match=f"The process that was to make {tmp_path / 'go'} is gone"):
@@ -282,7 +292,7 @@ def test_a_file_of_other_columns_is_refused_before_anything_is_built(tmp_path, c
     assert output.read_text() == "model\n"
 
 
-def test_what_is_measured_by_default():
+def test_contenders_that_are_measured_by_default():
     assert {*default_contenders("cuda"), *default_contenders("cpu")} <= {*CONTENDERS}
     assert {"stock+graphs", "mtu-triton+graphs", "mtu-triton+graphs@each", "lora-hotswap"} <= {
         *default_contenders("cuda")

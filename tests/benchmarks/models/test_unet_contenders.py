@@ -1,4 +1,4 @@
-"""The UNets, contenders and peers of the benchmark: each computes what it should, or is caught."""
+"""The UNets, contenders and peers of the benchmark: right ones pass the check, and wrong ones fail it."""
 
 import functools
 
@@ -176,7 +176,7 @@ def _other_dtype(upcycled):
 
 @pytest.mark.parametrize("setting", [DENSE, TOP_2], ids=["dense", "top2"])
 @pytest.mark.parametrize("spoil", [_no_bias, _no_affine_of_one_task, _heavy_routing, _nan_in_one_row, _other_dtype])
-def test_what_is_computed_wrongly_is_not_timed(setting, spoil):
+def test_wrong_results_are_not_timed(setting, spoil):
     # The last row is not among those that are compared.
     batch = draw(WORKLOAD._replace(B=5), tasks=4)
     expected = reference(setting if setting.K else Setting())

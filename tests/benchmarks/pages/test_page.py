@@ -1,4 +1,4 @@
-"""The page: right cells from the rows, what is missing said, and no figure that drifts."""
+"""The page: its cells, its notes on missing rows, and that it agrees with the files."""
 
 import re
 
@@ -155,7 +155,7 @@ def test_settings_over_the_usual(paths):
         tables_models.settings(results, "cpu")
 
 
-def test_what_serving_takes_is_that_of_four_tasks(paths):
+def test_the_costs_of_serving_are_those_of_four_tasks(paths):
     results, _, _ = paths
     rows = [make_step(name, time * B, B=B, images_per_s=4.25 * B) for B in (4, 8) for name, time in STEPS.items()]
     rows += [make_step("mtu-cpp", 900, B=8), make_step("mtu-eager", 100, switch_us=0.004)]

@@ -1,4 +1,6 @@
-"""Pictures: what is drawn, that it is written, and what is said where nothing can be."""
+"""Pictures: their points, their files, and the message where nothing can be drawn."""
+
+import math
 
 import pytest
 from matplotlib.image import imread
@@ -25,7 +27,7 @@ def test_labels_say_what_is_unusual():
     assert str(case_of(make_step("mtu-cpp", 1, setting=Setting(4, 2, 1)))) == "mtu-cpp, top-2 of 4, one task"
     assert str(case_of(make_step("mtu-cpp", 1, setting=Setting(8)))) == "mtu-cpp, 8 experts, one task"
     assert str(case_of(make_step("mtu-cpp", 1, setting=Setting(1, DENSE, 4), model="sdxl"))) == "mtu-cpp"
-    # One sample has one task, whatever was asked for; the original and a folded task know of none.
+    # One sample has one task, also where more were asked for; the original and a folded task have none.
     assert str(case_of(make_step("mtu-cpp", 1, B=1))) == "mtu-cpp"
     assert str(case_of(make_step("stock", 1))) == "stock"
     assert str(case_of(make_step("mtu-cpp-folded", 1))) == "mtu-cpp-folded"
@@ -39,10 +41,10 @@ def test_steps_are_relative_to_the_original_of_their_group():
     steps = cases[Case("mtu-cpp")]
     assert steps[4].relative(900) == 0.9
     assert steps[2].original is None
-    assert steps[2].relative(1) is None
+    assert math.isnan(steps[2].relative(1))
 
 
-def test_what_is_unusual_is_divided_by_the_usual_row_of_the_group():
+def test_unusual_steps_are_divided_by_the_usual_step_of_their_group():
     one_task, top_2 = Setting(4, DENSE, 1), Setting(4, 2, 4)
     rows = [make_step("mtu-cpp", 100), make_step("mtu-cpp", 98, setting=one_task)]
     rows += [make_step("mtu-cpp", 80, setting=top_2), make_step("mtu-cpp", 79, setting=top_2._replace(tasks=1))]
@@ -93,7 +95,7 @@ def test_all_pictures_of_a_folder(tmp_path, capsys):
     assert sorted(line.rpartition("/")[2] for line in capsys.readouterr().out.splitlines()) == names
 
 
-def test_what_cannot_be_drawn_is_said_after_the_others_were(tmp_path, capsys):
+def test_pictures_that_cannot_be_drawn_are_reported_after_the_others(tmp_path, capsys):
     write_rows(tmp_path / "scaling_cuda.csv", [make_row("eager", 1, setting=FOUR)])
     write_rows(tmp_path / "unet_cuda.csv", [make_step("stock", 10), make_step("mtu-triton", 9)])
     with pytest.raises(SystemExit, match="2"):

@@ -49,9 +49,21 @@ def pipe(folder):
     return pipeline_models.load_pipeline(folder)
 
 
+@pytest.fixture(autouse=True)
+def _one_checked_step(monkeypatch):
+    monkeypatch.setattr(pipeline, "_CHECKED_STEPS", 1)
+
+
+@pytest.fixture
+def loaded(pipe, monkeypatch):
+    """The commands get the pipeline that was loaded before: loading and upcycling take as long as the rest."""
+    for module in (pipeline, image_psnr):
+        monkeypatch.setattr(module, "load_pipeline", lambda folder: pipe)
+
+
 @pytest.fixture
 def no_compiler(monkeypatch):
-    """Compiling takes seconds; what is around it is the same."""
+    """Compiling takes seconds; the code around it is the same."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
@@ -93,7 +105,9 @@ def test_a_run_from_start_to_report(folder, tmp_path, capsys):
     assert f"mtu: {int(rows[1]['median_us']) / int(rows[0]['median_us']):.3f} of stock-each" in out
 
 
-def test_compiled_contenders_are_warmed_up_and_graphs_refused_off_gpus(folder, tmp_path, capsys, caplog, no_compiler):
+@pytest.mark.slow
+@pytest.mark.usefixtures("loaded", "no_compiler")
+def test_compiled_contenders_are_warmed_up_and_graphs_refused_off_gpus(folder, tmp_path, capsys, caplog):
     output = tmp_path / "rows.csv"
     names = "stock-each+compile,mtu+compile,mtu-each+compile,mtu+graphs"
     assert run_quickly(pipeline, folder, output, "--contenders", names, "--steps", "1")[0] == 0
@@ -111,6 +125,7 @@ def test_compiled_contenders_are_warmed_up_and_graphs_refused_off_gpus(folder, t
     assert not new_sizes, "the warm-up must know them all"
 
 
+@pytest.mark.usefixtures("loaded")
 def test_wrong_images_end_in_an_error(folder, tmp_path, capsys, monkeypatch):
     right = pipeline.stock_images
     monkeypatch.setattr(pipeline, "stock_images", lambda *given: 1 - right(*given))
@@ -194,11 +209,11 @@ def test_each_task_makes_images_of_its_own(pipe):
     samples = draw_samples(pipe, 1)
     edit = samples[1]
     for other in (SUPER_RESOLUTION.name, "remove"):
-        index, ids = pipe.unet.task_index(other), pipe.unet.task_ids
+        index = pipe.unet.task_index(other)
         own = pipeline_models.upcycled_images(pipe, [edit], 2)
         pipe.unet.task_ids = lambda names, device=None, index=index: torch.full((len(names),), index)
         swapped = pipeline_models.upcycled_images(pipe, [edit], 2)
-        pipe.unet.task_ids = ids
+        del pipe.unet.task_ids
         assert (own - swapped).abs().max() > 1e-3
     turned = edit._replace(image=edit.image.flip(-1))
     assert (own - pipeline_models.upcycled_images(pipe, [turned], 2)).abs().max() > 1e-3
@@ -245,7 +260,7 @@ def test_copies_share_weights_but_not_their_layout(pipe):
     assert pipe.unet.conv_out.weight.stride() == before
 
 
-def test_what_is_computed_wrongly_is_not_timed():
+def test_wrong_results_are_not_timed():
     exact = torch.linspace(0, 1, 48).view(1, 3, 4, 4)
     user = (exact + 0.01).bfloat16()
     check_images((exact - 0.015).bfloat16(), user, exact)
@@ -267,7 +282,8 @@ def test_contenders_are_compared_with_the_stock_pipelines_run_in_the_same_way():
 # ---------------------------------------------------------------------------------------------------------- PSNR
 
 
-def test_a_run_of_all_paths_from_start_to_table(folder, tmp_path, capsys, no_compiler):
+@pytest.mark.usefixtures("loaded", "no_compiler")
+def test_a_run_of_all_paths_from_start_to_table(folder, tmp_path, capsys):
     output = tmp_path / "image_psnr_cpu.csv"
     arguments = ["--paths", "mtu-eager,mixed,compiled", "--samples", "1", "--steps", "1"]
     _, arguments = run_quickly(image_psnr, folder, output, *arguments)
@@ -288,6 +304,7 @@ def test_a_run_of_all_paths_from_start_to_table(folder, tmp_path, capsys, no_com
             assert 20 < float(row["psnr_db"]) < 80
 
 
+@pytest.mark.usefixtures("loaded")
 def test_paths_that_cannot_run_are_skipped_and_wrong_ones_end_in_an_error(folder, tmp_path, capsys, monkeypatch):
     def refuse(*arguments):
         raise RuntimeError("Nothing of the kind runs here.")
@@ -324,7 +341,7 @@ def test_the_standard_error_of_a_mean():
 
 def test_rows_are_compared_with_the_stock_pipelines_task_by_task():
     stock = torch.tensor([1e-4, 1e-3] * 8, dtype=torch.float64)
-    # As far as a factor of two, but for the first sample of each task: it makes most of what is pooled.
+    # As far as a factor of two, but for the first sample of each task: it makes most of the pooled error.
     worse = 2 * stock
     worse[:2] *= 100
     workload = WORKLOAD._replace(B=16)
