@@ -58,6 +58,7 @@ def test_a_new_task_leaves_the_others_bit_identical(config, settings, channels):
     assert [spec.name for spec in unet.tasks] == [*OLD[:4], "depth"]
     assert unet.conv_in.in_channels == 4 + max(4, channels)
     assert unet.config.in_channels == 4
+    assert (unet.conv_in.weight[4, :, 4 + channels :] == 0).all()  # kernels are padded with zeros
     for name, tensors in before.items():
         assert_same_rows(own_rows(unet, name), tensors)
     assert_close(predict(unet, given, *OLD), expected)
