@@ -95,6 +95,7 @@ ROUTED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("settings", "dropped", "has_ids"), ROUTED)
 def test_onnx_by_torchscript(settings, dropped, has_ids):
     pytest.importorskip("onnx")
@@ -113,6 +114,7 @@ def test_onnx_by_torchscript(settings, dropped, has_ids):
     assert found.total() < 1.75 * stock.total()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, TOP2], ids=["dense", "expert_norms_top2"])
 def test_onnx_by_dynamo(settings):
     pytest.importorskip("onnxscript")
@@ -122,6 +124,7 @@ def test_onnx_by_dynamo(settings):
     assert_runs_as(to_onnx_by_dynamo(module, calls[0]), module, calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "to_onnx"), [(SD, to_onnx_by_torchscript), (SMALL, to_onnx_by_dynamo)], ids=["torchscript", "dynamo"]
 )
@@ -133,6 +136,7 @@ def test_onnx_of_a_pruned_export(config, to_onnx):
     assert_runs_as(to_onnx(module, calls[0]), module, calls)
 
 
+@pytest.mark.slow
 def test_onnx_of_a_model_with_an_adapter():
     """Wrapped Linears are called as modules, which is another path."""
     pytest.importorskip("onnx")
@@ -145,6 +149,7 @@ def test_onnx_of_a_model_with_an_adapter():
     assert_runs_as(to_onnx_by_torchscript(module, calls[0]), module, calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
 def test_torch_export(strict):
     unet = upcycled_unet(SMALL, **TOP2)
