@@ -163,7 +163,9 @@ def test_torch_export(strict):
         assert_close(program.module()(*others[0]), module(*others[0]))
 
 
-@pytest.mark.parametrize("settings", [{}, TOP2], ids=["dense", "expert_norms_top2"])
+@pytest.mark.parametrize(
+    "settings", [{}, pytest.param(TOP2, marks=pytest.mark.slow)], ids=["dense", "expert_norms_top2"]
+)
 def test_torch_jit_trace(settings):
     unet = upcycled_unet(**settings)
     module = Noise(unet).eval()

@@ -140,6 +140,7 @@ def test_hooks_on_the_linears_run_and_count(settings):
     assert_differ(predict(unet, given, *NAMES), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropped", [False, True], ids=["routers", "dropped"])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_sequential_offloading(settings, dropped):
@@ -293,6 +294,7 @@ def test_one_compilation_serves_training(dynamo):
             assert (actual - expected).abs().max() <= 2 * TOLERANCE * max(1e-2, expected.abs().max())
 
 
+@pytest.mark.slow
 def test_repeated_blocks_are_compiled_and_one_compilation_serves_tasks(dynamo):
     unet = upcycled_unet()
     given = inputs(unet)

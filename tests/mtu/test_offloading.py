@@ -17,7 +17,7 @@ MODELS = [
     pytest.param({}, False, id="dense"),
     pytest.param(TOP_2, False, id="top2", marks=pytest.mark.slow),
     pytest.param({}, True, id="dense-dropped", marks=pytest.mark.slow),
-    pytest.param(TOP_2, True, id="top2-dropped"),
+    pytest.param(TOP_2, True, id="top2-dropped", marks=pytest.mark.slow),
 ]
 pytestmark = pytest.mark.parametrize(("settings", "dropped"), MODELS)
 
@@ -104,6 +104,7 @@ def test_device_maps(settings, dropped, on_disk, tmp_path):
         loaded.remove_task("edit")
 
 
+@pytest.mark.slow
 def test_an_inferred_map(settings, dropped, tmp_path):
     unet = model(settings, dropped)
     given = inputs(unet)

@@ -304,7 +304,7 @@ def assert_same(actual, expected):
             assert error <= CLOSE * scale, f"error {error:.3g} of {scale:.3g}"
 
 
-ESSENTIAL = {"forward", "add_task", "save_task", "export_task", "fit"}
+ESSENTIAL = {"forward", "add_task", "fit"}
 CELLS = [
     pytest.param(name, method, id=f"{name}-{method}", marks=() if method in ESSENTIAL and state.only is None else SLOW)
     for name, state in STATES.items()

@@ -376,8 +376,10 @@ def test_the_meta_device():
 
 @pytest.mark.parametrize(
     ("config", "stock_millions", "blocks", "trained_billions", "ratio"),
-    [(SD15, 859.5, 16, 0.1584, 1.011), (SDXL_BASE, 2567.5, 70, 1.524, 1.115)],
-    ids=["sd15", "sdxl"],
+    [
+        pytest.param(SD15, 859.5, 16, 0.1584, 1.011, id="sd15"),
+        pytest.param(SDXL_BASE, 2567.5, 70, 1.524, 1.115, id="sdxl", marks=pytest.mark.slow),
+    ],
 )
 def test_the_papers_parameter_counts(config, stock_millions, blocks, trained_billions, ratio):
     with init_empty_weights():

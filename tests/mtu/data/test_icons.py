@@ -104,6 +104,7 @@ def test_text_to_image_shows_the_captions_icon_in_the_splits_combinations(split:
     assert min(styles["outlined "], styles[None]) > 60
 
 
+@pytest.mark.slow
 def test_training_pictures_are_never_held_out_combinations(monkeypatch: pytest.MonkeyPatch) -> None:
     painted = []
 

@@ -136,6 +136,7 @@ def test_blocks_that_are_compiled_by_themselves_compile_once_a_shape(dropped, co
         assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_blocks_beside_a_compiled_one(dynamo):
     unet = upcycled_unet(SDXL)
     given = inputs(unet)

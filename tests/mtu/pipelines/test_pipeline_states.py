@@ -138,7 +138,7 @@ def lora(shared_pipe, tmp_path_factory):
 
 
 CELLS = [
-    pytest.param(name, method, marks=() if method in ("call", "export_task") else pytest.mark.slow)
+    pytest.param(name, method, marks=() if method == "call" else pytest.mark.slow)
     for name, state in STATES.items()
     for method in METHODS
     if method not in state.stock_fails

@@ -62,6 +62,7 @@ def test_every_batch_mixes_the_tasks_and_examples_are_held_out() -> None:
     assert all(torch.equal(a.target, b.target) and a.prompt == b.prompt for a, b in zip(examples, again, strict=True))
 
 
+@pytest.mark.slow
 def test_measures_are_right_for_images_that_are_known(base: Path) -> None:
     pipeline = mtu.upcycle(StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32), ICON_TASKS)
     examples = held_out(2, seed=0)
@@ -81,6 +82,7 @@ def test_measures_are_right_for_images_that_are_known(base: Path) -> None:
             assert 5 < row.copy < 40
 
 
+@pytest.mark.slow
 def test_images_do_not_depend_on_how_they_are_batched(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = mtu.upcycle(StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32), ICON_TASKS)
     examples = held_out(1, seed=0)

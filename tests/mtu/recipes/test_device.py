@@ -52,6 +52,7 @@ def test_a_device_that_cannot_be_used_is_one_sentence_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_training_is_where_the_model_is() -> None:
     """On the meta device, whose tensors do not mix with the CPU's. Latents are drawn, and kept, on the CPU."""
     pipeline = new_pipeline(MINIATURE)

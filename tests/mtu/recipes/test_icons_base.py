@@ -136,6 +136,7 @@ def test_instructions_say_what_the_picture_shows() -> None:
     assert set(words) <= set(vocabulary())
 
 
+@pytest.mark.slow
 def test_scenes_show_both_icons_or_the_one_that_is_left() -> None:
     rng, config = np.random.default_rng(0), PromptConfig(scenes=200, dropout=0.0)
     scenes = scene_pictures(rng, config)
@@ -231,6 +232,7 @@ def test_an_autoencoder_of_no_use_stops_the_training() -> None:
         vae_module.set_scaling_factor(vae, 0, pictures=2)
 
 
+@pytest.mark.slow
 def test_untrained_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
     first, again = new_pipeline(MINIATURE), new_pipeline(MINIATURE)
     save_model(first, tmp_path)

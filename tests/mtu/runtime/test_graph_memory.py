@@ -17,6 +17,7 @@ from .compiled_models import GRAPHS, NAMES, compiled, plain, replace_data
 pytestmark = pytest.mark.usefixtures("dynamo")
 
 
+@pytest.mark.slow
 def test_threads_wait_for_each_other():
     unet, _ = compiled(upcycled_unet(SMALL), GRAPHS)
     calls = [inputs(unet, seed=seed) for seed in range(4)]

@@ -365,6 +365,7 @@ def test_resuming_from_a_missing_or_broken_part_says_so(tmp_path: Path) -> None:
         train(directory=tmp_path, resume=True)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_may_be_cut_off_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def train_on(directory: Path) -> None:
         train(replace(CONFIG, checkpoint_every=5), directory, resume=True)
