@@ -47,7 +47,7 @@ def exact(pipe, samples):
 @pytest.fixture(scope="module")
 def allowed(pipe, samples, exact):
     """PSNR of the stock pipelines on the exported tasks in bfloat16, of each task and of all."""
-    images = image_psnr.PATHS[STOCK].images(origin_of(pipe, torch.bfloat16), samples, STEPS)
+    images = image_psnr.PATHS[STOCK].implementation.images(origin_of(pipe, torch.bfloat16), samples, STEPS)
     return psnrs(pipe, images, exact)
 
 
@@ -80,7 +80,10 @@ def through(plan):
     return images
 
 
-PATHS = {name: image_psnr.PATHS[name].images for name in (STOCK, "mtu-eager", "mtu-cpp", "mixed", "folded-cpp")}
+PATHS = {
+    name: image_psnr.PATHS[name].implementation.images
+    for name in (STOCK, "mtu-eager", "mtu-cpp", "mixed", "folded-cpp")
+}
 PATHS |= {"compiled": through(Plan({"backend": "eager"}, False)), "graphs": through(Plan(None, True))}
 
 
