@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditio
 from torch import Tensor
 
 import mtu_kernels
-from mtu.compat.plain_linear import is_replaced
+from mtu.compat.plain_linear import has_replaced_forward
 from mtu.compat.private_interfaces import has_accelerate_hook
 from mtu.experts import ExpertConfig, NormMode, stock_config
 from mtu.models import parts
@@ -216,7 +216,7 @@ def _check_stock(unet: object) -> None:
     if any(module._compiled_call_impl is not None for module in unet.modules()):
         raise ValueError("upcycle takes a UNet that is not compiled: compile the upcycled one, with mtu.compile.")
     # What is not in the tensors would be lost: the upcycled model is built on them alone.
-    hooked = [name for name, m in unet.named_modules() if has_accelerate_hook(m) or is_replaced(m)]
+    hooked = [name for name, m in unet.named_modules() if has_accelerate_hook(m) or has_replaced_forward(m)]
     dtypes = {parameter.dtype for parameter in unet.parameters()}
     devices = {parameter.device.type for parameter in unet.parameters()}
     if hooked or not dtypes <= {torch.float64, torch.float32, torch.bfloat16, torch.float16} or len(devices) > 1:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["RouterLinear", "is_called_as_it_is", "is_plain_linear", "is_replaced", "without_eight_bits"]
+__all__ = ["RouterLinear", "has_replaced_forward", "has_unmodified_call", "is_plain_linear", "skip_8bit_casts"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -38,10 +38,10 @@ class RouterLinear(nn.Module):
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
     def _apply(self, fn, recurse: bool = True):
-        return super()._apply(without_eight_bits(fn), recurse)
+        return super()._apply(skip_8bit_casts(fn), recurse)
 
 
-def without_eight_bits(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def skip_8bit_casts(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """`fn` of `nn.Module._apply`, but for casts to eight bits, as which layerwise casting stores whole models.
 
     Routing weights from such routers pick other experts with top-k.
@@ -70,24 +70,24 @@ def is_plain_linear(module: nn.Module) -> bool:
         and bias is not None
         and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
         and not (own["_backward_hooks"] or own["_backward_pre_hooks"])
-        and not is_replaced(module)
+        and not has_replaced_forward(module)
         and weight.dtype in _DTYPES
         and not is_traceable_wrapper_subclass(weight)
     )
 
 
-def is_called_as_it_is(module: nn.Module) -> bool:
+def has_unmodified_call(module: nn.Module) -> bool:
     """Whether calling a module runs the forward of its class, here, and nothing before or after it."""
     own = vars(module)
     return not (
         own["_forward_hooks"]
         or own["_forward_pre_hooks"]
         or own.get("_compiled_call_impl") is not None
-        or is_replaced(module)
+        or has_replaced_forward(module)
     )
 
 
-def is_replaced(module: nn.Module) -> bool:
+def has_replaced_forward(module: nn.Module) -> bool:
     """Whether a module's forward is another than that of its class."""
     forward = vars(module).get("forward")
     # Taking a hook off leaves the class's own behind.

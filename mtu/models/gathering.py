@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mtu.compat.plain_linear import RouterLinear, is_called_as_it_is, is_plain_linear, is_replaced
+from mtu.compat.plain_linear import RouterLinear, has_replaced_forward, has_unmodified_call, is_plain_linear
 from mtu.compat.private_interfaces import has_accelerate_hook
 from mtu.models.norm import TaskLayerNorm
 from mtu.models.router import Gathered, Router, RoutingTable
@@ -98,7 +98,7 @@ def can_route_ahead(unet: nn.Module, block_names: Iterable[str]) -> bool:
     """
     names = {outer for name in block_names for outer in ("", *_prefixes(f"{name}.ff.router"))}
     for module in map(unet.get_submodule, names):
-        if is_replaced(module) and not has_accelerate_hook(module):
+        if has_replaced_forward(module) and not has_accelerate_hook(module):
             return False
         if isinstance(module, Router) and not all(map(_has_its_weights, module.children())):
             return False
@@ -107,7 +107,7 @@ def can_route_ahead(unet: nn.Module, block_names: Iterable[str]) -> bool:
 
 def _has_its_weights(linear: nn.Module) -> bool:
     """Whether a layer of a router may be called, whatever is not being called around it."""
-    if type(linear) is not RouterLinear or is_replaced(linear):
+    if type(linear) is not RouterLinear or has_replaced_forward(linear):
         return True
     return is_plain_linear(linear) and not linear.weight.is_meta
 
@@ -138,7 +138,7 @@ def _rows(tables: Sequence[Tensor], task_ids: Tensor) -> list[Tensor]:
 
 def _open_layers(stack: BlockStack, device: torch.device) -> Iterator[_Layer]:
     """The layers of a stack whose tensors may be read before their turn."""
-    if not all(map(is_called_as_it_is, stack.outer)):
+    if not all(map(has_unmodified_call, stack.outer)):
         return
     for block in stack.blocks:
         # Not by attribute: that takes five times as long, and there are seventy of these in every step.
@@ -148,7 +148,7 @@ def _open_layers(stack: BlockStack, device: torch.device) -> Iterator[_Layer]:
             type(norm) is TaskLayerNorm
             # What wraps the network (a compiler, an adapter) has no router of its own.
             and router is not None
-            and all(map(is_called_as_it_is, (block, norm, feed_forward, router)))
+            and all(map(has_unmodified_call, (block, norm, feed_forward, router)))
             and _is_at_hand(norm._parameters.get("weight"), device)
             and _is_at_hand(norm._parameters.get("bias"), device)
             and _can_route(router, device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtu.compat.plain_linear import RouterLinear, is_plain_linear, is_replaced, without_eight_bits
+from mtu.compat.plain_linear import RouterLinear, has_replaced_forward, is_plain_linear, skip_8bit_casts
 from mtu.experts import ExpertConfig
 from mtu.models.task_rows import PerTaskModule
 from mtu_kernels import NormAffine, Routing, top_k_routing
@@ -106,7 +106,7 @@ class TaskEmbedding(PerTaskModule):
         return self.weight.view_as(self.weight)
 
     def _apply(self, fn, recurse: bool = True):
-        return super()._apply(without_eight_bits(fn), recurse)
+        return super()._apply(skip_8bit_casts(fn), recurse)
 
 
 class Router(nn.Module):
@@ -227,7 +227,7 @@ class RoutingTable(PerTaskModule):
     buffers, were those not forgotten by offloading to disk.
     """
 
-    # Read by `mtu.compat.in_memory`, which takes other integers for those of a quantizer.
+    # Read by `mtu.compat.parameter_access`, which takes other integers for those of a quantizer.
     has_integer_parameters = True
 
     def __init__(self, config: ExpertConfig, num_tasks: int) -> None:
@@ -250,7 +250,7 @@ class RoutingTable(PerTaskModule):
 
     def forward(self, embedding: Tensor | None = None) -> Routing:
         """The routing of every task: weights (T, K) float32, indices (T, K) int32 or None."""
-        if is_replaced(self):
+        if has_replaced_forward(self):
             # Offloading takes the memory of parameters away where they are, after the call.
             return Routing(self.weights.detach(), None if self.indices is None else self.indices.detach())
         return Routing(self.weights, self.indices)

@@ -11,13 +11,13 @@ from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from torch import Tensor, nn
 
 from mtu.compat.private_interfaces import (
-    CHUNK_ATTRIBUTES,
-    CLASS_ATTRIBUTES,
-    FUSED_ATTRIBUTES,
-    FUSED_PROJECTIONS,
+    CONFIG_METADATA_KEYS,
+    FEED_FORWARD_CHUNK_ATTRIBUTES,
+    FUSED_PROJECTION_ATTRIBUTES,
+    FUSED_PROJECTION_NAMES,
+    MODEL_CLASS_ATTRIBUTES,
     RUNTIME_ATTRIBUTES,
-    SAVED_KEYS,
-    chunk_settings,
+    feed_forward_chunk_settings,
 )
 from mtu.models.conv_in import TaskConvIn
 from mtu.models.ffn import RoutedFeedForward, RoutedTransformerBlock
@@ -31,9 +31,9 @@ _OF_CLASS = {"num_experts", "backend", "_stacks", "in_features", "out_features"}
 _IGNORED = {
     *vars(nn.Module()),
     *RUNTIME_ATTRIBUTES,
-    *FUSED_ATTRIBUTES,
-    *CLASS_ATTRIBUTES,
-    *CHUNK_ATTRIBUTES,
+    *FUSED_PROJECTION_ATTRIBUTES,
+    *MODEL_CLASS_ATTRIBUTES,
+    *FEED_FORWARD_CHUNK_ATTRIBUTES,
     *_OF_CLASS,
 }
 # What upcycled parts are made of.
@@ -84,13 +84,13 @@ def carry_settings_(source: UNet2DConditionModel, target: UNet2DConditionModel) 
         while name not in ours:
             name = name.rpartition(".")[0]
         module.training = ours[name].training
-    known = {*inspect.signature(type(source).__init__).parameters, *target.config, *SAVED_KEYS}
+    known = {*inspect.signature(type(source).__init__).parameters, *target.config, *CONFIG_METADATA_KEYS}
     target.register_to_config(**{key: value for key, value in source.config.items() if key not in known})
 
 
 def unfused_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     """The state dict without fused copies of attentions' projections, which stay after they are unfused."""
-    return {k: tensor for k, tensor in unet.state_dict().items() if not any(p in k for p in FUSED_PROJECTIONS)}
+    return {k: tensor for k, tensor in unet.state_dict().items() if not any(p in k for p in FUSED_PROJECTION_NAMES)}
 
 
 def _check_hooks(name: str, module: nn.Module) -> None:
@@ -151,7 +151,7 @@ def _are_equal(value: Any, other: Any) -> bool:
 
 def _chunk_size(name: str, block: BasicTransformerBlock) -> int | None:
     """In how large chunks of tokens a block's feed-forward network runs; None: at once."""
-    size, dim = chunk_settings(block)
+    size, dim = feed_forward_chunk_settings(block)
     if size is not None and dim != 1:
         raise ValueError(
             f"A routed feed-forward network can be chunked over tokens (dim=1) only, but {name} has {dim}."

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mtu.compat import in_memory
+from mtu.compat import parameter_access
 
 __all__ = ["PerTaskModule", "check_modules", "task_rows", "write_task_rows_"]
 
@@ -33,7 +33,7 @@ def check_modules(modules: Mapping[str, nn.Module], action: str) -> None:
     for name, module in modules.items():
         if not isinstance(module, PerTaskModule):
             raise ValueError(f"Unload adapters before {action}: {name} is wrapped in a {type(module).__name__}.")
-        in_memory.check_plain(module, action)
+        parameter_access.check_plain_layers(module, action)
 
 
 def task_rows(root: nn.Module, modules: Mapping[str, nn.Module], index: int) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ def task_rows(root: nn.Module, modules: Mapping[str, nn.Module], index: int) -> 
         modules: its per-task modules, by name.
         index: the task's id.
     """
-    tensors = in_memory.read_tensors(root, _parameters(modules))
+    tensors = parameter_access.read_state_dict(root, _parameters(modules))
     return {name: tensor[index] for name, tensor in tensors.items()}
 
 

@@ -17,9 +17,9 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 import mtu_kernels
-from mtu.compat import in_memory
-from mtu.compat.plain_linear import is_called_as_it_is
-from mtu.compat.private_interfaces import expand_block_scales, with_stock_signature
+from mtu.compat import parameter_access
+from mtu.compat.plain_linear import has_unmodified_call
+from mtu.compat.private_interfaces import expand_adapter_block_scales, register_stock_arguments_
 from mtu.experts import ExpertConfig, NormMode, stock_config
 from mtu.models import parts, pretrained
 from mtu.models.conv_in import TaskConvIn
@@ -182,7 +182,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
 
     def _check_changeable(self, action: str) -> None:
         """Raise a ValueError unless new per-task tensors would reach the calls of this model."""
-        in_memory.check_no_hooks(self, action)
+        parameter_access.check_not_offloaded(self, action)
         check_modules(self.per_task_modules(), action)
 
     def _select_tasks_(self, specs: tuple[TaskSpec, ...], rows: Sequence[int]) -> None:
@@ -284,7 +284,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         if embedding is None:
             return None
         # Under offloading, the weight is itself within its module's forward only.
-        return embedding.weight if is_called_as_it_is(embedding) else embedding().to(device)
+        return embedding.weight if has_unmodified_call(embedding) else embedding().to(device)
 
     # ------------------------------------------------------------------------------- parameters, routers, backend
 
@@ -308,7 +308,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         """`trainable_parameters` with their names."""
         owners = (RoutedFeedForward, TaskLayerNorm, TaskConvIn, TaskEmbedding)
         trainable = {id(p) for m in self.modules() if isinstance(m, owners) for p in m.parameters()} - constants(self)
-        return [(name, p) for name, p in in_memory.without_adapters(self) if id(p) in trainable]
+        return [(name, p) for name, p in parameter_access.named_parameters_without_adapters(self) if id(p) in trainable]
 
     def requires_grad_(self, requires_grad: bool = True) -> "MTUUNet2DConditionModel":
         """As in torch, but for the tables of dropped routers, which stay constant, and for integers."""
@@ -327,7 +327,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
     def router_weights(self) -> Tensor:
         """Routing weights (layers, T, E) float32, zero for inactive experts."""
         # Hooks that bring parameters in are around whole blocks where those are offloaded to disk by groups.
-        unet = in_memory.in_memory(self) if in_memory.is_grouped_on_disk(self) else self
+        unet = parameter_access.copy_in_memory(self) if parameter_access.is_group_offloaded_to_disk(self) else self
         embedding = unet.embedding_table(unet.task_device)
         tables = [layer.router(embedding) for layer in unet.routed_layers()]
         return torch.stack([mtu_kernels.dense_weights(table, self.config.num_experts) for table in tables]).clone()
@@ -343,7 +343,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         """
         if self.task_embedding is None:
             raise ValueError("The routers of this model were dropped already; expected a model with routers.")
-        in_memory.check_no_group_hooks(self, "drop_routers_")
+        parameter_access.check_not_group_offloaded(self, "drop_routers_")
         embedding = self.embedding_table(self.task_device)
         for layer in self.routed_layers():
             table = RoutingTable.from_routing(self.expert_config, layer.router(embedding))
@@ -388,7 +388,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         """As in diffusers: scales of one number each, or by block, {"down": 0.9, "up": {"block_1": 0.6}}."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         weights = weights if isinstance(weights, list) else [weights] * len(names)
-        super().set_adapters(names, list(expand_block_scales(self, weights)))
+        super().set_adapters(names, list(expand_adapter_block_scales(self, weights)))
 
     # ------------------------------------------------------------------------------------ saving, loading, export
 
@@ -404,8 +404,8 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
     @functools.wraps(UNet2DConditionModel.save_pretrained)
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(super().save_pretrained).bind(*args, **kwargs).arguments
-        in_memory.check_saveable(self, "save_pretrained")
-        save = functools.partial(UNet2DConditionModel.save_pretrained, in_memory.in_memory(self))
+        parameter_access.check_saveable(self, "save_pretrained")
+        save = functools.partial(UNet2DConditionModel.save_pretrained, parameter_access.copy_in_memory(self))
         pretrained.save_pretrained(save, given)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
@@ -414,7 +414,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         Raises:
             ValueError: tensors that offloading keeps elsewhere: what is written over them would not reach calls.
         """
-        in_memory.check_loadable(self, state_dict, "load_state_dict", assign=assign)
+        parameter_access.check_loadable(self, state_dict, "load_state_dict", assign=assign)
         return super().load_state_dict(state_dict, strict, assign)
 
     def save_task(self, directory: str | os.PathLike, name: str) -> None:
@@ -465,9 +465,9 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             raise ValueError(
                 "Trained parameters include the routers, which were dropped: expected a model with routers."
             )
-        in_memory.check_plain(self, "save_trained")
-        in_memory.check_values(self, "save_trained")
-        tensors = in_memory.read_tensors(self, {name for name, _ in self.named_trainable_parameters()})
+        parameter_access.check_plain_layers(self, "save_trained")
+        parameter_access.check_has_values(self, "save_trained")
+        tensors = parameter_access.read_state_dict(self, {name for name, _ in self.named_trainable_parameters()})
         parts.write_trained(directory, self.tasks, self.expert_config, stock_config(self), tensors)
 
     def export_task(self, name: str, *, prune: bool = False) -> UNet2DConditionModel:
@@ -489,8 +489,8 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
                 quantized or sharded tensors; or settings that cannot be carried over, such as hooks.
         """
         index = self.task_index(name)
-        in_memory.check_plain(self, "export_task")
-        source = in_memory.in_memory(self, computed=True)
+        parameter_access.check_plain_layers(self, "export_task")
+        source = parameter_access.copy_in_memory(self, in_compute_dtype=True)
         embedding = None if source.task_embedding is None else source.task_embedding.weight
         exported, state = fold_task(source, index, embedding, prune=prune)
         carry_settings_(self, exported)
@@ -504,11 +504,11 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         """The tensors that task id `index` alone owns, by the names of the packed parameters."""
         modules = self.per_task_modules()
         check_modules(modules, "reading a task's rows")
-        in_memory.check_values(self, "Reading a task's rows")
+        parameter_access.check_has_values(self, "Reading a task's rows")
         return task_rows(self, modules, index)
 
 
-with_stock_signature(MTUUNet2DConditionModel)
+register_stock_arguments_(MTUUNet2DConditionModel)
 
 # `model_index.json` names the module a class is imported from: the package, not this file.
 MTUUNet2DConditionModel.__module__ = "mtu"

@@ -11,8 +11,8 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 
-from mtu.compat import in_memory
-from mtu.compat.private_interfaces import StockIndex, retrieve_timesteps
+from mtu.compat import parameter_access
+from mtu.compat.private_interfaces import MTUPipelineDownloader, retrieve_timesteps
 from mtu.example_inputs import default_latent_size
 from mtu.models import pretrained
 from mtu.pipelines.callbacks import StepEndCallback, common_scale
@@ -179,7 +179,7 @@ class MTUPipeline(StableDiffusionPipeline):
             OSError: a repository that cannot be reached, or lacks files.
         """
         # diffusers itself downloads components of the libraries that it knows, and refuses others.
-        return StockIndex.download(pretrained_model_name, **_safetensors_only(kwargs))
+        return MTUPipelineDownloader.download(pretrained_model_name, **_safetensors_only(kwargs))
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any):
@@ -199,7 +199,7 @@ class MTUPipeline(StableDiffusionPipeline):
                 written.
         """
         self._check_upcycled()
-        in_memory.check_saveable(self.unet, "save_pretrained")
+        parameter_access.check_saveable(self.unet, "save_pretrained")
         pretrained.check_format(
             inspect.signature(super().save_pretrained).bind(save_directory, *args, **kwargs).arguments
         )

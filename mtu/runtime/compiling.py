@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 
-from mtu.compat.plain_linear import is_replaced
+from mtu.compat.plain_linear import has_replaced_forward
 from mtu.example_inputs import TEXT_TOKENS, default_latent_size, example_inputs
 from mtu.models.router import held
 from mtu.models.unet import MTUUNet2DConditionModel
@@ -85,7 +85,7 @@ def compile(model: Model, mode: str = "auto", *, max_sizes: int = 8) -> Model:
         raise ValueError(f"mode must be one of {', '.join(('auto', *_MODES))}, but got {mode!r}.")
     if not isinstance(max_sizes, int) or max_sizes < 1:
         raise ValueError(f"max_sizes must be an integer ≥ 1, but got {max_sizes!r}.")
-    is_offloaded = any(map(is_replaced, unet.modules()))
+    is_offloaded = any(map(has_replaced_forward, unet.modules()))
     if mode != "eager" and is_offloaded:
         raise ValueError(
             "A model that stays on its device is needed, but this UNet is offloaded: compile one that is not."
@@ -144,7 +144,7 @@ def warmup(
     if unet.training:
         raise ValueError("A UNet in eval mode is needed to warm up, but this one is in training mode.")
     # Where parameters are offloaded to the meta device, calls take their inputs from anywhere.
-    is_offloaded = unet.device.type == "meta" and any(map(is_replaced, unet.modules()))
+    is_offloaded = unet.device.type == "meta" and any(map(has_replaced_forward, unet.modules()))
     device = torch.device("cpu") if is_offloaded else unet.device
     size = {"height": height // factor, "width": width // factor}
     seconds = {}

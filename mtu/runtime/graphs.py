@@ -11,8 +11,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from mtu.compat.plain_linear import is_replaced
-from mtu.compat.private_interfaces import is_adapter
+from mtu.compat.plain_linear import has_replaced_forward
+from mtu.compat.private_interfaces import is_peft_wrapper
 from mtu.models.router import Router
 from mtu.models.unet import MTUUNet2DConditionModel
 
@@ -118,10 +118,10 @@ class Parts:
 
 def _why_plain(modules: Sequence[nn.Module]) -> str | None:
     for module in modules:
-        if is_replaced(module):
+        if has_replaced_forward(module):
             return f"the forward of a {type(module).__name__} was replaced, as offloading and caching do"
         # An adapter's strength, and that of an image prompt, is a Python number, which may change at any time.
-        if is_adapter(module):
+        if is_peft_wrapper(module):
             return "an adapter's strength is no tensor: fuse the adapter, then unload it"
         if hasattr(vars(module).get("processor"), "scale"):
             return "the scale of an attention processor is no tensor"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from tqdm import tqdm
 
-from mtu.compat import in_memory
+from mtu.compat import parameter_access
 from mtu.compat.plain_linear import RouterLinear
 from mtu.storage import make_folder
 from mtu.training.checkpoint import check_free, load_checkpoint, remove_checkpoint, save_checkpoint
@@ -361,8 +361,8 @@ def fit(
     if directory is not None and not (resume or overwrite):
         check_free(directory)
     for module in modules.values():
-        in_memory.check_trainable(module, "fit")
-        in_memory.check_values(module, "fit")
+        parameter_access.check_trainable(module, "fit")
+        parameter_access.check_has_values(module, "fit")
     torch.manual_seed(config.seed)
     training, losses = Training(modules, parameters, config, getattr(loss_fn, "settings", None)), []
     if directory is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from mtu.compat import in_memory
+from mtu.compat import parameter_access
 from mtu.pipelines import MTUPipeline
 from mtu.pipelines.inputs import condition_image
 from mtu.tasks import TaskSpec
@@ -171,7 +171,7 @@ class MultiTaskLoss:
     """
 
     def __init__(self, pipeline: MTUPipeline, data: EncodedTasks, config: MultiTaskConfig) -> None:
-        in_memory.check_trainable(pipeline.unet, "MultiTaskLoss")
+        parameter_access.check_trainable(pipeline.unet, "MultiTaskLoss")
         self.unet, self.data, self.config = pipeline.unet, data, config
         self.scheduler: DDPMScheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.prediction_type = self.scheduler.config.prediction_type

@@ -14,57 +14,57 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mtu.compat import private_interfaces
-from mtu.compat.plain_linear import is_replaced
+from mtu.compat.plain_linear import has_replaced_forward
 from mtu.compat.private_interfaces import (
+    can_restore_offloaded_weights,
+    group_offloaded_disk_tensors,
     has_accelerate_hook,
     has_diffusers_hook,
-    is_adapter,
-    is_grouped,
-    is_own_of_adapter,
-    tensors_on_disk,
-    weight_maps,
-    weights_return,
+    is_adapter_parameter,
+    is_group_offloaded,
+    is_peft_wrapper,
+    offloaded_weight_maps,
 )
 
 __all__ = [
+    "check_has_values",
     "check_loadable",
-    "check_no_group_hooks",
-    "check_no_hooks",
-    "check_plain",
+    "check_not_group_offloaded",
+    "check_not_offloaded",
+    "check_plain_layers",
     "check_saveable",
     "check_trainable",
-    "check_values",
-    "in_memory",
-    "is_cast",
-    "is_grouped_on_disk",
-    "read_tensors",
-    "without_adapters",
+    "copy_in_memory",
+    "is_group_offloaded_to_disk",
+    "named_parameters_without_adapters",
+    "read_state_dict",
+    "uses_layerwise_casting",
 ]
 
 Model = TypeVar("Model", bound=UNet2DConditionModel)
 
 
-def check_no_hooks(module: nn.Module, action: str) -> None:
+def check_not_offloaded(module: nn.Module, action: str) -> None:
     """Raise a ValueError if a module is offloaded: what is written to its parameters would not reach its calls.
 
     Args:
         action: what is about to be done, the subject of the message.
     """
-    offloaded = [m for m in module.modules() if any(True for _ in weight_maps(m))]
+    offloaded = [m for m in module.modules() if any(True for _ in offloaded_weight_maps(m))]
     if offloaded:
         way_back = "call accelerate.hooks.remove_hook_from_module(unet, recurse=True) first"
-        if not all(map(weights_return, offloaded)):
+        if not all(map(can_restore_offloaded_weights, offloaded)):
             way_back = "load the model without a device_map"
         raise ValueError(
             f"{action} needs a model that is wholly in memory, but {len(offloaded)} modules are offloaded by "
             f"accelerate: do it beforehand, or {way_back}."
         )
-    check_no_group_hooks(module, action)
+    check_not_group_offloaded(module, action)
 
 
-def check_no_group_hooks(module: nn.Module, action: str) -> None:
+def check_not_group_offloaded(module: nn.Module, action: str) -> None:
     """Raise a ValueError if a module is under group offloading, which keeps lists of the parameters that it had."""
-    grouped = sum(is_grouped(m) for m in module.modules())
+    grouped = sum(is_group_offloaded(m) for m in module.modules())
     if grouped:
         raise ValueError(
             f"{action} needs a model that is wholly in memory, but {grouped} modules are under group offloading, which "
@@ -80,7 +80,7 @@ def check_loadable(module: nn.Module, values: Mapping[str, Tensor], action: str,
         action: the subject of the message.
         assign: whether tensors are replaced, not written to.
     """
-    elsewhere = tensors_on_disk(module)
+    elsewhere = group_offloaded_disk_tensors(module)
     lost = 0
     for name, tensor in module.state_dict(keep_vars=True).items():
         if name not in values:
@@ -100,23 +100,23 @@ def check_loadable(module: nn.Module, values: Mapping[str, Tensor], action: str,
 
 def check_trainable(module: nn.Module, action: str) -> None:
     """Raise a ValueError if what an optimizer writes to parameters would not reach calls, or be rounded each time."""
-    check_no_hooks(module, action)
-    if is_cast(module):
+    check_not_offloaded(module, action)
+    if uses_layerwise_casting(module):
         raise ValueError(
             f"{action} needs weights in the dtype that they are computed in, but this model is under layerwise "
             "casting, which diffusers does not take back: do it before enable_layerwise_casting."
         )
 
 
-def check_plain(module: nn.Module, action: str) -> None:
+def check_plain_layers(module: nn.Module, action: str) -> None:
     """Raise a ValueError if layers are wrapped or replaced (adapters), or hold no plain tensors (quantization)."""
     for name, layer in module.named_modules():
-        if is_adapter(layer):
+        if is_peft_wrapper(layer):
             raise ValueError(
                 f"Unload adapters, or fuse and then unload them, before {action}: {name} is a {type(layer).__name__} "
                 "of peft."
             )
-        if is_replaced(layer) and not (has_accelerate_hook(layer) or has_diffusers_hook(layer)):
+        if has_replaced_forward(layer) and not (has_accelerate_hook(layer) or has_diffusers_hook(layer)):
             raise ValueError(
                 f"Unload adapters before {action}: the forward of {name or 'the model'} is not that of its "
                 f"{type(layer).__name__}."
@@ -132,30 +132,30 @@ def check_plain(module: nn.Module, action: str) -> None:
                 )
 
 
-def check_values(module: nn.Module, action: str) -> None:
+def check_has_values(module: nn.Module, action: str) -> None:
     """Raise a ValueError if parameters are on the meta device and no offloading holds their values."""
     for name, tensor in module.state_dict(keep_vars=True).items():
         if tensor.is_meta and _offloaded_value(module, name) is None:
             raise ValueError(f"{action} needs parameters with values, but {name} is on the meta device: load it first.")
 
 
-def is_cast(module: nn.Module) -> bool:
+def uses_layerwise_casting(module: nn.Module) -> bool:
     """Whether layerwise casting stores weights in another dtype than they are computed in."""
-    return any(map(private_interfaces.is_cast, module.modules()))
+    return any(map(private_interfaces.casts_layerwise, module.modules()))
 
 
-def is_grouped_on_disk(module: nn.Module) -> bool:
+def is_group_offloaded_to_disk(module: nn.Module) -> bool:
     """Whether group offloading keeps values on disk, and no values in the parameters between calls."""
-    return bool(tensors_on_disk(module))
+    return bool(group_offloaded_disk_tensors(module))
 
 
-def read_tensors(module: nn.Module, names: Container[str] | None = None) -> dict[str, Tensor]:
+def read_state_dict(module: nn.Module, names: Container[str] | None = None) -> dict[str, Tensor]:
     """The state dict, with values also where offloading keeps them elsewhere; what is stored rounded stays so.
 
     Args:
         names: those to read; None: all.
     """
-    on_disk, files = tensors_on_disk(module), {}
+    on_disk, files = group_offloaded_disk_tensors(module), {}
     tensors = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if names is not None and name not in names:
@@ -172,22 +172,24 @@ def read_tensors(module: nn.Module, names: Container[str] | None = None) -> dict
     return tensors
 
 
-def in_memory(unet: Model, *, computed: bool = False) -> Model:
+def copy_in_memory(unet: Model, *, in_compute_dtype: bool = False) -> Model:
     """The model itself if its parameters are at hand, else a copy of it on real tensors.
 
     The copy has no hooks, and shares the memory of what is in memory. Without offloading, a model on the meta device is
     taken for what it is.
 
     Args:
-        computed: whether weights are needed in the dtype that they are computed in, not in that of their storage.
+        in_compute_dtype: return the weights in the dtype that layers compute in, not in that of layerwise casting.
     """
-    is_offloaded = any(True for module in unet.modules() for _ in weight_maps(module)) or bool(tensors_on_disk(unet))
-    to_cast = computed and is_cast(unet)
+    is_offloaded = is_group_offloaded_to_disk(unet) or any(
+        True for module in unet.modules() for _ in offloaded_weight_maps(module)
+    )
+    to_cast = in_compute_dtype and uses_layerwise_casting(unet)
     if not (is_offloaded or to_cast):
         return unet
     with init_empty_weights():
         copy = type(unet)(**{key: value for key, value in unet.config.items() if not key.startswith("_")})
-    tensors = read_tensors(unet)
+    tensors = read_state_dict(unet)
     different = copy.state_dict().keys() ^ tensors.keys()
     if different:
         raise ValueError(
@@ -199,19 +201,19 @@ def in_memory(unet: Model, *, computed: bool = False) -> Model:
     return copy.to(unet.dtype) if to_cast else copy
 
 
-def without_adapters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def named_parameters_without_adapters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The named parameters, without those that adapters add."""
-    adapters = [name for name, m in module.named_modules() if is_adapter(m)]
+    adapters = [name for name, m in module.named_modules() if is_peft_wrapper(m)]
     for name, parameter in module.named_parameters():
-        if not any(is_own_of_adapter(name, adapter) for adapter in adapters):
+        if not any(is_adapter_parameter(name, adapter) for adapter in adapters):
             yield name, parameter
 
 
 def check_saveable(unet: UNet2DConditionModel, action: str) -> None:
     """Raise a ValueError if layers are wrapped, quantized by hand, or without values: no file of it could be loaded."""
     if getattr(unet, "hf_quantizer", None) is None:
-        check_plain(unet, action)
-    check_values(unet, action)
+        check_plain_layers(unet, action)
+    check_has_values(unet, action)
 
 
 def _offloaded_value(module: nn.Module, name: str) -> Tensor | None:
@@ -219,7 +221,7 @@ def _offloaded_value(module: nn.Module, name: str) -> Tensor | None:
     parts = name.split(".")
     # The hook is on the tensor's own module, or on one around it.
     for depth in reversed(range(len(parts))):
-        for weights in weight_maps(module.get_submodule(".".join(parts[:depth]))):
+        for weights in offloaded_weight_maps(module.get_submodule(".".join(parts[:depth]))):
             try:
                 return weights[".".join(parts[depth:])]
             except KeyError:
