@@ -16,9 +16,9 @@ from mtu.compat.plain_linear import has_replaced_forward
 from mtu.compat.private_interfaces import has_accelerate_hook
 from mtu.experts import ExpertConfig, NormMode, stock_config
 from mtu.models import parts
-from mtu.models.ffn import check_blocks
-from mtu.models.initial_routing import count_proportional_experts, initial_router_state
-from mtu.models.settings import carry_settings_, unfused_state
+from mtu.models.ffn import check_upcyclable
+from mtu.models.initial_routing import count_experts_with_proportional_weights, initial_router_state_dict
+from mtu.models.settings import copy_settings_, unfused_state_dict
 from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.pipelines import MTUPipeline
 from mtu.pipelines.conversion import check_convertible, converted
@@ -151,7 +151,7 @@ def _convert(
 ) -> MTUUNet2DConditionModel:
     """Build the upcycled model on the tensors of the stock one."""
     upcycled = _skeleton(unet, specs, config)
-    state = unfused_state(unet)
+    state = unfused_state_dict(unet)
     _check_same_keys(upcycled, state)
     new = _new_state(upcycled, state, config, preserve=preserve, seed=seed)
     merged = {**state, **new}
@@ -161,7 +161,7 @@ def _convert(
                 f"{name} must have shape {tuple(tensor.shape)} by the UNet's configuration, but got "
                 f"{tuple(merged[name].shape)}."
             )
-    carry_settings_(unet, upcycled)
+    copy_settings_(unet, upcycled)
     upcycled.load_state_dict(merged, assign=True)
     upcycled.freeze_stock_parameters_()
     return upcycled
@@ -207,7 +207,7 @@ def _check_stock(unet: object) -> None:
         )
     if not isinstance(unet, UNet2DConditionModel):
         raise TypeError(f"upcycle takes a UNet2DConditionModel, but got {type(unet).__name__}.")
-    check_blocks(unet)
+    check_upcyclable(unet)
     if unet.config.in_channels != unet.config.out_channels:
         raise ValueError(
             f"upcycle starts from a text-to-image UNet with {unet.config.out_channels} input channels, but got "
@@ -257,7 +257,7 @@ def _new_state(
         for key in ("weight", "bias"):
             shape = getattr(block.norm3, key).shape
             new[f"{name}.norm3.{key}"] = state[f"{name}.norm3.{key}"].expand(shape).clone()
-        for key, tensor in initial_router_state(config, embedding, generator).items():
+        for key, tensor in initial_router_state_dict(config, embedding, generator).items():
             new[f"{name}.ff.router.{key}"] = tensor.to(like)
         new.update(_resized_experts(name, state, config, preserve=preserve))
     return new
@@ -296,7 +296,7 @@ def _warn_of_wasted_experts(upcycled: MTUUNet2DConditionModel) -> None:
             UserWarning,
             stacklevel=3,
         )
-    alike = int((count_proportional_experts(weights) > 0).sum()) if config.has_whole_experts else 0
+    alike = int((count_experts_with_proportional_weights(weights) > 0).sum()) if config.has_whole_experts else 0
     if alike:
         warnings.warn(
             f"In {alike} of {len(weights)} layers some experts start alike with weights in proportion to each other's "

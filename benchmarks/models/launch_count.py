@@ -31,7 +31,7 @@ from benchmarks.harness.rows import append_cells
 from benchmarks.models.unet_models import LATENT_FACTOR, MODELS, default_experts, default_size, tasks_of
 from mtu.example_inputs import TEXT_TOKENS, example_inputs
 from mtu.experts import ExpertConfig
-from mtu.models.ffn import CONTEXT_KEY, RoutedTransformerBlock
+from mtu.models.ffn import TASK_CONTEXT_KEY, RoutedTransformerBlock
 from mtu.models.router import TaskContext
 from mtu_kernels.triton import operators
 from mtu_kernels.triton.launch import Machine
@@ -197,7 +197,7 @@ def _block(compiled: CompiledPart) -> tuple[Callable[..., Tensor], tuple[Tensor,
     task_ids = _tensor(_BATCH, dtype=torch.int64)
 
     def run_block(x: Tensor, text: Tensor, task_ids: Tensor) -> Tensor:
-        options = {} if compiled.backend is None else {CONTEXT_KEY: TaskContext(task_ids, None)}
+        options = {} if compiled.backend is None else {TASK_CONTEXT_KEY: TaskContext(task_ids, None)}
         return block(x, encoder_hidden_states=text, cross_attention_kwargs=options)
 
     def run_feed_forward(x: Tensor, task_ids: Tensor) -> Tensor:

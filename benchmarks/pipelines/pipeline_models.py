@@ -108,7 +108,7 @@ def separate_tasks_(unet: mtu.MTUUNet2DConditionModel) -> None:
                 last.weight.add_(noise(last.weight, _ROUTER_STD))
         conv, latent = unet.conv_in, unet.conv_in.latent_channels
         scale = _CONDITION_STD * float(conv.weight[:, :, :latent].std())
-        for row, channels in zip(conv.weight, conv.task_channels, strict=True):
+        for row, channels in zip(conv.weight, conv.channels_per_task, strict=True):
             row[:, latent:channels].add_(noise(row[:, latent:channels], scale))
     unet.invalidate_routing_cache()
 

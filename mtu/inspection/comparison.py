@@ -131,7 +131,7 @@ def _quantities(inspected: InspectedModel, upcycled: MTUUNet2DConditionModel, la
     original = count_flops(stock, channels, latent_size)
     own, wide = (count_flops(upcycled, count, latent_size) for count in (channels, widest))
     parameters, trained = count_parameters(upcycled), sum(p.numel() for p in upcycled.trainable_parameters())
-    blocks = len(upcycled.routed_layers())
+    blocks = len(upcycled.routed_feed_forwards())
     upcycled.drop_routers_()
     trained_dropped = sum(p.numel() for p in upcycled.trainable_parameters())
     rows = [

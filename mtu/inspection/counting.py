@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtu.example_inputs import TEXT_TOKENS, example_inputs
-from mtu.models.router import Router, constants
+from mtu.models.router import Router, routing_table_parameter_ids
 
 __all__ = ["Flops", "count_flops", "count_parameters", "describe_flops", "format_count", "format_flops", "format_table"]
 
@@ -66,7 +66,7 @@ def count_flops(unet: UNet2DConditionModel, channels: int, latent_size: int) -> 
 
 def count_parameters(model: nn.Module) -> int:
     """All parameters of a model but the tables that dropped routers leave, which are constants."""
-    tables = constants(model)
+    tables = routing_table_parameter_ids(model)
     return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
 
 

@@ -188,7 +188,7 @@ def _sizes(one_expert: MTUUNet2DConditionModel, layout: ExpertConfig) -> tuple[i
     Raises:
         ValueError: the layout does not fit the hidden widths.
     """
-    layers, extra = one_expert.routed_layers(), layout.num_experts - 1
+    layers, extra = one_expert.routed_feed_forwards(), layout.num_experts - 1
     grown = 0
     for layer in layers:
         dim, stock_hidden = int(layer.net[2].out_features), int(layer.net[2].in_features)

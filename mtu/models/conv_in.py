@@ -33,18 +33,18 @@ class TaskConvIn(PerTaskModule):
         super().__init__()
         self.latent_channels = latent_channels
         self.kernel_size = kernel_size
-        self.task_channels = tuple(latent_channels + count for count in condition_channels)
-        tasks, widest = len(self.task_channels), max(self.task_channels)
+        self.channels_per_task = tuple(latent_channels + count for count in condition_channels)
+        tasks, widest = len(self.channels_per_task), max(self.channels_per_task)
         self.weight = nn.Parameter(torch.zeros(tasks, out_channels, widest, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(tasks, out_channels))
         # (T,) int64. A buffer would be left on the meta device, or moved on its own, by offloading: as it follows from
         # the configuration, it is made wherever it is needed.
-        self.channels = self._counted("cpu")
+        self.channel_counts = self._counted("cpu")
 
     @property
     def in_channels(self) -> int:
         """Cin, the channels of the widest task."""
-        return max(self.task_channels)
+        return max(self.channels_per_task)
 
     def forward(self, sample: Tensor, task_ids: Tensor | None = None, *, channels_last: bool = False) -> Tensor:
         """Convolve each sample with the kernel of its task.
@@ -97,38 +97,38 @@ class TaskConvIn(PerTaskModule):
             return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2]).contiguous()
 
         super()._apply(by_kernel, recurse)
-        self.place_channels_()
+        self.update_channel_counts_()
         return self
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.place_channels_()
+        self.update_channel_counts_()
 
-    def place_channels_(self) -> None:
+    def update_channel_counts_(self) -> None:
         """Put the channel counts where the parameters are; needed only where those were set one by one."""
         # Parameters on the meta device are offloaded, or have no values yet.
-        device = self.channels.device if self.weight.is_meta else self.weight.device
+        device = self.channel_counts.device if self.weight.is_meta else self.weight.device
         channels = self._counted(device)
-        if (self.channels.shape, self.channels.device) == (channels.shape, channels.device):
+        if (self.channel_counts.shape, self.channel_counts.device) == (channels.shape, channels.device):
             # CUDA graphs read them where they are.
-            self.channels.copy_(channels)
+            self.channel_counts.copy_(channels)
         else:
-            self.channels = channels
+            self.channel_counts = channels
 
     def _channels_on(self, device: torch.device) -> Tensor:
         """The channel counts where the sample is, and from now on there: offloading does not say where that will be."""
-        if self.channels.device == device:
-            return self.channels
+        if self.channel_counts.device == device:
+            return self.channel_counts
         if torch.compiler.is_compiling():
-            return self.channels.to(device)
+            return self.channel_counts.to(device)
         # Not from where they were: after a call on the meta device they have no values there.
-        self.channels = self._counted(device)
-        return self.channels
+        self.channel_counts = self._counted(device)
+        return self.channel_counts
 
     def _counted(self, device: torch.device | str) -> Tensor:
         # What is made in inference mode could not be written to outside it.
         with torch.inference_mode(False):
-            return torch.tensor(self.task_channels, device=device)
+            return torch.tensor(self.channels_per_task, device=device)
 
     @torch.no_grad()
     def select_tasks_(self, rows: Sequence[int], condition_channels: Sequence[int] | None = None) -> None:
@@ -139,7 +139,7 @@ class TaskConvIn(PerTaskModule):
             condition_channels: of the new tasks; channels that the old row did not have start at zero. None: those of
                 the old rows.
         """
-        old_channels = [self.task_channels[row] for row in rows]
+        old_channels = [self.channels_per_task[row] for row in rows]
         channels = old_channels
         if condition_channels is not None:
             channels = [self.latent_channels + count for count in condition_channels]
@@ -149,5 +149,5 @@ class TaskConvIn(PerTaskModule):
         for i, counts in enumerate(zip(channels, old_channels, strict=True)):
             weight[i, :, : min(counts)] = old[i, :, : min(counts)]
         self.weight = nn.Parameter(weight, old.requires_grad)
-        self.task_channels = tuple(channels)
-        self.place_channels_()
+        self.channels_per_task = tuple(channels)
+        self.update_channel_counts_()

@@ -17,11 +17,11 @@ from mtu.models.router import Router, RoutingTable, TaskContext
 from mtu_kernels import ExpertWeights, NormAffine, Routing, dense_weights, moe_ffn
 from mtu_kernels.tracing import static_size
 
-__all__ = ["CONTEXT_KEY", "RoutedFeedForward", "RoutedTransformerBlock", "check_blocks", "why_not_upcyclable"]
+__all__ = ["TASK_CONTEXT_KEY", "RoutedFeedForward", "RoutedTransformerBlock", "check_upcyclable", "why_not_upcyclable"]
 
 # Under this name the task context travels through `cross_attention_kwargs`, the one argument that diffusers hands
 # from the UNet to every transformer block (GLIGEN uses it in the same way), also through gradient checkpointing.
-CONTEXT_KEY = "mtu"
+TASK_CONTEXT_KEY = "mtu"
 
 
 def why_not_upcyclable(block: BasicTransformerBlock) -> str | None:
@@ -41,7 +41,7 @@ def why_not_upcyclable(block: BasicTransformerBlock) -> str | None:
     return None
 
 
-def check_blocks(unet: UNet2DConditionModel) -> None:
+def check_upcyclable(unet: UNet2DConditionModel) -> None:
     """Raise a ValueError unless every transformer block can be upcycled, and there is one."""
     blocks = [(name, m) for name, m in unet.named_modules() if isinstance(m, BasicTransformerBlock)]
     if not blocks:
@@ -200,7 +200,7 @@ class RoutedTransformerBlock(BasicTransformerBlock):
 
         Args:
             hidden_states: (B, L, D).
-            cross_attention_kwargs: holds the TaskContext under `CONTEXT_KEY`; the rest is for attention processors.
+            cross_attention_kwargs: the TaskContext under `TASK_CONTEXT_KEY`, and arguments of attention processors.
 
         Returns:
             (B, L, D).
@@ -209,10 +209,11 @@ class RoutedTransformerBlock(BasicTransformerBlock):
             ValueError: called without a task context, that is not through an upcycled UNet.
         """
         attention_kwargs = dict(cross_attention_kwargs or {})
-        context = attention_kwargs.pop(CONTEXT_KEY, None)
+        context = attention_kwargs.pop(TASK_CONTEXT_KEY, None)
         if context is None:
             raise ValueError(
-                f"A routed transformer block needs a task context in cross_attention_kwargs[{CONTEXT_KEY!r}], but got "
+                "A routed transformer block needs a task context in "
+                f"cross_attention_kwargs[{TASK_CONTEXT_KEY!r}], but got "
                 f"{sorted(attention_kwargs)}; call it through MTUUNet2DConditionModel."
             )
         hidden_states = hidden_states + self.attn1(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mtu.experts import stock_config
 from mtu.models.ffn import RoutedTransformerBlock
-from mtu.models.settings import unfused_state
+from mtu.models.settings import unfused_state_dict
 from mtu_kernels import Routing, dense_weights
 
 __all__ = ["fold_task"]
@@ -44,10 +44,10 @@ def fold_task(
                 f"{name} has {hidden} hidden units, but a stock configuration holds {stock}: pass prune=True for a "
                 "model in memory."
             )
-    state = unfused_state(unet)
+    state = unfused_state_dict(unet)
     for name in [key for key in state if ".ff.router." in key or key.startswith("task_embedding.")]:
         del state[name]
-    channels = unet.conv_in.task_channels[index]
+    channels = unet.conv_in.channel_counts_per_task[index]
     state["conv_in.weight"] = state["conv_in.weight"][index, :, :channels]
     state["conv_in.bias"] = state["conv_in.bias"][index]
     for name, block in blocks.items():

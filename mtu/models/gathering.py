@@ -16,25 +16,25 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from mtu.compat.plain_linear import RouterLinear, has_replaced_forward, has_unmodified_call, is_plain_linear
 from mtu.compat.private_interfaces import has_accelerate_hook
 from mtu.models.norm import TaskLayerNorm
-from mtu.models.router import Gathered, Router, RoutingTable
+from mtu.models.router import GatheredTaskValues, Router, RoutingTable
 from mtu_kernels import NormAffine, Routing
 from mtu_kernels.tracing import is_exporting_or_tracing
 
-__all__ = ["BlockStack", "can_route_ahead", "find_stacks", "gather"]
+__all__ = ["ConsecutiveBlocks", "can_precompute_routing", "find_consecutive_blocks", "gather_task_values"]
 
 # Compilers of kernels make another variant for a tensor that does not start at a multiple of 16 bytes.
 _ALIGNMENT = 4  # elements of float32
 
 
-class BlockStack(NamedTuple):
+class ConsecutiveBlocks(NamedTuple):
     """Transformer blocks that run one after the other, and the way to them.
 
     Args:
-        outer: the modules around them, without the UNet.
+        enclosing_modules: the modules around them, without the UNet.
         blocks: each with `norm3` and `ff.router`.
     """
 
-    outer: tuple[nn.Module, ...]
+    enclosing_modules: tuple[nn.Module, ...]
     blocks: tuple[nn.Module, ...]
 
 
@@ -43,18 +43,20 @@ class _Layer(NamedTuple):
     router: Router | RoutingTable
 
 
-def find_stacks(unet: nn.Module, block_names: Iterable[str]) -> tuple[BlockStack, ...]:
+def find_consecutive_blocks(unet: nn.Module, block_names: Iterable[str]) -> tuple[ConsecutiveBlocks, ...]:
     """The blocks of these names, by the list that they are in."""
-    stacks: dict[str, list[nn.Module]] = defaultdict(list)
+    groups: dict[str, list[nn.Module]] = defaultdict(list)
     for name in block_names:
-        stacks[name.rpartition(".")[0]].append(unet.get_submodule(name))
+        groups[name.rpartition(".")[0]].append(unet.get_submodule(name))
     return tuple(
-        BlockStack(tuple(unet.get_submodule(outer) for outer in _prefixes(name)), tuple(blocks))
-        for name, blocks in stacks.items()
+        ConsecutiveBlocks(tuple(unet.get_submodule(outer) for outer in _prefixes(name)), tuple(blocks))
+        for name, blocks in groups.items()
     )
 
 
-def gather(stacks: Sequence[BlockStack], task_ids: Tensor, embedding: Tensor | None) -> Gathered | None:
+def gather_task_values(
+    groups: Sequence[ConsecutiveBlocks], task_ids: Tensor, embedding: Tensor | None
+) -> GatheredTaskValues | None:
     """The affines and the routing of each sample, of all layers whose tensors may be read before their turn.
 
     Each value is what the layer itself would gather, bit for bit. Layers are left out where a call of a module means
@@ -63,7 +65,7 @@ def gather(stacks: Sequence[BlockStack], task_ids: Tensor, embedding: Tensor | N
     gather becomes part of the LayerNorm's kernel.
 
     Args:
-        stacks: the blocks of the UNet.
+        groups: the blocks of the UNet.
         task_ids: (B,) int64.
         embedding: (T, W) task embeddings; None once the routers are dropped.
 
@@ -74,7 +76,7 @@ def gather(stacks: Sequence[BlockStack], task_ids: Tensor, embedding: Tensor | N
     # profilers and counters set, are shown each module in its turn.
     if torch.is_grad_enabled() or is_exporting_or_tracing() or _has_any_global_hook():
         return None
-    layers = [layer for stack in stacks for layer in _open_layers(stack, task_ids.device)]
+    layers = [layer for group in groups for layer in _open_layers(group, task_ids.device)]
     if not layers:
         return None
     is_traced = torch.compiler.is_compiling()
@@ -87,10 +89,10 @@ def gather(stacks: Sequence[BlockStack], task_ids: Tensor, embedding: Tensor | N
     weights = _rows([table.weights for table in tables], task_ids)
     indices = [None] * len(tables) if is_dense else _rows([table.indices for table in tables], task_ids)
     routings = {layer.router: Routing(*row) for layer, *row in zip(layers, weights, indices, strict=True)}
-    return Gathered(affines, routings, is_traced)
+    return GatheredTaskValues(affines, routings, is_traced)
 
 
-def can_route_ahead(unet: nn.Module, block_names: Iterable[str]) -> bool:
+def can_precompute_routing(unet: nn.Module, block_names: Iterable[str]) -> bool:
     """Whether the routers of these blocks may run outside a call of the UNet, with the weights of the call.
 
     Not where a module around them brings in or casts what is within it for the time of its call: group offloading, and
@@ -136,11 +138,11 @@ def _rows(tables: Sequence[Tensor], task_ids: Tensor) -> list[Tensor]:
     return rows
 
 
-def _open_layers(stack: BlockStack, device: torch.device) -> Iterator[_Layer]:
-    """The layers of a stack whose tensors may be read before their turn."""
-    if not all(map(has_unmodified_call, stack.outer)):
+def _open_layers(group: ConsecutiveBlocks, device: torch.device) -> Iterator[_Layer]:
+    """The layers of some blocks whose tensors may be read before their turn."""
+    if not all(map(has_unmodified_call, group.enclosing_modules)):
         return
-    for block in stack.blocks:
+    for block in group.blocks:
         # Not by attribute: that takes five times as long, and there are seventy of these in every step.
         norm, feed_forward = block._modules["norm3"], block._modules["ff"]
         router = feed_forward._modules.get("router")
@@ -171,7 +173,7 @@ def _can_route(router: nn.Module, device: torch.device) -> bool:
         return router.weights.device == device
     if type(router) is not Router:
         return False
-    return router.is_held_on(device) or all(
+    return router.is_precomputed_on(device) or all(
         is_plain_linear(linear) and _is_at_hand(linear.weight, device) for linear in (router.linear_1, router.linear_2)
     )
 

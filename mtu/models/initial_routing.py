@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from mtu.experts import ExpertConfig
 from mtu_kernels import dense_weights, top_k_routing
 
-__all__ = ["count_proportional_experts", "initial_router_state"]
+__all__ = ["count_experts_with_proportional_weights", "initial_router_state_dict"]
 
 # The standard deviation of initial logits; 1 would start the smallest of 16 weights at 0.0098.
 _DEVIATION = 0.95
@@ -22,7 +22,7 @@ _DRAWS = 64
 _SAME_DIRECTION = 0.1
 
 
-def initial_router_state(config: ExpertConfig, embedding: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+def initial_router_state_dict(config: ExpertConfig, embedding: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """The state dict that a router starts from.
 
     `logits = linear_2(relu(linear_1(e)))` are 0 for dense routing below G = 1, where only uniform weights preserve the
@@ -88,7 +88,7 @@ def _spread_logits(config: ExpertConfig, num_tasks: int, generator: torch.Genera
     return draws[(2.0 * distinct + nearest).argmax()]
 
 
-def count_proportional_experts(routing_weights: Tensor) -> Tensor:
+def count_experts_with_proportional_weights(routing_weights: Tensor) -> Tensor:
     """How many experts have weights in proportion to those of an earlier one, by layer: (…, T, E) to (…,) int64."""
     return _proportional(*_directions(routing_weights)).sum(dim=-1)
 

@@ -97,7 +97,7 @@ def load_pretrained(cls: type, load: Callable[..., Any], path: str | os.PathLike
             )
     if any(parameter.is_meta for parameter in model.parameters()) and "device_map" not in kwargs:
         raise ValueError(f"{path} lacks parameters of the architecture in its config.json.")
-    model.conv_in.place_channels_()
+    model.conv_in.update_channel_counts_()
     model.freeze_stock_parameters_()
     return (model, info) if output_loading_info else model
 

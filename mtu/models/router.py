@@ -14,14 +14,23 @@ from mtu.models.task_rows import PerTaskModule
 from mtu_kernels import NormAffine, Routing, top_k_routing
 from mtu_kernels.tracing import is_exporting_or_tracing, supports_autocast
 
-__all__ = ["Gathered", "Router", "RoutingTable", "TaskContext", "TaskEmbedding", "constants", "held", "select_rows"]
+__all__ = [
+    "GatheredTaskValues",
+    "Router",
+    "RoutingTable",
+    "TaskContext",
+    "TaskEmbedding",
+    "precomputed_tables",
+    "routing_table_parameter_ids",
+    "select_rows",
+]
 
 # Elements looked at per tensor when a cached table is checked: few enough to cost microseconds, spread enough that
 # an optimizer's or an averaging step, which changes everything, cannot go unseen.
 _FINGERPRINT_ELEMENTS = 16
 
 
-class Gathered(NamedTuple):
+class GatheredTaskValues(NamedTuple):
     """What was gathered for the samples of one UNet call before its blocks run; see `mtu.models.gathering`.
 
     Args:
@@ -46,7 +55,7 @@ class TaskContext(NamedTuple):
 
     task_ids: Tensor
     embedding: Tensor | None
-    gathered: Gathered | None = None
+    gathered: GatheredTaskValues | None = None
 
     def affine(self, norm: nn.Module) -> NormAffine:
         """The affine of each sample: (B, D) or (B, E, D) float32."""
@@ -64,7 +73,7 @@ class TaskContext(NamedTuple):
         indices = None if table.indices is None else table.indices.index_select(0, self.task_ids)
         return Routing(select_rows(table.weights, self.task_ids), indices)
 
-    def _gathered_here(self) -> Gathered | None:
+    def _gathered_here(self) -> GatheredTaskValues | None:
         # A block that is compiled by itself must not look itself up: its code serves all blocks of its shapes.
         gathered = self.gathered
         return gathered if gathered is not None and gathered.is_traced == torch.compiler.is_compiling() else None
@@ -128,9 +137,9 @@ class Router(nn.Module):
         self.linear_1 = RouterLinear(config.router_width, config.router_width)
         self.linear_2 = RouterLinear(config.router_width, config.num_experts)
         self._cache: tuple[object, Routing] | None = None
-        # What `hold` keeps at one place in memory.
+        # What `precompute` keeps at one place in memory.
         self._table: Routing | None = None
-        self.is_held = False
+        self.is_precomputed = False
 
     def forward(self, embedding: Tensor) -> Routing:
         """The routing of every task.
@@ -143,7 +152,7 @@ class Router(nn.Module):
         """
         if torch.is_grad_enabled() or self.training:
             return self._route(embedding)
-        if self._table is not None and self.is_held_on(embedding.device):
+        if self._table is not None and self.is_precomputed_on(embedding.device):
             return self._table
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._route(embedding)
@@ -154,8 +163,8 @@ class Router(nn.Module):
             self._cache = (key, self._route(embedding))
         return self._cache[1]
 
-    def hold(self, embedding: Tensor) -> None:
-        """Bring the table up to date, and return it from `forward` until `release`.
+    def precompute(self, embedding: Tensor) -> None:
+        """Bring the table up to date, and return it from `forward` until `discard_precomputed`.
 
         The table's tensors stay where they are while its shape does: a CUDA graph that reads them reads the new values.
 
@@ -170,21 +179,21 @@ class Router(nn.Module):
             if self._cache[1] is not self._table:
                 self._table = Routing(*map(_written, self._table or (None, None), self._cache[1]))
                 self._cache = (key, self._table)
-        self.is_held = True
+        self.is_precomputed = True
 
-    def is_held_on(self, device: torch.device) -> bool:
+    def is_precomputed_on(self, device: torch.device) -> bool:
         """Whether `forward` returns a held table for embeddings there: offloading may have moved the model since."""
-        return self.is_held and self._table is not None and self._table.weights.device == device
+        return self.is_precomputed and self._table is not None and self._table.weights.device == device
 
-    def release(self) -> None:
+    def discard_precomputed(self) -> None:
         """Run the router again where `forward` is called."""
-        self.is_held = False
+        self.is_precomputed = False
 
     def __getstate__(self) -> dict:
         # A copy is made to go its own way, whatever the original is being used for.
-        return {**super().__getstate__(), "is_held": False}
+        return {**super().__getstate__(), "is_precomputed": False}
 
-    def invalidate(self) -> None:
+    def clear_cache(self) -> None:
         """Forget the cached table."""
         self._cache = None
 
@@ -264,22 +273,22 @@ class RoutingTable(PerTaskModule):
         return super()._apply(moved, recurse)
 
 
-def constants(module: nn.Module) -> set[int]:
+def routing_table_parameter_ids(module: nn.Module) -> set[int]:
     """The parameters within a module that are tables of dropped routers, by identity: nothing trains them."""
     return {id(p) for m in module.modules() if isinstance(m, RoutingTable) for p in m.parameters()}
 
 
 @contextlib.contextmanager
-def held(routers: Iterable[Router], embedding: Tensor | None) -> Iterator[None]:
-    """Run routers once, now, rather than at each call within this context; see `Router.hold`."""
-    routers = [router for router in routers if not router.is_held]
+def precomputed_tables(routers: Iterable[Router], embedding: Tensor | None) -> Iterator[None]:
+    """Run routers once, now, rather than at each call within this context; see `Router.precompute`."""
+    routers = [router for router in routers if not router.is_precomputed]
     try:
         for router in routers:
-            router.hold(embedding)
+            router.precompute(embedding)
         yield
     finally:
         for router in routers:
-            router.release()
+            router.discard_precomputed()
 
 
 def _constant(tensor: Tensor) -> nn.Parameter:

@@ -23,11 +23,11 @@ from mtu.models.conv_in import TaskConvIn
 from mtu.models.ffn import RoutedFeedForward, RoutedTransformerBlock
 from mtu.models.norm import TaskLayerNorm
 
-__all__ = ["carry_settings_", "unfused_state"]
+__all__ = ["copy_settings_", "unfused_state_dict"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Of modules whose upcycled and stock classes or widths differ, what belongs to them and is no setting.
-_OF_CLASS = {"num_experts", "backend", "_stacks", "in_features", "out_features"}
+_OF_CLASS = {"num_experts", "backend", "_consecutive_blocks", "in_features", "out_features"}
 _IGNORED = {
     *vars(nn.Module()),
     *RUNTIME_ATTRIBUTES,
@@ -45,7 +45,7 @@ _STOCK = {
 }
 
 
-def carry_settings_(source: UNet2DConditionModel, target: UNet2DConditionModel) -> None:
+def copy_settings_(source: UNet2DConditionModel, target: UNet2DConditionModel) -> None:
     """Set on `target` what was set on `source`, an upcycled and a stock UNet or the other way round.
 
     Carried over: attention processors (with their backends), FreeU, gradient checkpointing with its function, chunks of
@@ -88,7 +88,7 @@ def carry_settings_(source: UNet2DConditionModel, target: UNet2DConditionModel) 
     target.register_to_config(**{key: value for key, value in source.config.items() if key not in known})
 
 
-def unfused_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+def unfused_state_dict(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     """The state dict without fused copies of attentions' projections, which stay after they are unfused."""
     return {k: tensor for k, tensor in unet.state_dict().items() if not any(p in k for p in FUSED_PROJECTION_NAMES)}
 

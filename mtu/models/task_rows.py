@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mtu.compat import parameter_access
 
-__all__ = ["PerTaskModule", "check_modules", "task_rows", "write_task_rows_"]
+__all__ = ["PerTaskModule", "check_per_task_modules", "read_task_rows", "write_task_rows_"]
 
 
 class PerTaskModule(nn.Module):
@@ -23,7 +23,7 @@ class PerTaskModule(nn.Module):
             setattr(self, name, nn.Parameter(parameter[list(rows)], parameter.requires_grad))
 
 
-def check_modules(modules: Mapping[str, nn.Module], action: str) -> None:
+def check_per_task_modules(modules: Mapping[str, nn.Module], action: str) -> None:
     """Raise a ValueError unless rows can be read from these per-task modules and written to them.
 
     Args:
@@ -36,7 +36,7 @@ def check_modules(modules: Mapping[str, nn.Module], action: str) -> None:
         parameter_access.check_plain_layers(module, action)
 
 
-def task_rows(root: nn.Module, modules: Mapping[str, nn.Module], index: int) -> dict[str, Tensor]:
+def read_task_rows(root: nn.Module, modules: Mapping[str, nn.Module], index: int) -> dict[str, Tensor]:
     """The rows of task id `index`, by the names of the parameters that they are rows of.
 
     Args:

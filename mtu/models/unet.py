@@ -23,13 +23,20 @@ from mtu.compat.private_interfaces import expand_adapter_block_scales, register_
 from mtu.experts import ExpertConfig, NormMode, stock_config
 from mtu.models import parts, pretrained
 from mtu.models.conv_in import TaskConvIn
-from mtu.models.ffn import CONTEXT_KEY, RoutedFeedForward, RoutedTransformerBlock, check_blocks
+from mtu.models.ffn import TASK_CONTEXT_KEY, RoutedFeedForward, RoutedTransformerBlock, check_upcyclable
 from mtu.models.folding import fold_task
-from mtu.models.gathering import can_route_ahead, find_stacks, gather
+from mtu.models.gathering import can_precompute_routing, find_consecutive_blocks, gather_task_values
 from mtu.models.norm import TaskLayerNorm
-from mtu.models.router import Router, RoutingTable, TaskContext, TaskEmbedding, constants, held
-from mtu.models.settings import carry_settings_
-from mtu.models.task_rows import check_modules, task_rows, write_task_rows_
+from mtu.models.router import (
+    Router,
+    RoutingTable,
+    TaskContext,
+    TaskEmbedding,
+    precomputed_tables,
+    routing_table_parameter_ids,
+)
+from mtu.models.settings import copy_settings_
+from mtu.models.task_rows import check_per_task_modules, read_task_rows, write_task_rows_
 from mtu.tasks import TaskSpec, as_task_specs
 
 __all__ = ["MTUUNet2DConditionModel"]
@@ -76,7 +83,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         config = ExpertConfig(num_experts, top_k, expert_ratio, norm, routing_scale, router_width)
         super().__init__(**stock)  # registers the stock part of the configuration
         self.register_to_config(tasks=[spec.to_dict() for spec in specs])
-        check_blocks(self)
+        check_upcyclable(self)
         for transformer in self.modules():
             if isinstance(transformer, Transformer2DModel):
                 for index, block in enumerate(transformer.transformer_blocks):
@@ -92,7 +99,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         self.task_embedding = None if routers_dropped else TaskEmbedding(len(specs), router_width)
         # Found once, as looking through thousands of modules takes longer than a step's gather. A block that is put in
         # later gathers for itself.
-        self._stacks = find_stacks(self, self.routed_blocks())
+        self._consecutive_blocks = find_consecutive_blocks(self, self.routed_blocks())
         # For this one, which routing tables see to themselves, diffusers' `.to` would warn at every change of dtype.
         self._keep_in_fp32_modules = None
         self.freeze_stock_parameters_()
@@ -127,12 +134,12 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             ValueError: this model has no task of that name.
         """
         indices = [self.task_index(name) for name in ([names] if isinstance(names, str) else names)]
-        return torch.tensor(indices, dtype=torch.int64, device=device or self.task_device)
+        return torch.tensor(indices, dtype=torch.int64, device=device or self.task_ids_device)
 
     @property
-    def task_device(self) -> torch.device:
+    def task_ids_device(self) -> torch.device:
         """Where `task_ids` are expected."""
-        return self.conv_in.channels.device
+        return self.conv_in.channel_counts.device
 
     def add_task(self, spec: TaskSpec, init_from: str | None = None) -> int:
         """Append a task, all other tasks staying bit-identical; returns its id.
@@ -183,7 +190,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
     def _check_changeable(self, action: str) -> None:
         """Raise a ValueError unless new per-task tensors would reach the calls of this model."""
         parameter_access.check_not_offloaded(self, action)
-        check_modules(self.per_task_modules(), action)
+        check_per_task_modules(self.per_task_modules(), action)
 
     def _select_tasks_(self, specs: tuple[TaskSpec, ...], rows: Sequence[int]) -> None:
         """Make `specs` the tasks; the new task i starts from the old row `rows[i]`."""
@@ -196,10 +203,10 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
 
     def _set_task_specs_(self, specs: Iterable[TaskSpec]) -> None:
         self.register_to_config(tasks=[spec.to_dict() for spec in specs])
-        # Routers run again also within `hold_routing`: the tables that they held are of other tasks.
+        # Routers run again also within `precomputed_routing`: the tables that they held are of other tasks.
         for router in self.routers():
-            router.release()
-            router.invalidate()
+            router.discard_precomputed()
+            router.clear_cache()
 
     # -------------------------------------------------------------------------------------------------- forward
 
@@ -234,9 +241,9 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         Raises:
             ValueError: task_ids of another shape or type, or ids out of range (looked at on CPU only).
         """
-        task_ids = self.checked_task_ids(task_ids, sample)
-        embedding = self.embedding_table(sample.device)
-        context = TaskContext(task_ids, embedding, gather(self._stacks, task_ids, embedding))
+        task_ids = self.prepare_task_ids(task_ids, sample)
+        embedding = self.task_embedding_weight(sample.device)
+        context = TaskContext(task_ids, embedding, gather_task_values(self._consecutive_blocks, task_ids, embedding))
         return super().forward(
             self.conv_in(sample, task_ids, channels_last=self.is_channels_last),
             timestep,
@@ -244,7 +251,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             class_labels=class_labels,
             timestep_cond=timestep_cond,
             attention_mask=attention_mask,
-            cross_attention_kwargs={**(cross_attention_kwargs or {}), CONTEXT_KEY: context},
+            cross_attention_kwargs={**(cross_attention_kwargs or {}), TASK_CONTEXT_KEY: context},
             added_cond_kwargs=added_cond_kwargs,
             down_block_additional_residuals=down_block_additional_residuals,
             mid_block_additional_residual=mid_block_additional_residual,
@@ -261,7 +268,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             return False  # wrapped or sharded: it is only a layout
         return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
-    def checked_task_ids(self, task_ids: Tensor | None, sample: Tensor) -> Tensor:
+    def prepare_task_ids(self, task_ids: Tensor | None, sample: Tensor) -> Tensor:
         """`task_ids` as (B,) int64 on the device of `sample`; errors as in `forward`."""
         batch = sample.shape[0]
         if task_ids is None:
@@ -278,7 +285,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
                 raise ValueError(f"task_ids must be in [0, {len(self.config.tasks)}), but got {wrong[0]}.")
         return task_ids.to(sample.device).expand(batch)
 
-    def embedding_table(self, device: torch.device) -> Tensor | None:
+    def task_embedding_weight(self, device: torch.device) -> Tensor | None:
         """The task embedding (T, W); None once the routers are dropped."""
         embedding = self.task_embedding
         if embedding is None:
@@ -292,13 +299,13 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         """The transformer blocks with a routed feed-forward network, by name, in the order of the state dict."""
         return {name: module for name, module in self.named_modules() if isinstance(module, RoutedTransformerBlock)}
 
-    def routed_layers(self) -> list[RoutedFeedForward]:
+    def routed_feed_forwards(self) -> list[RoutedFeedForward]:
         """The routed feed-forward networks, in the order of the state dict."""
         return [block.ff for block in self.routed_blocks().values()]
 
     def routers(self) -> list[Router]:
         """The routers, in the order of the state dict; none once they are dropped."""
-        return [layer.router for layer in self.routed_layers() if isinstance(layer.router, Router)]
+        return [layer.router for layer in self.routed_feed_forwards() if isinstance(layer.router, Router)]
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What multi-task training updates: experts, routers, task embedding, task norms, task input convolutions."""
@@ -307,12 +314,14 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
     def named_trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """`trainable_parameters` with their names."""
         owners = (RoutedFeedForward, TaskLayerNorm, TaskConvIn, TaskEmbedding)
-        trainable = {id(p) for m in self.modules() if isinstance(m, owners) for p in m.parameters()} - constants(self)
+        trainable = {
+            id(p) for m in self.modules() if isinstance(m, owners) for p in m.parameters()
+        } - routing_table_parameter_ids(self)
         return [(name, p) for name, p in parameter_access.named_parameters_without_adapters(self) if id(p) in trainable]
 
     def requires_grad_(self, requires_grad: bool = True) -> "MTUUNet2DConditionModel":
         """As in torch, but for the tables of dropped routers, which stay constant, and for integers."""
-        fixed = constants(self)
+        fixed = routing_table_parameter_ids(self)
         for parameter in self.parameters():
             parameter.requires_grad_(requires_grad and parameter.is_floating_point() and id(parameter) not in fixed)
         return self
@@ -328,8 +337,8 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         """Routing weights (layers, T, E) float32, zero for inactive experts."""
         # Hooks that bring parameters in are around whole blocks where those are offloaded to disk by groups.
         unet = parameter_access.copy_in_memory(self) if parameter_access.is_group_offloaded_to_disk(self) else self
-        embedding = unet.embedding_table(unet.task_device)
-        tables = [layer.router(embedding) for layer in unet.routed_layers()]
+        embedding = unet.task_embedding_weight(unet.task_ids_device)
+        tables = [layer.router(embedding) for layer in unet.routed_feed_forwards()]
         return torch.stack([mtu_kernels.dense_weights(table, self.config.num_experts) for table in tables]).clone()
 
     @torch.no_grad()
@@ -344,8 +353,8 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         if self.task_embedding is None:
             raise ValueError("The routers of this model were dropped already; expected a model with routers.")
         parameter_access.check_not_group_offloaded(self, "drop_routers_")
-        embedding = self.embedding_table(self.task_device)
-        for layer in self.routed_layers():
+        embedding = self.task_embedding_weight(self.task_ids_device)
+        for layer in self.routed_feed_forwards():
             table = RoutingTable.from_routing(self.expert_config, layer.router(embedding))
             layer.router = table.train(layer.training)
         self.task_embedding = None
@@ -354,10 +363,10 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
     def invalidate_routing_cache(self) -> None:
         """Forget cached routing tables; needed after changes that no version counter and no spot check can see."""
         for router in self.routers():
-            router.invalidate()
+            router.clear_cache()
 
     @contextlib.contextmanager
-    def hold_routing(self) -> Iterator[None]:
+    def precomputed_routing(self) -> Iterator[None]:
         """Run the routers once, now, rather than at each call within this context.
 
         For calls without gradients in eval mode; others run the routers themselves, and so do models that offloading
@@ -365,10 +374,10 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         """
         blocks = {} if self.training or torch.is_grad_enabled() else self.routed_blocks()
         routers = [block.ff.router for block in blocks.values() if isinstance(block.ff.router, Router)]
-        if not routers or not can_route_ahead(self, blocks):
+        if not routers or not can_precompute_routing(self, blocks):
             yield
             return
-        with held(routers, self.embedding_table(self.task_device)):
+        with precomputed_tables(routers, self.task_embedding_weight(self.task_ids_device)):
             yield
 
     def set_backend(self, backend: str) -> None:
@@ -381,7 +390,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             RuntimeError: the backend is not part of this installation.
         """
         mtu_kernels.check_backend(backend)
-        for layer in self.routed_layers():
+        for layer in self.routed_feed_forwards():
             layer.backend = backend
 
     def set_adapters(self, adapter_names: list[str] | str, weights: Any = None) -> None:
@@ -421,7 +430,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         """Save what task `name` alone owns (embedding, norms, input convolution); a folder can hold several tasks."""
         index = self.task_index(name)
         rows = self._task_rows(index)
-        rows["conv_in.weight"] = rows["conv_in.weight"][:, : self.conv_in.task_channels[index]]
+        rows["conv_in.weight"] = rows["conv_in.weight"][:, : self.conv_in.channel_counts_per_task[index]]
         parts.write_task(directory, self.tasks[index], rows, self._architecture())
 
     def load_task(self, directory: str | os.PathLike, replace: bool = False, name: str | None = None) -> int:
@@ -493,7 +502,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         source = parameter_access.copy_in_memory(self, in_compute_dtype=True)
         embedding = None if source.task_embedding is None else source.task_embedding.weight
         exported, state = fold_task(source, index, embedding, prune=prune)
-        carry_settings_(self, exported)
+        copy_settings_(self, exported)
         exported.load_state_dict({key: tensor.clone() for key, tensor in state.items()}, assign=True)
         return exported.to(memory_format=torch.channels_last) if self.is_channels_last else exported
 
@@ -503,9 +512,9 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
     def _task_rows(self, index: int) -> dict[str, Tensor]:
         """The tensors that task id `index` alone owns, by the names of the packed parameters."""
         modules = self.per_task_modules()
-        check_modules(modules, "reading a task's rows")
+        check_per_task_modules(modules, "reading a task's rows")
         parameter_access.check_has_values(self, "Reading a task's rows")
-        return task_rows(self, modules, index)
+        return read_task_rows(self, modules, index)
 
 
 register_stock_arguments_(MTUUNet2DConditionModel)

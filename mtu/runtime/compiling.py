@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from mtu.compat.plain_linear import has_replaced_forward
 from mtu.example_inputs import TEXT_TOKENS, default_latent_size, example_inputs
-from mtu.models.router import held
+from mtu.models.router import precomputed_tables
 from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.runtime.graphs import Capture, CudaGraphs, Inputs, Parts, Replay, Step
 
@@ -63,7 +63,7 @@ def compile(model: Model, mode: str = "auto", *, max_sizes: int = 8) -> Model:
     Where parameters, buffers, modules, attention processors, backends or FreeU's strengths are replaced, sizes are
     prepared anew; other Python attributes that change need another `mtu.compile`. Calls with adapters, hooks or
     replaced forwards (offloading, caching) run as before. Pipelines run the routers once a call, and calls without one
-    at each step, unless they are within `unet.hold_routing()` or the routers are dropped.
+    at each step, unless they are within `unet.precomputed_routing()` or the routers are dropped.
 
     Args:
         model: an upcycled or a stock UNet, or a pipeline with one; changed in place. Its weights become channels-last,
@@ -203,10 +203,13 @@ class CompiledCalls:
                 return unet._call_impl(*args, **kwargs)
             inputs = _plain_inputs(unet, given)
             # In a pipeline the tables are held already.
-            embedding = unet.embedding_table(unet.task_device) if parts.routers else None
+            embedding = unet.task_embedding_weight(unet.task_ids_device) if parts.routers else None
             capture = self._capture_of(inputs)
             # Routing tables are memory that graphs read, too.
-            with contextlib.nullcontext() if capture is None else capture.turn(), held(parts.routers, embedding):
+            with (
+                contextlib.nullcontext() if capture is None else capture.turn(),
+                precomputed_tables(parts.routers, embedding),
+            ):
                 sample = self._run(inputs, capture)
         return UNet2DConditionOutput(sample=sample) if return_dict else (sample,)
 
@@ -296,7 +299,7 @@ def _plain_inputs(unet: UNet2DConditionModel, given: Inputs) -> Inputs:
     if isinstance(unet, MTUUNet2DConditionModel):
         unet.conv_in.check_channels(channels)
         inputs["sample"] = F.pad(sample, (0, 0, 0, 0, 0, unet.conv_in.in_channels - channels))
-        inputs["task_ids"] = unet.checked_task_ids(given.get("task_ids"), sample)
+        inputs["task_ids"] = unet.prepare_task_ids(given.get("task_ids"), sample)
     timestep = given["timestep"]
     if isinstance(timestep, Tensor) and timestep.device == sample.device:
         timestep = timestep.to(torch.float32).expand(rows)

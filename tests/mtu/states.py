@@ -26,7 +26,7 @@ SMALL = {
     "mid_block_type": None,
 }
 CPU = torch.device("cpu")
-HELD = contextlib.ExitStack()
+PRECOMPUTED = contextlib.ExitStack()
 
 
 class Rounded(Tensor):
@@ -134,10 +134,10 @@ def without_values(unet, folder):
     return unet.to("meta")
 
 
-def held(unet, folder):
-    """Within `hold_routing`, for as long as the test runs."""
-    HELD.enter_context(torch.no_grad())
-    HELD.enter_context(unet.hold_routing())
+def with_precomputed_routing(unet, folder):
+    """Within `precomputed_routing`, for as long as the test runs."""
+    PRECOMPUTED.enter_context(torch.no_grad())
+    PRECOMPUTED.enter_context(unet.precomputed_routing())
     outputs(unet)
     return unet
 

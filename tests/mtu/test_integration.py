@@ -132,11 +132,11 @@ def test_hooks_on_the_linears_run_and_count(settings):
     unet = upcycled_unet(**settings)
     given = inputs(unet)
     expected, called = predict(unet, given, *NAMES), []
-    for layer in unet.routed_layers():
+    for layer in unet.routed_feed_forwards():
         layer.net[2].register_forward_hook(lambda *_: called.append(1))
     assert_close(predict(unet, given, *NAMES), expected)
-    assert len(called) == len(unet.routed_layers())
-    unet.routed_layers()[0].net[0].proj.register_forward_hook(lambda module, _, output: output + 1)
+    assert len(called) == len(unet.routed_feed_forwards())
+    unet.routed_feed_forwards()[0].net[0].proj.register_forward_hook(lambda module, _, output: output + 1)
     assert_differ(predict(unet, given, *NAMES), expected)
 
 
@@ -166,7 +166,7 @@ def test_layerwise_casting_is_as_exact_as_its_storage(settings):
     given = inputs(unet)
     exact = predict(unet, given, *NAMES)
     unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
-    assert unet.routed_layers()[0].net[2].weight.dtype == torch.bfloat16
+    assert unet.routed_feed_forwards()[0].net[2].weight.dtype == torch.bfloat16
     # The same values, rounded beforehand and computed with as usual.
     rounded.load_state_dict({name: tensor.float() for name, tensor in unet.state_dict().items()})
     assert_close(predict(unet, given, *NAMES), predict(rounded, given, *NAMES))
@@ -204,7 +204,7 @@ def test_chunks_of_tokens_and_freeu():
     given = inputs(unet)
     expected = predict(unet, given, *NAMES)
     blocks = [module for module in unet.modules() if hasattr(module, "set_chunk_feed_forward")]
-    assert len(blocks) == len(unet.routed_layers())
+    assert len(blocks) == len(unet.routed_feed_forwards())
     for block in blocks:
         block.set_chunk_feed_forward(7, dim=1)
     assert_close(predict(unet, given, *NAMES), expected)
@@ -265,10 +265,10 @@ def test_one_compilation_serves_all_task_mixes_and_follows_updates(dynamo, setti
     compiled = torch.compile(unet, backend=keep, fullgraph=True)
     with torch.no_grad():
         outputs = [compiled(**given, task_ids=unet.task_ids(names)).sample for names in MIXES]
-        assert all(layer.router._cache is None for layer in unet.routed_layers())
+        assert all(layer.router._cache is None for layer in unet.routed_feed_forwards())
         for names, actual in zip(MIXES, outputs, strict=True):
             assert_close(actual, predict(unet, given, *names))
-        randomise_([layer.router.linear_2.weight for layer in unet.routed_layers()], seed=9)
+        randomise_([layer.router.linear_2.weight for layer in unet.routed_feed_forwards()], seed=9)
         updated = compiled(**given, task_ids=unet.task_ids(NAMES)).sample
     assert_differ(updated, outputs[0])
     assert_close(updated, predict(unet, given, *NAMES))
@@ -300,7 +300,7 @@ def test_repeated_blocks_are_compiled_and_one_compilation_serves_tasks(dynamo):
     given = inputs(unet)
     expected = [predict(unet, given, *names) for names in MIXES]
     blocks = [module for module in unet.modules() if type(module).__name__ in unet._repeated_blocks]
-    assert len(blocks) == len(unet.routed_layers())
+    assert len(blocks) == len(unet.routed_feed_forwards())
     with torch._dynamo.config.patch(error_on_recompile=False):  # blocks of two widths share their code
         unet.compile_repeated_blocks(backend="eager", fullgraph=True)
         predict(unet, given, *NAMES)

@@ -33,7 +33,7 @@ def assert_computes(unet, given, expected):
     """A call, one that came after others, one with held routing as in pipelines, and one that records gradients."""
     for _ in range(2):
         assert_close(predict(unet, given, *NAMES), expected)
-    with torch.no_grad(), unet.hold_routing():
+    with torch.no_grad(), unet.precomputed_routing():
         assert_close(predict(unet, given, *NAMES), expected)
     assert_close(unet(**given, task_ids=unet.task_ids(NAMES)).sample, expected)
     with torch.inference_mode():

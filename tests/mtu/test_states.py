@@ -19,8 +19,8 @@ from mtu.inspection import compare
 from mtu.training import FitConfig, fit
 
 from .states import (
-    HELD,
     NAMES,
+    PRECOMPUTED,
     SMALL,
     adapted,
     adapted_in_plain_weights,
@@ -33,12 +33,12 @@ from .states import (
     dispatched,
     given_for,
     group_offloaded,
-    held,
     outputs,
     plain,
     quantized,
     rounded_as_cast,
     small_upcycled,
+    with_precomputed_routing,
     without_values,
     wrapped_by_compiler,
 )
@@ -143,14 +143,14 @@ METHODS = {
     "load_state_dict": loaded,
     "inspection": compared,
     "forward": lambda unet, folder: (outputs(unet), predict(unet, given_for(unet))),
-    "task_ids": lambda unet, folder: (unet.task_index("edit"), unet.task_ids(NAMES, "cpu"), unet.task_device.type),
+    "task_ids": lambda unet, folder: (unet.task_index("edit"), unet.task_ids(NAMES, "cpu"), unet.task_ids_device.type),
     "add_task": after_adding,
     "remove_task": after_removing,
     "load_task": after_loading,
     "load_task_again": load_again,
     "router_weights": lambda unet, folder: unet.router_weights(),
     "drop_routers_": lambda unet, folder: (unet.drop_routers_(), outputs(unet), unet.router_weights()),
-    "hold_routing": lambda unet, folder: outputs(held(unet, folder)),
+    "precomputed_routing": lambda unet, folder: outputs(with_precomputed_routing(unet, folder)),
     "invalidate_routing_cache": lambda unet, folder: (unet.invalidate_routing_cache(), outputs(unet)),
     "set_backend": lambda unet, folder: (unet.set_backend("eager"), outputs(unet)),
     "named_trainable_parameters": lambda unet, folder: [
@@ -220,13 +220,23 @@ ON_META = dict.fromkeys(
 NOT_COPIED = ("deepcopy", "pickle")
 SLOW = pytest.mark.slow
 # Of states that differ from others in where values are kept alone.
-SOME = ("forward", *SURGERY, "drop_routers_", "router_weights", "hold_routing", *FILES, "export_task", "warmup", "fit")
+SOME = (
+    "forward",
+    *SURGERY,
+    "drop_routers_",
+    "router_weights",
+    "precomputed_routing",
+    *FILES,
+    "export_task",
+    "warmup",
+    "fit",
+)
 # A sum of weights and an adapter's product rounds to other values than its parts.
 UNROUNDED = tuple(name for name in METHODS if name != "to_bfloat16")
 
 STATES = {
     "plain": State(plain),
-    "held": State(held, plain, only=(*SURGERY, "drop_routers_", "invalidate_routing_cache")),
+    "precomputed": State(with_precomputed_routing, plain, only=(*SURGERY, "drop_routers_", "invalidate_routing_cache")),
     "cpu_offload": State(cpu_offloaded, plain, OFFLOADED, ("pickle", "training", "to_bfloat16")),
     "disk_offload": State(disk_offloaded, plain, OFFLOADED, only=SOME),
     "dispatched": State(dispatched, plain, OFFLOADED, only=SOME),
@@ -287,7 +297,7 @@ def saved_tasks(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def nothing_left_over():
     torch.compiler.reset()
-    with HELD:
+    with PRECOMPUTED:
         yield
 
 

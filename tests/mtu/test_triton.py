@@ -56,7 +56,7 @@ def test_a_mixed_batch(config, settings, device):
     expected = predict(unet, given, *NAMES)
     unet.set_backend("triton")
     names, actual = operators_of(lambda: predict(unet.to(device), on(device, given), *NAMES))
-    assert names == ["moe_ffn_triton"] * len(unet.routed_layers())
+    assert names == ["moe_ffn_triton"] * len(unet.routed_feed_forwards())
     assert_close(actual.cpu(), expected)
 
 
@@ -78,7 +78,7 @@ def test_training(checkpointing, device):
             unet(**given, task_ids=unet.task_ids(NAMES)).sample.square().mean().backward()
 
         names, _ = operators_of(step)
-        layers = len(unet.routed_layers())
+        layers = len(unet.routed_feed_forwards())
         if backend == "triton":
             assert names.count("moe_ffn_triton_backward") == layers
             assert names.count("moe_ffn_triton_train") == layers * (2 if checkpointing else 1)

@@ -388,7 +388,7 @@ def test_the_papers_parameter_counts(config, stock_millions, blocks, trained_bil
     assert round(count / 1e6, 1) == stock_millions
     unet = mtu.upcycle(stock)
     trained = sum(parameter.numel() for parameter in unet.trainable_parameters())
-    assert len(unet.routed_layers()) == blocks
+    assert len(unet.routed_feed_forwards()) == blocks
     # The paper's figures count what is new or trained beyond the input convolution: 158.40 M, 158.49 M with it.
     without_conv_in = trained - sum(parameter.numel() for parameter in unet.conv_in.parameters())
     assert round(without_conv_in / 1e9, 4 if trained_billions < 1 else 3) == trained_billions

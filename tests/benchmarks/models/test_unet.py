@@ -114,7 +114,7 @@ def _spoiled(build, family, setting, contender):
     if contender.implementation.backend == "cpp":
         raise RuntimeError("The backend 'cpp' cannot run here: it is not compiled.")
     upcycled = build(family, setting, contender)
-    layer = upcycled.unets[0].routed_layers()[0]
+    layer = upcycled.unets[0].routed_feed_forwards()[0]
     layer.net[2].bias.data = torch.zeros_like(layer.net[2].bias)
     return upcycled
 

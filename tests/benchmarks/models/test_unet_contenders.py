@@ -147,7 +147,7 @@ def test_weights_are_counted_once_for_each_storage():
 
 
 def _no_bias(upcycled):
-    bias = upcycled.routed_layers()[0].net[2].bias
+    bias = upcycled.routed_feed_forwards()[0].net[2].bias
     bias.data = torch.zeros_like(bias)
 
 
@@ -159,7 +159,7 @@ def _no_affine_of_one_task(upcycled):
 
 
 def _heavy_routing(upcycled):
-    for layer in upcycled.routed_layers():
+    for layer in upcycled.routed_feed_forwards():
         layer.router.weights.data.mul_(1.2)
 
 

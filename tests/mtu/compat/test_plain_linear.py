@@ -86,7 +86,7 @@ def test_a_network_of_such_layers_calls_them(change, settings):
     unet = upcycled_unet(**settings)
     given = inputs(unet)
     expected = predict(unet, given, *NAMES)
-    for layer in unet.routed_layers():
+    for layer in unet.routed_feed_forwards():
         change(layer.net[0].proj)
         change(layer.net[2])
     assert_close(predict(unet, given, *NAMES), expected)
@@ -95,11 +95,11 @@ def test_a_network_of_such_layers_calls_them(change, settings):
 def test_a_network_without_biases():
     unet = upcycled_unet()
     given = inputs(unet)
-    for layer in unet.routed_layers():
+    for layer in unet.routed_feed_forwards():
         nn.init.zeros_(layer.net[0].proj.bias)
         nn.init.zeros_(layer.net[2].bias)
     expected = predict(unet, given, *NAMES)
-    for layer in unet.routed_layers():
+    for layer in unet.routed_feed_forwards():
         layer.net[0].proj.register_parameter("bias", None)
         layer.net[2].register_parameter("bias", None)
     assert_close(predict(unet, given, *NAMES), expected)

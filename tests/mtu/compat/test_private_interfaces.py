@@ -229,7 +229,7 @@ def test_fused_projections():
     assert attributes <= FUSED_PROJECTION_ATTRIBUTES
     assert all(module.fused_projections for module in unet.modules() if hasattr(module, "to_qkv"))
     unet.unfuse_qkv_projections()
-    assert keys <= set(unet.state_dict()), "unfusing takes the copies away now: unfused_state is needed no more"
+    assert keys <= set(unet.state_dict()), "unfusing takes the copies away now: unfused_state_dict is needed no more"
 
 
 @of_private_interface
@@ -364,10 +364,11 @@ def test_class_attributes(tmp_path):
     assert compiled == set(unet._repeated_blocks)
     unet.save_pretrained(tmp_path)
     half = mtu.MTUUNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    tables = [layer.router.weights for layer in half.routed_layers()]
+    tables = [layer.router.weights for layer in half.routed_feed_forwards()]
     assert half.dtype == torch.bfloat16
     assert all(
-        torch.equal(table, layer.router.weights) for table, layer in zip(tables, unet.routed_layers(), strict=True)
+        torch.equal(table, layer.router.weights)
+        for table, layer in zip(tables, unet.routed_feed_forwards(), strict=True)
     )
     assert unet._get_no_split_modules("auto")
 

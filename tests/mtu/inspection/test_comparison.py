@@ -123,7 +123,7 @@ def test_counts_are_those_of_the_model_itself(config, layout):
     assert rows["parameters"].original == sum(p.numel() for p in stock.parameters())
     assert rows["parameters"].upcycled == sum(p.numel() for p in upcycled.parameters())
     assert rows["trained_parameters"].upcycled == sum(p.numel() for p in upcycled.parameters() if p.requires_grad)
-    assert rows["ffn_blocks"].upcycled == len(upcycled.routed_layers())
+    assert rows["ffn_blocks"].upcycled == len(upcycled.routed_feed_forwards())
     assert rows["flops_with_attention"].original == counted_flops(stock, given)
     upcycled.drop_routers_()
     # The tables that are left are constants.

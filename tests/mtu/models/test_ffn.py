@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtu.experts import ExpertConfig
-from mtu.models.ffn import CONTEXT_KEY, RoutedTransformerBlock, why_not_upcyclable
+from mtu.models.ffn import TASK_CONTEXT_KEY, RoutedTransformerBlock, why_not_upcyclable
 from mtu.models.router import TaskContext
 from mtu_kernels import available_backends, dense_weights
 
@@ -42,7 +42,7 @@ def routed_block(top_k=None, norm="task", expert_ratio=0.25, **changes):
 def call(block, x, **kwargs):
     embedding = torch.randn(TASKS, WIDTH, generator=torch.Generator().manual_seed(2))
     context = TaskContext(IDS[: len(x)], embedding)
-    return block(x, cross_attention_kwargs={CONTEXT_KEY: context, **kwargs})
+    return block(x, cross_attention_kwargs={TASK_CONTEXT_KEY: context, **kwargs})
 
 
 def tokens(dtype=torch.float32):
@@ -139,7 +139,7 @@ def test_routing_weights_are_not_rounded_on_the_module_path_in_bfloat16():
     with torch.no_grad():
         block.ff(x, block.norm3(IDS), context)
         block.ff.router.routing_scale = EXPERTS
-        block.ff.router.invalidate()
+        block.ff.router.clear_cache()
         block.ff(x, block.norm3(IDS), context)
     assert not torch.equal(seen[0], seen[1])
 
@@ -246,9 +246,9 @@ def test_a_block_without_tasks_raises():
 def test_the_block_leaves_the_callers_arguments_alone():
     block = routed_block()
     context = TaskContext(IDS, torch.zeros(TASKS, WIDTH))
-    kwargs = {CONTEXT_KEY: context}
+    kwargs = {TASK_CONTEXT_KEY: context}
     block(tokens(), cross_attention_kwargs=kwargs)
-    assert set(kwargs) == {CONTEXT_KEY}
+    assert set(kwargs) == {TASK_CONTEXT_KEY}
 
 
 @pytest.mark.parametrize(

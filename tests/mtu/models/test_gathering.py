@@ -12,7 +12,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtu
-from mtu.models.gathering import gather
+from mtu.models.gathering import gather_task_values
 from mtu.models.norm import TaskLayerNorm
 from mtu.models.router import TaskContext
 from mtu_kernels import NormAffine
@@ -51,7 +51,7 @@ def blocks_of(unet):
 
 def gathered_by(unet, task_ids):
     with torch.no_grad():
-        return gather(unet._stacks, task_ids, unet.embedding_table(task_ids.device))
+        return gather_task_values(unet._consecutive_blocks, task_ids, unet.task_embedding_weight(task_ids.device))
 
 
 # --------------------------------------------------------------------------------------------------- what it is worth
@@ -68,7 +68,7 @@ def test_more_layers_take_no_more_gathers(settings, dropped):
         if dropped:
             unet.drop_routers_()
         given = inputs(unet)
-        with unet.hold_routing() if dropped else torch.no_grad():
+        with unet.precomputed_routing() if dropped else torch.no_grad():
             predict(unet, given, *NAMES)
             with Count() as count:
                 predict(unet, given, *NAMES)
@@ -91,14 +91,14 @@ def test_compiled_layers_read_what_was_gathered_once():
     unet = upcycled_unet()
     unet.set_backend("reference")
     blocks, task_ids = blocks_of(unet), unet.task_ids(NAMES)
-    embedding = unet.embedding_table(task_ids.device)
+    embedding = unet.task_embedding_weight(task_ids.device)
 
     def call(task_ids, samples):
-        context = TaskContext(task_ids, embedding, gather(unet._stacks, task_ids, embedding))
+        context = TaskContext(task_ids, embedding, gather_task_values(unet._consecutive_blocks, task_ids, embedding))
         return [b.ff(x, b.norm3(task_ids), context) for b, x in zip(blocks, samples, strict=True)]
 
     samples = [torch.randn(5, 6, block.dim) for block in blocks]
-    with torch.no_grad(), unet.hold_routing():
+    with torch.no_grad(), unet.precomputed_routing():
         outputs, (code,) = run_and_get_code(torch.compile(call, fullgraph=True), task_ids, samples)
         for actual, expected in zip(outputs, call(task_ids, samples), strict=True):
             assert_close(actual, expected)
@@ -157,7 +157,7 @@ def test_blocks_beside_a_compiled_one(dynamo):
 def test_each_layer_gets_what_it_would_gather(settings, dtype, batch):
     unet = upcycled_unet(SD, **settings).to(dtype)  # of two widths
     task_ids = unet.task_ids(NAMES[:batch])
-    embedding = unet.embedding_table(task_ids.device)
+    embedding = unet.task_embedding_weight(task_ids.device)
     gathered = gathered_by(unet, task_ids)
     context = TaskContext(task_ids, embedding)
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_one_id_for_all_samples_and_none():
 def test_nothing_is_gathered_where_gradients_are_wanted():
     unet = upcycled_unet()
     task_ids = unet.task_ids(NAMES)
-    assert gather(unet._stacks, task_ids, unet.embedding_table(task_ids.device)) is None
+    assert gather_task_values(unet._consecutive_blocks, task_ids, unet.task_embedding_weight(task_ids.device)) is None
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")

@@ -76,7 +76,7 @@ def test_a_task_that_is_absent_gets_exactly_no_gradient(settings):
     absent = unet.task_index("edit")
     present = [unet.task_index(name) for name in set(NAMES)]
     packed = {name: g for name, g in grads.items() if ".ff." not in name}
-    assert len(packed) >= 3 + 2 * len(unet.routed_layers())
+    assert len(packed) >= 3 + 2 * len(unet.routed_feed_forwards())
     for name, grad in packed.items():
         assert (grad[absent] == 0).all(), name
         if name != "task_embedding.weight" or unet.config.num_experts > 1:

@@ -88,7 +88,7 @@ def test_a_saved_task_holds_its_rows_alone(tmp_path):
     tensors = load_file(tensors_of(tmp_path, "mtu_task.text-to-image"))
     assert tensors["conv_in.weight"].shape == (32, 4, 3, 3)
     assert tensors["task_embedding.weight"].shape == (16,)
-    assert len(tensors) == 3 + 2 * len(unet.routed_layers())
+    assert len(tensors) == 3 + 2 * len(unet.routed_feed_forwards())
     for name, tensor in tensors.items():
         own = unet.state_dict()[name][0]
         assert torch.equal(tensor, own[:, :4] if name == "conv_in.weight" else own)
@@ -305,7 +305,7 @@ def test_trained_parameters_over_the_same_base(tmp_path, config, settings):
     assert torch.equal(predict(loaded, given, *NAMES), predict(unet, given, *NAMES))
     assert loaded.tasks == unet.tasks
     assert loaded.conv_out.weight.data_ptr() == addresses["conv_out.weight"]
-    assert loaded.routed_layers()[0].backend == "eager"
+    assert loaded.routed_feed_forwards()[0].backend == "eager"
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == saved.keys()
 
 

@@ -184,7 +184,7 @@ def test_dropping_the_routers_changes_no_bit_of_the_output(settings, dtype):
     assert unet.config.routers_dropped
     unet.to(torch.bfloat16)
     assert torch.equal(unet.router_weights(), weights)
-    assert {layer.router.weights.dtype for layer in unet.routed_layers()} == {torch.float32}
+    assert {layer.router.weights.dtype for layer in unet.routed_feed_forwards()} == {torch.float32}
 
 
 def test_dropping_the_routers_twice_raises():
@@ -206,11 +206,11 @@ def test_the_routing_cache_follows_the_parameters():
     unet.invalidate_routing_cache()
     assert torch.equal(predict(unet, given, *NAMES), cached)
     assert_differ(cached, before)
-    assert all(layer.router._cache is not None for layer in unet.routed_layers())
+    assert all(layer.router._cache is not None for layer in unet.routed_feed_forwards())
     unet.train()
     unet.invalidate_routing_cache()
     predict(unet, given, *NAMES)
-    assert all(layer.router._cache is None for layer in unet.routed_layers())
+    assert all(layer.router._cache is None for layer in unet.routed_feed_forwards())
 
 
 def test_backends():
@@ -218,12 +218,12 @@ def test_backends():
     given = inputs(unet)
     expected = predict(unet, given, *NAMES)
     unet.set_backend("reference")
-    assert {layer.backend for layer in unet.routed_layers()} == {"reference"}
+    assert {layer.backend for layer in unet.routed_feed_forwards()} == {"reference"}
     assert_close(predict(unet, given, *NAMES), expected)
     with pytest.raises(ValueError, match="no backend 'fast'"):
         unet.set_backend("fast")
-    assert {layer.backend for layer in unet.routed_layers()} == {"reference"}
-    assert mtu.upcycle(stock_unet(), backend="eager").routed_layers()[0].backend == "eager"
+    assert {layer.backend for layer in unet.routed_feed_forwards()} == {"reference"}
+    assert mtu.upcycle(stock_unet(), backend="eager").routed_feed_forwards()[0].backend == "eager"
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

@@ -83,7 +83,7 @@ def test_routers_run_at_most_once_in_a_call(pipe, picture, monkeypatch, is_compi
     router.linear_2.bias.data.add_(torch.arange(4.0))
     generate(pipe, picture)
     assert len(count) == 2
-    assert not router.is_held
+    assert not router.is_precomputed
 
 
 def test_a_callback_that_fails_lets_the_routers_go(pipe, picture):
@@ -92,7 +92,7 @@ def test_a_callback_that_fails_lets_the_routers_go(pipe, picture):
 
     with pytest.raises(RuntimeError, match="stop"):
         generate(pipe, picture, callback_on_step_end=fail)
-    assert not any(router.is_held for router in pipe.unet.routers())
+    assert not any(router.is_precomputed for router in pipe.unet.routers())
 
 
 def test_warm_up_takes_pixels_and_refuses_others(compiled):

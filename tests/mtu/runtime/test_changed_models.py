@@ -51,7 +51,7 @@ def assign_weights(unet):
 
 def drop_the_routers(unet):
     unet.drop_routers_()
-    for layer in unet.routed_layers():
+    for layer in unet.routed_feed_forwards():
         layer.router.weights.mul_(2)
 
 
