@@ -6,30 +6,30 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-__all__ = ["TEXT_TOKENS", "default_latent_size", "example_inputs"]
+__all__ = ["CLIP_TEXT_TOKENS", "default_latent_size", "make_example_inputs"]
 
 # The tokens of a prompt, as the CLIP text encoders of Stable Diffusion pad them.
-TEXT_TOKENS = 77
+CLIP_TEXT_TOKENS = 77
 
 # SDXL embeds the original size, the crop and the target size, two numbers each.
 _TIME_IDS = 6
 
 
-def example_inputs(
+def make_example_inputs(
     unet: UNet2DConditionModel,
-    rows: int = 1,
+    batch_size: int = 1,
     *,
     height: int | None = None,
     width: int | None = None,
     channels: int | None = None,
-    text_tokens: int = TEXT_TOKENS,
+    text_tokens: int = CLIP_TEXT_TOKENS,
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
     """Zeros in the shapes and dtypes of a call's arguments, by the UNet's configuration.
 
     Args:
         unet: a stock or an upcycled UNet of the families of SD 1.5, SDXL, and latent consistency models (LCM).
-        rows: B, the rows of the batch.
+        batch_size: B.
         height, width: of the latents; None: the model's own.
         channels: of `sample`; None: those of the latents alone.
         text_tokens: L, the tokens of a prompt.
@@ -44,7 +44,7 @@ def example_inputs(
         ValueError: a UNet that takes other inputs, or one without a size of its own where none is given.
 
     Example:
-        >>> unet(**example_inputs(unet, rows=2, height=64, width=64))
+        >>> unet(**make_example_inputs(unet, batch_size=2, height=64, width=64))
     """
     config = unet.config
     _check_family(config)
@@ -59,15 +59,16 @@ def example_inputs(
         return torch.zeros(shape, dtype=unet.dtype, device=device)
 
     inputs: dict[str, Any] = {
-        "sample": zeros(rows, config.in_channels if channels is None else channels, height, width),
+        "sample": zeros(batch_size, config.in_channels if channels is None else channels, height, width),
         "timestep": torch.zeros((), device=device),
-        "encoder_hidden_states": zeros(rows, text_tokens, _text_width(config)),
+        "encoder_hidden_states": zeros(batch_size, text_tokens, _text_width(config)),
     }
     if config.time_cond_proj_dim is not None:
-        inputs["timestep_cond"] = zeros(rows, config.time_cond_proj_dim)
+        inputs["timestep_cond"] = zeros(batch_size, config.time_cond_proj_dim)
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - _TIME_IDS * config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {"text_embeds": zeros(rows, pooled), "time_ids": zeros(rows, _TIME_IDS)}
+        time_ids = zeros(batch_size, _TIME_IDS)
+        inputs["added_cond_kwargs"] = {"text_embeds": zeros(batch_size, pooled), "time_ids": time_ids}
     return inputs
 
 

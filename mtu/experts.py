@@ -22,7 +22,7 @@ class ExpertConfig:
     """The expert layout of every feed-forward network (FFN) of an upcycled model.
 
     A stock FFN has 4D hidden units. Each of the E experts gets F = G · 4D of them, expert e the slots
-    `[eF, (e+1)F)`: the units are split (E·G = 1), truncated or tiled; see `hidden_units`.
+    `[eF, (e+1)F)`: the units are split (E·G = 1), truncated or tiled; see `stock_unit_indices`.
 
     Args:
         num_experts: E.
@@ -70,70 +70,71 @@ class ExpertConfig:
         return self.top_k is None or self.top_k == self.num_experts
 
     @property
-    def active_experts(self) -> int:
+    def num_active_experts(self) -> int:
         """K, the number of experts that run for a task."""
         return self.num_experts if self.top_k is None else self.top_k
 
     @property
-    def has_whole_experts(self) -> bool:
+    def experts_hold_whole_ffn(self) -> bool:
         """Whether G ≥ 1: each expert holds all hidden units, and all experts start as the same function."""
         return self._ratio >= 1
 
-    def expert_width(self, stock_hidden: int) -> int:
-        """F, the hidden units of one expert, for a stock FFN with `stock_hidden` (4D) units.
+    def hidden_units_per_expert(self, stock_hidden_width: int) -> int:
+        """F, the hidden units of one expert, for a stock FFN with `stock_hidden_width` (4D) units.
 
         Raises:
             ValueError: E does not divide the units, or G times the units is not a whole number.
         """
-        if stock_hidden % self.num_experts:
+        if stock_hidden_width % self.num_experts:
             raise ValueError(
                 f"num_experts must divide the hidden width of every FFN, but {self.num_experts} does not divide "
-                f"{stock_hidden}."
+                f"{stock_hidden_width}."
             )
-        width = self._ratio * stock_hidden
+        width = self._ratio * stock_hidden_width
         if width.denominator != 1 or width < 1:
             raise ValueError(
                 f"expert_ratio times the hidden width must be a whole number ≥ 1, but {self.expert_ratio} · "
-                f"{stock_hidden} = {float(width):g}."
+                f"{stock_hidden_width} = {float(width):g}."
             )
         return int(width)
 
-    def hidden_units(self, stock_hidden: int) -> Tensor | None:
+    def stock_unit_indices(self, stock_hidden_width: int) -> Tensor | None:
         """The stock unit in each slot, (E·F,) int64; None where the slots are the stock units in order.
 
         Slot s holds unit `s mod 4D`. Where G < 1 and two experts would thus hold the same units, as of E = 4 with
         G = 1/2, slot i of expert e holds unit `(e · 4D/E + i) mod 4D`: nothing in training tells such twins apart.
         """
-        width = self.expert_width(stock_hidden)
-        if width * self.num_experts == stock_hidden:
+        width = self.hidden_units_per_expert(stock_hidden_width)
+        if width * self.num_experts == stock_hidden_width:
             return None
-        starts = width * torch.arange(self.num_experts) % stock_hidden
-        if not self.has_whole_experts and len(starts.unique()) < self.num_experts:
-            starts = stock_hidden // self.num_experts * torch.arange(self.num_experts)
-        return ((starts[:, None] + torch.arange(width)) % stock_hidden).flatten()
+        starts = width * torch.arange(self.num_experts) % stock_hidden_width
+        if not self.experts_hold_whole_ffn and len(starts.unique()) < self.num_experts:
+            starts = stock_hidden_width // self.num_experts * torch.arange(self.num_experts)
+        return ((starts[:, None] + torch.arange(width)) % stock_hidden_width).flatten()
 
-    def column_scale(self, stock_hidden: int) -> Tensor | None:
+    def output_column_scale(self, stock_hidden_width: int) -> Tensor | None:
         """What the output column of each slot is multiplied with to preserve the function, (E·F,) float64; None: 1.
 
         From G = 1 on every expert is whole by itself: with n_ej copies of unit j in expert e, `1 / (n_ej ·
         routing_scale)` preserves the function wherever on the simplex routing starts. Below, dense routing starts at
         w = routing_scale / E, so unit j with n_j copies in all needs `E / (n_j · routing_scale)`.
         """
-        units = self.hidden_units(stock_hidden)
+        units = self.stock_unit_indices(stock_hidden_width)
         if units is None:
-            units = torch.arange(stock_hidden)
-        if self.has_whole_experts:
+            units = torch.arange(stock_hidden_width)
+        if self.experts_hold_whole_ffn:
             per_expert = units.view(self.num_experts, -1)
-            copies = torch.stack([torch.bincount(row, minlength=stock_hidden)[row] for row in per_expert]).flatten()
+            counts = [torch.bincount(row, minlength=stock_hidden_width)[row] for row in per_expert]
+            copies = torch.cat(counts)
             scale = 1.0 / (copies.double() * self.routing_scale)
         else:
-            copies = torch.bincount(units, minlength=stock_hidden)[units]
+            copies = torch.bincount(units, minlength=stock_hidden_width)[units]
             scale = self.num_experts / (copies.double() * self.routing_scale)
         return None if torch.allclose(scale, torch.ones_like(scale), rtol=1e-12, atol=0) else scale
 
-    def why_not_preserved(self) -> str | None:
+    def why_output_not_preserved(self) -> str | None:
         """Why no initialisation can keep the original's output, in a few words; None where one can."""
-        if not self.is_dense and not self.has_whole_experts:
+        if not self.is_dense and not self.experts_hold_whole_ffn:
             return f"top_k = {self.top_k} of {self.num_experts} experts with expert_ratio = {self.expert_ratio:g} < 1"
         if self.expert_ratio * self.num_experts < 1 - 1e-9:
             return f"expert_ratio = {self.expert_ratio:g} < 1/num_experts drops hidden units"

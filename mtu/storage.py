@@ -1,10 +1,15 @@
-"""The one atomic writer: tensors as safetensors and what describes them as JSON, new or as before, never a mixture.
+"""Atomic writing and checked reading of files: after a crash, the old state or the new one is there, never a mixture.
 
-A file of tensors carries its digest in its name, and the JSON file beside it says which one is meant. So the rename of
-the JSON file is the one moment at which the new state takes the old one's place, and only then is the old file deleted.
-Files whose names others prescribe are collected in a folder beside their place, and the rename of that folder is the
-moment: from then on, whoever reads them first moves them in (`finish`). Every file is on the disk before its rename.
-Processes that write into one folder at a time, as those of a distributed training, take turns.
+`write_tensors` saves tensors as safetensors and their description as JSON. The file of tensors carries its digest in its
+name, and the JSON file names it. The rename of the JSON file replaces the old state at one moment, and only then is the
+old file of tensors deleted.
+
+`atomic_replacement` serves files whose names are prescribed, such as those of diffusers. It collects them in a folder
+beside their destination and renames that folder at one moment. From then on, the first reader moves the files to their
+destination (`finish_replacement`).
+
+Every file is on the disk before its rename. Processes that write into the same folder, as in distributed training, wait
+for each other by a lock. The formats of MTU's checkpoints are not defined here.
 """
 
 import contextlib
@@ -27,7 +32,15 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ["finish", "make_folder", "read", "remove", "replacing", "write", "write_text"]
+__all__ = [
+    "atomic_replacement",
+    "finish_replacement",
+    "make_folder",
+    "read_tensors",
+    "remove_tensors",
+    "write_tensors",
+    "write_text",
+]
 
 _REPLACEMENT, _JOURNAL = ".replacement", "replacement.json"
 
@@ -45,7 +58,7 @@ def make_folder(directory: str | os.PathLike) -> Path:
     return folder
 
 
-def write(
+def write_tensors(
     directory: str | os.PathLike, stem: str, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
 ) -> None:
     """Write `STEM.json` and the file of tensors that it names, in place of what `stem` named before.
@@ -80,13 +93,15 @@ def write(
         _delete_files(folder, stem, keep=name)
 
 
-def read(directory: str | os.PathLike, stem: str, *, signed: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what `write` wrote, checking that it is whole and unaltered.
+def read_tensors(
+    directory: str | os.PathLike, stem: str, *, requires_digest: bool = True
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what `write_tensors` wrote, checking that it is whole and unaltered.
 
     Args:
         directory: the folder.
-        stem: as in `write`.
-        signed: False also takes a description without a digest, as training wrote it once.
+        stem: as in `write_tensors`.
+        requires_digest: False also takes a description without a digest, as training wrote it once.
 
     Returns:
         The description and the tensors.
@@ -102,7 +117,7 @@ def read(directory: str | os.PathLike, stem: str, *, signed: bool = True) -> tup
         description = json.loads(json_path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{json_path} is not the JSON file that was saved: {error}.") from None
-    if not isinstance(description, dict) or (signed and "sha256" not in description):
+    if not isinstance(description, dict) or (requires_digest and "sha256" not in description):
         raise ValueError(f"The description in {directory} lacks the entry 'sha256'.")
     # Earlier versions had one name for all files of tensors, and did not write it down.
     name = description.get("file", f"{stem}.safetensors")
@@ -122,8 +137,8 @@ def read(directory: str | os.PathLike, stem: str, *, signed: bool = True) -> tup
         raise ValueError(f"{tensor_path} is not a safetensors file: {error}.") from None
 
 
-def remove(directory: str | os.PathLike, stem: str) -> None:
-    """Delete what `write` wrote under `stem`, if anything."""
+def remove_tensors(directory: str | os.PathLike, stem: str) -> None:
+    """Delete what `write_tensors` wrote under `stem`, if anything."""
     folder = Path(directory)
     (folder / f"{stem}.json").unlink(missing_ok=True)
     _delete_files(folder, stem, keep=None)
@@ -139,12 +154,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def replacing(directory: str | os.PathLike, outdated: re.Pattern[str]) -> Iterator[Path]:
+def atomic_replacement(directory: str | os.PathLike, outdated_names: re.Pattern[str]) -> Iterator[Path]:
     """Files written into the folder that this yields come to `directory` together, or none does.
 
     Args:
         directory: the folder; made if it is not there.
-        outdated: files of `directory` whose names match wholly are deleted, unless written anew.
+        outdated_names: files of `directory` whose names match wholly are deleted, unless written anew.
 
     Raises:
         ValueError: the directory is a file.
@@ -156,7 +171,7 @@ def replacing(directory: str | os.PathLike, outdated: re.Pattern[str]) -> Iterat
         with _collecting(folder / f"{_REPLACEMENT}.partial") as partial:
             yield partial
             written = sorted(os.listdir(partial))
-            deleted = [name for name in os.listdir(folder) if outdated.fullmatch(name) and name not in written]
+            deleted = [name for name in os.listdir(folder) if outdated_names.fullmatch(name) and name not in written]
             (partial / _JOURNAL).write_text(json.dumps({"written": written, "deleted": deleted}), encoding="utf-8")
             _settle(partial)
             os.replace(partial, folder / _REPLACEMENT)
@@ -164,8 +179,8 @@ def replacing(directory: str | os.PathLike, outdated: re.Pattern[str]) -> Iterat
         _move_in(folder)
 
 
-def finish(folder: Path) -> None:
-    """Move files in that `replacing` had written when it was cut off, if there are any."""
+def finish_replacement(folder: Path) -> None:
+    """Move files in that `atomic_replacement` had written when it was cut off, if there are any."""
     if (folder / _REPLACEMENT).is_dir():
         with _taking_turns(folder):
             _move_in(folder)

@@ -103,7 +103,7 @@ class TaskSpec:
         guidance_scale: float | None = None,
         image_guidance_scale: float | None = None,
         *,
-        embeds_scale: bool = False,
+        embeds_guidance_scale: bool = False,
     ) -> tuple[tuple[bool, bool], ...]:
         """The noise predictions that one sample needs: 1, 2 or 3 branches, the prompt's first.
 
@@ -113,8 +113,8 @@ class TaskSpec:
         Args:
             guidance_scale: s_text; None: the task's own. It has no effect on tasks without guidance.
             image_guidance_scale: s_image; None: the task's own. It has an effect on dual guidance only.
-            embeds_scale: the UNet takes s_text as an input (`timestep_cond`), as those of latent consistency models:
-                then tasks without an image run their prompt's branch alone, as in diffusers.
+            embeds_guidance_scale: whether the UNet takes s_text as an input (`timestep_cond`), as latent consistency
+                models do. Then tasks without an image run the prompt's branch alone, as in diffusers.
 
         Returns:
             For each branch, whether it has the prompt (else the negative prompt), and the image (else zeros).
@@ -123,7 +123,7 @@ class TaskSpec:
         s_image = self.image_guidance_scale if image_guidance_scale is None else image_guidance_scale
         if self.guidance == "dual" and not s_text == s_image == 1:
             return (True, True), (False, True), (False, False)
-        if self.guidance == "text" and s_text > 1 and (self.takes_image or not embeds_scale):
+        if self.guidance == "text" and s_text > 1 and (self.takes_image or not embeds_guidance_scale):
             # With an image, classifier-free guidance drops the prompt and keeps the image.
             return (True, True), (False, True)
         return ((True, True),)

@@ -15,7 +15,7 @@ import mtu_kernels
 from mtu.compat.plain_linear import has_replaced_forward
 from mtu.compat.private_interfaces import has_accelerate_hook
 from mtu.experts import ExpertConfig, NormMode, stock_config
-from mtu.models import parts
+from mtu.models import partial_checkpoints
 from mtu.models.ffn import check_upcyclable
 from mtu.models.initial_routing import count_experts_with_proportional_weights, initial_router_state_dict
 from mtu.models.settings import copy_settings_, unfused_state_dict
@@ -78,7 +78,7 @@ def upcycle(
         unet = _unet_of(pipeline, "upcycle")
     specs, config = _resolve(unet, tasks, num_experts, top_k, expert_ratio, norm, init)
     mtu_kernels.check_backend(backend)
-    reason = config.why_not_preserved() if init == "preserve" else None
+    reason = config.why_output_not_preserved() if init == "preserve" else None
     if reason is not None:
         warnings.warn(f"The output of the original cannot be preserved: {reason}.", UserWarning, stacklevel=2)
 
@@ -130,10 +130,10 @@ def load_trained(
         unet = _unet_of(pipeline, "load_trained")
     mtu_kernels.check_backend(backend)
     _check_stock(unet)
-    specs, config, tensors = parts.read_trained(directory, stock_config(unet))
+    specs, config, tensors = partial_checkpoints.read_trained_parameters(directory, stock_config(unet))
     # A model of these settings on no memory tells, before the UNet is touched, whether the tensors fit.
     expected = {name: p.shape for name, p in _skeleton(unet, specs, config).named_trainable_parameters()}
-    parts.check_shapes(expected, tensors, directory)
+    partial_checkpoints.check_tensor_shapes(expected, tensors, directory)
     upcycled = _convert(unet, specs, config, preserve=False, seed=0)
     upcycled.load_state_dict({k: v.to(unet.device, unet.dtype) for k, v in tensors.items()}, strict=False)
     upcycled.set_backend(backend)
@@ -266,15 +266,15 @@ def _new_state(
 def _resized_experts(name: str, state: dict[str, Tensor], config: ExpertConfig, *, preserve: bool) -> dict[str, Tensor]:
     """The FFN tensors of block `name` where the experts do not simply partition the stock units."""
     in_weight, in_bias, out_weight = (f"{name}.ff.net.{key}" for key in ("0.proj.weight", "0.proj.bias", "2.weight"))
-    stock_hidden = state[out_weight].shape[1]
-    units, scale = config.hidden_units(stock_hidden), None
+    stock_hidden_width = state[out_weight].shape[1]
+    units, scale = config.stock_unit_indices(stock_hidden_width), None
     if preserve:
-        scale = config.column_scale(stock_hidden)
+        scale = config.output_column_scale(stock_hidden_width)
     if units is None and scale is None:
         return {}
-    units = torch.arange(stock_hidden) if units is None else units
+    units = torch.arange(stock_hidden_width) if units is None else units
     units = units.to(state[out_weight].device)
-    rows = torch.cat([units, units + stock_hidden])
+    rows = torch.cat([units, units + stock_hidden_width])
     columns = state[out_weight][:, units]
     if scale is not None:
         columns = (columns.float() * scale.to(columns.device).float()).to(columns.dtype)
@@ -283,9 +283,9 @@ def _resized_experts(name: str, state: dict[str, Tensor], config: ExpertConfig, 
 
 def _warn_of_wasted_experts(upcycled: MTUUNet2DConditionModel) -> None:
     config, num_tasks = upcycled.expert_config, len(upcycled.tasks)
-    if config.num_experts == 1 or (config.is_dense and not config.has_whole_experts):
+    if config.num_experts == 1 or (config.is_dense and not config.experts_hold_whole_ffn):
         return
-    if num_tasks * config.active_experts < config.num_experts or upcycled.conv_in.weight.is_meta:
+    if num_tasks * config.num_active_experts < config.num_experts or upcycled.conv_in.weight.is_meta:
         return  # made for more tasks than there are yet, or without values
     weights = upcycled.router_weights()
     idle = int((weights == 0).all(dim=1).any(dim=1).sum())
@@ -296,7 +296,7 @@ def _warn_of_wasted_experts(upcycled: MTUUNet2DConditionModel) -> None:
             UserWarning,
             stacklevel=3,
         )
-    alike = int((count_experts_with_proportional_weights(weights) > 0).sum()) if config.has_whole_experts else 0
+    alike = int((count_experts_with_proportional_weights(weights) > 0).sum()) if config.experts_hold_whole_ffn else 0
     if alike:
         warnings.warn(
             f"In {alike} of {len(weights)} layers some experts start alike with weights in proportion to each other's "

@@ -29,7 +29,7 @@ from benchmarks.harness.fake_gpu import ARCH, WORKS, Generated, Operator, fake_g
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
 from benchmarks.harness.rows import append_cells
 from benchmarks.models.unet_models import LATENT_FACTOR, MODELS, default_experts, default_size, tasks_of
-from mtu.example_inputs import TEXT_TOKENS, example_inputs
+from mtu.example_inputs import CLIP_TEXT_TOKENS, make_example_inputs
 from mtu.experts import ExpertConfig
 from mtu.models.ffn import TASK_CONTEXT_KEY, RoutedTransformerBlock
 from mtu.models.router import TaskContext
@@ -193,7 +193,7 @@ def _block(compiled: CompiledPart) -> tuple[Callable[..., Tensor], tuple[Tensor,
             block.ff.backend = compiled.backend
     to_fake_gpu(block, dtype)
     x = _tensor(_BATCH, compiled.tokens, D, dtype=dtype)
-    text = _tensor(_BATCH, TEXT_TOKENS, context_width, dtype=dtype)
+    text = _tensor(_BATCH, CLIP_TEXT_TOKENS, context_width, dtype=dtype)
     task_ids = _tensor(_BATCH, dtype=torch.int64)
 
     def run_block(x: Tensor, text: Tensor, task_ids: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ def _whole_unet(compiled: CompiledPart) -> tuple[Callable[..., Tensor], tuple[An
             unet.drop_routers_()
     to_fake_gpu(unet, dtype)
     edge = default_size(model) // LATENT_FACTOR
-    inputs = example_inputs(unet, _BATCH, height=edge, width=edge, channels=unet.conv_in.in_channels)
+    inputs = make_example_inputs(unet, _BATCH, height=edge, width=edge, channels=unet.conv_in.in_channels)
     inputs["timestep"] = _tensor(_BATCH, dtype=torch.float32)
     if compiled.backend is not None:
         inputs["task_ids"] = _tensor(_BATCH, dtype=torch.int64)

@@ -16,7 +16,7 @@ import mtu
 from benchmarks.harness.correctness import check_close
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.workloads import Setting, Workload
-from mtu.example_inputs import example_inputs
+from mtu.example_inputs import make_example_inputs
 from mtu.inspection import BUILT_IN
 from mtu.tasks import SD_TASKS, SDXL_TASKS, TaskSpec
 
@@ -188,7 +188,7 @@ def draw_batch(workload: Workload, device: torch.device, tasks: int, first: int 
     """
     specs, edge = tasks_of(workload.model), workload.size // LATENT_FACTOR
     channels = 4 + max(spec.condition_channels for spec in specs)
-    example = example_inputs(_without_weights(workload.model), height=edge, width=edge, channels=channels)
+    example = make_example_inputs(_without_weights(workload.model), height=edge, width=edge, channels=channels)
     example |= example.pop("added_cond_kwargs", {})
     drawn = [name for name in ("sample", "encoder_hidden_states", "text_embeds") if name in example]
     rows = []

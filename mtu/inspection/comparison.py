@@ -68,7 +68,7 @@ class Comparison(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        reason = self.config.why_not_preserved()
+        reason = self.config.why_output_not_preserved()
         return {
             "model": self.name,
             "size": self.size,
@@ -161,7 +161,7 @@ def format_comparison(comparison: Comparison) -> str:
         original = "-" if row.original is None else show(row.original)
         ratios = ["-" if r is None else f"{r:.3f}" for r in (row.ratio, row.ratio_routers_dropped)]
         lines.append([row.label, original, show(row.upcycled), ratios[0], show(row.routers_dropped), ratios[1]])
-    reason = config.why_not_preserved()
+    reason = config.why_output_not_preserved()
     return "\n".join(
         [
             f"{comparison.name}: {experts} of {ratio} of the FFN, {routing} routing, norm {config.norm!r}.",

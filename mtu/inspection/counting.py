@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtu.example_inputs import TEXT_TOKENS, example_inputs
+from mtu.example_inputs import CLIP_TEXT_TOKENS, make_example_inputs
 from mtu.models.router import Router, routing_table_parameter_ids
 
 __all__ = ["Flops", "count_flops", "count_parameters", "describe_flops", "format_count", "format_flops", "format_table"]
@@ -46,7 +46,7 @@ def count_flops(unet: UNet2DConditionModel, channels: int, latent_size: int) -> 
     Raises:
         ValueError: a UNet that takes other inputs than text and, as SDXL, sizes.
     """
-    inputs = example_inputs(unet, height=latent_size, width=latent_size, channels=channels)
+    inputs = make_example_inputs(unet, height=latent_size, width=latent_size, channels=channels)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         unet(**inputs)
     root = type(unet).__name__
@@ -74,8 +74,8 @@ def describe_flops(size: int, latent_size: int) -> str:
     """What the FLOPs in a table are."""
     return (
         f"FLOPs: one forward of the UNet at {size} x {size} (latents {latent_size} x {latent_size}), batch 1, "
-        f"{TEXT_TOKENS} text tokens.\nA multiply-add counts as two. Convolutions and linear layers; the two products "
-        "inside attention only where named."
+        f"{CLIP_TEXT_TOKENS} text tokens.\nA multiply-add counts as two. Convolutions and linear layers; the two "
+        "products inside attention only where named."
     )
 
 

@@ -172,10 +172,10 @@ def _layouts(one_expert: MTUUNet2DConditionModel, budget: int, flops: Flops) -> 
     layouts = []
     for layout, ratio, (parameters, routers, trained) in found:
         # FLOPs of FFNs go with the active hidden units, K·G times the stock ones.
-        layers = flops.layers + int(flops.ffn * (layout.active_experts * ratio - 1))
-        preserved, costs = layout.why_not_preserved() is None, (layers, layers + flops.attention)
+        layers = flops.layers + int(flops.ffn * (layout.num_active_experts * ratio - 1))
+        preserved, costs = layout.why_output_not_preserved() is None, (layers, layers + flops.attention)
         counts = (parameters, parameters + routers, trained)
-        idle = max(0, layout.num_experts - layout.active_experts * len(one_expert.tasks))
+        idle = max(0, layout.num_experts - layout.num_active_experts * len(one_expert.tasks))
         step = _step(layout.num_experts, ratio) if preserved and not idle else None
         placed = (preserved, idle, step, parameters <= budget)
         layouts.append(Layout(layout.num_experts, ratio, layout.top_k, *counts, *costs, *placed))
@@ -192,7 +192,7 @@ def _sizes(one_expert: MTUUNet2DConditionModel, layout: ExpertConfig) -> tuple[i
     grown = 0
     for layer in layers:
         dim, stock_hidden = int(layer.net[2].out_features), int(layer.net[2].in_features)
-        hidden = layout.num_experts * layout.expert_width(stock_hidden)
+        hidden = layout.num_experts * layout.hidden_units_per_expert(stock_hidden)
         grown += (3 * dim + 2) * (hidden - stock_hidden)  # two rows of w_in and b_in and a column of w_out per unit
         if layout.norm == "task_expert":
             grown += extra * 2 * dim * len(one_expert.tasks)

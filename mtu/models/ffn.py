@@ -165,9 +165,9 @@ class RoutedTransformerBlock(BasicTransformerBlock):
         for name, module in stock.named_children():
             self.add_module(name, module)
         self._chunk_size, self._chunk_dim = None, 1
-        stock_hidden = stock.ff.net[2].in_features
-        width = config.expert_width(stock_hidden)
-        if width * config.num_experts != stock_hidden:
+        stock_hidden_width = stock.ff.net[2].in_features
+        width = config.hidden_units_per_expert(stock_hidden_width)
+        if width * config.num_experts != stock_hidden_width:
             stock.ff.net[0].proj = nn.Linear(self.dim, 2 * width * config.num_experts)
             stock.ff.net[2] = nn.Linear(width * config.num_experts, self.dim)
         router = RoutingTable(config, num_tasks) if routers_dropped else Router(config)

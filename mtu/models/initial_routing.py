@@ -45,7 +45,7 @@ def initial_router_state_dict(config: ExpertConfig, embedding: Tensor, generator
         "linear_2.weight": torch.zeros(config.num_experts, width),
         "linear_2.bias": torch.zeros(config.num_experts),
     }
-    if config.num_experts > 1 and config.has_whole_experts:
+    if config.num_experts > 1 and config.experts_hold_whole_ffn:
         hidden = F.relu(F.linear(embedding, state["linear_1.weight"], state["linear_1.bias"]))
         logits = _spread_logits(config, len(embedding), generator)
         state["linear_2.weight"] = _last_layer(hidden.double(), logits.double()).float()
@@ -80,7 +80,7 @@ def _spread_logits(config: ExpertConfig, num_tasks: int, generator: torch.Genera
     if config.is_dense:
         weights = draws.softmax(dim=-1)
     else:
-        weights = dense_weights(top_k_routing(draws.flatten(0, 1), config.active_experts), E).view_as(draws)
+        weights = dense_weights(top_k_routing(draws.flatten(0, 1), config.num_active_experts), E).view_as(draws)
     used, distances = _directions(weights)
     distinct = used.sum(dim=-1) - _proportional(used, distances).sum(dim=-1)
     # Unit vectors without negative elements are at most √2 apart: the count of distinct experts goes first.

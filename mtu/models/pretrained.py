@@ -13,18 +13,18 @@ from safetensors import SafetensorError
 
 from mtu import storage
 
-__all__ = ["check_format", "load_pretrained", "save_pretrained"]
+__all__ = ["check_safetensors_only", "load_strictly", "save_atomically"]
 
 _HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
 
-def check_format(given: Mapping[str, Any]) -> None:
+def check_safetensors_only(given: Mapping[str, Any]) -> None:
     """Raise a ValueError if the arguments of diffusers' `save_pretrained` ask for another format than safetensors."""
     if not given.get("safe_serialization", True) or given.get("use_flashpack", False):
         raise ValueError("Only safetensors files are saved, but got safe_serialization=False or use_flashpack=True.")
 
 
-def save_pretrained(save: Callable[..., None], given: dict[str, Any]) -> None:
+def save_atomically(save: Callable[..., None], given: dict[str, Any]) -> None:
     """diffusers' `save_pretrained` made whole: cut off anywhere, the older or the newer model loads.
 
     Shards and the index of an older model go, too: diffusers deletes the one and would load by the other.
@@ -36,7 +36,7 @@ def save_pretrained(save: Callable[..., None], given: dict[str, Any]) -> None:
     Raises:
         ValueError: another format than safetensors, or the directory is a file.
     """
-    check_format(given)
+    check_safetensors_only(given)
     rest = {key: value for key, value in given.items() if key not in ("save_directory", "kwargs")}
     extra = dict(given.get("kwargs", {}))
     if not given.get("is_main_process", True):
@@ -48,11 +48,11 @@ def save_pretrained(save: Callable[..., None], given: dict[str, Any]) -> None:
     variant = re.escape(f".{given['variant']}") if given.get("variant") else ""
     stem = re.escape(Path(SAFETENSORS_WEIGHTS_NAME).stem)
     weights = rf"{stem}{variant}(-\d{{5}}-of-\d{{5}})?\.safetensors|{stem}\.safetensors\.index{variant}\.json"
-    with storage.replacing(given["save_directory"], re.compile(weights)) as folder:
+    with storage.atomic_replacement(given["save_directory"], re.compile(weights)) as folder:
         save(str(folder), **rest, **extra)
 
 
-def load_pretrained(cls: type, load: Callable[..., Any], path: str | os.PathLike, kwargs: dict[str, Any]):
+def load_strictly(cls: type, load: Callable[..., Any], path: str | os.PathLike, kwargs: dict[str, Any]):
     """diffusers' `from_pretrained` made strict: a missing, surplus or misshapen tensor is an error.
 
     Args:
@@ -68,7 +68,7 @@ def load_pretrained(cls: type, load: Callable[..., Any], path: str | os.PathLike
         # Only how much memory loading takes; diffusers refuses it for models that keep some tensors in float32.
         del kwargs["low_cpu_mem_usage"]
     if os.path.isdir(path):
-        storage.finish(Path(path, kwargs.get("subfolder") or ""))
+        storage.finish_replacement(Path(path, kwargs.get("subfolder") or ""))
     config = cls.load_config(path, **{key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
     saved_class = config.get("_class_name")
     if saved_class != cls.__name__:

@@ -241,7 +241,7 @@ class RoutingTable(PerTaskModule):
 
     def __init__(self, config: ExpertConfig, num_tasks: int) -> None:
         super().__init__()
-        shape = (num_tasks, config.active_experts)
+        shape = (num_tasks, config.num_active_experts)
         self.weights = _constant(torch.zeros(shape, dtype=torch.float32))
         self.register_parameter(
             "indices", None if config.is_dense else _constant(torch.zeros(shape, dtype=torch.int32))

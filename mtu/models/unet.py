@@ -21,7 +21,7 @@ from mtu.compat import parameter_access
 from mtu.compat.plain_linear import has_unmodified_call
 from mtu.compat.private_interfaces import expand_adapter_block_scales, register_stock_arguments_
 from mtu.experts import ExpertConfig, NormMode, stock_config
-from mtu.models import parts, pretrained
+from mtu.models import partial_checkpoints, pretrained
 from mtu.models.conv_in import TaskConvIn
 from mtu.models.ffn import TASK_CONTEXT_KEY, RoutedFeedForward, RoutedTransformerBlock, check_upcyclable
 from mtu.models.folding import fold_task
@@ -408,14 +408,14 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         Raises:
             ValueError: a checkpoint of another architecture, or a truncated or altered file.
         """
-        return pretrained.load_pretrained(cls, super().from_pretrained, pretrained_model_name_or_path, kwargs)
+        return pretrained.load_strictly(cls, super().from_pretrained, pretrained_model_name_or_path, kwargs)
 
     @functools.wraps(UNet2DConditionModel.save_pretrained)
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(super().save_pretrained).bind(*args, **kwargs).arguments
         parameter_access.check_saveable(self, "save_pretrained")
         save = functools.partial(UNet2DConditionModel.save_pretrained, parameter_access.copy_in_memory(self))
-        pretrained.save_pretrained(save, given)
+        pretrained.save_atomically(save, given)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
         """As in torch.
@@ -431,7 +431,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         index = self.task_index(name)
         rows = self._task_rows(index)
         rows["conv_in.weight"] = rows["conv_in.weight"][:, : self.conv_in.channel_counts_per_task[index]]
-        parts.write_task(directory, self.tasks[index], rows, self._architecture())
+        partial_checkpoints.write_task_checkpoint(directory, self.tasks[index], rows, self._architecture())
 
     def load_task(self, directory: str | os.PathLike, replace: bool = False, name: str | None = None) -> int:
         """Load what `save_task` wrote, as a new task or over the one of that name; returns its id.
@@ -442,12 +442,12 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             ValueError: another architecture, a bad file, a task of that name and no `replace`, or not one to load.
         """
         self._check_changeable("load_task")
-        spec, rows = parts.read_task(directory, name, self._architecture())
+        spec, rows = partial_checkpoints.read_task_checkpoint(directory, name, self._architecture())
         expected = {key: row.shape for key, row in self._task_rows(0).items()}
         width = self.conv_in.latent_channels + spec.condition_channels
         conv_shape = expected["conv_in.weight"]
         expected["conv_in.weight"] = torch.Size((conv_shape[0], width, *conv_shape[2:]))
-        parts.check_shapes(expected, rows, directory)
+        partial_checkpoints.check_tensor_shapes(expected, rows, directory)
         own = {task.name: task for task in self.tasks}
         if spec.name not in own:
             index = self.add_task(spec)
@@ -477,7 +477,9 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         parameter_access.check_plain_layers(self, "save_trained")
         parameter_access.check_has_values(self, "save_trained")
         tensors = parameter_access.read_state_dict(self, {name for name, _ in self.named_trainable_parameters()})
-        parts.write_trained(directory, self.tasks, self.expert_config, stock_config(self), tensors)
+        partial_checkpoints.write_trained_parameters(
+            directory, self.tasks, self.expert_config, stock_config(self), tensors
+        )
 
     def export_task(self, name: str, *, prune: bool = False) -> UNet2DConditionModel:
         """The plain diffusers UNet of one task, with the same output, on tensors of its own.
@@ -506,8 +508,10 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         exported.load_state_dict({key: tensor.clone() for key, tensor in state.items()}, assign=True)
         return exported.to(memory_format=torch.channels_last) if self.is_channels_last else exported
 
-    def _architecture(self) -> parts.Architecture:
-        return parts.Architecture(stock_config(self), self.expert_config, self.task_embedding is None)
+    def _architecture(self) -> partial_checkpoints.ModelArchitecture:
+        return partial_checkpoints.ModelArchitecture(
+            stock_config(self), self.expert_config, self.task_embedding is None
+        )
 
     def _task_rows(self, index: int) -> dict[str, Tensor]:
         """The tensors that task id `index` alone owns, by the names of the packed parameters."""

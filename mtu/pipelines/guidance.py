@@ -57,7 +57,7 @@ def plan_guidance(
     branches: list[tuple[int, bool, bool]] = []
     text, image, unconditional = [], [], []
     for sample, (task, s_text, s_image) in enumerate(zip(tasks, guidance_scales, image_guidance_scales, strict=True)):
-        own = task.guidance_branches(s_text, s_image, embeds_scale=embeds_scale)
+        own = task.guidance_branches(s_text, s_image, embeds_guidance_scale=embeds_scale)
         first, last = len(branches), len(branches) + len(own) - 1
         text.append(first)
         image.append(min(first + 1, last))

@@ -200,7 +200,7 @@ class MTUPipeline(StableDiffusionPipeline):
         """
         self._check_upcycled()
         parameter_access.check_saveable(self.unet, "save_pretrained")
-        pretrained.check_format(
+        pretrained.check_safetensors_only(
             inspect.signature(super().save_pretrained).bind(save_directory, *args, **kwargs).arguments
         )
         super().save_pretrained(save_directory, *args, **kwargs)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 
 from mtu.compat.plain_linear import has_replaced_forward
-from mtu.example_inputs import TEXT_TOKENS, default_latent_size, example_inputs
+from mtu.example_inputs import CLIP_TEXT_TOKENS, default_latent_size, make_example_inputs
 from mtu.models.router import precomputed_tables
 from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.runtime.graphs import Capture, CudaGraphs, Inputs, Parts, Replay, Step
@@ -133,7 +133,7 @@ def warmup(
     if any(not isinstance(edge, int) or edge < factor or edge % factor for edge in (height, width)):
         raise ValueError(f"height and width must be positive multiples of {factor}, but got {height} and {width}.")
     if text_tokens is None:
-        text_tokens = getattr(getattr(model, "tokenizer", None), "model_max_length", TEXT_TOKENS)
+        text_tokens = getattr(getattr(model, "tokenizer", None), "model_max_length", CLIP_TEXT_TOKENS)
     names = [
         batch if isinstance(batch, int) else (batch,) if isinstance(batch, str) else tuple(batch) for batch in batches
     ]
@@ -151,7 +151,7 @@ def warmup(
     with tqdm(zip(names, rows, strict=True), total=len(names), desc="warm-up", unit="size") as progress:
         for name, count in progress:
             progress.set_postfix_str(f"{count} rows of {height}×{width}")
-            inputs = example_inputs(unet, count, **size, text_tokens=text_tokens, device=device)
+            inputs = make_example_inputs(unet, count, **size, text_tokens=text_tokens, device=device)
             start = time.perf_counter()
             with torch.no_grad(), _unannounced(unet):
                 unet(**inputs)
@@ -348,8 +348,8 @@ def _rows(unet: UNet2DConditionModel, batch: int | tuple[str, ...]) -> int:
         if not isinstance(unet, MTUUNet2DConditionModel):
             raise ValueError(f"Names of tasks are for upcycled UNets, but got {batch!r} for a {type(unet).__name__}.")
         specs = [unet.tasks[unet.task_index(name)] for name in batch]
-        embeds_scale = unet.config.time_cond_proj_dim is not None
-        rows = sum(len(spec.guidance_branches(embeds_scale=embeds_scale)) for spec in specs)
+        embeds_guidance_scale = unet.config.time_cond_proj_dim is not None
+        rows = sum(len(spec.guidance_branches(embeds_guidance_scale=embeds_guidance_scale)) for spec in specs)
     if rows < 1:
         raise ValueError(f"A batch has at least one row, but got {batch!r}.")
     return rows

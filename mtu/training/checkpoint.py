@@ -38,7 +38,7 @@ def save_checkpoint(directory: Path, tensors: Mapping[str, Tensor], state: Mappi
     Raises:
         OSError: it cannot be written; the one before stays.
     """
-    storage.write(directory, _STEM, tensors, state)
+    storage.write_tensors(directory, _STEM, tensors, state)
 
 
 def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -57,7 +57,7 @@ def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     if not has_checkpoint(directory):
         raise FileNotFoundError(f"There is no checkpoint in {directory} to resume from.")
     try:
-        state, tensors = storage.read(directory, _STEM, signed=False)
+        state, tensors = storage.read_tensors(directory, _STEM, requires_digest=False)
     except ValueError as error:
         raise ValueError(f"The checkpoint is damaged: {error}") from error
     return tensors, state
@@ -65,4 +65,4 @@ def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 def remove_checkpoint(directory: Path) -> None:
     """Delete the checkpoint of a directory, if there is one."""
-    storage.remove(directory, _STEM)
+    storage.remove_tensors(directory, _STEM)

@@ -229,7 +229,7 @@ def test_swept_numbers_are_those_of_comparisons(norm):
         assert layout.trained_parameters == rows["trained_parameters"].upcycled, layout
         assert layout.flops == rows["flops"].upcycled, layout
         assert layout.flops_with_attention == rows["flops_with_attention"].upcycled, layout
-        assert layout.preserved == (one.config.why_not_preserved() is None), layout
+        assert layout.preserved == (one.config.why_output_not_preserved() is None), layout
 
 
 def test_sweep_lists_every_layout_once_with_its_step():

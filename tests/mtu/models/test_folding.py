@@ -65,9 +65,9 @@ def test_a_pruned_export_equals_routed_and_holds_active_experts_only(settings):
     assert_export_equals_routed(unet, prune=True)
     config, exported = unet.expert_config, unet.export_task("edit", prune=True)
     for block in (m for m in exported.modules() if hasattr(m, "ff")):
-        width = config.expert_width(4 * block.norm3.normalized_shape[0])
-        assert block.ff.net[2].in_features == config.active_experts * width
-        assert block.ff.net[0].proj.out_features == 2 * config.active_experts * width
+        width = config.hidden_units_per_expert(4 * block.norm3.normalized_shape[0])
+        assert block.ff.net[2].in_features == config.num_active_experts * width
+        assert block.ff.net[0].proj.out_features == 2 * config.num_active_experts * width
 
 
 @pytest.mark.parametrize("settings", WIDE)

@@ -94,7 +94,7 @@ def test_layouts_keep_the_output_where_they_say_so(num_experts, top_k, ratio):
     given = inputs(stock, batch=4)
     expected = predict(stock, rows(given, slice(None), 4))
     settings = {"num_experts": num_experts, "top_k": top_k, "expert_ratio": ratio}
-    if config.why_not_preserved() is not None:
+    if config.why_output_not_preserved() is not None:
         with pytest.warns(UserWarning, match="cannot be preserved"):
             mtu.upcycle(stock, **settings)
         return

@@ -162,7 +162,7 @@ def test_router_weights(settings):
     config = unet.expert_config
     assert weights.shape == (4, 4, config.num_experts)
     assert weights.dtype == torch.float32
-    assert ((weights > 0).sum(-1) == config.active_experts).all()
+    assert ((weights > 0).sum(-1) == config.num_active_experts).all()
     # A softmax sums to 1 within a rounding for each of its at most 8 terms.
     torch.testing.assert_close(weights.sum(-1), torch.full((4, 4), config.routing_scale), rtol=8 * 2**-23, atol=0)
     weights.zero_()

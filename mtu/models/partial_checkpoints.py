@@ -18,7 +18,14 @@ from mtu import storage
 from mtu.experts import ExpertConfig
 from mtu.tasks import TaskSpec, as_task_specs
 
-__all__ = ["Architecture", "check_shapes", "read_task", "read_trained", "write_task", "write_trained"]
+__all__ = [
+    "ModelArchitecture",
+    "check_tensor_shapes",
+    "read_task_checkpoint",
+    "read_trained_parameters",
+    "write_task_checkpoint",
+    "write_trained_parameters",
+]
 
 # How the names of files begin. A task's own name follows the first one and a dot; earlier versions left it out.
 _TASK, _TRAINED = "mtu_task", "mtu_trained"
@@ -27,7 +34,7 @@ _TASK, _TRAINED = "mtu_task", "mtu_trained"
 _IGNORED_CONFIG = {"sample_size"}
 
 
-class Architecture(NamedTuple):
+class ModelArchitecture(NamedTuple):
     """What two models must share for the rows of a task to fit both.
 
     Args:
@@ -49,20 +56,20 @@ class Architecture(NamedTuple):
         }
 
 
-def write_task(
-    directory: str | os.PathLike, spec: TaskSpec, rows: dict[str, Tensor], architecture: Architecture
+def write_task_checkpoint(
+    directory: str | os.PathLike, spec: TaskSpec, rows: dict[str, Tensor], architecture: ModelArchitecture
 ) -> None:
     """Write the rows of one task, and its spec; the files of other tasks in the folder stay."""
     description = {"task": spec.to_dict(), "architecture": architecture.to_dict()}
-    storage.write(directory, f"{_TASK}.{spec.name}", rows, description)
+    storage.write_tensors(directory, f"{_TASK}.{spec.name}", rows, description)
     if _saved_tasks(directory, named=False).get(spec.name) == _TASK:
-        storage.remove(directory, _TASK)
+        storage.remove_tensors(directory, _TASK)
 
 
-def read_task(
-    directory: str | os.PathLike, name: str | None, architecture: Architecture
+def read_task_checkpoint(
+    directory: str | os.PathLike, name: str | None, architecture: ModelArchitecture
 ) -> tuple[TaskSpec, dict[str, Tensor]]:
-    """Read what `write_task` wrote.
+    """Read what `write_task_checkpoint` wrote.
 
     Args:
         directory: the folder.
@@ -72,7 +79,7 @@ def read_task(
     Raises:
         ValueError: another architecture, a truncated or altered file, or not one task to read.
     """
-    description, rows = storage.read(directory, _task_stem(directory, name))
+    description, rows = storage.read_tensors(directory, _task_stem(directory, name))
     spec = TaskSpec.from_dict(_entry(description, "task", directory))
     _check_architecture(description, architecture.to_dict(), directory)
     return spec, rows
@@ -98,7 +105,7 @@ def _task_stem(directory: str | os.PathLike, name: str | None) -> str:
     return stems[name] if name is not None else next(iter(stems.values()), _TASK)
 
 
-def write_trained(
+def write_trained_parameters(
     directory: str | os.PathLike,
     specs: tuple[TaskSpec, ...],
     config: ExpertConfig,
@@ -115,18 +122,18 @@ def write_trained(
         "experts": dataclasses.asdict(config),
         "base": _json_config(base),
     }
-    storage.write(directory, _TRAINED, tensors, description)
+    storage.write_tensors(directory, _TRAINED, tensors, description)
 
 
-def read_trained(
+def read_trained_parameters(
     directory: str | os.PathLike, base: Mapping[str, Any]
 ) -> tuple[tuple[TaskSpec, ...], ExpertConfig, dict[str, Tensor]]:
-    """Read what `write_trained` wrote, for a base UNet of the stock configuration `base`.
+    """Read what `write_trained_parameters` wrote, for a base UNet of the stock configuration `base`.
 
     Raises:
         ValueError: another base, or a truncated or altered file.
     """
-    description, tensors = storage.read(directory, _TRAINED)
+    description, tensors = storage.read_tensors(directory, _TRAINED)
     _check_equal_config(_entry(description, "base", directory), _json_config(base), directory)
     specs = as_task_specs(_entry(description, "tasks", directory))
     try:
@@ -163,7 +170,7 @@ def _check_equal_config(saved: Mapping[str, Any], own: Mapping[str, Any], direct
             )
 
 
-def check_shapes(
+def check_tensor_shapes(
     expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], directory: str | os.PathLike
 ) -> None:
     """Raise a ValueError unless the tensors of a folder have these names and shapes."""
