@@ -1,7 +1,7 @@
 """Atomic writing and checked reading of files: after a crash, the old state or the new one is there, never a mixture.
 
-`write_tensors` saves tensors as safetensors and their description as JSON. The file of tensors carries its digest in its
-name, and the JSON file names it. The rename of the JSON file replaces the old state at one moment, and only then is the
+`write_tensors` saves tensors as safetensors and their description as JSON. The file of tensors carries its digest in
+its name, and the JSON file names it. The rename of the JSON file replaces the old state at one moment. Only then is the
 old file of tensors deleted.
 
 `atomic_replacement` serves files whose names are prescribed, such as those of diffusers. It collects them in a folder

@@ -23,37 +23,37 @@ from mtu.compat.plain_linear import has_replaced_forward
 from mtu.example_inputs import CLIP_TEXT_TOKENS, default_latent_size, make_example_inputs
 from mtu.models.router import precomputed_tables
 from mtu.models.unet import MTUUNet2DConditionModel
-from mtu.runtime.graphs import Capture, CudaGraphs, Inputs, Parts, Replay, Step
+from mtu.runtime.graphs import CapturedCall, CudaGraphCapture, GraphCapture, ModelSnapshot, UNetCall, UNetInputs
 
-__all__ = ["CompiledCalls", "Plan", "compile", "warmup"]
+__all__ = ["CompiledUNetCalls", "ExecutionPlan", "compile", "warmup"]
 
 _LOG = logging.getLogger("mtu")
 Model = TypeVar("Model", UNet2DConditionModel, DiffusionPipeline)
 
 
-class Plan(NamedTuple):
+class ExecutionPlan(NamedTuple):
     """How calls are run.
 
     Args:
-        compile: arguments of `torch.compile`; None: not compiled.
-        graphs: whether each size is captured in a CUDA graph.
+        compile_options: arguments of `torch.compile`; None: not compiled.
+        cuda_graphs: whether each size is captured in a CUDA graph.
     """
 
-    compile: dict[str, Any] | None
-    graphs: bool
+    compile_options: dict[str, Any] | None
+    cuda_graphs: bool
 
 
 _MODES = {
-    "default": Plan({"mode": "default"}, graphs=False),
-    "reduce-overhead": Plan({"mode": "default"}, graphs=True),
-    "max-autotune": Plan({"mode": "max-autotune-no-cudagraphs"}, graphs=True),
-    "max-autotune-no-cudagraphs": Plan({"mode": "max-autotune-no-cudagraphs"}, graphs=False),
-    "cudagraphs": Plan(None, graphs=True),
-    "eager": Plan(None, graphs=False),
+    "default": ExecutionPlan({"mode": "default"}, cuda_graphs=False),
+    "reduce-overhead": ExecutionPlan({"mode": "default"}, cuda_graphs=True),
+    "max-autotune": ExecutionPlan({"mode": "max-autotune-no-cudagraphs"}, cuda_graphs=True),
+    "max-autotune-no-cudagraphs": ExecutionPlan({"mode": "max-autotune-no-cudagraphs"}, cuda_graphs=False),
+    "cudagraphs": ExecutionPlan(None, cuda_graphs=True),
+    "eager": ExecutionPlan(None, cuda_graphs=False),
 }
 
 
-def compile(model: Model, mode: str = "auto", *, max_sizes: int = 8) -> Model:
+def compile(model: Model, mode: str = "auto", *, max_cached_sizes: int = 8) -> Model:
     """Have a UNet run by compiled code and CUDA graphs, whatever the tasks of a batch.
 
     A size is what the shapes and dtypes of a call's tensors are. Each is compiled and captured once, at its first call
@@ -72,7 +72,7 @@ def compile(model: Model, mode: str = "auto", *, max_sizes: int = 8) -> Model:
             graphs of the second and third being captured here; "cudagraphs": graphs of the uncompiled kernels;
             "eager": neither, which takes an earlier mode back. "auto": "reduce-overhead" on CUDA devices, and
             elsewhere "eager", on CPUs as fast as compiled code: by where the model is now, so move it first.
-        max_sizes: how many sizes are kept; the least recently used one goes first.
+        max_cached_sizes: how many sizes are kept; the least recently used one goes first.
 
     Returns:
         The same model.
@@ -83,8 +83,8 @@ def compile(model: Model, mode: str = "auto", *, max_sizes: int = 8) -> Model:
     unet = _unet_of(model)
     if mode != "auto" and mode not in _MODES:
         raise ValueError(f"mode must be one of {', '.join(('auto', *_MODES))}, but got {mode!r}.")
-    if not isinstance(max_sizes, int) or max_sizes < 1:
-        raise ValueError(f"max_sizes must be an integer ≥ 1, but got {max_sizes!r}.")
+    if not isinstance(max_cached_sizes, int) or max_cached_sizes < 1:
+        raise ValueError(f"max_cached_sizes must be an integer ≥ 1, but got {max_cached_sizes!r}.")
     is_offloaded = any(map(has_replaced_forward, unet.modules()))
     if mode != "eager" and is_offloaded:
         raise ValueError(
@@ -92,12 +92,12 @@ def compile(model: Model, mode: str = "auto", *, max_sizes: int = 8) -> Model:
         )
     on_cuda = unet.device.type == "cuda"
     plan = _MODES[("reduce-overhead" if on_cuda else "eager") if mode == "auto" else mode]
-    if plan.graphs and not on_cuda:
+    if plan.cuda_graphs and not on_cuda:
         raise ValueError(f"mode={mode!r} needs a UNet on a CUDA device, but this one is on {unet.device}.")
     if not is_offloaded:
         unet.to(memory_format=torch.channels_last)
     # The place where `nn.Module.compile` puts what calls go through.
-    unet._compiled_call_impl = None if plan == _MODES["eager"] else CompiledCalls(unet, plan, max_sizes)
+    unet._compiled_call_impl = None if plan == _MODES["eager"] else CompiledUNetCalls(unet, plan, max_cached_sizes)
     return model
 
 
@@ -139,8 +139,10 @@ def warmup(
     ]
     rows = [_rows(unet, name) for name in names]
     calls = unet._compiled_call_impl
-    if isinstance(calls, CompiledCalls) and len(set(rows)) > calls.max_sizes:
-        raise ValueError(f"At most max_sizes = {calls.max_sizes} sizes are kept, but got {len(set(rows))} to warm up.")
+    if isinstance(calls, CompiledUNetCalls) and len(set(rows)) > calls.max_cached_sizes:
+        raise ValueError(
+            f"At most max_cached_sizes = {calls.max_cached_sizes} sizes are kept, but got {len(set(rows))} to warm up."
+        )
     if unet.training:
         raise ValueError("A UNet in eval mode is needed to warm up, but this one is in training mode.")
     # Where parameters are offloaded to the meta device, calls take their inputs from anywhere.
@@ -161,26 +163,32 @@ def warmup(
     return seconds
 
 
-class CompiledCalls:
+class CompiledUNetCalls:
     """What the calls of a UNet go through: one compiled and captured step for each size.
 
     Args:
         unet: the UNet.
         plan: how a size is prepared.
-        max_sizes: how many are kept.
+        max_cached_sizes: how many are kept.
         capture: makes a graph; by default a CUDA graph on the UNet's device.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, plan: Plan, max_sizes: int, capture: Capture | None = None) -> None:
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        plan: ExecutionPlan,
+        max_cached_sizes: int,
+        capture: GraphCapture | None = None,
+    ) -> None:
         self.unet = unet
         self.plan = plan
-        self.max_sizes = max_sizes
-        self.announces = True
+        self.max_cached_sizes = max_cached_sizes
+        self.logs_new_sizes = True
         self._signature = inspect.signature(type(unet).forward)
         self._given_capture = capture
-        self._captures: dict[torch.device, Capture] = {}
-        self._sizes: OrderedDict[Any, Step] = OrderedDict()
-        self._parts: Parts | None = None
+        self._captures: dict[torch.device, GraphCapture] = {}
+        self._sizes: OrderedDict[Any, UNetCall] = OrderedDict()
+        self._snapshot: ModelSnapshot | None = None
         self._said: set[str] = set()
         # Graphs have one set of inputs, and routers are held by one call at a time.
         self._lock = threading.RLock()
@@ -191,76 +199,77 @@ class CompiledCalls:
             unet = self.unet
             if unet.training:
                 return unet._call_impl(*args, **kwargs)
-            parts = self._current_parts()
+            snapshot = self._current_snapshot()
             given = self._signature.bind(unet, *args, **kwargs).arguments
             del given["self"]
             return_dict = given.pop("return_dict", True)
             reason = "they may record gradients: call the UNet under torch.no_grad()"
             if not torch.is_grad_enabled():
-                reason = parts.why_plain() or _why_no_size(given)
+                reason = snapshot.why_not_compilable() or _why_no_size(given)
             if reason is not None:
                 self._say_once(f"Calls run uncompiled, as {reason}.")
                 return unet._call_impl(*args, **kwargs)
             inputs = _plain_inputs(unet, given)
             # In a pipeline the tables are held already.
-            embedding = unet.task_embedding_weight(unet.task_ids_device) if parts.routers else None
+            embedding = unet.task_embedding_weight(unet.task_ids_device) if snapshot.routers else None
             capture = self._capture_of(inputs)
             # Routing tables are memory that graphs read, too.
             with (
-                contextlib.nullcontext() if capture is None else capture.turn(),
-                precomputed_tables(parts.routers, embedding),
+                contextlib.nullcontext() if capture is None else capture.exclusive_use(),
+                precomputed_tables(snapshot.routers, embedding),
             ):
                 sample = self._run(inputs, capture)
         return UNet2DConditionOutput(sample=sample) if return_dict else (sample,)
 
-    def _current_parts(self) -> Parts:
-        if self._parts is None or not self._parts.are_current():
+    def _current_snapshot(self) -> ModelSnapshot:
+        if self._snapshot is None or not self._snapshot.matches_model():
             self._drop_sizes(keep=0)
             self._captures.clear()
-            self._parts = Parts(self.unet)
-        return self._parts
+            self._snapshot = ModelSnapshot(self.unet)
+        return self._snapshot
 
-    def _run(self, inputs: Inputs, capture: Capture | None) -> Tensor:
+    def _run(self, inputs: UNetInputs, capture: GraphCapture | None) -> Tensor:
         autocast = torch.is_autocast_enabled(inputs["sample"].device.type)
         size = (capture is not None, torch.is_inference_mode_enabled(), autocast, _size(inputs))
         if size in self._sizes:
             self._sizes.move_to_end(size)
             return self._sizes[size](inputs)
-        if self.announces:
-            full = f", in the place of another of at most {self.max_sizes}" * (len(self._sizes) >= self.max_sizes)
+        if self.logs_new_sizes:
+            is_full = len(self._sizes) >= self.max_cached_sizes
+            full = f", in the place of another of at most {self.max_cached_sizes}" if is_full else ""
             _LOG.warning("New size, %s: it is prepared now%s; mtu.warmup does so beforehand.", _words(inputs), full)
         step = self._prepared(inputs, capture)
         sample = step(inputs)
         # Not before it is known to run.
         self._sizes[size] = step
-        self._drop_sizes(keep=self.max_sizes)
+        self._drop_sizes(keep=self.max_cached_sizes)
         return sample
 
     def _drop_sizes(self, keep: int) -> None:
         if len(self._sizes) > keep:
             # What runs still on another stream reads their memory.
             for capture in self._captures.values():
-                capture.wait()
+                capture.synchronize()
         while len(self._sizes) > keep:
             self._sizes.popitem(last=False)
 
-    def _prepared(self, inputs: Inputs, capture: Capture | None) -> Step:
+    def _prepared(self, inputs: UNetInputs, capture: GraphCapture | None) -> UNetCall:
         function = functools.partial(_fresh(_call), self.unet)
-        if self.plan.compile is not None:
-            function = torch.compile(function.func, fullgraph=True, dynamic=False, **self.plan.compile)
+        if self.plan.compile_options is not None:
+            function = torch.compile(function.func, fullgraph=True, dynamic=False, **self.plan.compile_options)
             function = functools.partial(function, self.unet)
-        return function if capture is None else Replay(function, inputs, capture)
+        return function if capture is None else CapturedCall(function, inputs, capture)
 
-    def _capture_of(self, inputs: Inputs) -> Capture | None:
+    def _capture_of(self, inputs: UNetInputs) -> GraphCapture | None:
         """What makes graphs for these inputs; None: they are run without one."""
-        if not self.plan.graphs or self._why_no_graph(inputs) is not None:
+        if not self.plan.cuda_graphs or self._why_no_graph(inputs) is not None:
             return None
         device = inputs["sample"].device
         if device not in self._captures:
-            self._captures[device] = self._given_capture or CudaGraphs(device)
+            self._captures[device] = self._given_capture or CudaGraphCapture(device)
         return self._captures[device]
 
-    def _why_no_graph(self, inputs: Inputs) -> str | None:
+    def _why_no_graph(self, inputs: UNetInputs) -> str | None:
         device, reason = inputs["sample"].device, None
         if self._given_capture is None and device.type != "cuda":
             reason = f"the UNet is on {device} now"
@@ -276,7 +285,7 @@ class CompiledCalls:
             _LOG.warning(message)
 
 
-def _call(unet: UNet2DConditionModel, inputs: Inputs) -> Tensor:
+def _call(unet: UNet2DConditionModel, inputs: UNetInputs) -> Tensor:
     return unet._call_impl(**inputs, return_dict=False)[0]
 
 
@@ -285,7 +294,7 @@ def _fresh(function: types.FunctionType) -> types.FunctionType:
     return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
-def _plain_inputs(unet: UNet2DConditionModel, given: Inputs) -> Inputs:
+def _plain_inputs(unet: UNet2DConditionModel, given: UNetInputs) -> UNetInputs:
     """The arguments of a call in the form that they are compiled for, whatever the tasks, the scheduler and the layout.
 
     `sample` has the channels of the widest task, `timestep` is (B,) float32, `task_ids` is (B,).
@@ -312,21 +321,21 @@ def _plain_inputs(unet: UNet2DConditionModel, given: Inputs) -> Inputs:
     return tree_map_only(Tensor, lambda tensor: tensor.detach().contiguous(), inputs)
 
 
-def _why_no_size(given: Inputs) -> str | None:
+def _why_no_size(given: UNetInputs) -> str | None:
     for leaf in tree_leaves(given):
         if not isinstance(leaf, Hashable):
             return f"an argument holds a {type(leaf).__name__}, which cannot be told from others by its shape or value"
     return None
 
 
-def _size(inputs: Inputs) -> tuple[Any, ...]:
+def _size(inputs: UNetInputs) -> tuple[Any, ...]:
     leaves, spec = tree_flatten(inputs)
     return str(spec), *(
         (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves
     )
 
 
-def _words(inputs: Inputs) -> str:
+def _words(inputs: UNetInputs) -> str:
     sample, text = inputs["sample"], inputs.get("encoder_hidden_states")
     rows, _, height, width = sample.shape
     dtype = str(sample.dtype).removeprefix("torch.")
@@ -358,11 +367,11 @@ def _rows(unet: UNet2DConditionModel, batch: int | tuple[str, ...]) -> int:
 @contextlib.contextmanager
 def _unannounced(unet: UNet2DConditionModel) -> Iterator[None]:
     calls = unet._compiled_call_impl
-    if not isinstance(calls, CompiledCalls):
+    if not isinstance(calls, CompiledUNetCalls):
         yield
         return
-    calls.announces = False
+    calls.logs_new_sizes = False
     try:
         yield
     finally:
-        calls.announces = True
+        calls.logs_new_sizes = True

@@ -16,44 +16,47 @@ from mtu.compat.private_interfaces import is_peft_wrapper
 from mtu.models.router import Router
 from mtu.models.unet import MTUUNet2DConditionModel
 
-__all__ = ["Capture", "CudaGraphs", "Inputs", "Parts", "Replay", "Step"]
+__all__ = ["CapturedCall", "CudaGraphCapture", "GraphCapture", "ModelSnapshot", "UNetCall", "UNetInputs"]
 
 # Plain attributes by which attention processors, backends, and FreeU's strengths are chosen.
 _CHOSEN, _FREEU = {"backend", "processor"}, ("b1", "b2", "s1", "s2")
 # Calls before a capture: the first compiles, the others let libraries choose algorithms and make workspaces.
 _CALLS_BEFORE_CAPTURE = 3
 
-Inputs = dict[str, Any]
-Step = Callable[[Inputs], Tensor]
+UNetInputs = dict[str, Any]
+UNetCall = Callable[[UNetInputs], Tensor]
 
 
-class Capture(Protocol):
+class GraphCapture(Protocol):
     """Makes graphs that share memory."""
 
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Run a step on tensors that stay where they are; return what runs it again, and the tensor that it writes."""
         ...
 
-    def turn(self) -> AbstractContextManager[None]:
+    def exclusive_use(self) -> AbstractContextManager[None]:
         """What a caller does within has the graphs' memory to itself, whatever other callers' streams still do."""
         ...
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         """Have the host wait for all turns that ended, so that memory may be given back."""
         ...
 
 
-class Replay:
-    """A step in a graph, which reads from and writes to tensors of its own: calls belong in a `Capture.turn`."""
+class CapturedCall:
+    """A UNet call captured in a graph, which reads and writes tensors of its own.
 
-    def __init__(self, step: Step, inputs: Inputs, capture: Capture) -> None:
+    Run it within `GraphCapture.exclusive_use`.
+    """
+
+    def __init__(self, step: UNetCall, inputs: UNetInputs, capture: GraphCapture) -> None:
         self._inputs = tree_map_only(Tensor, torch.clone, inputs)
         self._tensors = _tensors(self._inputs)
         # Kept, as a graph does not own the code that compiled kernels are loaded from.
         self._step = step
         self._replay, self._output = capture(self._run)
 
-    def __call__(self, inputs: Inputs) -> Tensor:
+    def __call__(self, inputs: UNetInputs) -> Tensor:
         for to, tensor in zip(self._tensors, _tensors(inputs), strict=True):
             to.copy_(tensor)
         self._replay()
@@ -64,7 +67,7 @@ class Replay:
         return self._step(tree_map(lambda leaf: leaf, self._inputs))
 
 
-class Parts:
+class ModelSnapshot:
     """What compiled code and graphs were made from, to be told apart from what the model holds now.
 
     A graph reads memory by address: a parameter that was replaced, or a module, must not go unseen. It is looked at
@@ -90,17 +93,17 @@ class Parts:
             self._hooks += [module._forward_hooks, module._forward_pre_hooks]
         for block in unet.up_blocks:
             self._watch(vars(block), _FREEU)
-        self._why_plain = _why_plain(modules)
+        self._why_not_compilable = _why_not_compilable(modules)
         # Kept alive here, so that no other part can get the identity of one that is gone.
         self._parts = self._found()
         self._tensors = [part for part in self._parts if isinstance(part, Tensor)]
         self._addresses = self._found_addresses()
 
-    def why_plain(self) -> str | None:
+    def why_not_compilable(self) -> str | None:
         """What neither graphs nor compiled code would heed, as a clause; None if there is nothing."""
-        return "hooks are Python code" if any(self._hooks) else self._why_plain
+        return "hooks are Python code" if any(self._hooks) else self._why_not_compilable
 
-    def are_current(self) -> bool:
+    def matches_model(self) -> bool:
         """Whether the model holds them still, and their memory is where it was."""
         return all(map(operator.is_, self._found(), self._parts)) and self._found_addresses() == self._addresses
 
@@ -116,7 +119,7 @@ class Parts:
         return list(map(Tensor.data_ptr, self._tensors))
 
 
-def _why_plain(modules: Sequence[nn.Module]) -> str | None:
+def _why_not_compilable(modules: Sequence[nn.Module]) -> str | None:
     for module in modules:
         if has_replaced_forward(module):
             return f"the forward of a {type(module).__name__} was replaced, as offloading and caching do"
@@ -128,7 +131,7 @@ def _why_plain(modules: Sequence[nn.Module]) -> str | None:
     return None
 
 
-class CudaGraphs:
+class CudaGraphCapture:
     """Makes CUDA graphs that share their memory: they run one after the other, and their results are copied out.
 
     Args:
@@ -143,7 +146,7 @@ class CudaGraphs:
         self._done = torch.cuda.Event()
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def exclusive_use(self) -> Iterator[None]:
         """What the current stream does within comes after all earlier turns, on whatever streams those were.
 
         A lock keeps callers apart on the host only, which is ahead of the device.
@@ -156,7 +159,7 @@ class CudaGraphs:
             # Of a call that failed, too, a part may be under way.
             stream.record_event(self._done)
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         """Have the host wait for all turns that ended."""
         self._done.synchronize()
 
@@ -182,5 +185,5 @@ class CudaGraphs:
         return graph.replay, output
 
 
-def _tensors(inputs: Inputs) -> list[Tensor]:
+def _tensors(inputs: UNetInputs) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]

@@ -37,14 +37,14 @@ class RecordedGraphs:
         return replay, output
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
+    def exclusive_use(self) -> Iterator[None]:
         self.order.append("wait")
         try:
             yield
         finally:
             self.order.append("record")
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         self.order.append("host waits")
 
 

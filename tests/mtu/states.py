@@ -13,7 +13,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from mtu.runtime.compiling import CompiledCalls, Plan
+from mtu.runtime.compiling import CompiledUNetCalls, ExecutionPlan
 
 from .tiny import SD, inputs, predict, upcycled_unet
 
@@ -115,7 +115,7 @@ def disabled(unet, folder):
 
 
 def compiled(unet, folder):
-    unet._compiled_call_impl = CompiledCalls(unet, Plan({"backend": "eager"}, graphs=False), 8)
+    unet._compiled_call_impl = CompiledUNetCalls(unet, ExecutionPlan({"backend": "eager"}, cuda_graphs=False), 8)
     outputs(unet)
     return unet
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import mtu
-from mtu.runtime.compiling import CompiledCalls, Plan
+from mtu.runtime.compiling import CompiledUNetCalls, ExecutionPlan
 
 TASKS = ("text-to-image", "edit", "super-resolution", "remove")
 
@@ -30,9 +30,9 @@ def messages(caplog):
 
 @pytest.fixture
 def compiled(pipe):
-    """The pipeline through `CompiledCalls`, without generating code."""
+    """The pipeline through `CompiledUNetCalls`, without generating code."""
     torch.compiler.reset()
-    pipe.unet._compiled_call_impl = CompiledCalls(pipe.unet, Plan({"backend": "eager"}, False), 4)
+    pipe.unet._compiled_call_impl = CompiledUNetCalls(pipe.unet, ExecutionPlan({"backend": "eager"}, False), 4)
     yield pipe
     torch.compiler.reset()
 
@@ -63,7 +63,7 @@ def test_a_pipeline_of_a_task_that_was_exported(shared_pipe, picture, caplog):
 
     expected = run()
     torch.compiler.reset()
-    stock.unet._compiled_call_impl = CompiledCalls(stock.unet, Plan({"backend": "eager"}, False), 4)
+    stock.unet._compiled_call_impl = CompiledUNetCalls(stock.unet, ExecutionPlan({"backend": "eager"}, False), 4)
     mtu.warmup(stock, [2])
     np.testing.assert_allclose(run(), expected, rtol=0, atol=1e-4)
     assert not messages(caplog)

@@ -7,7 +7,7 @@ from diffusers import LCMScheduler, UNet2DConditionModel
 import mtu
 from mtu.experts import stock_config
 from mtu.inspection.counting import count_flops
-from mtu.runtime.compiling import CompiledCalls, Plan
+from mtu.runtime.compiling import CompiledUNetCalls, ExecutionPlan
 from tests.mtu.pipelines.conftest import randomise_
 from tests.mtu.pipelines.mixed_batches import PROMPTS, TASKS, assert_same, images, noise, run_stock, seeds
 
@@ -70,7 +70,7 @@ def test_a_changed_scale_has_no_effect(distilled):
 
 def test_warm_up_prepares_the_sizes_of_calls(distilled, caplog):
     unet = distilled.unet
-    unet._compiled_call_impl = CompiledCalls(unet, Plan(None, False), 8)
+    unet._compiled_call_impl = CompiledUNetCalls(unet, ExecutionPlan(None, False), 8)
     mtu.warmup(distilled, ["text-to-image", ["edit", "text-to-image"]])
     given = {"latents": noise(1), "num_inference_steps": 1, "output_type": "latent"}
     distilled("a bell", **given)

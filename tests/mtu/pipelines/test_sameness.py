@@ -8,7 +8,7 @@ from benchmarks.pipelines import image_psnr
 from benchmarks.pipelines.image_psnr import PipelinePair
 from benchmarks.pipelines.pipeline_models import cast, draw_samples, load_pipeline, upcycled_images
 from benchmarks.pipelines.psnr_rows import STOCK, psnr, squared_errors
-from mtu.runtime.compiling import CompiledCalls, Plan
+from mtu.runtime.compiling import CompiledUNetCalls, ExecutionPlan
 from tests.mtu.recorded_graphs import RecordedGraphs
 
 # diffusers looks the version of torch up while a bfloat16 UNet is traced.
@@ -74,7 +74,7 @@ def through(plan):
     def images(origin, samples, steps):
         unet = origin.upcycled.unet
         unet.to(memory_format=torch.channels_last)
-        unet._compiled_call_impl = CompiledCalls(unet, plan, 8, RecordedGraphs())
+        unet._compiled_call_impl = CompiledUNetCalls(unet, plan, 8, RecordedGraphs())
         return upcycled_images(origin.upcycled, samples, steps)
 
     return images
@@ -84,7 +84,7 @@ PATHS = {
     name: image_psnr.PATHS[name].implementation.images
     for name in (STOCK, "mtu-eager", "mtu-cpp", "mixed", "folded-cpp")
 }
-PATHS |= {"compiled": through(Plan({"backend": "eager"}, False)), "graphs": through(Plan(None, True))}
+PATHS |= {"compiled": through(ExecutionPlan({"backend": "eager"}, False)), "graphs": through(ExecutionPlan(None, True))}
 
 
 def run(name, origin, samples):

@@ -1,8 +1,8 @@
-"""UNets whose calls go through `CompiledCalls`, and what they compute without."""
+"""UNets whose calls go through `CompiledUNetCalls`, and what they compute without."""
 
 import pytest
 
-from mtu.runtime.compiling import CompiledCalls, Plan
+from mtu.runtime.compiling import CompiledUNetCalls, ExecutionPlan
 
 from ..recorded_graphs import RecordedGraphs
 from ..tiny import predict, randomise_
@@ -10,7 +10,11 @@ from ..tiny import predict, randomise_
 NAMES = ("remove", "text-to-image", "edit", "super-resolution", "edit")
 MIXES = (NAMES, ("edit",) * 5, ("text-to-image",) * 5, ("text-to-image", "remove", "remove", "edit", "edit"))
 # Traced like by the shipped plans, without the minutes that generating code takes.
-TRACED, GRAPHS, BOTH = Plan({"backend": "eager"}, False), Plan(None, True), Plan({"backend": "eager"}, True)
+TRACED, GRAPHS, BOTH = (
+    ExecutionPlan({"backend": "eager"}, False),
+    ExecutionPlan(None, True),
+    ExecutionPlan({"backend": "eager"}, True),
+)
 SETTINGS = [
     pytest.param("sd", {}, id="sd-dense"),
     pytest.param("sd", {"num_experts": 4, "top_k": 2, "norm": "task_expert"}, id="sd-top2-expert_norms"),
@@ -18,10 +22,10 @@ SETTINGS = [
 ]
 
 
-def compiled(unet, plan, max_sizes=8):
-    """The UNet through `CompiledCalls`, and what counts its captures."""
+def compiled(unet, plan, max_cached_sizes=8):
+    """The UNet through `CompiledUNetCalls`, and what counts its captures."""
     captures = RecordedGraphs()
-    unet._compiled_call_impl = CompiledCalls(unet, plan, max_sizes, captures)
+    unet._compiled_call_impl = CompiledUNetCalls(unet, plan, max_cached_sizes, captures)
     return unet, captures
 
 

@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 
 import mtu
-from mtu.runtime.compiling import CompiledCalls
+from mtu.runtime.compiling import CompiledUNetCalls
 
 from ..states import SMALL
 from ..tiny import assert_close, assert_differ, inputs, predict, upcycled_unet
@@ -172,7 +172,7 @@ def test_a_model_that_left_the_gpu_runs_without_graphs(caplog):
     unet = upcycled_unet(SMALL)
     given = inputs(unet)
     expected = predict(unet, given, *NAMES)
-    unet._compiled_call_impl = CompiledCalls(unet, GRAPHS, 2)
+    unet._compiled_call_impl = CompiledUNetCalls(unet, GRAPHS, 2)
     for _ in range(2):
         assert_close(predict(unet, given, *NAMES), expected)
     assert "Calls run without a CUDA graph, as the UNet is on cpu now." in caplog.text

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtu
-from mtu.runtime.graphs import CudaGraphs
+from mtu.runtime.graphs import CudaGraphCapture
 
 from ..states import SMALL
 from ..tiny import assert_close, inputs, predict, rows, upcycled_unet
@@ -79,7 +79,7 @@ def test_memory_of_graphs_is_used_in_turns():
 
 
 def test_the_host_waits_before_a_graphs_memory_is_given_back():
-    unet, captures = compiled(upcycled_unet(SMALL), GRAPHS, max_sizes=1)
+    unet, captures = compiled(upcycled_unet(SMALL), GRAPHS, max_cached_sizes=1)
     given = inputs(unet)
     for count, change in ((2, None), (3, None), (3, replace_data)):
         captures.order.clear()
@@ -110,20 +110,20 @@ def test_callers_on_other_streams_wait_for_each_other(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
-    pools = [CudaGraphs("pool"), CudaGraphs("another")]
+    pools = [CudaGraphCapture("pool"), CudaGraphCapture("another")]
     for stream in (*streams, streams[0]):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device, stream=stream: stream)
-        with contextlib.suppress(RuntimeError), pools[0].turn():
+        with contextlib.suppress(RuntimeError), pools[0].exclusive_use():
             order.append("work")
             raise RuntimeError
-    pools[0].wait()
+    pools[0].synchronize()
     event = order[0][2]
     assert order == [
         step
         for name in ("first", "second", "first")
         for step in ((name, "waits for", event), "work", (name, "records", event))
     ] + [("host", "waits for", event)]
-    with pools[1].turn():
+    with pools[1].exclusive_use():
         assert order[-1][2] is not event
 
 

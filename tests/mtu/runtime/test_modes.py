@@ -46,7 +46,7 @@ def test_generated_code_gives_the_same_outputs_and_is_taken_back():
             r"mode='reduce-overhead' needs a UNet on a CUDA device, but this one is on cpu\.",
         ),
         ({"mode": "cudagraphs"}, r"mode='cudagraphs' needs a UNet on a CUDA device, but this one is on cpu\."),
-        ({"max_sizes": 0}, r"max_sizes must be an integer ≥ 1, but got 0\."),
+        ({"max_cached_sizes": 0}, r"max_cached_sizes must be an integer ≥ 1, but got 0\."),
     ],
     ids=lambda value: str(next(iter(value.values()))) if isinstance(value, dict) else "",
 )
@@ -95,7 +95,7 @@ def test_cuda_graphs(family, settings, mode):
         for name, value in inputs(unet).items()
     }
     expected = [predict(unet, given, *names) for names in MIXES]
-    mtu.compile(unet, mode, max_sizes=2)
+    mtu.compile(unet, mode, max_cached_sizes=2)
     outputs = [predict(unet, given, *names) for names in MIXES]
     assert len(unet._compiled_call_impl._sizes) == 1
     for actual, wanted in zip(outputs, expected, strict=True):
@@ -107,4 +107,4 @@ def test_cuda_graphs(family, settings, mode):
         update_routers(unet)
         assert_close(predict(unet, given, *NAMES), plain(unet, given, *NAMES))
         assert_differ(predict(unet, given, *NAMES), expected[0])
-    assert mtu.compile(unet)._compiled_call_impl.plan.graphs
+    assert mtu.compile(unet)._compiled_call_impl.plan.cuda_graphs

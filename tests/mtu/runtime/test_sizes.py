@@ -26,7 +26,7 @@ def test_one_size_serves_all_task_mixes(family, settings, dropped):
         for names, expected in zip(MIXES, outputs, strict=True):
             assert_close(predict(unet, given, *names), expected)
         assert len(unet._compiled_call_impl._sizes) == 1
-        assert captures.count == (1 if plan.graphs else 0)
+        assert captures.count == (1 if plan.cuda_graphs else 0)
     assert_differ(outputs[0], outputs[1])
 
 
@@ -69,7 +69,7 @@ def test_schedulers_channels_and_layouts_make_no_new_size(plan):
 
 
 def test_sizes_are_announced_and_the_least_recently_used_goes_first(caplog):
-    unet, captures = compiled(upcycled_unet(SMALL), GRAPHS, max_sizes=2)
+    unet, captures = compiled(upcycled_unet(SMALL), GRAPHS, max_cached_sizes=2)
     given = inputs(unet)
 
     def call(count):
@@ -96,7 +96,7 @@ def test_sizes_are_announced_and_the_least_recently_used_goes_first(caplog):
 @pytest.mark.slow
 def test_any_number_of_sizes_is_compiled():
     """Compilers stop at eight versions of the same code (a second one is an error here): each size has its own."""
-    unet, _ = compiled(upcycled_unet(SMALL), TRACED, max_sizes=2)
+    unet, _ = compiled(upcycled_unet(SMALL), TRACED, max_cached_sizes=2)
     given = inputs(unet, batch=1)
     for tokens in (1, 2, 3):
         call = {**given, "encoder_hidden_states": given["encoder_hidden_states"][:, :1].repeat(1, tokens, 1)}
@@ -152,11 +152,11 @@ def test_residuals_of_adapters(plan):
         expected = plain(unet, given, *NAMES, down_intrablock_additional_residuals=[*residuals])
         assert_differ(plain(unet, given, *NAMES), expected)
         assert_close(predict(unet, given, *NAMES, down_intrablock_additional_residuals=[*residuals]), expected)
-    assert captures.count == int(plan.graphs)
+    assert captures.count == int(plan.cuda_graphs)
 
 
 def test_a_call_that_fails_takes_no_place():
-    unet, captures = compiled(upcycled_unet(SMALL), GRAPHS, max_sizes=1)
+    unet, captures = compiled(upcycled_unet(SMALL), GRAPHS, max_cached_sizes=1)
     given = inputs(unet)
     predict(unet, given, *NAMES)
     wrong = {**given, "encoder_hidden_states": given["encoder_hidden_states"][..., :7]}

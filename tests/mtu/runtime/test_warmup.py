@@ -46,7 +46,7 @@ def test_warm_up_of_models_that_are_not_compiled_runs_them():
         ([["paint"]], {}, r"Unknown task 'paint'"),
         (["paint"], {}, r"Unknown task 'paint'"),
         ([1], {"height": 0}, r"height and width must be positive multiples of 1, but got 0 and 8\."),
-        (range(2, 10), {}, r"At most max_sizes = 8 sizes are kept, but got 9 to warm up\."),
+        (range(2, 10), {}, r"At most max_cached_sizes = 8 sizes are kept, but got 9 to warm up\."),
     ],
     ids=["no rows", "no tasks", "unknown tasks", "unknown task", "no height", "too many"],
 )
