@@ -1,1 +1,4 @@
-"""Running a model: compiled code and CUDA graphs, prepared once for each size of a batch."""
+"""Running a model: compiled code and CUDA graphs, which are prepared once for each size of a batch.
+
+The kernels themselves live in `mtu_kernels`.
+"""

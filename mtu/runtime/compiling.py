@@ -1,4 +1,8 @@
-"""`mtu.compile`: a UNet compiled, and on a GPU captured, once for each size; switching tasks costs neither."""
+"""`mtu.compile` and `mtu.warmup`: compiled code and CUDA graphs for a UNet, prepared once for each size of its inputs.
+
+Tasks are values of a tensor, so switching tasks prepares nothing anew. The capture itself and the detection of changed
+models live in `mtu.runtime.graphs`.
+"""
 
 import contextlib
 import functools
@@ -32,10 +36,10 @@ Model = TypeVar("Model", UNet2DConditionModel, DiffusionPipeline)
 
 
 class ExecutionPlan(NamedTuple):
-    """How calls are run.
+    """How the calls of a UNet run.
 
     Args:
-        compile_options: arguments of `torch.compile`; None: not compiled.
+        compile_options: arguments of `torch.compile`; None: calls are not compiled.
         cuda_graphs: whether each size is captured in a CUDA graph.
     """
 
@@ -54,31 +58,44 @@ _MODES = {
 
 
 def compile(model: Model, mode: str = "auto", *, max_cached_sizes: int = 8) -> Model:
-    """Have a UNet run by compiled code and CUDA graphs, whatever the tasks of a batch.
+    """Prepare a UNet for fast inference on the device that it is on: move it there first.
 
-    A size is what the shapes and dtypes of a call's tensors are. Each is compiled and captured once, at its first call
-    or in `mtu.warmup`. Tasks are tensors: switching them compiles and captures nothing. Calls that record gradients,
-    and models in training mode, run as before. Outputs are never overwritten by later calls.
+    On a CUDA device, the default mode compiles the UNet and captures it in CUDA graphs. On a CPU, the default mode only
+    converts the weights to the channels-last memory format. No code is compiled there unless `mode` asks for it, as
+    compiled code is no faster.
 
-    Where parameters, buffers, modules, attention processors, backends or FreeU's strengths are replaced, sizes are
-    prepared anew; other Python attributes that change need another `mtu.compile`. Calls with adapters, hooks or
-    replaced forwards (offloading, caching) run as before. Pipelines run the routers once a call, and calls without one
-    at each step, unless they are within `unet.precomputed_routing()` or the routers are dropped.
+    A size is the shapes and dtypes of a call's tensors. Each size is compiled and captured once, at its first call or
+    in `mtu.warmup`. Tasks are values of a tensor, so switching them compiles and captures nothing. Later calls never
+    overwrite an earlier output.
+
+    Calls that record gradients, models in training mode, and calls with adapters, hooks or replaced forwards
+    (offloading, caching) run uncompiled. If parameters, buffers, modules, attention processors, backends or FreeU's
+    strengths are replaced, each size is prepared anew at its next call. If other Python attributes change, call
+    `mtu.compile` again. A pipeline runs the routers once for each pipeline call. Your own loop runs them at each step,
+    unless it is within `unet.precomputed_routing()` or the routers are dropped.
 
     Args:
         model: an upcycled or a stock UNet, or a pipeline with one; changed in place. Its weights become channels-last,
             with the same values.
-        mode: "default", "reduce-overhead", "max-autotune" and "max-autotune-no-cudagraphs" as in `torch.compile`, the
-            graphs of the second and third being captured here; "cudagraphs": graphs of the uncompiled kernels;
-            "eager": neither, which takes an earlier mode back. "auto": "reduce-overhead" on CUDA devices, and
-            elsewhere "eager", on CPUs as fast as compiled code: by where the model is now, so move it first.
-        max_cached_sizes: how many sizes are kept; the least recently used one goes first.
+        mode: one of the following.
+            "auto": "reduce-overhead" if the UNet is on a CUDA device now, and "eager" otherwise.
+            "default", "max-autotune-no-cudagraphs": the modes of `torch.compile`.
+            "reduce-overhead", "max-autotune": the same with CUDA graphs, which MTU captures.
+            "cudagraphs": CUDA graphs of uncompiled code.
+            "eager": neither compiled code nor graphs; this also undoes an earlier `mtu.compile`.
+        max_cached_sizes: the largest number of sizes to keep; the least recently used one is dropped first.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: no UNet, an unknown mode, a mode that the UNet's device cannot run, or a UNet that is offloaded.
+        ValueError: the model has no UNet, the mode is unknown, the UNet's device cannot run it, or the UNet is
+            offloaded.
+
+    Example:
+        >>> pipe = mtu.compile(pipe.to("cuda"))
+        >>> mtu.warmup(pipe, batches=["edit", ["text-to-image", "remove"]])
+        >>> pipe("make it blue", image=image, task="edit")
     """
     unet = _unet_of(model)
     if mode != "auto" and mode not in _MODES:
@@ -96,7 +113,7 @@ def compile(model: Model, mode: str = "auto", *, max_cached_sizes: int = 8) -> M
         raise ValueError(f"mode={mode!r} needs a UNet on a CUDA device, but this one is on {unet.device}.")
     if not is_offloaded:
         unet.to(memory_format=torch.channels_last)
-    # The place where `nn.Module.compile` puts what calls go through.
+    # `nn.Module.__call__` calls this attribute, which `nn.Module.compile` sets in the same way.
     unet._compiled_call_impl = None if plan == _MODES["eager"] else CompiledUNetCalls(unet, plan, max_cached_sizes)
     return model
 
@@ -109,21 +126,24 @@ def warmup(
     width: int | None = None,
     text_tokens: int | None = None,
 ) -> dict[int | tuple[str, ...], float]:
-    """Run one step at each size that is to come, so that nothing is compiled or captured later.
+    """Run one step at each size that will be used, so that later calls compile and capture nothing.
 
     Args:
-        model: what `mtu.compile` returned.
-        batches: of each size the rows of the UNet's batch; or the task or tasks of its samples, whose guidance branches
-            are the rows (by the tasks' own guidance scales).
+        model: the model that `mtu.compile` returned.
+        batches: one entry per size: the number of rows of the UNet's batch, or the task or tasks of its samples. Tasks
+            give one row for each guidance branch, by the tasks' own guidance scales.
         height, width: of the pictures in pixels for a pipeline, of the latents for a UNet; None: the model's own.
-        text_tokens: of a prompt; None: those of the pipeline's tokenizer, or 77.
+        text_tokens: the tokens of a prompt; None: those of the pipeline's tokenizer, or 77.
 
     Returns:
         The seconds that each of `batches` took.
 
     Raises:
-        ValueError: a batch without rows, an unknown task, a size that is no multiple of the VAE's factor, more sizes
-            than are kept, or a UNet in training mode.
+        ValueError: a batch has no rows, a task is unknown, a size is no multiple of the VAE's factor, there are more
+            sizes than the model keeps, or the UNet is in training mode.
+
+    Example:
+        >>> mtu.warmup(mtu.compile(pipe), batches=["text-to-image", ["edit", "remove"]], height=512, width=512)
     """
     unet = _unet_of(model)
     factor: int = model.vae_scale_factor if isinstance(model, DiffusionPipeline) else 1
@@ -145,7 +165,7 @@ def warmup(
         )
     if unet.training:
         raise ValueError("A UNet in eval mode is needed to warm up, but this one is in training mode.")
-    # Where parameters are offloaded to the meta device, calls take their inputs from anywhere.
+    # If parameters are offloaded to the meta device, calls accept inputs on any device.
     is_offloaded = unet.device.type == "meta" and any(map(has_replaced_forward, unet.modules()))
     device = torch.device("cpu") if is_offloaded else unet.device
     size = {"height": height // factor, "width": width // factor}
@@ -164,13 +184,13 @@ def warmup(
 
 
 class CompiledUNetCalls:
-    """What the calls of a UNet go through: one compiled and captured step for each size.
+    """A callable in the place of a UNet's forward, with one compiled and captured call for each size of the inputs.
 
     Args:
         unet: the UNet.
-        plan: how a size is prepared.
-        max_cached_sizes: how many are kept.
-        capture: makes a graph; by default a CUDA graph on the UNet's device.
+        plan: how calls run.
+        max_cached_sizes: the largest number of sizes to keep.
+        capture: captures graphs; None: CUDA graphs on the UNet's device.
     """
 
     def __init__(
@@ -190,11 +210,11 @@ class CompiledUNetCalls:
         self._sizes: OrderedDict[Any, UNetCall] = OrderedDict()
         self._snapshot: ModelSnapshot | None = None
         self._said: set[str] = set()
-        # Graphs have one set of inputs, and routers are held by one call at a time.
+        # A graph has one set of input tensors, and the routing tables belong to one call at a time.
         self._lock = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> UNet2DConditionOutput | tuple[Tensor]:
-        """As the UNet's own `forward`."""
+        """Run the UNet; the arguments and the result are those of its own `forward`."""
         with self._lock:
             unet = self.unet
             if unet.training:
@@ -210,10 +230,10 @@ class CompiledUNetCalls:
                 self._say_once(f"Calls run uncompiled, as {reason}.")
                 return unet._call_impl(*args, **kwargs)
             inputs = _plain_inputs(unet, given)
-            # In a pipeline the tables are held already.
+            # Within a pipeline call, the routing tables are precomputed already.
             embedding = unet.task_embedding_weight(unet.task_ids_device) if snapshot.routers else None
             capture = self._capture_of(inputs)
-            # Routing tables are memory that graphs read, too.
+            # Graphs also read the routing tables, so those are written within the exclusive use.
             with (
                 contextlib.nullcontext() if capture is None else capture.exclusive_use(),
                 precomputed_tables(snapshot.routers, embedding),
@@ -240,14 +260,14 @@ class CompiledUNetCalls:
             _LOG.warning("New size, %s: it is prepared now%s; mtu.warmup does so beforehand.", _words(inputs), full)
         step = self._prepared(inputs, capture)
         sample = step(inputs)
-        # Not before it is known to run.
+        # A call that failed is not kept.
         self._sizes[size] = step
         self._drop_sizes(keep=self.max_cached_sizes)
         return sample
 
     def _drop_sizes(self, keep: int) -> None:
         if len(self._sizes) > keep:
-            # What runs still on another stream reads their memory.
+            # Calls that still run on other streams read the memory of the graphs.
             for capture in self._captures.values():
                 capture.synchronize()
         while len(self._sizes) > keep:
@@ -261,7 +281,7 @@ class CompiledUNetCalls:
         return function if capture is None else CapturedCall(function, inputs, capture)
 
     def _capture_of(self, inputs: UNetInputs) -> GraphCapture | None:
-        """What makes graphs for these inputs; None: they are run without one."""
+        """The capture for these inputs; None: they run without a graph."""
         if not self.plan.cuda_graphs or self._why_no_graph(inputs) is not None:
             return None
         device = inputs["sample"].device
@@ -290,14 +310,14 @@ def _call(unet: UNet2DConditionModel, inputs: UNetInputs) -> Tensor:
 
 
 def _fresh(function: types.FunctionType) -> types.FunctionType:
-    """The same function with code of its own: compilers keep what they made by code, and count how often they did."""
+    """A copy of a function with its own code object, by which torch.compile keeps and counts compiled versions."""
     return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
 def _plain_inputs(unet: UNet2DConditionModel, given: UNetInputs) -> UNetInputs:
-    """The arguments of a call in the form that they are compiled for, whatever the tasks, the scheduler and the layout.
+    """The arguments of a call in one form, which does not depend on tasks, scheduler or memory layout.
 
-    `sample` has the channels of the widest task, `timestep` is (B,) float32, `task_ids` is (B,).
+    `sample` gets the channels of the widest task, `timestep` becomes (B,) float32, and `task_ids` becomes (B,).
     """
     sample = given["sample"]
     rows, channels = sample.shape[:2]
@@ -315,7 +335,7 @@ def _plain_inputs(unet: UNet2DConditionModel, given: UNetInputs) -> UNetInputs:
     elif isinstance(timestep, Tensor) and timestep.numel() > 1:
         timestep = timestep.to(sample.device, torch.float32).expand(rows)
     else:
-        # A number reaches a GPU as an argument of a kernel, for which the host need not wait.
+        # A number reaches the GPU as an argument of a kernel, so the host need not wait for it.
         timestep = torch.full((rows,), float(timestep), dtype=torch.float32, device=sample.device)
     inputs["timestep"] = timestep
     return tree_map_only(Tensor, lambda tensor: tensor.detach().contiguous(), inputs)

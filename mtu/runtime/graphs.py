@@ -1,4 +1,7 @@
-"""CUDA graphs of a UNet's calls, and how it is seen that a model is no longer what they were made from."""
+"""CUDA graphs of UNet calls, and the snapshot of a model that tells when its graphs are out of date.
+
+`mtu.runtime.compiling` decides which calls are captured, and keeps the captured calls by size.
+"""
 
 import gc
 import operator
@@ -18,9 +21,9 @@ from mtu.models.unet import MTUUNet2DConditionModel
 
 __all__ = ["CapturedCall", "CudaGraphCapture", "GraphCapture", "ModelSnapshot", "UNetCall", "UNetInputs"]
 
-# Plain attributes by which attention processors, backends, and FreeU's strengths are chosen.
+# These plain attributes choose attention processors and backends, and hold the strengths of FreeU.
 _CHOSEN, _FREEU = {"backend", "processor"}, ("b1", "b2", "s1", "s2")
-# Calls before a capture: the first compiles, the others let libraries choose algorithms and make workspaces.
+# The first call before a capture compiles. In the others, libraries choose algorithms and allocate workspaces.
 _CALLS_BEFORE_CAPTURE = 3
 
 UNetInputs = dict[str, Any]
@@ -28,18 +31,25 @@ UNetCall = Callable[[UNetInputs], Tensor]
 
 
 class GraphCapture(Protocol):
-    """Makes graphs that share memory."""
+    """Captures calls in graphs that share memory."""
 
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Run a step on tensors that stay where they are; return what runs it again, and the tensor that it writes."""
+        """Run a call once and capture it.
+
+        Args:
+            step: a call without arguments, which reads tensors at fixed addresses.
+
+        Returns:
+            A function that replays the call, and the tensor that each replay writes.
+        """
         ...
 
     def exclusive_use(self) -> AbstractContextManager[None]:
-        """What a caller does within has the graphs' memory to itself, whatever other callers' streams still do."""
+        """Give the code within this context the graphs' memory to itself, also on other callers' streams."""
         ...
 
     def synchronize(self) -> None:
-        """Have the host wait for all turns that ended, so that memory may be given back."""
+        """Make the host wait for all earlier uses of the graphs' memory, so that it may be freed."""
         ...
 
 
@@ -52,7 +62,7 @@ class CapturedCall:
     def __init__(self, step: UNetCall, inputs: UNetInputs, capture: GraphCapture) -> None:
         self._inputs = tree_map_only(Tensor, torch.clone, inputs)
         self._tensors = _tensors(self._inputs)
-        # Kept, as a graph does not own the code that compiled kernels are loaded from.
+        # The graph does not own the code that its compiled kernels were loaded from, so this reference keeps it.
         self._step = step
         self._replay, self._output = capture(self._run)
 
@@ -63,18 +73,18 @@ class CapturedCall:
         return self._output.clone()
 
     def _run(self) -> Tensor:
-        # Lists of its own each time: the stock forward takes out what it has used (of residuals of adapters).
+        # Each call gets new lists, because the stock forward pops the adapters' residuals that it has used.
         return self._step(tree_map(lambda leaf: leaf, self._inputs))
 
 
 class ModelSnapshot:
-    """What compiled code and graphs were made from, to be told apart from what the model holds now.
+    """The parameters, modules and attributes that compiled code and graphs were made from.
 
-    A graph reads memory by address: a parameter that was replaced, or a module, must not go unseen. It is looked at
-    before each call, so the loops over thousands of parts are those of built-in functions.
+    A graph reads memory by address, so a replaced parameter or module must be noticed. The comparison runs before each
+    call: built-in functions loop over the thousands of objects.
 
     Args:
-        unet: the UNet.
+        unet: the UNet to record.
     """
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
@@ -85,7 +95,7 @@ class ModelSnapshot:
         modules = list(unet.modules())
         for module in modules:
             attributes = vars(module)
-            # Offloading, casting and caching replace it.
+            # Offloading, casting and caching replace `forward`.
             self._watch(attributes, ("forward",))
             self._watch(attributes, _CHOSEN & attributes.keys())
             for owner in (module._parameters, module._buffers, module._modules):
@@ -94,17 +104,17 @@ class ModelSnapshot:
         for block in unet.up_blocks:
             self._watch(vars(block), _FREEU)
         self._why_not_compilable = _why_not_compilable(modules)
-        # Kept alive here, so that no other part can get the identity of one that is gone.
+        # These references keep the objects alive, so that no new object can take the identity of a deleted one.
         self._parts = self._found()
         self._tensors = [part for part in self._parts if isinstance(part, Tensor)]
         self._addresses = self._found_addresses()
 
     def why_not_compilable(self) -> str | None:
-        """What neither graphs nor compiled code would heed, as a clause; None if there is nothing."""
+        """The reason why compiled code and graphs would ignore a part of this model, as a clause; None without one."""
         return "hooks are Python code" if any(self._hooks) else self._why_not_compilable
 
     def matches_model(self) -> bool:
-        """Whether the model holds them still, and their memory is where it was."""
+        """Whether the model still has the same objects, at the same addresses in memory."""
         return all(map(operator.is_, self._found(), self._parts)) and self._found_addresses() == self._addresses
 
     def _watch(self, owner: dict[str, Any], names: Iterable[str]) -> None:
@@ -123,7 +133,7 @@ def _why_not_compilable(modules: Sequence[nn.Module]) -> str | None:
     for module in modules:
         if has_replaced_forward(module):
             return f"the forward of a {type(module).__name__} was replaced, as offloading and caching do"
-        # An adapter's strength, and that of an image prompt, is a Python number, which may change at any time.
+        # The strength of an adapter or of an image prompt is a Python number, which may change at any time.
         if is_peft_wrapper(module):
             return "an adapter's strength is no tensor: fuse the adapter, then unload it"
         if hasattr(vars(module).get("processor"), "scale"):
@@ -132,39 +142,39 @@ def _why_not_compilable(modules: Sequence[nn.Module]) -> str | None:
 
 
 class CudaGraphCapture:
-    """Makes CUDA graphs that share their memory: they run one after the other, and their results are copied out.
+    """Captures CUDA graphs that share memory. They run one after the other, and callers copy the results out.
 
     Args:
-        device: of the graphs.
+        device: the CUDA device that the graphs run on.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Graphs share memory if they were captured on one stream. Workspaces that calls beforehand make are theirs.
+        # Graphs share memory if they are captured on one stream. They also use the workspaces of the calls before.
         self._before, self._stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._done = torch.cuda.Event()
 
     @contextmanager
     def exclusive_use(self) -> Iterator[None]:
-        """What the current stream does within comes after all earlier turns, on whatever streams those were.
+        """Order the current stream's work within this context after all earlier uses, on any stream.
 
-        A lock keeps callers apart on the host only, which is ahead of the device.
+        A lock separates callers on the host only, and the host runs ahead of the device.
         """
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(self._done)
         try:
             yield
         finally:
-            # Of a call that failed, too, a part may be under way.
+            # After an exception, a part of the call may still be running on the device.
             stream.record_event(self._done)
 
     def synchronize(self) -> None:
-        """Have the host wait for all turns that ended."""
+        """Make the host wait for all earlier uses of the graphs' memory."""
         self._done.synchronize()
 
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Runs a step, and records it; returns the graph's replay, and the tensor that it writes."""
+        """Run and capture a call; see `GraphCapture`."""
         graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
         with torch.cuda.device(self._device):
             self._before.wait_stream(torch.cuda.current_stream())
@@ -172,11 +182,11 @@ class CudaGraphCapture:
                 for _ in range(_CALLS_BEFORE_CAPTURE):
                     step()
             torch.cuda.current_stream().wait_stream(self._before)
-            # Collecting a CUDA object breaks the capture that it happens in.
+            # A garbage collection that frees a CUDA object would break the capture.
             gc.collect()
             gc.disable()
             try:
-                # What other threads do on the device is no part of it.
+                # The capture must not include the work of other threads.
                 with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                     output = step()
             finally:
