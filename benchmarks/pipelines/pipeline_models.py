@@ -21,7 +21,7 @@ from benchmarks.harness.workloads import Workload
 from benchmarks.models.unet_models import share_weights
 from mtu.data.icons import examples as icons
 from mtu.data.icons.examples import Icons
-from mtu.pipelines.inputs import condition_image
+from mtu.pipelines.inputs import prepare_condition_image
 from mtu.recipes.icons.demo import BASE_MODEL, ICON_TASKS
 from mtu.tasks import TaskSpec
 
@@ -122,9 +122,9 @@ def draw_samples(pipe: mtu.MTUPipeline, per_task: int) -> list[Sample]:
         for position, spec in enumerate(pipe.unet.tasks):
             example = data.sample(_icon_task(spec), number)
             generator = torch.Generator().manual_seed(len(pipe.unet.tasks) * number + position)
-            image = example.image if spec.takes_image else None
-            if image is not None:
-                image = condition_image(image / 2 + 0.5, spec, size, size) / 2 + 0.5
+            image = None
+            if spec.takes_image:
+                image = prepare_condition_image(example.image / 2 + 0.5, spec, size, size) / 2 + 0.5
             prompt = example.prompt if spec.uses_prompt else ""
             samples.append(Sample(spec, prompt, image, torch.randn(shape, generator=generator)))
     return samples

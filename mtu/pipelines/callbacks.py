@@ -10,15 +10,15 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from mtu.pipelines.denoising import Branches, Samples, gather_branches
+from mtu.pipelines.denoising import BranchInputs, SampleConditioning, build_branch_inputs
 from mtu.pipelines.guidance import GuidancePlan, plan_guidance
 
-__all__ = ["StepEndCallback", "common_scale"]
+__all__ = ["StepEndCallback", "collapse_guidance_scales"]
 
 
-def common_scale(scales: Sequence[float], counts: Sequence[bool]) -> float | Tensor:
+def collapse_guidance_scales(scales: Sequence[float], is_guided: Sequence[bool]) -> float | Tensor:
     """The scale that a pipeline shows: a number where all samples that count agree, else (B,) float64."""
-    agreed = {scale for scale, does in zip(scales, counts, strict=True) if does}
+    agreed = {scale for scale, guided in zip(scales, is_guided, strict=True) if guided}
     if len(agreed) > 1:
         return torch.tensor(scales, dtype=torch.float64)
     return next(iter(agreed), 1.0)
@@ -29,7 +29,7 @@ class StepEndCallback:
 
     Args:
         callback: called as `callback(pipeline, step, timestep, tensors)`.
-        names: of the tensors it is given.
+        tensor_names: of the tensors it is given.
         pipeline: whose settings it may change.
         samples: of this call.
         embeds_scale: whether the UNet takes the guidance scale of text as an input.
@@ -38,19 +38,21 @@ class StepEndCallback:
     def __init__(
         self,
         callback: Callable,
-        names: Sequence[str],
+        tensor_names: Sequence[str],
         pipeline: DiffusionPipeline,
-        samples: Samples,
+        samples: SampleConditioning,
         embeds_scale: bool,
     ) -> None:
         self._callback = callback
-        self._names = names
+        self._tensor_names = tensor_names
         self._pipeline = pipeline
         self._samples = samples
         self._embeds_scale = embeds_scale
         self._scales = self._current_scales()
 
-    def __call__(self, step: int, timestep: Tensor, latents: Tensor, branches: Branches) -> tuple[Tensor, Branches]:
+    def __call__(
+        self, step: int, timestep: Tensor, latents: Tensor, branches: BranchInputs
+    ) -> tuple[Tensor, BranchInputs]:
         """Latents and branches to go on with.
 
         Raises:
@@ -59,7 +61,7 @@ class StepEndCallback:
         tensors = {"latents": latents, "prompt_embeds": branches.prompt_embeds}
         if len(branches.prompt_embeds) > len(self._samples.tasks):
             tensors["prompt_embeds"] = branches.prompt_embeds[_stock_order(branches.plan)]
-        changed = self._callback(self._pipeline, step, timestep, {name: tensors[name] for name in self._names})
+        changed = self._callback(self._pipeline, step, timestep, {name: tensors[name] for name in self._tensor_names})
         if not isinstance(changed, dict):
             raise ValueError(f"callback_on_step_end must return its dictionary of tensors, but returned {changed!r}.")
         if self._pipeline._guidance_rescale:
@@ -71,7 +73,7 @@ class StepEndCallback:
         if scales != self._scales:
             plan = plan_guidance(self._samples.tasks, *scales, latents.device, embeds_scale=self._embeds_scale)
             self._scales = scales
-        _check_shapes(changed, tensors, {len(branches.plan.samples), len(plan.samples)})
+        _check_shapes(changed, tensors, {len(branches.plan.sample_index), len(plan.sample_index)})
         latents = changed.get("latents", latents)
         embeds = changed.get("prompt_embeds", tensors["prompt_embeds"])
         if plan is branches.plan and embeds is tensors["prompt_embeds"]:
@@ -83,10 +85,10 @@ class StepEndCallback:
         if missing:
             raise ValueError(
                 f"A callback that turns on the guidance of sample {missing[0][0]} must return prompt_embeds of all "
-                f"{len(plan.samples)} branches, but there are {len(embeds)}."
+                f"{len(plan.sample_index)} branches, but there are {len(embeds)}."
             )
         chosen = torch.tensor([rows[key] for key in _keys(plan)], device=embeds.device)
-        return latents, gather_branches(self._samples, plan, embeds[chosen])
+        return latents, build_branch_inputs(self._samples, plan, embeds[chosen])
 
     def _current_scales(self) -> tuple[list[float], list[float]]:
         count, pipeline = len(self._samples.tasks), self._pipeline
@@ -101,12 +103,12 @@ def _stock_order(plan: GuidancePlan) -> Tensor:
 
     Stable Diffusion has the negative prompts first, InstructPix2Pix the prompts.
     """
-    count, rows = len(plan.text), len(plan.samples)
-    if rows == 2 * count and bool((plan.text != plan.unconditional).all()):
-        return torch.cat([plan.unconditional, plan.text])
-    if rows == 3 * count and bool((plan.image != plan.unconditional).all()):
-        return torch.cat([plan.text, plan.image, plan.unconditional])
-    return torch.arange(rows, device=plan.samples.device)
+    count, rows = len(plan.text_branch), len(plan.sample_index)
+    if rows == 2 * count and bool((plan.text_branch != plan.unconditional_branch).all()):
+        return torch.cat([plan.unconditional_branch, plan.text_branch])
+    if rows == 3 * count and bool((plan.image_branch != plan.unconditional_branch).all()):
+        return torch.cat([plan.text_branch, plan.image_branch, plan.unconditional_branch])
+    return torch.arange(rows, device=plan.sample_index.device)
 
 
 def _keys(plan: GuidancePlan, order: Tensor | None = None) -> list[tuple[int, bool, bool]]:

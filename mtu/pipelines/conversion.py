@@ -7,12 +7,12 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from mtu.compat.private_interfaces import is_offloaded, pipeline_settings
 
-__all__ = ["check_convertible", "converted"]
+__all__ = ["check_not_offloaded", "convert_pipeline"]
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
-def check_convertible(pipeline: DiffusionPipeline) -> None:
+def check_not_offloaded(pipeline: DiffusionPipeline) -> None:
     """Raise a ValueError if a pipeline is offloaded: its hooks would go on moving the UNet that it had."""
     if is_offloaded(pipeline):
         raise ValueError(
@@ -21,11 +21,13 @@ def check_convertible(pipeline: DiffusionPipeline) -> None:
         )
 
 
-def converted(pipeline: DiffusionPipeline, to: type[Pipeline], unet: UNet2DConditionModel) -> Pipeline:
-    """The pipeline of class `to` with `unet`, and all else that `pipeline` has: components, configuration, settings."""
-    accepted = inspect.signature(to.__init__).parameters
+def convert_pipeline(
+    pipeline: DiffusionPipeline, pipeline_class: type[Pipeline], unet: UNet2DConditionModel
+) -> Pipeline:
+    """The pipeline of another class with another UNet; it keeps the other components, configuration and settings."""
+    accepted = inspect.signature(pipeline_class.__init__).parameters
     given = {**pipeline.components, "unet": unet, "requires_safety_checker": pipeline.config.requires_safety_checker}
-    made = to(**{name: value for name, value in given.items() if name in accepted})
+    made = pipeline_class(**{name: value for name, value in given.items() if name in accepted})
     vars(made).update(pipeline_settings(pipeline))
     own = {"_class_name", "_diffusers_version", "_module", *made.config}
     made.register_to_config(**{name: value for name, value in pipeline.config.items() if name not in own})

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mtu.tasks import TaskSpec
 
-__all__ = ["GuidancePlan", "combine", "plan_guidance"]
+__all__ = ["GuidancePlan", "apply_guidance", "plan_guidance"]
 
 
 class GuidancePlan(NamedTuple):
@@ -17,24 +17,24 @@ class GuidancePlan(NamedTuple):
     A branch is one row of the UNet's batch. Samples have 1, 2 or 3 of them.
 
     Args:
-        samples: (N,) int64, the sample a branch belongs to.
+        sample_index: (N,) int64, the sample a branch belongs to.
         use_prompt: (N,) bool, prompt (else negative prompt).
         use_image: (N,) bool, condition image (else zeros).
-        text: (B,) int64, branch of prompt and image, `t`.
-        image: (B,) int64, branch of negative prompt and image, `i`; where there is none, that of `u`.
-        unconditional: (B,) int64, branch of negative prompt without image, `u`; where there is none, that of `t`.
-        text_scale: (B,) float32, s_text.
-        image_scale: (B,) float32, s_image.
+        text_branch: (B,) int64, branch of prompt and image, `t`.
+        image_branch: (B,) int64, branch of negative prompt and image, `i`; `u` where there is none.
+        unconditional_branch: (B,) int64, branch of negative prompt without image, `u`; `t` where there is none.
+        guidance_scale: (B,) float32, s_text.
+        image_guidance_scale: (B,) float32, s_image.
     """
 
-    samples: Tensor
+    sample_index: Tensor
     use_prompt: Tensor
     use_image: Tensor
-    text: Tensor
-    image: Tensor
-    unconditional: Tensor
-    text_scale: Tensor
-    image_scale: Tensor
+    text_branch: Tensor
+    image_branch: Tensor
+    unconditional_branch: Tensor
+    guidance_scale: Tensor
+    image_guidance_scale: Tensor
 
 
 def plan_guidance(
@@ -55,23 +55,23 @@ def plan_guidance(
         embeds_scale: the UNet takes the guidance scale of text as an input (`timestep_cond`).
     """
     branches: list[tuple[int, bool, bool]] = []
-    text, image, unconditional = [], [], []
+    text_branch, image_branch, unconditional_branch = [], [], []
     for sample, (task, s_text, s_image) in enumerate(zip(tasks, guidance_scales, image_guidance_scales, strict=True)):
         own = task.guidance_branches(s_text, s_image, embeds_guidance_scale=embeds_scale)
         first, last = len(branches), len(branches) + len(own) - 1
-        text.append(first)
-        image.append(min(first + 1, last))
-        unconditional.append(last)
+        text_branch.append(first)
+        image_branch.append(min(first + 1, last))
+        unconditional_branch.append(last)
         branches += [(sample, *branch) for branch in own]
     rows = [torch.tensor(column, device=device) for column in zip(*branches, strict=True)]
-    indices = [torch.tensor(index, device=device) for index in (text, image, unconditional)]
+    indices = [torch.tensor(index, device=device) for index in (text_branch, image_branch, unconditional_branch)]
     scales = [
         torch.tensor(values, dtype=torch.float32, device=device) for values in (guidance_scales, image_guidance_scales)
     ]
     return GuidancePlan(*rows, *indices, *scales)
 
 
-def combine(predictions: Tensor, plan: GuidancePlan) -> Tensor:
+def apply_guidance(predictions: Tensor, plan: GuidancePlan) -> Tensor:
     """`u + s_text (t − i) + s_image (i − u)` for each sample.
 
     With text guidance i is u, and without guidance both are t, so that one formula serves all, exactly. Computed in
@@ -86,6 +86,10 @@ def combine(predictions: Tensor, plan: GuidancePlan) -> Tensor:
     """
     shape = (-1, *(1,) * (predictions.dim() - 1))
     dtype = torch.promote_types(predictions.dtype, torch.float32)
-    t, i, u = (predictions[index].to(dtype) for index in (plan.text, plan.image, plan.unconditional))
-    text_scale, image_scale = (scale.to(dtype).view(shape) for scale in (plan.text_scale, plan.image_scale))
-    return (u + text_scale * (t - i) + image_scale * (i - u)).to(predictions.dtype)
+    t, i, u = (
+        predictions[index].to(dtype) for index in (plan.text_branch, plan.image_branch, plan.unconditional_branch)
+    )
+    guidance_scale, image_guidance_scale = (
+        scale.to(dtype).view(shape) for scale in (plan.guidance_scale, plan.image_guidance_scale)
+    )
+    return (u + guidance_scale * (t - i) + image_guidance_scale * (i - u)).to(predictions.dtype)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mtu.tasks import TaskSpec
 
-__all__ = ["Request", "condition_image", "output_size", "parse_request"]
+__all__ = ["PipelineInputs", "output_size", "parse_pipeline_inputs", "prepare_condition_image"]
 
 _RESAMPLE = {
     "lanczos": PIL.Image.Resampling.LANCZOS,
@@ -28,7 +28,7 @@ _DTYPES = {"uint8", "float16", "bfloat16", "float32", "float64"}
 Image = PIL.Image.Image | np.ndarray | Tensor
 
 
-class Request(NamedTuple):
+class PipelineInputs(NamedTuple):
     """One pipeline call, one entry per sample in each list."""
 
     prompts: list[str]
@@ -40,8 +40,8 @@ class Request(NamedTuple):
     num_inference_steps: int
 
 
-def parse_request(
-    specs: Sequence[TaskSpec],
+def parse_pipeline_inputs(
+    model_tasks: Sequence[TaskSpec],
     *,
     prompt: str | Sequence[str | None] | None,
     image: Any,
@@ -50,24 +50,24 @@ def parse_request(
     guidance_scale: float | Sequence[float | None] | None,
     image_guidance_scale: float | Sequence[float | None] | None,
     num_inference_steps: int | None,
-    repeats: int,
-) -> Request:
+    num_images_per_prompt: int,
+) -> PipelineInputs:
     """Spread single values over the batch, fill in each task's defaults, and check.
 
     Args:
-        specs: the model's tasks.
-        repeats: images per prompt; every sample comes this many times in a row.
+        model_tasks: the model's tasks.
+        num_images_per_prompt: images per prompt; every sample comes this many times in a row.
         Others: as given to the pipeline.
 
     Raises:
         ValueError: unknown task, lists of different lengths, a missing or surplus prompt or image, a bad number.
     """
-    if not _is_integer(repeats) or repeats < 1:
-        raise ValueError(f"num_images_per_prompt must be an integer ≥ 1, but got {repeats!r}.")
+    if not _is_integer(num_images_per_prompt) or num_images_per_prompt < 1:
+        raise ValueError(f"num_images_per_prompt must be an integer ≥ 1, but got {num_images_per_prompt!r}.")
     if isinstance(image, Tensor | np.ndarray) and image.ndim == 4:
         image = list(image)
     size = _batch_size(prompt=prompt, image=image, task=task)
-    known = {spec.name: spec for spec in specs}
+    known = {spec.name: spec for spec in model_tasks}
     names = _per_sample("task", task, size)
     for name in names:
         if not isinstance(name, str) or name not in known:
@@ -81,7 +81,7 @@ def parse_request(
             raise ValueError(f"Task {spec.name!r} takes {needs}, but sample {i} has {got}.")
         if given is not None:
             _check_image(given, i)
-    request = Request(
+    inputs = PipelineInputs(
         prompts,
         _checked_negative_prompts(_per_sample("negative_prompt", negative_prompt, size)),
         tasks,
@@ -90,12 +90,16 @@ def parse_request(
         _scales("image_guidance_scale", image_guidance_scale, tasks),
         _steps(num_inference_steps, tasks),
     )
-    repeated = [[value for value in column for _ in range(repeats)] for column in request[:-1]]
-    return Request(*repeated, request.num_inference_steps)
+    repeated = [[value for value in column for _ in range(num_images_per_prompt)] for column in inputs[:-1]]
+    return PipelineInputs(*repeated, inputs.num_inference_steps)
 
 
 def output_size(
-    request: Request, height: int | None, width: int | None, default: tuple[int, int] | None, multiple: int
+    inputs: PipelineInputs,
+    height: int | None,
+    width: int | None,
+    default_size: tuple[int, int] | None,
+    size_multiple: int,
 ) -> tuple[int, int]:
     """Height and width in pixels of all outputs of a call.
 
@@ -106,29 +110,29 @@ def output_size(
         ValueError: images that imply different sizes, a given size that is no multiple, or no size at all.
     """
     for name, value in (("height", height), ("width", width)):
-        if value is not None and (not _is_integer(value) or value < multiple or value % multiple):
-            raise ValueError(f"{name} must be a positive multiple of {multiple} pixels, but got {value!r}.")
+        if value is not None and (not _is_integer(value) or value < size_multiple or value % size_multiple):
+            raise ValueError(f"{name} must be a positive multiple of {size_multiple} pixels, but got {value!r}.")
     if height is not None and width is not None:
         return int(height), int(width)
     if (height is None) != (width is None):
         raise ValueError(f"Give both height and width or neither, but got height={height} and width={width}.")
     sizes = {}
-    for i, (image, spec) in enumerate(zip(request.images, request.tasks, strict=True)):
+    for i, (image, spec) in enumerate(zip(inputs.images, inputs.tasks, strict=True)):
         if image is not None:
-            rows, columns = (edge * spec.scale // multiple * multiple for edge in _size(image))
+            rows, columns = (edge * spec.scale // size_multiple * size_multiple for edge in _size(image))
             sizes.setdefault((rows, columns), i)
     if len(sizes) > 1:
         listed = ", ".join(f"{w}×{h} (sample {i})" for (h, w), i in sizes.items())
         raise ValueError(f"The images of one call must imply one output size, but got {listed}; or give height, width.")
-    size = next(iter(sizes), default)
+    size = next(iter(sizes), default_size)
     if size is None:
         raise ValueError("This model has no size of its own (sample_size is None): give height and width.")
-    if min(size) < multiple:
-        raise ValueError(f"Images must be at least {multiple} pixels high and wide, but got {size[1]}×{size[0]}.")
+    if min(size) < size_multiple:
+        raise ValueError(f"Images must be at least {size_multiple} pixels high and wide, but got {size[1]}×{size[0]}.")
     return size
 
 
-def condition_image(image: Image, spec: TaskSpec, height: int, width: int) -> Tensor:
+def prepare_condition_image(image: Image, spec: TaskSpec, height: int, width: int) -> Tensor:
     """The condition image at the output size: (3, height, width) float32 in [−1, 1].
 
     Pictures and uint8 values are resized by PIL, with the task's filter; float values with antialiased bicubic (or

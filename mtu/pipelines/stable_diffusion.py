@@ -15,11 +15,17 @@ from mtu.compat import parameter_access
 from mtu.compat.private_interfaces import MTUPipelineDownloader, retrieve_timesteps
 from mtu.example_inputs import default_latent_size
 from mtu.models import pretrained
-from mtu.pipelines.callbacks import StepEndCallback, common_scale
-from mtu.pipelines.conversion import check_convertible, converted
-from mtu.pipelines.denoising import Samples, denoise, encode_conditions, gather_branches, select_prompt_embeds
+from mtu.pipelines.callbacks import StepEndCallback, collapse_guidance_scales
+from mtu.pipelines.conversion import check_not_offloaded, convert_pipeline
+from mtu.pipelines.denoising import (
+    SampleConditioning,
+    build_branch_inputs,
+    denoise,
+    encode_condition_images,
+    select_prompt_embeds,
+)
 from mtu.pipelines.guidance import GuidancePlan, plan_guidance
-from mtu.pipelines.inputs import Request, output_size, parse_request
+from mtu.pipelines.inputs import PipelineInputs, output_size, parse_pipeline_inputs
 from mtu.pipelines.model_card import write_model_card
 
 __all__ = ["MTUPipeline"]
@@ -94,7 +100,7 @@ class MTUPipeline(StableDiffusionPipeline):
         self._check_upcycled()
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        request = parse_request(
+        inputs = parse_pipeline_inputs(
             self.unet.tasks,
             prompt=prompt,
             image=image,
@@ -103,27 +109,27 @@ class MTUPipeline(StableDiffusionPipeline):
             guidance_scale=guidance_scale,
             image_guidance_scale=image_guidance_scale,
             num_inference_steps=num_inference_steps,
-            repeats=num_images_per_prompt,
+            num_images_per_prompt=num_images_per_prompt,
         )
         own = default_latent_size(self.unet)
         own = None if own is None else (own[0] * self.vae_scale_factor, own[1] * self.vae_scale_factor)
-        size = output_size(request, height, width, own, self.vae_scale_factor)
-        self._check_call(request, size, generator, latents, eta, output_type, callback_on_step_end_tensor_inputs)
-        self._show_settings(request, cross_attention_kwargs)
+        size = output_size(inputs, height, width, own, self.vae_scale_factor)
+        self._check_call(inputs, size, generator, latents, eta, output_type, callback_on_step_end_tensor_inputs)
+        self._show_settings(inputs, cross_attention_kwargs)
 
         device, embeds_scale = self._execution_device, self.unet.config.time_cond_proj_dim is not None
-        scales = request.guidance_scales, request.image_guidance_scales
-        plan = plan_guidance(request.tasks, *scales, device, embeds_scale=embeds_scale)
-        prompt_embeds = self._branch_prompts(request, plan, cross_attention_kwargs)
-        samples = Samples(
-            request.tasks,
-            self.unet.task_ids([spec.name for spec in request.tasks], device),
-            encode_conditions(self.vae, request, size, device, self.unet.dtype),
-            self._timestep_cond(request).to(device, prompt_embeds.dtype) if embeds_scale else None,
+        scales = inputs.guidance_scales, inputs.image_guidance_scales
+        plan = plan_guidance(inputs.tasks, *scales, device, embeds_scale=embeds_scale)
+        prompt_embeds = self._branch_prompts(inputs, plan, cross_attention_kwargs)
+        samples = SampleConditioning(
+            inputs.tasks,
+            self.unet.task_ids([spec.name for spec in inputs.tasks], device),
+            encode_condition_images(self.vae, inputs, size, device, self.unet.dtype),
+            self._timestep_cond(inputs).to(device, prompt_embeds.dtype) if embeds_scale else None,
         )
-        self._num_timesteps = len(retrieve_timesteps(self.scheduler, request.num_inference_steps, device)[0])
+        self._num_timesteps = len(retrieve_timesteps(self.scheduler, inputs.num_inference_steps, device)[0])
         sample: Tensor = self.prepare_latents(
-            len(request.tasks),
+            len(inputs.tasks),
             self.unet.config.in_channels,
             *size,
             prompt_embeds.dtype,
@@ -131,14 +137,14 @@ class MTUPipeline(StableDiffusionPipeline):
             generator,
             None if latents is None else latents.to(prompt_embeds.dtype),
         )
-        step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
+        scheduler_kwargs = self.prepare_extra_step_kwargs(generator, eta)
         on_step_end = None
         if callback_on_step_end is not None:
             on_step_end = StepEndCallback(
                 callback_on_step_end, callback_on_step_end_tensor_inputs, self, samples, embeds_scale
             )
-        branches = gather_branches(samples, plan, prompt_embeds)
-        sample = denoise(self, sample, branches, request.num_inference_steps, step_kwargs, on_step_end)
+        branches = build_branch_inputs(samples, plan, prompt_embeds)
+        sample = denoise(self, sample, branches, inputs.num_inference_steps, scheduler_kwargs, on_step_end)
         return self._finish(sample, generator, output_type, return_dict)
 
     def export_task(self, name: str) -> StableDiffusionPipeline | StableDiffusionInstructPix2PixPipeline:
@@ -152,9 +158,9 @@ class MTUPipeline(StableDiffusionPipeline):
         """
         self._check_upcycled()
         spec = self.unet.tasks[self.unet.task_index(name)]
-        check_convertible(self)
+        check_not_offloaded(self)
         stock = StableDiffusionInstructPix2PixPipeline if spec.takes_image else StableDiffusionPipeline
-        return converted(self, stock, self.unet.export_task(name))
+        return convert_pipeline(self, stock, self.unet.export_task(name))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
@@ -230,18 +236,20 @@ class MTUPipeline(StableDiffusionPipeline):
                 f"This pipeline holds a {type(self.unet).__name__}, but an upcycled UNet is needed: mtu.upcycle(pipe)."
             )
 
-    def _show_settings(self, request: Request, cross_attention_kwargs: dict[str, Any] | None) -> None:
+    def _show_settings(self, inputs: PipelineInputs, cross_attention_kwargs: dict[str, Any] | None) -> None:
         """Set what callbacks may ask for, and change: as the stock pipelines have it."""
         self._interrupt = False
         self._cross_attention_kwargs = cross_attention_kwargs
         self._clip_skip, self._guidance_rescale = None, 0.0
-        guidance = [spec.guidance for spec in request.tasks]
-        self._guidance_scale = common_scale(request.guidance_scales, [kind != "none" for kind in guidance])
-        self._image_guidance_scale = common_scale(request.image_guidance_scales, [kind == "dual" for kind in guidance])
+        guidance = [spec.guidance for spec in inputs.tasks]
+        self._guidance_scale = collapse_guidance_scales(inputs.guidance_scales, [kind != "none" for kind in guidance])
+        self._image_guidance_scale = collapse_guidance_scales(
+            inputs.image_guidance_scales, [kind == "dual" for kind in guidance]
+        )
 
     def _check_call(
         self,
-        request: Request,
+        inputs: PipelineInputs,
         size: tuple[int, int],
         generator: torch.Generator | list[torch.Generator] | None,
         latents: Tensor | None,
@@ -249,8 +257,8 @@ class MTUPipeline(StableDiffusionPipeline):
         output_type: str,
         callback_inputs: Sequence[str],
     ) -> None:
-        count = len(request.tasks)
-        for spec in request.tasks:
+        count = len(inputs.tasks)
+        for spec in inputs.tasks:
             if spec.condition_channels not in (0, self.vae.config.latent_channels):
                 raise ValueError(
                     f"Task {spec.name!r} reads {spec.condition_channels} condition channels, but this pipeline gives "
@@ -278,28 +286,28 @@ class MTUPipeline(StableDiffusionPipeline):
             )
 
     def _branch_prompts(
-        self, request: Request, plan: GuidancePlan, cross_attention_kwargs: dict[str, Any] | None
+        self, inputs: PipelineInputs, plan: GuidancePlan, cross_attention_kwargs: dict[str, Any] | None
     ) -> Tensor:
         """(N, L, D): the text embedding of each branch."""
         needs_negative = not bool(plan.use_prompt.all())
         positive, negative = self.encode_prompt(
-            request.prompts,
+            inputs.prompts,
             self._execution_device,
             1,
             needs_negative,
-            request.negative_prompts if needs_negative else None,
+            inputs.negative_prompts if needs_negative else None,
             lora_scale=(cross_attention_kwargs or {}).get("scale"),
         )
         return select_prompt_embeds(plan, positive, negative).to(self.unet.dtype)
 
-    def _timestep_cond(self, request: Request) -> Tensor:
+    def _timestep_cond(self, inputs: PipelineInputs) -> Tensor:
         """(B, W): each sample's guidance scale embedded, as the stock pipelines do for text-to-image.
 
         With a condition image they embed none, which zeros amount to: their projection has no bias.
         """
-        scales = torch.tensor([scale - 1 for scale in request.guidance_scales])
+        scales = torch.tensor([scale - 1 for scale in inputs.guidance_scales])
         embedding = self.get_guidance_scale_embedding(scales, self.unet.config.time_cond_proj_dim)
-        return embedding * torch.tensor([not spec.takes_image for spec in request.tasks])[:, None]
+        return embedding * torch.tensor([not spec.takes_image for spec in inputs.tasks])[:, None]
 
     def _finish(
         self,

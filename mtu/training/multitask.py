@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mtu.compat import parameter_access
 from mtu.pipelines import MTUPipeline
-from mtu.pipelines.inputs import condition_image
+from mtu.pipelines.inputs import prepare_condition_image
 from mtu.tasks import TaskSpec
 from mtu.training import precision
 from mtu.training.shards import sharded_loss
@@ -309,7 +309,7 @@ def _condition(example: TaskExample, spec: TaskSpec) -> Tensor:
     if example.image is None:
         raise ValueError(f"An example of {spec.name!r} needs a condition image, but has none.")
     height, width = example.target.shape[1:]
-    return condition_image(example.image / 2 + 0.5, spec, height, width)
+    return prepare_condition_image(example.image / 2 + 0.5, spec, height, width)
 
 
 def _embed(pipeline: MTUPipeline, prompts: Iterable[str]) -> Tensor:

@@ -17,7 +17,7 @@ from mtu.compat.private_interfaces import progress_bar_settings
 from mtu.data.degrade import psnr
 from mtu.data.icons.examples import EDIT_KINDS, IMAGE_SIZE, IconExample, Icons
 from mtu.pipelines import MTUPipeline
-from mtu.pipelines.inputs import condition_image
+from mtu.pipelines.inputs import prepare_condition_image
 from mtu.recipes.icons.prompts import IconPicture
 from mtu.recipes.icons.score import read_colours, retrieved
 from mtu.storage import write_text
@@ -117,7 +117,7 @@ def measure(pipeline: MTUPipeline, examples: Sequence[IconExample], before: Tens
         [
             torch.zeros_like(example.target)
             if example.image is None
-            else condition_image(example.image / 2 + 0.5, specs[example.task], IMAGE_SIZE, IMAGE_SIZE)
+            else prepare_condition_image(example.image / 2 + 0.5, specs[example.task], IMAGE_SIZE, IMAGE_SIZE)
             for example in examples
         ]
     )

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from mtu.pipelines.guidance import combine, plan_guidance
+from mtu.pipelines.guidance import apply_guidance, plan_guidance
 from mtu.tasks import EDIT, REMOVE, SUPER_RESOLUTION, TEXT_TO_IMAGE, TaskSpec
 
 GUIDED_BY_TEXT = TaskSpec("restyle", condition_channels=4, guidance="text")
@@ -31,19 +31,19 @@ GUIDED_BY_TEXT = TaskSpec("restyle", condition_channels=4, guidance="text")
 )
 def test_number_of_branches(task, text, image, count):
     plan = plan_guidance([task], [text], [image])
-    assert len(plan.samples) == len(plan.use_prompt) == len(plan.use_image) == count
+    assert len(plan.sample_index) == len(plan.use_prompt) == len(plan.use_image) == count
 
 
 def test_layout_of_a_mixed_batch():
     tasks = [TEXT_TO_IMAGE, EDIT, SUPER_RESOLUTION, REMOVE, GUIDED_BY_TEXT]
     plan = plan_guidance(tasks, [7.5, 7.0, 1.0, 4.0, 2.0], [1.0, 1.6, 1.0, 1.5, 1.0])
-    assert plan.samples.tolist() == [0, 0, 1, 1, 1, 2, 3, 3, 3, 4, 4]
+    assert plan.sample_index.tolist() == [0, 0, 1, 1, 1, 2, 3, 3, 3, 4, 4]
     assert plan.use_prompt.tolist() == [True, False, True, False, False, True, True, False, False, True, False]
     assert plan.use_image.tolist() == [True, True, True, True, False, True, True, True, False, True, True]
-    assert plan.text.tolist() == [0, 2, 5, 6, 9]
-    assert plan.image.tolist() == [1, 3, 5, 7, 10]
-    assert plan.unconditional.tolist() == [1, 4, 5, 8, 10]
-    assert plan.text_scale.tolist() == [7.5, 7.0, 1.0, 4.0, 2.0]
+    assert plan.text_branch.tolist() == [0, 2, 5, 6, 9]
+    assert plan.image_branch.tolist() == [1, 3, 5, 7, 10]
+    assert plan.unconditional_branch.tolist() == [1, 4, 5, 8, 10]
+    assert plan.guidance_scale.tolist() == [7.5, 7.0, 1.0, 4.0, 2.0]
     assert [tensor.dtype for tensor in plan] == [torch.int64, *[torch.bool] * 2, *[torch.int64] * 3] + [
         torch.float32
     ] * 2
@@ -53,16 +53,16 @@ def test_branches_belong_to_their_sample():
     tasks = [EDIT, TEXT_TO_IMAGE, EDIT, SUPER_RESOLUTION] * 3
     plan = plan_guidance(tasks, [1.0, 3.0, 2.0, 1.0] * 3, [1.0, 1.0, 2.0, 1.0] * 3)
     every = torch.arange(len(tasks))
-    for branch in (plan.text, plan.image, plan.unconditional):
-        torch.testing.assert_close(plan.samples[branch], every, rtol=0, atol=0)
-    assert plan.use_prompt[plan.text].all()
+    for branch in (plan.text_branch, plan.image_branch, plan.unconditional_branch):
+        torch.testing.assert_close(plan.sample_index[branch], every, rtol=0, atol=0)
+    assert plan.use_prompt[plan.text_branch].all()
 
 
 def test_combination_is_the_formula():
     generator = torch.Generator().manual_seed(0)
     tasks, s_text, s_image = [TEXT_TO_IMAGE, EDIT, SUPER_RESOLUTION, REMOVE], [5.0, 7.5, 3.0, 4.0], [2.0, 1.6, 9.0, 1.5]
     predictions = torch.randn(9, 4, 3, 5, generator=generator, dtype=torch.float64)
-    y = combine(predictions, plan_guidance(tasks, s_text, s_image))
+    y = apply_guidance(predictions, plan_guidance(tasks, s_text, s_image))
     t, u = predictions[:2]
     torch.testing.assert_close(y[0], u + 5.0 * (t - u))
     t, i, u = predictions[2:5]
@@ -77,12 +77,12 @@ def test_combination_is_the_formula():
 def test_one_branch_is_returned_bit_for_bit():
     predictions = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     plan = plan_guidance([TEXT_TO_IMAGE, EDIT, SUPER_RESOLUTION], [0.3, 1.0, 7.3], [5.7, 1.0, 3.1])
-    assert torch.equal(combine(predictions, plan), predictions)
+    assert torch.equal(apply_guidance(predictions, plan), predictions)
 
 
 def test_text_guidance_ignores_the_image_scale():
     predictions = torch.randn(2, 4, 2, 2, generator=torch.Generator().manual_seed(0))
-    results = [combine(predictions, plan_guidance([GUIDED_BY_TEXT], [3.7], [s])) for s in (0.0, 1.0, 8.3)]
+    results = [apply_guidance(predictions, plan_guidance([GUIDED_BY_TEXT], [3.7], [s])) for s in (0.0, 1.0, 8.3)]
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
@@ -91,7 +91,7 @@ def test_text_guidance_ignores_the_image_scale():
 def test_low_precision_rounds_only_the_result(dtype):
     """Neither the scale (7.3 is no bfloat16 number) nor a difference is rounded: the result is within half an ulp."""
     predictions = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
-    y = combine(predictions, plan_guidance([EDIT], [7.3], [1.6]))
+    y = apply_guidance(predictions, plan_guidance([EDIT], [7.3], [1.6]))
     t, i, u = predictions.double()
     exact = u + 7.3 * (t - i) + 1.6 * (i - u)
     assert y.dtype == dtype

@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import torch
 
-from mtu.pipelines.inputs import condition_image, output_size, parse_request
+from mtu.pipelines.inputs import output_size, parse_pipeline_inputs, prepare_condition_image
 from mtu.tasks import EDIT, REMOVE, SD_TASKS, SUPER_RESOLUTION, TEXT_TO_IMAGE, TaskSpec
 
 
@@ -17,7 +17,7 @@ def parse(specs=SD_TASKS, **given):
     defaults = dict.fromkeys(
         ("prompt", "image", "negative_prompt", "guidance_scale", "image_guidance_scale", "num_inference_steps")
     )
-    return parse_request(specs, **{**defaults, "task": "text-to-image", "repeats": 1, **given})
+    return parse_pipeline_inputs(specs, **{**defaults, "task": "text-to-image", "num_images_per_prompt": 1, **given})
 
 
 def size_of(images, tasks, height=None, width=None, default=(64, 64), multiple=8):
@@ -44,7 +44,12 @@ def test_defaults_of_each_task(picture):
 def test_single_values_are_spread(picture):
     image = picture()
     request = parse(
-        prompt=("a", "b"), image=image, task="edit", negative_prompt="n", guidance_scale=np.float32(2), repeats=2
+        prompt=("a", "b"),
+        image=image,
+        task="edit",
+        negative_prompt="n",
+        guidance_scale=np.float32(2),
+        num_images_per_prompt=2,
     )
     assert request.prompts == ["a", "a", "b", "b"]
     assert request.negative_prompts == ["n"] * 4
@@ -149,7 +154,7 @@ def as_unit(picture: PIL.Image.Image) -> torch.Tensor:
 
 def test_values_are_those_of_the_picture(picture):
     image = picture(24, 16)
-    pixels = condition_image(image, EDIT, 16, 24)
+    pixels = prepare_condition_image(image, EDIT, 16, 24)
     assert pixels.dtype == torch.float32
     assert pixels.shape == (3, 16, 24)
     assert torch.equal(pixels, as_unit(image))
@@ -179,21 +184,23 @@ def test_every_kind_of_image_means_the_same(picture):
         warnings.simplefilter("error")
         for kind in kinds:
             request = parse(prompt="a", image=kind, task="edit")
-            torch.testing.assert_close(condition_image(request.images[0], EDIT, 16, 24), expected, rtol=0, atol=2e-7)
+            torch.testing.assert_close(
+                prepare_condition_image(request.images[0], EDIT, 16, 24), expected, rtol=0, atol=2e-7
+            )
 
 
 def test_half_precision_tensors(picture):
     exact = torch.arange(0, 48).view(3, 4, 4) / 64
     for dtype in (torch.float16, torch.bfloat16):
         request = parse(prompt="a", image=exact.to(dtype), task="edit")
-        assert torch.equal(condition_image(request.images[0], EDIT, 4, 4), exact * 2 - 1)
+        assert torch.equal(prepare_condition_image(request.images[0], EDIT, 4, 4), exact * 2 - 1)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])
 def test_modes_are_converted_to_rgb(picture, mode):
     image = picture().convert(mode)
     request = parse(prompt="a", image=image, task="edit")
-    assert torch.equal(condition_image(request.images[0], EDIT, 16, 16), as_unit(image.convert("RGB")))
+    assert torch.equal(prepare_condition_image(request.images[0], EDIT, 16, 16), as_unit(image.convert("RGB")))
 
 
 def test_the_given_image_is_left_as_it_was(picture):
@@ -201,8 +208,8 @@ def test_the_given_image_is_left_as_it_was(picture):
     array = tensor.permute(1, 2, 0).numpy().copy()
     before = tensor.clone()
     for image in (tensor, array):
-        condition_image(image, EDIT, 8, 8)
-        condition_image(image, EDIT, 16, 16)
+        prepare_condition_image(image, EDIT, 8, 8)
+        prepare_condition_image(image, EDIT, 16, 16)
     assert torch.equal(tensor, before)
     assert np.array_equal(array, before.permute(1, 2, 0).numpy())
 
@@ -218,7 +225,7 @@ def test_the_given_image_is_left_as_it_was(picture):
 @pytest.mark.parametrize(("width", "height"), [(32, 48), (7, 5), (16, 8)])
 def test_pictures_are_resized_as_pil_does_it(picture, spec, filter_, width, height):
     image = picture(16, 24)
-    pixels = condition_image(image, spec, height, width)
+    pixels = prepare_condition_image(image, spec, height, width)
     assert torch.equal(pixels, as_unit(image.resize((width, height), filter_)))
 
 
@@ -228,9 +235,9 @@ def test_float_values_are_resized_like_pictures(picture, resample, width, height
     """Within PIL's rounding: to integers after each of its two passes, of which the second can amplify the first."""
     # Of half the contrast: PIL also clips the overshoot of bicubic interpolation between its passes.
     image, spec = picture(16, 24).point(lambda value: 64 + value // 2), TaskSpec("own", resample=resample)
-    expected = condition_image(image, spec, height, width)
+    expected = prepare_condition_image(image, spec, height, width)
     for kind in (np.array(image) / 255, torch.from_numpy(np.array(image)).permute(2, 0, 1).half() / 255):
-        pixels = condition_image(kind, spec, height, width)
+        pixels = prepare_condition_image(kind, spec, height, width)
         assert pixels.shape == (3, height, width)
         # Steps are 2/255 in [−1, 1]; another filter (bilinear for bicubic, no antialiasing) is tens of them off.
         assert (pixels - expected).abs().max() <= 2 * 2 / 255
@@ -242,14 +249,14 @@ def test_bytes_are_resized_as_pictures(picture, spec):
     array = np.array(image)
     for kind in (array, torch.from_numpy(array).permute(2, 0, 1), np.asfortranarray(array)):
         for size in ((48, 32), (5, 7), (24, 16)):
-            assert torch.equal(condition_image(kind, spec, *size), condition_image(image, spec, *size))
+            assert torch.equal(prepare_condition_image(kind, spec, *size), prepare_condition_image(image, spec, *size))
 
 
 def test_overshoot_is_clamped():
     """Bicubic interpolation of an edge leaves [0, 1]."""
     edge = torch.zeros(3, 8, 8)
     edge[:, :, 4:] = 1
-    pixels = condition_image(edge, SUPER_RESOLUTION, 16, 16)
+    pixels = prepare_condition_image(edge, SUPER_RESOLUTION, 16, 16)
     assert pixels.min() == -1
     assert pixels.max() == 1
 
@@ -297,7 +304,7 @@ def test_bad_images(image, message):
 def test_the_bad_sample_is_named(picture):
     images = [picture(), picture(), torch.full((3, 8, 8), float("inf"))]
     with pytest.raises(ValueError, match="image of sample 2"):
-        parse(prompt=["a"] * 3, image=images, task="edit", repeats=2)
+        parse(prompt=["a"] * 3, image=images, task="edit", num_images_per_prompt=2)
 
 
 def test_truncated_files_are_found_at_once(picture):
@@ -340,9 +347,9 @@ BAD_CALLS = [
     ({"prompt": "a", "guidance_scale": float("inf")}, "guidance_scale must be a finite number ≥ 0, but got inf"),
     ({"prompt": "a", "guidance_scale": "7"}, "guidance_scale must be a finite number ≥ 0, but got '7'"),
     ({"prompt": "a", "image_guidance_scale": -0.5}, "image_guidance_scale must be a finite number ≥ 0, but got -0.5"),
-    ({"prompt": "a", "repeats": 0}, "num_images_per_prompt must be an integer ≥ 1, but got 0"),
-    ({"prompt": "a", "repeats": 1.5}, "num_images_per_prompt must be an integer ≥ 1, but got 1.5"),
-    ({"prompt": "a", "repeats": None}, "num_images_per_prompt must be an integer ≥ 1, but got None"),
+    ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt must be an integer ≥ 1, but got 0"),
+    ({"prompt": "a", "num_images_per_prompt": 1.5}, "num_images_per_prompt must be an integer ≥ 1, but got 1.5"),
+    ({"prompt": "a", "num_images_per_prompt": None}, "num_images_per_prompt must be an integer ≥ 1, but got None"),
 ]
 
 
