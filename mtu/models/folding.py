@@ -47,7 +47,7 @@ def fold_task(
     state = unfused_state_dict(unet)
     for name in [key for key in state if ".ff.router." in key or key.startswith("task_embedding.")]:
         del state[name]
-    channels = unet.conv_in.channel_counts_per_task[index]
+    channels = unet.conv_in.channels_per_task[index]
     state["conv_in.weight"] = state["conv_in.weight"][index, :, :channels]
     state["conv_in.bias"] = state["conv_in.bias"][index]
     for name, block in blocks.items():

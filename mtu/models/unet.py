@@ -430,7 +430,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         """Save what task `name` alone owns (embedding, norms, input convolution); a folder can hold several tasks."""
         index = self.task_index(name)
         rows = self._task_rows(index)
-        rows["conv_in.weight"] = rows["conv_in.weight"][:, : self.conv_in.channel_counts_per_task[index]]
+        rows["conv_in.weight"] = rows["conv_in.weight"][:, : self.conv_in.channels_per_task[index]]
         partial_checkpoints.write_task_checkpoint(directory, self.tasks[index], rows, self._architecture())
 
     def load_task(self, directory: str | os.PathLike, replace: bool = False, name: str | None = None) -> int:
