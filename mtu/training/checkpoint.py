@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mtu import storage
 
-__all__ = ["check_free", "has_checkpoint", "load_checkpoint", "remove_checkpoint", "save_checkpoint"]
+__all__ = ["check_no_checkpoint", "has_checkpoint", "load_checkpoint", "remove_checkpoint", "save_checkpoint"]
 
 _STEM = "checkpoint"
 
@@ -18,7 +18,7 @@ def has_checkpoint(directory: Path) -> bool:
     return (directory / f"{_STEM}.json").is_file()
 
 
-def check_free(directory: Path) -> None:
+def check_no_checkpoint(directory: Path) -> None:
     """Raise a FileExistsError if there is a checkpoint in a directory: starting anew would destroy it."""
     if has_checkpoint(directory):
         raise FileExistsError(

@@ -16,12 +16,12 @@ from tqdm import tqdm
 from mtu.compat import parameter_access
 from mtu.compat.plain_linear import RouterLinear
 from mtu.storage import make_folder
-from mtu.training.checkpoint import check_free, load_checkpoint, remove_checkpoint, save_checkpoint
+from mtu.training.checkpoint import check_no_checkpoint, load_checkpoint, remove_checkpoint, save_checkpoint
 from mtu.training.loss_log import LogEntry, LossLog
-from mtu.training.precision import check_parameters
+from mtu.training.precision import check_parameter_dtypes
 
 # A checkpoint may be continued with other values of these: they change no step that was already made.
-RESUMABLE_CHANGES = ("minutes", "checkpoint_every", "log_every")
+CHANGEABLE_ON_RESUME = ("minutes", "checkpoint_every", "log_every")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-class Training:
+class TrainingState:
     """The state of one training: modules, optimizer, averaged weights, and how far it has come.
 
     Args:
@@ -135,24 +135,26 @@ class Training:
     ) -> None:
         self.modules = modules
         self.config = config
-        self.settings = dict(settings or {})
+        self.loss_settings = dict(settings or {})
         names = {id(p): f"{key}.{name}" for key, root in modules.items() for name, p in root.named_parameters()}
-        self.trained = {}
+        self.parameters = {}
         for parameter in parameters:
             if id(parameter) not in names:
                 raise ValueError("fit: a parameter to train belongs to none of the modules, so it would not be saved.")
-            self.trained[names[id(parameter)]] = parameter
-        check_parameters(self.trained)
+            self.parameters[names[id(parameter)]] = parameter
+        check_parameter_dtypes(self.parameters)
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(modules, self.trained.values(), config.weight_decay),
+            parameter_groups(modules, self.parameters.values(), config.weight_decay),
             lr=config.learning_rate,
             betas=config.betas,
         )
-        self.device = next(iter(self.trained.values())).device
+        self.device = next(iter(self.parameters.values())).device
         averaged = config.ema_decay is not None
         # Never below float32: an average moves by less than half-size formats can tell from no move at all.
-        wide = {name: torch.promote_types(p.dtype, torch.float32) for name, p in self.trained.items()}
-        self.average = {n: p.detach().to(wide[n], copy=True) for n, p in self.trained.items()} if averaged else {}
+        wide = {name: torch.promote_types(p.dtype, torch.float32) for name, p in self.parameters.items()}
+        self.averaged_weights = (
+            {n: p.detach().to(wide[n], copy=True) for n, p in self.parameters.items()} if averaged else {}
+        )
         self.step = 0
         self.seconds = 0.0
 
@@ -162,24 +164,24 @@ class Training:
         loss.backward()
         return nn.utils.get_total_norm(self._gradients())
 
-    def advance(self, norm: Tensor) -> None:
+    def optimizer_step(self, norm: Tensor) -> None:
         """Make one optimizer step down the gradients, whose norm is given, and move the averaged weights along."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(self.step, self.seconds, self.config)
         if self.config.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.trained.values(), self.config.max_grad_norm, norm)
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, norm)
         self.optimizer.step()
         self.step += 1
         if self.config.ema_decay is not None:
             # The first steps average over a shorter time, or the random start would stay in the average for long.
-            self.move_average(1 - min(self.config.ema_decay, self.step / (self.step + 10)))
+            self.update_average(1 - min(self.config.ema_decay, self.step / (self.step + 10)))
 
     @torch.no_grad()
-    def move_average(self, part: float) -> None:
+    def update_average(self, fraction: float) -> None:
         """Move the averaged weights by a part of their distance to the trained ones, in the average's own dtype."""
-        averages = list(self.average.values())
-        trained = [p.to(a.dtype) for p, a in zip(self.trained.values(), averages, strict=True)]
-        torch._foreach_lerp_(averages, trained, part)
+        averages = list(self.averaged_weights.values())
+        trained = [p.to(a.dtype) for p, a in zip(self.parameters.values(), averages, strict=True)]
+        torch._foreach_lerp_(averages, trained, fraction)
 
     def check_finite(self, loss: Tensor, norm: Tensor) -> float:
         """Return the loss of a step that is about to be made, once it and its gradients are known to be finite.
@@ -192,7 +194,7 @@ class Training:
         value, length = torch.stack([loss.detach().float(), norm.to(loss.device).float()]).tolist()
         if math.isfinite(value) and (math.isfinite(length) or self._norm_alone_overflows()):
             return value
-        wrong = [name for name, p in self.trained.items() if p.grad is not None and not p.grad.isfinite().all()]
+        wrong = [name for name, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
         if not math.isfinite(value):
             fault = f"The loss of step {self.step} is {value}"
         elif wrong:
@@ -204,17 +206,17 @@ class Training:
         raise FloatingPointError(f"{fault}, so the step was not made; try a lower learning rate.")
 
     def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.trained.values() if p.grad is not None]
+        return [p.grad for p in self.parameters.values() if p.grad is not None]
 
     def _norm_alone_overflows(self) -> bool:
         """Whether every gradient is finite and nothing is scaled by their norm."""
         return self.config.max_grad_norm is None and all(g.isfinite().all() for g in self._gradients())
 
-    def tensors(self) -> dict[str, Tensor]:
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Return everything that a checkpoint must hold, by name."""
         held = {f"module.{key}.{name}": t for key, m in self.modules.items() for name, t in m.state_dict().items()}
-        held |= {f"average.{name}": tensor for name, tensor in self.average.items()}
-        for name, parameter in self.trained.items():
+        held |= {f"average.{name}": tensor for name, tensor in self.averaged_weights.items()}
+        for name, parameter in self.parameters.items():
             state = self.optimizer.state.get(parameter, {})
             held |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
         held["random"] = torch.get_rng_state()
@@ -232,9 +234,9 @@ class Training:
         Raises:
             FloatingPointError: the last step left a weight that is not finite; the checkpoint before stays.
         """
-        held = self.tensors()
+        held = self.checkpoint_tensors()
         # Buffers are left out: a mask may hold infinities.
-        trained = {f"module.{name}" for name in self.trained}
+        trained = {f"module.{name}" for name in self.parameters}
         kept = {n: t for n, t in held.items() if n in trained or n.startswith(("average.", "optimizer.exp_avg"))}
         finite = torch.stack([t.detach().isfinite().all().to(self.device) for t in kept.values()]).tolist()
         if not all(finite):
@@ -248,8 +250,8 @@ class Training:
             "step": self.step,
             "seconds": self.seconds,
             "config": asdict(self.config),
-            "settings": self.settings,
-            "trained": list(self.trained),
+            "settings": self.loss_settings,
+            "trained": list(self.parameters),
             "losses": list(losses),
         }
         save_checkpoint(directory, held, state)
@@ -262,8 +264,8 @@ class Training:
         """
         tensors, state = load_checkpoint(directory)
         # Through JSON, so that tuples compare equal to the lists they became.
-        config, settings = json.loads(json.dumps([asdict(self.config), self.settings]))
-        changed = [k for k, v in config.items() if k not in RESUMABLE_CHANGES and state["config"].get(k) != v]
+        config, settings = json.loads(json.dumps([asdict(self.config), self.loss_settings]))
+        changed = [k for k, v in config.items() if k not in CHANGEABLE_ON_RESUME and state["config"].get(k) != v]
         # Earlier versions did not write down what the loss was.
         saved = state.get("settings", settings)
         changed += [key for key in {**saved, **settings} if saved.get(key) != settings.get(key)]
@@ -274,13 +276,13 @@ class Training:
             if _layout(module.state_dict()) != _layout(own[key]):
                 raise ValueError(f"The checkpoint in {directory} does not fit the module {key!r}.")
         # Earlier versions did not write down which parameters were trained.
-        if set(state.get("trained", self.trained)) != set(self.trained):
+        if set(state.get("trained", self.parameters)) != set(self.parameters):
             raise ValueError(f"The checkpoint in {directory} was made by training other parameters of the modules.")
         for key, module in self.modules.items():
             module.load_state_dict(own[key])
-        for name, tensor in self.average.items():
+        for name, tensor in self.averaged_weights.items():
             tensor.copy_(tensors[f"average.{name}"])
-        for name, parameter in self.trained.items():
+        for name, parameter in self.parameters.items():
             keys = ("step", "exp_avg", "exp_avg_sq")
             found = {k: tensors[f"optimizer.{k}.{name}"] for k in keys if f"optimizer.{k}.{name}" in tensors}
             # The moments take the parameter's memory format, as in the training that was interrupted.
@@ -294,11 +296,11 @@ class Training:
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
         return state.get("losses", [])
 
-    def use_average(self) -> None:
+    def copy_average_to_modules(self) -> None:
         """Put the averaged weights, if any are kept, into the modules."""
         with torch.no_grad():
-            for name, tensor in self.average.items():
-                self.trained[name].copy_(tensor)
+            for name, tensor in self.averaged_weights.items():
+                self.parameters[name].copy_(tensor)
 
 
 def _within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -309,7 +311,7 @@ def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
-def _progress_bar(training: Training, config: FitConfig, description: str) -> tqdm:
+def _progress_bar(training: TrainingState, config: FitConfig, description: str) -> tqdm:
     style: dict[str, Any] = {"desc": description, "mininterval": 5, "maxinterval": 60}
     if config.minutes is None:
         return tqdm(total=config.steps, initial=training.step, unit="step", **style)
@@ -359,12 +361,12 @@ def fit(
     if resume and overwrite:
         raise ValueError("fit: resume continues the checkpoint that overwrite deletes: expected one of them, got both.")
     if directory is not None and not (resume or overwrite):
-        check_free(directory)
+        check_no_checkpoint(directory)
     for module in modules.values():
         parameter_access.check_trainable(module, "fit")
         parameter_access.check_has_values(module, "fit")
     torch.manual_seed(config.seed)
-    training, losses = Training(modules, parameters, config, getattr(loss_fn, "settings", None)), []
+    training, losses = TrainingState(modules, parameters, config, getattr(loss_fn, "settings", None)), []
     if directory is not None:
         make_folder(directory)
         if overwrite:
@@ -379,18 +381,18 @@ def fit(
             loss = loss_fn(training.step)
             norm = training.backward(loss)
             value = training.check_finite(loss, norm)
-            training.advance(norm)
+            training.optimizer_step(norm)
             training.seconds = time.monotonic() - started
-            log.add(value)
+            log.add_loss(value)
             # Where the clock ends the training, the bar shows the clock.
             bar.n = training.step if config.minutes is None else min(training.seconds, limit)
             bar.update(0)
             done = training.step == config.steps or training.seconds >= limit
             if training.step % config.log_every == 0 or done:
                 rate = training.optimizer.param_groups[0]["lr"]
-                log.write(training.step, rate, training.seconds)
-                bar.set_postfix(step=training.step, loss=f"{log.smoothed:.4f}", rate=f"{rate:.1e}")
+                log.write_entry(training.step, rate, training.seconds)
+                bar.set_postfix(step=training.step, loss=f"{log.smoothed_loss:.4f}", rate=f"{rate:.1e}")
             if directory is not None and (training.step % config.checkpoint_every == 0 or done):
-                training.save(directory, log.pending)
-    training.use_average()
+                training.save(directory, log.unlogged_losses)
+    training.copy_average_to_modules()
     return log.entries

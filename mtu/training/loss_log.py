@@ -26,14 +26,14 @@ class LossLog:
         directory: where the file goes; None keeps none.
         last_step: entries of an earlier run up to this step are taken over. Lines beyond it, or cut off by an
             interruption, are dropped.
-        pending: losses of an earlier run that no entry holds yet.
+        unlogged_losses: losses of an earlier run that no entry holds yet.
     """
 
-    def __init__(self, directory: Path | None, last_step: int, pending: Iterable[float] = ()) -> None:
+    def __init__(self, directory: Path | None, last_step: int, unlogged_losses: Iterable[float] = ()) -> None:
         self.path = None if directory is None else directory / "log.jsonl"
         self.entries: list[LogEntry] = []
-        self.smoothed: float | None = None
-        self.pending = list(pending)
+        self.smoothed_loss: float | None = None
+        self.unlogged_losses = list(unlogged_losses)
         if self.path is None:
             return
         for line in self.path.read_text().splitlines() if self.path.is_file() else ():
@@ -45,16 +45,16 @@ class LossLog:
                 self.entries.append(entry)
         write_text(self.path, "".join(json.dumps(entry._asdict()) + "\n" for entry in self.entries))
 
-    def add(self, loss: float) -> None:
+    def add_loss(self, loss: float) -> None:
         """Take in the loss of one step."""
-        self.pending.append(loss)
-        self.smoothed = loss if self.smoothed is None else 0.98 * self.smoothed + 0.02 * loss
+        self.unlogged_losses.append(loss)
+        self.smoothed_loss = loss if self.smoothed_loss is None else 0.98 * self.smoothed_loss + 0.02 * loss
 
-    def write(self, step: int, learning_rate: float, seconds: float) -> None:
+    def write_entry(self, step: int, learning_rate: float, seconds: float) -> None:
         """Log the mean loss since the previous entry."""
-        entry = LogEntry(step, sum(self.pending) / len(self.pending), learning_rate, seconds)
+        entry = LogEntry(step, sum(self.unlogged_losses) / len(self.unlogged_losses), learning_rate, seconds)
         self.entries.append(entry)
-        self.pending.clear()
+        self.unlogged_losses.clear()
         if self.path is not None:
             with self.path.open("a") as log:
                 log.write(json.dumps(entry._asdict()) + "\n")

@@ -9,10 +9,10 @@ from torch.nn import Parameter
 
 from mtu_kernels.tracing import supports_autocast
 
-__all__ = ["autocast", "check_parameters"]
+__all__ = ["autocast_to", "check_parameter_dtypes"]
 
 
-def check_parameters(trained: Mapping[str, Parameter]) -> None:
+def check_parameter_dtypes(trained: Mapping[str, Parameter]) -> None:
     """Refuse float16 parameters, and warn of bfloat16 ones.
 
     Args:
@@ -39,14 +39,14 @@ def check_parameters(trained: Mapping[str, Parameter]) -> None:
         )
 
 
-def autocast(device_type: str, dtype: torch.dtype | None, *, cached: bool = True) -> AbstractContextManager:
+def autocast_to(device_type: str, dtype: torch.dtype | None, *, cache_weights: bool = True) -> AbstractContextManager:
     """Compute in a dtype, or in that of the parameters.
 
     Args:
         device_type: where: "cpu", "cuda", ….
         dtype: None: whatever context surrounds this one, no autocast within.
-        cached: keep converted weights until the end of the context. Threads would share them.
+        cache_weights: keep converted weights until the end of the context. Threads would share them.
     """
     if dtype is None and not supports_autocast(device_type):
         return nullcontext()
-    return torch.autocast(device_type, dtype, enabled=dtype is not None, cache_enabled=cached)
+    return torch.autocast(device_type, dtype, enabled=dtype is not None, cache_enabled=cache_weights)

@@ -15,8 +15,8 @@ from mtu.recipes.icons.text import TextConfig, build_text_encoder, build_tokeniz
 from mtu.recipes.icons.vae import VAEConfig, VAELoss, build_vae, set_scaling_factor
 from mtu.storage import write_text
 from mtu.training import FitConfig, LogEntry, fit
-from mtu.training.checkpoint import check_free, has_checkpoint, remove_checkpoint
-from mtu.training.shards import operation_threads
+from mtu.training.checkpoint import check_no_checkpoint, has_checkpoint, remove_checkpoint
+from mtu.training.parallel_loss import intra_op_threads
 
 # Part of a limited training time that goes to the autoencoder.
 VAE_SHARE = 0.25
@@ -113,7 +113,7 @@ def train_base(
         if overwrite:
             remove_checkpoint(folder)
         elif not resume:
-            check_free(folder)
+            check_no_checkpoint(folder)
     pipeline = new_pipeline(config).to(device)
     history = {}
     vae, unet, text_encoder = pipeline.vae, pipeline.unet, pipeline.text_encoder
@@ -136,8 +136,8 @@ def train_base(
     if device.type == "cpu":
         unet.set_attn_processor(AttnProcessor())
     loss = DenoiserLoss(unet, text_encoder, pipeline.tokenizer, data, config.denoiser, config.seed)
-    shards = config.denoiser.shards if device.type == "cpu" else 1
-    with operation_threads(max(1, torch.get_num_threads() // shards)):
+    threads = config.denoiser.loss_threads if device.type == "cpu" else 1
+    with intra_op_threads(max(1, torch.get_num_threads() // threads)):
         history["denoiser"] = fit(
             loss,
             {"unet": unet, "text_encoder": text_encoder},

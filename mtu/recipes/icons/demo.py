@@ -21,7 +21,7 @@ from mtu.storage import write_text
 from mtu.tasks import EDIT, REMOVE, SUPER_RESOLUTION, TEXT_TO_IMAGE, TaskSpec
 from mtu.training import FitConfig, fit
 from mtu.training.multitask import MultiTaskConfig, MultiTaskLoss, encode_examples
-from mtu.training.shards import operation_threads
+from mtu.training.parallel_loss import intra_op_threads
 from mtu.upcycling import upcycle
 
 __all__ = ["BASE_MODEL", "ICON_TASKS", "DemoConfig", "run_demo"]
@@ -50,7 +50,7 @@ class DemoConfig:
         batch_per_task: training examples of each task in a step.
         learning_rate: highest rate of Adam.
         inference_steps: denoising steps; None: the tasks' own, 20.
-        snr_gamma, noise_weight: weights of timesteps; None and 0: the paper's plain loss.
+        snr_gamma, max_inverse_snr: weights of timesteps; None and 0: the paper's plain loss.
         seed: of data, initialisation, noise and held-out examples.
     """
 
@@ -62,7 +62,7 @@ class DemoConfig:
     learning_rate: float = 1.5e-3
     inference_steps: int | None = None
     snr_gamma: float | None = 5.0
-    noise_weight: float = 10.0
+    max_inverse_snr: float = 10.0
     seed: int = 0
 
 
@@ -93,7 +93,7 @@ def run_demo(base: Path, output: Path, config: DemoConfig, device: str | torch.d
     before = generate(pipeline, examples, config.seed, "held-out, before training", config.inference_steps)
     cores = torch.get_num_threads() if on_cpu else 1
     # A small model's operations are too short to split over cores: each core gets its own part of the batch.
-    with operation_threads(1):
+    with intra_op_threads(1):
         train(pipeline, config, output / "training", cores)
     after = generate(pipeline, examples, config.seed, "held-out, after training", config.inference_steps)
 
@@ -129,7 +129,7 @@ def train(pipeline: MTUPipeline, config: DemoConfig, directory: Path, cores: int
     icons = Icons("train", config.seed)
     examples: dict[str, Sequence[IconExample]] = {task: icons.batch(task, range(config.examples)) for task in TASKS}
     data = encode_examples(
-        pipeline, examples, autocast=autocast, threads=cores, description="encoding the training images"
+        pipeline, examples, autocast_dtype=autocast, threads=cores, description="encoding the training images"
     )
     loss = MultiTaskLoss(
         pipeline,
@@ -137,9 +137,9 @@ def train(pipeline: MTUPipeline, config: DemoConfig, directory: Path, cores: int
         MultiTaskConfig(
             batch_per_task=config.batch_per_task,
             snr_gamma=config.snr_gamma,
-            noise_weight=config.noise_weight,
-            autocast=autocast,
-            shards=math.gcd(cores, config.batch_per_task),
+            max_inverse_snr=config.max_inverse_snr,
+            autocast_dtype=autocast,
+            loss_threads=math.gcd(cores, config.batch_per_task),
             seed=config.seed,
         ),
     )

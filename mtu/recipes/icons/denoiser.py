@@ -15,8 +15,8 @@ from mtu.recipes.icons.device import mixed_precision
 from mtu.recipes.icons.prompts import IconPicture, PromptConfig, ScenePicture, icon_pictures, prompt_of, scene_pictures
 from mtu.recipes.icons.text import token_ids
 from mtu.recipes.icons.vae import encode
-from mtu.training.shards import sharded_loss
-from mtu.training.weights import drawn_timesteps, timestep_weights
+from mtu.training.parallel_loss import average_loss_in_threads
+from mtu.training.timesteps import timestep_loss_weights, timesteps_at_fractions
 
 LATENT_SIZE = 16
 # Stable Diffusion's noise schedule.
@@ -40,9 +40,9 @@ class DenoiserConfig:
         heads: attention heads of every transformer block.
         norm_num_groups: groups of each group norm.
         batch_size: pictures per step.
-        shards: equal parts of the batch on a CPU, each computed by its own thread.
+        loss_threads: equal parts of the batch on a CPU, each computed by its own thread.
         snr_gamma: cap of the signal-to-noise ratio in the loss weights.
-        noise_weight: cap of the weight, one over the signal-to-noise ratio, that noisy timesteps get besides.
+        max_inverse_snr: cap of the weight, one over the signal-to-noise ratio, that noisy timesteps get besides.
         prompts: parts of the training examples.
     """
 
@@ -51,9 +51,9 @@ class DenoiserConfig:
     heads: int = 4
     norm_num_groups: int = 16
     batch_size: int = 32
-    shards: int = 2
+    loss_threads: int = 2
     snr_gamma: float = 5.0
-    noise_weight: float = 10.0
+    max_inverse_snr: float = 10.0
     prompts: PromptConfig = field(default_factory=PromptConfig)
 
 
@@ -136,12 +136,14 @@ class DenoiserLoss:
         self.data, self.config, self.seed = data, config, seed
         self.parameters = [*unet.parameters(), *text_encoder.parameters()]
         self.scheduler = DDPMScheduler(**NOISE_SCHEDULE)
-        self.weights = timestep_weights(self.scheduler.alphas_cumprod, config.snr_gamma, config.noise_weight)
+        self.timestep_weights = timestep_loss_weights(
+            self.scheduler.alphas_cumprod, config.snr_gamma, config.max_inverse_snr
+        )
 
     @property
     def settings(self) -> dict[str, Any]:
         """What determines the loss of a step; parts of the batch only share its work out."""
-        return {k: v for k, v in asdict(self.config).items() if k != "shards"} | {"seed": self.seed}
+        return {k: v for k, v in asdict(self.config).items() if k != "loss_threads"} | {"seed": self.seed}
 
     def __call__(self, step: int) -> Tensor:
         rng = np.random.default_rng([self.seed, 4, step])
@@ -150,22 +152,24 @@ class DenoiserLoss:
         latents, prompts = self.data.draw(rng, count)
         # One timestep from each of `count` equal stretches: the loss varies less from step to step.
         spread = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-        timesteps = drawn_timesteps(spread, len(self.weights))[torch.randperm(count, generator=generator)]
+        timesteps = timesteps_at_fractions(spread, len(self.timestep_weights))[
+            torch.randperm(count, generator=generator)
+        ]
         noise = torch.randn(latents.shape, generator=generator)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         tokens = token_ids(self.tokenizer, prompts)
         batch = [tensor.to(self.unet.device) for tensor in (noisy, noise, timesteps, tokens)]
         if self.unet.device.type != "cpu":
             return self._loss(*batch)
-        rows = torch.arange(count).chunk(self.config.shards)
-        shards = [partial(self._loss, *(tensor[part] for tensor in batch)) for part in rows]
-        return sharded_loss(shards, self.parameters)
+        rows = torch.arange(count).chunk(self.config.loss_threads)
+        losses = [partial(self._loss, *(tensor[part] for tensor in batch)) for part in rows]
+        return average_loss_in_threads(losses, self.parameters)
 
     def _loss(self, noisy: Tensor, noise: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
         """Return the weighted loss of a part of the batch."""
         # Each weight is used once, so autocast's cache of converted weights, which threads would share, gains nothing.
-        with mixed_precision(noisy.device, cached=False):
+        with mixed_precision(noisy.device, cache_weights=False):
             states = self.text_encoder(tokens)[0]
             predicted = self.unet(noisy, timesteps, states).sample
         error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
-        return (error * self.weights.to(error.device)[timesteps]).mean()
+        return (error * self.timestep_weights.to(error.device)[timesteps]).mean()

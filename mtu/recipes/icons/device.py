@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from mtu.training.precision import autocast
+from mtu.training.precision import autocast_to
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -40,9 +40,9 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if device.type in ("cpu", "cuda") else None
 
 
-def mixed_precision(device: torch.device, *, cached: bool = True) -> AbstractContextManager:
-    """Autocast to a device's compute dtype; see `autocast`."""
-    return autocast(device.type, autocast_dtype(device), cached=cached)
+def mixed_precision(device: torch.device, *, cache_weights: bool = True) -> AbstractContextManager:
+    """Autocast to a device's compute dtype; see `autocast_to`."""
+    return autocast_to(device.type, autocast_dtype(device), cache_weights=cache_weights)
 
 
 def describe(device: torch.device) -> str:

@@ -35,14 +35,14 @@ class PromptConfig:
         scenes: how many different scenes there are.
         removed_part: part of the scenes that show one icon, and whose prompt removes the other.
         instruction_part: part of the single icons that are described through instructions.
-        dropout: part of the prompts that are left empty, for classifier-free guidance.
+        prompt_dropout_prob: part of the prompts that are left empty, for classifier-free guidance.
     """
 
     scene_part: float = 0.12
     scenes: int = 6000
     removed_part: float = 0.35
     instruction_part: float = 0.3
-    dropout: float = 0.1
+    prompt_dropout_prob: float = 0.1
 
 
 class IconPicture(NamedTuple):
@@ -134,7 +134,7 @@ def instruction_prompt(picture: IconPicture, rng: np.random.Generator) -> str:
 
 def prompt_of(picture: IconPicture | ScenePicture, rng: np.random.Generator, config: PromptConfig) -> str:
     """Draw a prompt for a picture: empty, the data set's caption, or a caption with instructions."""
-    if rng.random() < config.dropout:
+    if rng.random() < config.prompt_dropout_prob:
         return ""
     if isinstance(picture, ScenePicture):
         return picture.prompt(swapped=bool(rng.random() < 0.5))

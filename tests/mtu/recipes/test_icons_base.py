@@ -138,7 +138,7 @@ def test_instructions_say_what_the_picture_shows() -> None:
 
 @pytest.mark.slow
 def test_scenes_show_both_icons_or_the_one_that_is_left() -> None:
-    rng, config = np.random.default_rng(0), PromptConfig(scenes=200, dropout=0.0)
+    rng, config = np.random.default_rng(0), PromptConfig(scenes=200, prompt_dropout_prob=0.0)
     scenes = scene_pictures(rng, config)
     for scene in scenes:
         picture = scene.paint()
@@ -148,7 +148,7 @@ def test_scenes_show_both_icons_or_the_one_that_is_left() -> None:
         prompt = prompt_of(scene, rng, config)
         assert prompt.endswith(f", remove the {scene.colours[1]} {scene.names[1]}") == scene.removed
     assert 40 < sum(scene.removed for scene in scenes) < 100
-    prompts = [prompt_of(scenes[0], rng, PromptConfig(dropout=0.5)) for _ in range(200)]
+    prompts = [prompt_of(scenes[0], rng, PromptConfig(prompt_dropout_prob=0.5)) for _ in range(200)]
     assert 60 < prompts.count("") < 140
 
 

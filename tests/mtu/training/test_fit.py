@@ -12,7 +12,7 @@ from mtu.experts import ExpertConfig
 from mtu.models.router import Router
 from mtu.training import FitConfig, LogEntry, fit
 from mtu.training.checkpoint import load_checkpoint, save_checkpoint
-from mtu.training.fit import Training, learning_rate_at, parameter_groups
+from mtu.training.fit import TrainingState, learning_rate_at, parameter_groups
 
 from ..file_operations import CUTS, count_operations, run_cut_off
 
@@ -86,14 +86,14 @@ def test_a_checkpoint_goes_on_where_the_modules_are(tmp_path: Path) -> None:
     """On the meta device, whose tensors do not mix with the CPU's."""
     train(directory=tmp_path)
     model = Model().to("meta")
-    training = Training({"model": model}, model.parameters(), CONFIG)
+    training = TrainingState({"model": model}, model.parameters(), CONFIG)
     training.load(tmp_path)
-    where = {name: tensor.device.type for name, tensor in training.tensors().items()}
+    where = {name: tensor.device.type for name, tensor in training.checkpoint_tensors().items()}
     # AdamW counts its steps on the host, where the generator of the batches is, too.
     on_host = {name for name in where if name == "random" or name.startswith("optimizer.step.")}
     assert where == {name: "cpu" if name in on_host else "meta" for name in where}
     loss = model.linear(torch.ones(3, 4, device="meta")).square().mean() + model.embedding.weight.mean()
-    training.advance(training.backward(loss))
+    training.optimizer_step(training.backward(loss))
     assert training.step == 11
 
 
@@ -288,24 +288,26 @@ def test_the_average_of_bfloat16_weights_moves_by_less_than_they_can(tmp_path: P
     with pytest.warns(
         UserWarning, match=r"1 of 1 parameters to train are torch\.bfloat16, for example m\.weight, which"
     ):
-        training = Training({"m": model}, model.parameters(), config)
+        training = TrainingState({"m": model}, model.parameters(), config)
     nn.init.constant_(model.weight, 1.5)
     for _ in range(5000):
-        training.move_average(0.001)
+        training.update_average(0.001)
     # Rounded 5,000 times to float32, by at most half of 2⁻²³ each.
-    assert float(training.average["m.weight"][0, 0]) == pytest.approx(1.5 - 0.5 * 0.999**5000, abs=5000 * 2**-24)
+    assert float(training.averaged_weights["m.weight"][0, 0]) == pytest.approx(
+        1.5 - 0.5 * 0.999**5000, abs=5000 * 2**-24
+    )
     training.save(tmp_path)
     tensors, _ = load_checkpoint(tmp_path)
     assert tensors["average.m.weight"].dtype == torch.float32
     # Earlier versions kept it in the parameters' dtype.
     with pytest.warns(UserWarning, match="bfloat16"):
-        again = Training({"m": model}, model.parameters(), config)
+        again = TrainingState({"m": model}, model.parameters(), config)
     state = {"step": 0, "seconds": 0.0, "config": asdict(config)}
     save_checkpoint(tmp_path, {**tensors, "average.m.weight": tensors["average.m.weight"].bfloat16()}, state)
     again.load(tmp_path)
-    assert again.average["m.weight"].dtype == torch.float32
-    again.use_average()
-    assert torch.equal(model.weight, training.average["m.weight"].bfloat16())
+    assert again.averaged_weights["m.weight"].dtype == torch.float32
+    again.copy_average_to_modules()
+    assert torch.equal(model.weight, training.averaged_weights["m.weight"].bfloat16())
 
 
 def test_float16_weights_are_refused() -> None:

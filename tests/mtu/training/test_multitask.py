@@ -42,19 +42,19 @@ def test_latents_are_those_of_the_pipeline(pipeline, data) -> None:
         target = pipeline.vae.encode(example.target[None]).latent_dist.mode() * pipeline.vae.config.scaling_factor
         condition = pipeline.vae.encode(example.image[None]).latent_dist.mode()
         prompt = pipeline.encode_prompt(example.prompt, "cpu", 1, False)[0]
-    latents = data.tasks["edit"]
+    latents = data.latents["edit"]
     # The same products in another batch size: float32 rounding of some 30 layers.
     torch.testing.assert_close(latents.target[2:3], target, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(latents.condition[2:3], condition, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(data.prompts[latents.prompt[2]][None], prompt, rtol=1e-4, atol=1e-5)
-    assert data.tasks["text-to-image"].condition is None
-    assert data.tasks["super-resolution"].prompt.eq(0).all()
-    assert data.tasks["super-resolution"].condition.shape == data.tasks["super-resolution"].target.shape
+    torch.testing.assert_close(data.prompt_embeds[latents.prompt_index[2]][None], prompt, rtol=1e-4, atol=1e-5)
+    assert data.latents["text-to-image"].condition is None
+    assert data.latents["super-resolution"].prompt_index.eq(0).all()
+    assert data.latents["super-resolution"].condition.shape == data.latents["super-resolution"].target.shape
 
 
 def test_loss_is_the_sum_of_the_tasks_means(pipeline, data) -> None:
     pipeline.unet.eval()
-    config = MultiTaskConfig(batch_per_task=3, dropout=0.0)
+    config = MultiTaskConfig(batch_per_task=3, conditioning_dropout_prob=0.0)
     with torch.no_grad():
         noise_only = MultiTaskLoss(pipeline, data, config)(0)
         again = MultiTaskLoss(pipeline, data, config)(0)
@@ -70,12 +70,15 @@ def test_loss_is_the_sum_of_the_tasks_means(pipeline, data) -> None:
 def test_min_snr_weights_lower_the_easy_timesteps(pipeline, data) -> None:
     plain = MultiTaskLoss(pipeline, data, MultiTaskConfig())
     weighed = MultiTaskLoss(pipeline, data, MultiTaskConfig(snr_gamma=5.0))
-    assert plain.weights.eq(1).all()
-    assert weighed.weights[0] < 0.01 * weighed.weights[-1]
-    noisy = MultiTaskLoss(pipeline, data, MultiTaskConfig(snr_gamma=5.0, noise_weight=10.0))
-    assert noisy.weights[-1] / noisy.weights[500] > weighed.weights[-1] / weighed.weights[500]
+    assert plain.timestep_weights.eq(1).all()
+    assert weighed.timestep_weights[0] < 0.01 * weighed.timestep_weights[-1]
+    noisy = MultiTaskLoss(pipeline, data, MultiTaskConfig(snr_gamma=5.0, max_inverse_snr=10.0))
+    assert (
+        noisy.timestep_weights[-1] / noisy.timestep_weights[500]
+        > weighed.timestep_weights[-1] / weighed.timestep_weights[500]
+    )
     for loss in (weighed, noisy):
-        assert float(loss.weights.mean()) == pytest.approx(1, rel=1e-5)  # 1,000 float32 terms
+        assert float(loss.timestep_weights.mean()) == pytest.approx(1, rel=1e-5)  # 1,000 float32 terms
 
 
 def test_v_prediction_weighs_the_noise_error_alike(data) -> None:
@@ -89,7 +92,7 @@ def test_v_prediction_weighs_the_noise_error_alike(data) -> None:
     # What a model that guesses the noise says of the picture, and of v.
     implied = (loss.scheduler.add_noise(target, noise, steps) - (1 - alpha).sqrt() * guess) / alpha.sqrt()
     error = loss.scheduler.get_velocity(implied, guess, steps) - loss.scheduler.get_velocity(target, noise, steps)
-    weighed = error.square().mean((1, 2, 3)) * loss.weights[steps]
+    weighed = error.square().mean((1, 2, 3)) * loss.timestep_weights[steps]
     torch.testing.assert_close(weighed, (guess - noise).square().mean((1, 2, 3)), rtol=1e-4, atol=0)
 
 
@@ -101,18 +104,22 @@ def test_a_schedule_that_ends_in_noise_alone(data, scheduler) -> None:
     twin = mtu.upcycle(new_pipeline(MINIATURE))
     zero = {"rescale_betas_zero_snr": True}
     twin.scheduler = scheduler.from_config(twin.scheduler.config, **zero, prediction_type="v_prediction")
-    for config in (MultiTaskConfig(), MultiTaskConfig(snr_gamma=5.0), MultiTaskConfig(snr_gamma=5.0, noise_weight=2.0)):
+    for config in (
+        MultiTaskConfig(),
+        MultiTaskConfig(snr_gamma=5.0),
+        MultiTaskConfig(snr_gamma=5.0, max_inverse_snr=2.0),
+    ):
         loss = MultiTaskLoss(twin, data, config)
         signal = loss.scheduler.alphas_cumprod
         assert signal[-1] == 0
         # min(SNR, γ) / (SNR + 1) + ᾱ min(1 / SNR, κ), and at the end the limits of the weights of the noise, uncapped.
         ratio = signal[:-1].double() / (1 - signal[:-1].double())
         gamma = float("inf") if config.snr_gamma is None else config.snr_gamma
-        expected = ratio.clamp_max(gamma) / (ratio + 1) + signal[:-1] * (1 / ratio).clamp_max(config.noise_weight)
-        expected = torch.cat([expected, torch.tensor([1.0 + config.noise_weight])])
-        factor = loss.weights[-1] / expected[-1]
-        torch.testing.assert_close(loss.weights.double(), expected * factor, rtol=1e-4, atol=1e-9)
-        assert (loss.weights > 0).all()
+        expected = ratio.clamp_max(gamma) / (ratio + 1) + signal[:-1] * (1 / ratio).clamp_max(config.max_inverse_snr)
+        expected = torch.cat([expected, torch.tensor([1.0 + config.max_inverse_snr])])
+        factor = loss.timestep_weights[-1] / expected[-1]
+        torch.testing.assert_close(loss.timestep_weights.double(), expected * factor, rtol=1e-4, atol=1e-9)
+        assert (loss.timestep_weights > 0).all()
     assert loss(0).isfinite()
     twin.scheduler = scheduler.from_config(twin.scheduler.config, **zero, prediction_type="epsilon")
     with pytest.raises(ValueError, match=r"^Training that predicts 'epsilon' needs a signal at every timestep, but"):
@@ -139,10 +146,10 @@ def test_tasks_without_images_and_with_other_conditions(data) -> None:
         (["text-to-image", "depth", "super-resolution"], [SUPER_RESOLUTION, depth, TEXT_TO_IMAGE]),
     ):
         twin = mtu.upcycle(new_pipeline(MINIATURE), tasks)
-        wide = data.tasks["edit"]._replace(condition=torch.randn(6, 5, 16, 16))
-        own = {name: wide if name == "depth" else data.tasks[name] for name in names}
+        wide = data.latents["edit"]._replace(condition=torch.randn(6, 5, 16, 16))
+        own = {name: wide if name == "depth" else data.latents[name] for name in names}
         # More of each task than there are examples.
-        loss = MultiTaskLoss(twin, data._replace(tasks=own), MultiTaskConfig(batch_per_task=7))(0)
+        loss = MultiTaskLoss(twin, data._replace(latents=own), MultiTaskConfig(batch_per_task=7))(0)
         loss.backward()
         assert loss.isfinite()
         used = [twin.unet.task_index(name) for name in names]
@@ -164,21 +171,21 @@ def test_data_that_cannot_be_trained_on(pipeline, data) -> None:
     icons = Icons("train")
 
     def loss(**tasks):
-        return MultiTaskLoss(pipeline, data._replace(tasks=tasks), MultiTaskConfig())
+        return MultiTaskLoss(pipeline, data._replace(latents=tasks), MultiTaskConfig())
 
     with pytest.raises(ValueError, match=r"^Task 'edit' has no examples: give it some, or leave it out\.$"):
         encode_examples(pipeline, {"edit": []})
     with pytest.raises(ValueError, match=r"^Task 'edit' has no examples: give it some, or leave it out\.$"):
-        loss(edit=type(data.tasks["edit"])(*(tensor[:0] for tensor in data.tasks["edit"])))
+        loss(edit=type(data.latents["edit"])(*(tensor[:0] for tensor in data.latents["edit"])))
     with pytest.raises(ValueError, match="nothing to train on"):
         loss()
     with pytest.raises(ValueError, match="Unknown task 'sing'"):
-        loss(sing=data.tasks["edit"])
+        loss(sing=data.latents["edit"])
     with pytest.raises(ValueError, match="'edit' reads 4 condition channels, but its examples have 0"):
-        loss(edit=data.tasks["text-to-image"])
-    small = data.tasks["edit"]._replace(target=data.tasks["edit"].target[..., :8, :8])
+        loss(edit=data.latents["text-to-image"])
+    small = data.latents["edit"]._replace(target=data.latents["edit"].target[..., :8, :8])
     with pytest.raises(ValueError, match=r"of one shape .* \(4, 16, 16\) for 'remove' and \(4, 8, 8\) for 'edit'\.$"):
-        loss(remove=data.tasks["remove"], edit=small)
+        loss(remove=data.latents["remove"], edit=small)
     examples = icons.batch("edit", range(2))
     examples[1] = examples[1]._replace(target=examples[1].target[:, :32, :32])
     with pytest.raises(ValueError, match=r"must be of one size, but got \(3, 64, 64\) and \(3, 32, 32\)\.$"):
@@ -201,11 +208,11 @@ def test_dropout_follows_the_guidance(pipeline, data) -> None:
             self.seen = sample, prompt, task_ids
             return super().__call__(sample, timesteps, prompt, task_ids)
 
-    loss = MultiTaskLoss(pipeline, data, MultiTaskConfig(batch_per_task=400, dropout=0.25))
+    loss = MultiTaskLoss(pipeline, data, MultiTaskConfig(batch_per_task=400, conditioning_dropout_prob=0.25))
     loss.unet = Recorder(pipeline.unet)
     loss(0)
     sample, prompt, task_ids = loss.unet.seen
-    empty_prompt = (prompt == data.prompts[0]).flatten(1).all(1)
+    empty_prompt = (prompt == data.prompt_embeds[0]).flatten(1).all(1)
     empty_image = sample[:, 4:].flatten(1).eq(0).all(1)
     names = [spec.name for spec in pipeline.unet.tasks]
     parts = {
@@ -241,7 +248,7 @@ def test_weight_decay_leaves_rows_of_absent_tasks_alone(data) -> None:
     unet = twin.unet.train()
     absent = unet.task_index("remove")
     rows = {name: p[absent].detach().clone() for name, p in unet.named_trainable_parameters() if _is_packed(name)}
-    kept = type(data)({name: latents for name, latents in data.tasks.items() if name != "remove"}, data.prompts)
+    kept = type(data)({name: latents for name, latents in data.latents.items() if name != "remove"}, data.prompt_embeds)
     loss = MultiTaskLoss(twin, kept, MultiTaskConfig(batch_per_task=2))
     config = FitConfig(steps=3, learning_rate=1e-2, schedule="constant", weight_decay=0.1, log_every=1)
     fit(loss, {"unet": unet}, unet.trainable_parameters(), config)
@@ -252,8 +259,8 @@ def test_weight_decay_leaves_rows_of_absent_tasks_alone(data) -> None:
 
 def test_another_loss_does_not_continue_a_checkpoint(data, tmp_path) -> None:
     twin = mtu.upcycle(new_pipeline(MINIATURE), ["text-to-image", "edit"])
-    own = data._replace(tasks={name: data.tasks[name] for name in ("text-to-image", "edit")})
-    fewer = own._replace(tasks={"edit": own.tasks["edit"]})
+    own = data._replace(latents={name: data.latents[name] for name in ("text-to-image", "edit")})
+    fewer = own._replace(latents={"edit": own.latents["edit"]})
 
     def train(data=own, steps=1, resume=True, **changes) -> None:
         loss = MultiTaskLoss(twin, data, replace(MultiTaskConfig(batch_per_task=2), **changes))
@@ -261,10 +268,10 @@ def test_another_loss_does_not_continue_a_checkpoint(data, tmp_path) -> None:
         fit(loss, {"unet": twin.unet}, twin.unet.trainable_parameters(), config, directory=tmp_path, resume=resume)
 
     train(resume=False)
-    train(shards=2, autocast=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"was made with another batch_per_task, dropout, seed\.$"):
-        train(batch_per_task=4, dropout=0.1, seed=3)
-    for other in (fewer, own._replace(tasks=dict(reversed(own.tasks.items())))):
+    train(loss_threads=2, autocast_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"was made with another batch_per_task, conditioning_dropout_prob, seed\.$"):
+        train(batch_per_task=4, conditioning_dropout_prob=0.1, seed=3)
+    for other in (fewer, own._replace(latents=dict(reversed(own.latents.items())))):
         with pytest.raises(ValueError, match=r"was made with another examples\.$"):
             train(other)
 
@@ -278,7 +285,7 @@ def test_bad_arguments(pipeline, data) -> None:
     with pytest.raises(ValueError, match="batch_per_task"):
         MultiTaskConfig(batch_per_task=0)
     with pytest.raises(ValueError, match="dropout"):
-        MultiTaskConfig(dropout=0.7)
+        MultiTaskConfig(conditioning_dropout_prob=0.7)
     other = mtu.upcycle(new_pipeline(MINIATURE))
     other.scheduler.register_to_config(prediction_type="sample")
     with pytest.raises(ValueError, match="'sample'"):

@@ -26,7 +26,7 @@ class _Precomputed(torch.autograd.Function):
 
 
 @contextmanager
-def operation_threads(count: int) -> Iterator[None]:
+def intra_op_threads(count: int) -> Iterator[None]:
     """Split each operation over `count` threads, and over as many as before afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -36,15 +36,15 @@ def operation_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def sharded_loss(shards: Sequence[Callable[[], Tensor]], parameters: Sequence[Parameter]) -> Tensor:
+def average_loss_in_threads(partial_losses: Sequence[Callable[[], Tensor]], parameters: Sequence[Parameter]) -> Tensor:
     """Return the mean of several losses, whose gradients are computed at once, one thread each.
 
-    With `operation_threads(1)` this uses a CPU's cores better than splitting every operation over them: small
+    With `intra_op_threads(1)` this uses a CPU's cores better than splitting every operation over them: small
     models spend much time in operations too short to share, and a core that another process takes away for a moment
     stops one shard, not all cores at the next barrier.
 
     Args:
-        shards: each gives the loss of a part of the batch; the parts are of equal size.
+        partial_losses: each gives the loss of a part of the batch; the parts are of equal size.
         parameters: what the losses are differentiated by; every shard depends on all of them.
 
     Returns:
@@ -55,9 +55,9 @@ def sharded_loss(shards: Sequence[Callable[[], Tensor]], parameters: Sequence[Pa
         loss = shard()
         return loss.detach(), torch.autograd.grad(loss, parameters)
 
-    with ThreadPoolExecutor(len(shards)) as pool:
-        results = list(pool.map(compute, shards))
-    # Summed in the order of the shards, whichever finished first.
+    with ThreadPoolExecutor(len(partial_losses)) as pool:
+        results = list(pool.map(compute, partial_losses))
+    # Summed in the order of the parts, whichever finished first.
     loss = torch.stack([loss for loss, _ in results]).mean()
     gradients = list(results[0][1])
     for _, others in results[1:]:
