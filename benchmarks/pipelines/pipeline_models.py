@@ -20,7 +20,7 @@ from benchmarks.harness.memory import storage_bytes
 from benchmarks.harness.workloads import Workload
 from benchmarks.models.unet_models import share_weights
 from mtu.data.icons import examples as icons
-from mtu.data.icons.examples import Icons
+from mtu.data.icons.examples import IconDataset
 from mtu.pipelines.inputs import prepare_condition_image
 from mtu.recipes.icons.demo import BASE_MODEL, ICON_TASKS
 from mtu.tasks import TaskSpec
@@ -117,10 +117,10 @@ def draw_samples(pipe: mtu.MTUPipeline, per_task: int) -> list[Sample]:
     """Samples of all tasks, in turn: captions, instructions and pictures of icons, and latents by seed."""
     size, factor = output_size(pipe), pipe.vae_scale_factor
     shape = (pipe.unet.config.in_channels, size // factor, size // factor)
-    data, samples = Icons("test"), []
+    data, samples = IconDataset("test"), []
     for number in range(per_task):
         for position, spec in enumerate(pipe.unet.tasks):
-            example = data.sample(_icon_task(spec), number)
+            example = data.get_example(_icon_task(spec), number)
             generator = torch.Generator().manual_seed(len(pipe.unet.tasks) * number + position)
             image = None
             if spec.takes_image:
@@ -253,6 +253,6 @@ def _tasks_are_equal(unet: mtu.MTUUNet2DConditionModel) -> bool:
 
 def _icon_task(spec: TaskSpec) -> str:
     """The task of the icons' data whose prompts and pictures serve a task."""
-    if spec.name in icons.TASKS:
+    if spec.name in icons.TASK_NAMES:
         return spec.name
     return "edit" if spec.takes_image else "text-to-image"

@@ -9,12 +9,12 @@ import hashlib
 from functools import cache
 from typing import Literal
 
-from mtu.data.icons.font import glyphs
+from mtu.data.icons.font import glyph_code_points
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
-FOREGROUNDS: dict[str, tuple[int, int, int]] = {
+ICON_COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
     "orange": (245, 135, 30),
     "yellow": (245, 210, 45),
@@ -24,16 +24,16 @@ FOREGROUNDS: dict[str, tuple[int, int, int]] = {
     "purple": (140, 60, 190),
     "pink": (240, 90, 170),
 }
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+BACKGROUND_COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
     "black": (0, 0, 0),
     "gray": (85, 85, 85),
     "beige": (225, 205, 165),
 }
 
-OUTLINE, OFF = "-outline", "-off"
-TEST_PART, VALIDATION_PART = 0.10, 0.05
-HELD_OUT_PART, HELD_OUT_VALIDATION_PART = 0.10, 0.03
+OUTLINE_SUFFIX, CROSSED_OUT_SUFFIX = "-outline", "-off"
+TEST_FRACTION, VALIDATION_FRACTION = 0.10, 0.05
+TEST_COMBINATIONS_FRACTION, VALIDATION_COMBINATIONS_FRACTION = 0.10, 0.03
 
 
 def hash_fraction(text: str) -> float:
@@ -46,12 +46,12 @@ def base_name(name: str) -> str:
     return name.split("-", 1)[0]
 
 
-def split_of(name: str) -> Split:
+def split_of_name(name: str) -> Split:
     """Return the split of an icon name; all variants of one base name are in one split."""
     fraction = hash_fraction(base_name(name))
-    if fraction < TEST_PART:
+    if fraction < TEST_FRACTION:
         return "test"
-    return "validation" if fraction < TEST_PART + VALIDATION_PART else "train"
+    return "validation" if fraction < TEST_FRACTION + VALIDATION_FRACTION else "train"
 
 
 @cache
@@ -60,25 +60,25 @@ def combination_split(name: str, colour: str, background: str) -> Split:
 
     Args:
         name: the icon's full name, so that `bell` and `bell-outline` are held out independently.
-        colour: a key of `FOREGROUNDS`.
-        background: a key of `BACKGROUNDS`.
+        colour: a key of `ICON_COLOURS`.
+        background: a key of `BACKGROUND_COLOURS`.
     """
     fraction = hash_fraction(f"{name}|{colour}|{background}")
-    if fraction < HELD_OUT_PART:
+    if fraction < TEST_COMBINATIONS_FRACTION:
         return "test"
-    return "validation" if fraction < HELD_OUT_PART + HELD_OUT_VALIDATION_PART else "train"
+    return "validation" if fraction < TEST_COMBINATIONS_FRACTION + VALIDATION_COMBINATIONS_FRACTION else "train"
 
 
 @cache
 def icon_names(split: Split) -> tuple[str, ...]:
     """Return all icon names of a split."""
-    return tuple(name for name in glyphs() if split_of(name) == split)
+    return tuple(name for name in glyph_code_points() if split_of_name(name) == split)
 
 
 @cache
-def variant_names(split: Split, suffix: str) -> tuple[str, ...]:
+def names_with_variant(split: Split, suffix: str) -> tuple[str, ...]:
     """Return the names X of a split for which the icon X + suffix exists too."""
-    return tuple(name for name in icon_names(split) if name + suffix in glyphs())
+    return tuple(name for name in icon_names(split) if name + suffix in glyph_code_points())
 
 
 @cache
@@ -88,9 +88,9 @@ def one_word_names(split: Split) -> tuple[str, ...]:
 
 
 @cache
-def caption_names() -> tuple[str, ...]:
+def text_to_image_names() -> tuple[str, ...]:
     """Return the names that text-to-image knows: one word, with an outline, not in the validation or test split."""
-    return tuple(name for name in one_word_names("train") if name + OUTLINE in glyphs())
+    return tuple(name for name in one_word_names("train") if name + OUTLINE_SUFFIX in glyph_code_points())
 
 
 def caption(name: str, colour: str, background: str) -> str:
@@ -100,14 +100,14 @@ def caption(name: str, colour: str, background: str) -> str:
 
     Args:
         name: the icon's full name; hyphens become spaces.
-        colour: a key of `FOREGROUNDS`.
-        background: a key of `BACKGROUNDS`.
+        colour: a key of `ICON_COLOURS`.
+        background: a key of `BACKGROUND_COLOURS`.
     """
     style = ""
-    if name.endswith(OUTLINE):
-        name, style = name.removesuffix(OUTLINE), "outlined "
-    elif name.endswith(OFF):
-        name, style = name.removesuffix(OFF), "crossed out "
+    if name.endswith(OUTLINE_SUFFIX):
+        name, style = name.removesuffix(OUTLINE_SUFFIX), "outlined "
+    elif name.endswith(CROSSED_OUT_SUFFIX):
+        name, style = name.removesuffix(CROSSED_OUT_SUFFIX), "crossed out "
     return f"a {colour} {style}{name.replace('-', ' ')} on {background}"
 
 
@@ -119,7 +119,7 @@ def scene_caption(names: tuple[str, str], colours: tuple[str, str], background: 
 def vocabulary() -> tuple[str, ...]:
     """Return every word that captions and instructions of one-word icons are made of, sorted."""
     words = {word for split in SPLITS for word in one_word_names(split)}
-    words |= {*FOREGROUNDS, *BACKGROUNDS}
+    words |= {*ICON_COLOURS, *BACKGROUND_COLOURS}
     words |= {"a", "and", "on", "crossed", "out", "outlined"}
     words |= {"outline", "cross", "it", "make", "put", "remove", "the"}
     return tuple(sorted(words))

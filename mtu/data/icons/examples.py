@@ -1,4 +1,4 @@
-"""`Icons`: four image tasks with true targets, made from the Material Design Icons font.
+"""`IconDataset`: four image tasks with true targets, made from the Material Design Icons font.
 
 Every example is a pure function of (seed, split, task, index). Images are (3, 64, 64) float32 in [-1, 1]:
 one icon in one of 8 colours on one of 4 backgrounds, or a scene of two half-size icons in two quadrants.
@@ -10,25 +10,26 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from mtu.data.degrade import degrade, to_tensor
+from mtu.data.degradation import degrade
 from mtu.data.icons.catalogue import (
-    BACKGROUNDS,
-    FOREGROUNDS,
-    OFF,
-    OUTLINE,
+    BACKGROUND_COLOURS,
+    CROSSED_OUT_SUFFIX,
+    ICON_COLOURS,
+    OUTLINE_SUFFIX,
     SPLITS,
     Split,
     caption,
-    caption_names,
     combination_split,
     icon_names,
+    names_with_variant,
     one_word_names,
-    variant_names,
+    text_to_image_names,
 )
-from mtu.data.icons.font import glyph_rows, masks
+from mtu.data.icons.font import icon_masks, mask_indices
+from mtu.data.images import to_tensor
 
 IMAGE_SIZE = 64
-TASKS = ("text-to-image", "edit", "super-resolution", "remove")
+TASK_NAMES = ("text-to-image", "edit", "super-resolution", "remove")
 EDIT_KINDS = ("outline", "off", "recolour", "background")
 
 
@@ -36,15 +37,15 @@ class IconExample(NamedTuple):
     """One example of one task.
 
     Attributes:
-        task: a name out of `TASKS`.
-        kind: what sort of edit, out of `EDIT_KINDS`; empty for the other tasks.
+        task: a name out of `TASK_NAMES`.
+        edit_kind: a name out of `EDIT_KINDS`; empty for the other tasks.
         prompt: the caption or instruction; empty for super-resolution.
         image: the condition, (3, 64, 64), (3, 32, 32) for super-resolution, None for text-to-image.
         target: (3, 64, 64) what the model should make.
     """
 
     task: str
-    kind: str
+    edit_kind: str
     prompt: str
     image: Tensor | None
     target: Tensor
@@ -68,8 +69,8 @@ def paint(mask: np.ndarray, colour: np.ndarray, background: np.ndarray) -> np.nd
 
 def paint_icon(name: str, colour: str, background: str) -> np.ndarray:
     """Paint one named icon over the whole picture; returns (64, 64, 3) uint8."""
-    mask = masks(IMAGE_SIZE)[glyph_rows()[name]]
-    return paint(mask, np.array(FOREGROUNDS[colour]), np.array(BACKGROUNDS[background]))
+    mask = icon_masks(IMAGE_SIZE)[mask_indices()[name]]
+    return paint(mask, np.array(ICON_COLOURS[colour]), np.array(BACKGROUND_COLOURS[background]))
 
 
 def paint_scene(icons: Iterable[tuple[str, str, int]], background: str) -> np.ndarray:
@@ -77,28 +78,28 @@ def paint_scene(icons: Iterable[tuple[str, str, int]], background: str) -> np.nd
 
     Args:
         icons: (name, colour, quadrant) of each; quadrants are numbered left to right, then down.
-        background: a key of `BACKGROUNDS`.
+        background: a key of `BACKGROUND_COLOURS`.
 
     Returns:
         (64, 64, 3) uint8.
     """
     half = IMAGE_SIZE // 2
-    behind = np.array(BACKGROUNDS[background])
+    behind = np.array(BACKGROUND_COLOURS[background])
     picture = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     picture[:] = behind
     for name, colour, quadrant in icons:
         top, left = half * (quadrant // 2), half * (quadrant % 2)
-        mask = masks(half)[glyph_rows()[name]]
-        picture[top : top + half, left : left + half] = paint(mask, np.array(FOREGROUNDS[colour]), behind)
+        mask = icon_masks(half)[mask_indices()[name]]
+        picture[top : top + half, left : left + half] = paint(mask, np.array(ICON_COLOURS[colour]), behind)
     return picture
 
 
-def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
+def random_choice(rng: np.random.Generator, options: Sequence[str]) -> str:
     """Draw one of the options, each with the same chance."""
     return options[int(rng.integers(len(options)))]
 
 
-class Icons:
+class IconDataset:
     """The icon data set: examples of four tasks with true targets.
 
     Args:
@@ -117,30 +118,30 @@ class Icons:
         self.split: Split = split
         self.seed = seed
 
-    def sample(self, task: str, index: int) -> IconExample:
+    def get_example(self, task: str, index: int) -> IconExample:
         """Return example number `index` of a task; the same arguments always give the same example.
 
         Args:
-            task: a name out of `TASKS`.
+            task: a name out of `TASK_NAMES`.
             index: any number from 0 up; there is no last one.
 
         Raises:
             ValueError: The task is unknown or the index negative.
         """
-        if task not in TASKS:
-            raise ValueError(f"Unknown task {task!r}; choose one of {', '.join(TASKS)}.")
+        if task not in TASK_NAMES:
+            raise ValueError(f"Unknown task {task!r}; choose one of {', '.join(TASK_NAMES)}.")
         if index < 0:
             raise ValueError(f"An example's index counts from 0, got {index}.")
-        rng = np.random.default_rng([self.seed, SPLITS.index(self.split), TASKS.index(task), index])
+        rng = np.random.default_rng([self.seed, SPLITS.index(self.split), TASK_NAMES.index(task), index])
         if task == "text-to-image":
             return self._text_to_image(rng)
         if task == "edit":
             return self._edit(rng)
         return self._super_resolution(rng) if task == "super-resolution" else self._remove(rng)
 
-    def batch(self, task: str, indices: Iterable[int]) -> list[IconExample]:
+    def get_examples(self, task: str, indices: Iterable[int]) -> list[IconExample]:
         """Return the examples of a task at the given indices."""
-        return [self.sample(task, index) for index in indices]
+        return [self.get_example(task, index) for index in indices]
 
     def _allowed(self, name: str, colour: str, background: str) -> bool:
         """Whether this split may show the combination: the train split shows none that is held out."""
@@ -149,38 +150,40 @@ class Icons:
     def _colours(self, rng: np.random.Generator, names: Sequence[str]) -> tuple[str, str]:
         """Draw a colour and background that this split may show with every one of the names."""
         while True:
-            colour, background = pick(rng, tuple(FOREGROUNDS)), pick(rng, tuple(BACKGROUNDS))
+            colour, background = random_choice(rng, tuple(ICON_COLOURS)), random_choice(rng, tuple(BACKGROUND_COLOURS))
             if all(self._allowed(name, colour, background) for name in names):
                 return colour, background
 
     def _text_to_image(self, rng: np.random.Generator) -> IconExample:
         while True:
-            name = pick(rng, caption_names()) + pick(rng, ("", OUTLINE))
-            colour, background = pick(rng, tuple(FOREGROUNDS)), pick(rng, tuple(BACKGROUNDS))
+            name = random_choice(rng, text_to_image_names()) + random_choice(rng, ("", OUTLINE_SUFFIX))
+            colour, background = random_choice(rng, tuple(ICON_COLOURS)), random_choice(rng, tuple(BACKGROUND_COLOURS))
             if combination_split(name, colour, background) == self.split:
                 break
         target = to_tensor(paint_icon(name, colour, background))
         return IconExample("text-to-image", "", caption(name, colour, background), None, target)
 
     def _edit(self, rng: np.random.Generator) -> IconExample:
-        kind = pick(rng, EDIT_KINDS)
+        kind = random_choice(rng, EDIT_KINDS)
         if kind in ("outline", "off"):
-            suffix, prompt = (OUTLINE, "outline it") if kind == "outline" else (OFF, "cross it out")
-            name = pick(rng, variant_names(self.split, suffix))
+            suffix, prompt = (
+                (OUTLINE_SUFFIX, "outline it") if kind == "outline" else (CROSSED_OUT_SUFFIX, "cross it out")
+            )
+            name = random_choice(rng, names_with_variant(self.split, suffix))
             colour, background = self._colours(rng, (name, name + suffix))
             before = paint_icon(name, colour, background)
             after = paint_icon(name + suffix, colour, background)
             return IconExample("edit", kind, prompt, to_tensor(before), to_tensor(after))
         # The whole draw is repeated, not its second half: of some sources every change is held out.
         while True:
-            name = pick(rng, icon_names(self.split))
+            name = random_choice(rng, icon_names(self.split))
             colour, background = self._colours(rng, (name,))
             new_colour, new_background = colour, background
             if kind == "recolour":
-                new_colour = pick(rng, tuple(FOREGROUNDS))
+                new_colour = random_choice(rng, tuple(ICON_COLOURS))
                 prompt = f"make it {new_colour}"
             else:
-                new_background = pick(rng, tuple(BACKGROUNDS))
+                new_background = random_choice(rng, tuple(BACKGROUND_COLOURS))
                 prompt = f"put it on {new_background}"
             changed = (new_colour, new_background) != (colour, background)
             if changed and self._allowed(name, new_colour, new_background):
@@ -189,16 +192,16 @@ class Icons:
         return IconExample("edit", kind, prompt, to_tensor(before), to_tensor(after))
 
     def _super_resolution(self, rng: np.random.Generator) -> IconExample:
-        name = pick(rng, icon_names(self.split))
+        name = random_choice(rng, icon_names(self.split))
         target = paint_icon(name, *self._colours(rng, (name,)))
         return IconExample("super-resolution", "", "", to_tensor(degrade(target, rng)), to_tensor(target))
 
     def _remove(self, rng: np.random.Generator) -> IconExample:
         pool = one_word_names(self.split)
         names = [pool[i] for i in rng.choice(len(pool), 2, replace=False)]
-        colours = [tuple(FOREGROUNDS)[i] for i in rng.choice(len(FOREGROUNDS), 2, replace=False)]
+        colours = [tuple(ICON_COLOURS)[i] for i in rng.choice(len(ICON_COLOURS), 2, replace=False)]
         quadrants = [int(i) for i in rng.choice(4, 2, replace=False)]
-        background = pick(rng, tuple(BACKGROUNDS))
+        background = random_choice(rng, tuple(BACKGROUND_COLOURS))
         icons = list(zip(names, colours, quadrants, strict=True))
         removed = int(rng.integers(2))
         prompt = f"remove the {colours[removed]} {names[removed]}"

@@ -33,7 +33,7 @@ def font_path() -> Path:
 
 
 @lru_cache(maxsize=1)
-def glyphs() -> dict[str, int]:
+def glyph_code_points() -> dict[str, int]:
     """Return every icon name of the font with its code point, sorted by name.
 
     Returns:
@@ -56,13 +56,13 @@ def glyphs() -> dict[str, int]:
 
 
 @lru_cache(maxsize=1)
-def glyph_rows() -> dict[str, int]:
-    """Return the row of each icon name in the arrays of `masks`."""
-    return {name: row for row, name in enumerate(glyphs())}
+def mask_indices() -> dict[str, int]:
+    """Return the row of each icon name in the arrays of `icon_masks`."""
+    return {name: row for row, name in enumerate(glyph_code_points())}
 
 
 @lru_cache(maxsize=4)
-def masks(size: int) -> np.ndarray:
+def icon_masks(size: int) -> np.ndarray:
     """Render all icons as antialiased masks.
 
     Icons sit where their em square puts them, so an icon and its outline lie exactly over one another.
@@ -71,14 +71,14 @@ def masks(size: int) -> np.ndarray:
         size: height and width in pixels.
 
     Returns:
-        (N, size, size) uint8, 0 outside the icon and 255 inside, rows in the order of `glyphs`; read-only.
+        (N, size, size) uint8, 0 outside the icon and 255 inside, rows in the order of `glyph_code_points`; read-only.
     """
     em = round(size * EM_FRACTION)
     font = ImageFont.truetype(str(font_path()), em)
     ascent, _ = font.getmetrics()
     margin = (size - em) // 2
-    rendered = np.zeros((len(glyphs()), size, size), dtype=np.uint8)
-    for row, code_point in enumerate(glyphs().values()):
+    rendered = np.zeros((len(glyph_code_points()), size, size), dtype=np.uint8)
+    for row, code_point in enumerate(glyph_code_points().values()):
         canvas = Image.new("L", (size, size))
         ImageDraw.Draw(canvas).text((margin, margin + ascent), chr(code_point), font=font, fill=255, anchor="ls")
         rendered[row] = np.asarray(canvas)

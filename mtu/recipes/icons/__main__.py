@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from mtu.data.icons.catalogue import OUTLINE, caption_names
+from mtu.data.icons.catalogue import OUTLINE_SUFFIX, text_to_image_names
 from mtu.recipes.icons.base import BaseConfig, save_model, train_base
 from mtu.recipes.icons.card import write_card
 from mtu.recipes.icons.demo import BASE_MODEL, DemoConfig, run_demo
@@ -84,8 +84,8 @@ def make_base(
         "command": command,
         "seed": config.seed,
         "machine": describe(pipeline.device),
-        "names": len(caption_names()),
-        "all_icons": sum(len((name, name + OUTLINE)) for name in caption_names()),
+        "names": len(text_to_image_names()),
+        "all_icons": sum(len((name, name + OUTLINE_SUFFIX)) for name in text_to_image_names()),
         "vae_minutes": history["vae"][-1].seconds / 60,
         "vae_steps": history["vae"][-1].step,
         "vae_batch": config.vae.batch_size,

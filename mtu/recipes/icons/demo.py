@@ -12,7 +12,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 
-from mtu.data.icons.examples import TASKS, IconExample, Icons
+from mtu.data.icons.examples import TASK_NAMES, IconDataset, IconExample
 from mtu.inspection import compare, format_comparison
 from mtu.pipelines import MTUPipeline
 from mtu.recipes.icons.device import autocast_dtype, describe, usable_device
@@ -79,7 +79,7 @@ def run_demo(base: Path, output: Path, config: DemoConfig, device: str | torch.d
     torch.manual_seed(config.seed)
     stock = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
     stock.scheduler = DPMSolverMultistepScheduler.from_config(stock.scheduler.config)
-    print(f"One model of {len(TASKS)} tasks out of {base.name}:\n")
+    print(f"One model of {len(TASK_NAMES)} tasks out of {base.name}:\n")
     table = format_comparison(compare(base, num_experts=4, size=64))
     print(table, flush=True)
     output.mkdir(parents=True, exist_ok=True)
@@ -126,8 +126,10 @@ def _command(config: DemoConfig, device: torch.device) -> str:
 def train(pipeline: MTUPipeline, config: DemoConfig, directory: Path, cores: int) -> None:
     """Train the upcycled parts of a pipeline on the four icon tasks, each batch in equal parts on several cores."""
     autocast = autocast_dtype(pipeline.unet.device)
-    icons = Icons("train", config.seed)
-    examples: dict[str, Sequence[IconExample]] = {task: icons.batch(task, range(config.examples)) for task in TASKS}
+    icons = IconDataset("train", config.seed)
+    examples: dict[str, Sequence[IconExample]] = {
+        task: icons.get_examples(task, range(config.examples)) for task in TASK_NAMES
+    }
     data = encode_examples(
         pipeline, examples, autocast_dtype=autocast, threads=cores, description="encoding the training images"
     )

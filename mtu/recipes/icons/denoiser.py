@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from mtu.data.degrade import to_tensor
+from mtu.data.images import to_tensor
 from mtu.recipes.icons.device import mixed_precision
 from mtu.recipes.icons.prompts import IconPicture, PromptConfig, ScenePicture, icon_pictures, prompt_of, scene_pictures
 from mtu.recipes.icons.text import token_ids

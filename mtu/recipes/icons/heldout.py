@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtu.compat.private_interfaces import progress_bar_settings
-from mtu.data.degrade import psnr
-from mtu.data.icons.examples import EDIT_KINDS, IMAGE_SIZE, IconExample, Icons
+from mtu.data.icons.examples import EDIT_KINDS, IMAGE_SIZE, IconDataset, IconExample
+from mtu.data.images import psnr
 from mtu.pipelines import MTUPipeline
 from mtu.pipelines.inputs import prepare_condition_image
 from mtu.recipes.icons.prompts import IconPicture
@@ -55,17 +55,17 @@ def held_out(per_row: int, seed: int) -> list[IconExample]:
 
     Image-to-image tasks show icons never seen in any variant; text-to-image seen names in unseen combinations.
     """
-    icons = Icons("test", seed)
+    icons = IconDataset("test", seed)
     rows: dict[str, list[IconExample]] = {}
     for task in ("text-to-image", "super-resolution", "remove"):
-        rows[task] = icons.batch(task, range(per_row))
+        rows[task] = icons.get_examples(task, range(per_row))
     for kind in EDIT_KINDS:
         rows[kind] = []
     index = 0
     while any(len(rows[kind]) < per_row for kind in EDIT_KINDS):
-        example = icons.sample("edit", index)
-        if len(rows[example.kind]) < per_row:
-            rows[example.kind].append(example)
+        example = icons.get_example("edit", index)
+        if len(rows[example.edit_kind]) < per_row:
+            rows[example.edit_kind].append(example)
         index += 1
     return [rows[row][i] for i in range(per_row) for row in rows]
 
@@ -193,7 +193,7 @@ def picture_grid(examples: Sequence[IconExample], before: Tensor, after: Tensor,
 
 
 def _row_name(example: IconExample) -> str:
-    return f"{example.task}: {example.kind}" if example.kind else example.task
+    return f"{example.task}: {example.edit_kind}" if example.edit_kind else example.task
 
 
 def _pictured(prompt: str) -> IconPicture:

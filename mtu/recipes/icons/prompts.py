@@ -12,18 +12,18 @@ from typing import NamedTuple
 import numpy as np
 
 from mtu.data.icons.catalogue import (
-    BACKGROUNDS,
-    FOREGROUNDS,
-    OFF,
-    OUTLINE,
+    BACKGROUND_COLOURS,
+    CROSSED_OUT_SUFFIX,
+    ICON_COLOURS,
+    OUTLINE_SUFFIX,
     Split,
     caption,
-    caption_names,
     combination_split,
     scene_caption,
+    text_to_image_names,
 )
-from mtu.data.icons.examples import paint_icon, paint_scene, pick
-from mtu.data.icons.font import glyphs
+from mtu.data.icons.examples import paint_icon, paint_scene, random_choice
+from mtu.data.icons.font import glyph_code_points
 
 
 @dataclass(frozen=True)
@@ -80,19 +80,24 @@ class ScenePicture(NamedTuple):
 
 def icon_pictures(split: Split) -> list[IconPicture]:
     """Return all combinations of a split that text-to-image may show: plain, outlined and crossed-out icons."""
-    named = [name + style for name in caption_names() for style in ("", OUTLINE, OFF) if name + style in glyphs()]
+    named = [
+        name + style
+        for name in text_to_image_names()
+        for style in ("", OUTLINE_SUFFIX, CROSSED_OUT_SUFFIX)
+        if name + style in glyph_code_points()
+    ]
     return [
         IconPicture(name, colour, background)
         for name in named
-        for colour in FOREGROUNDS
-        for background in BACKGROUNDS
+        for colour in ICON_COLOURS
+        for background in BACKGROUND_COLOURS
         if combination_split(name, colour, background) == split
     ]
 
 
 def scene_pictures(rng: np.random.Generator, config: PromptConfig) -> list[ScenePicture]:
     """Draw the scenes: two names, two colours, two quadrants and a background each."""
-    names, colours, backgrounds = caption_names(), tuple(FOREGROUNDS), tuple(BACKGROUNDS)
+    names, colours, backgrounds = text_to_image_names(), tuple(ICON_COLOURS), tuple(BACKGROUND_COLOURS)
 
     def two(options: Sequence[str]) -> tuple[str, str]:
         first, second = rng.choice(len(options), 2, replace=False)
@@ -102,7 +107,9 @@ def scene_pictures(rng: np.random.Generator, config: PromptConfig) -> list[Scene
     for _ in range(config.scenes):
         first, second = rng.choice(4, 2, replace=False)
         removed = bool(rng.random() < config.removed_part)
-        scene = ScenePicture(two(names), two(colours), (int(first), int(second)), pick(rng, backgrounds), removed)
+        scene = ScenePicture(
+            two(names), two(colours), (int(first), int(second)), random_choice(rng, backgrounds), removed
+        )
         scenes.append(scene)
     return scenes
 
@@ -118,11 +125,11 @@ def instruction_prompt(picture: IconPicture, rng: np.random.Generator) -> str:
     instructions = []
     if rng.random() < 0.5:
         instructions.append(f"make it {colour}")
-        colour = pick(rng, tuple(FOREGROUNDS)) if rng.random() < 0.5 else ""
+        colour = random_choice(rng, tuple(ICON_COLOURS)) if rng.random() < 0.5 else ""
     if rng.random() < 0.5:
         instructions.append(f"put it on {background}")
-        background = pick(rng, tuple(BACKGROUNDS)) if rng.random() < 0.5 else ""
-    for style, instruction in ((OUTLINE, "outline it"), (OFF, "cross it out")):
+        background = random_choice(rng, tuple(BACKGROUND_COLOURS)) if rng.random() < 0.5 else ""
+    for style, instruction in ((OUTLINE_SUFFIX, "outline it"), (CROSSED_OUT_SUFFIX, "cross it out")):
         if name.endswith(style) and rng.random() < 0.7:
             instructions.append(instruction)
             name = name.removesuffix(style)

@@ -11,7 +11,15 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from mtu.data.icons.catalogue import BACKGROUNDS, FOREGROUNDS, OFF, OUTLINE, Split, caption, caption_names
+from mtu.data.icons.catalogue import (
+    BACKGROUND_COLOURS,
+    CROSSED_OUT_SUFFIX,
+    ICON_COLOURS,
+    OUTLINE_SUFFIX,
+    Split,
+    caption,
+    text_to_image_names,
+)
 from mtu.data.icons.examples import IMAGE_SIZE, paint_icon
 from mtu.recipes.icons.device import usable_device
 from mtu.recipes.icons.prompts import IconPicture, icon_pictures
@@ -45,7 +53,7 @@ class ScoreConfig:
 def requests(split: Split, count: int, seed: int) -> list[IconPicture]:
     """Draw plain and outlined icons, at equal rates, in combinations that are in a split, none twice."""
     rng = np.random.default_rng([seed, 5])
-    pictures = [picture for picture in icon_pictures(split) if not picture.name.endswith(OFF)]
+    pictures = [picture for picture in icon_pictures(split) if not picture.name.endswith(CROSSED_OUT_SUFFIX)]
     chosen = rng.permutation(len(pictures))[:count]
     return [pictures[i] for i in chosen]
 
@@ -96,7 +104,7 @@ def read_colours(images: np.ndarray) -> tuple[list[str], list[str]]:
     distance = np.sqrt(np.square(images - behind[:, None, None]).sum(-1))
     inside = distance >= 0.5 * distance.max(axis=(1, 2), keepdims=True)
     colours = (images * inside[..., None]).sum((1, 2)) / inside.sum((1, 2))[:, None]
-    return nearest(colours, FOREGROUNDS), nearest(behind, BACKGROUNDS)
+    return nearest(colours, ICON_COLOURS), nearest(behind, BACKGROUND_COLOURS)
 
 
 def retrieved(images: np.ndarray, pictures: Sequence[IconPicture], candidates: int, seed: int) -> np.ndarray:
@@ -116,10 +124,10 @@ def retrieved(images: np.ndarray, pictures: Sequence[IconPicture], candidates: i
         (n,) bool.
     """
     rng = np.random.default_rng([seed, 6])
-    pool = [name + style for name in caption_names() for style in ("", OUTLINE)]
+    pool = [name + style for name in text_to_image_names() for style in ("", OUTLINE_SUFFIX)]
     hits = []
     for image, (name, colour, background) in zip(images, pictures, strict=True):
-        other = name.removesuffix(OUTLINE) if name.endswith(OUTLINE) else name + OUTLINE
+        other = name.removesuffix(OUTLINE_SUFFIX) if name.endswith(OUTLINE_SUFFIX) else name + OUTLINE_SUFFIX
         rest = [candidate for candidate in pool if candidate not in (name, other)]
         drawn = [rest[i] for i in rng.permutation(len(rest))[: candidates - 2]]
         painted = np.stack([paint_icon(candidate, colour, background) for candidate in (name, other, *drawn)])

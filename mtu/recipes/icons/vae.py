@@ -11,10 +11,11 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from mtu.data.degrade import degrade, psnr, to_tensor, upsample
-from mtu.data.icons.catalogue import BACKGROUNDS, FOREGROUNDS, combination_split, icon_names
-from mtu.data.icons.examples import EDIT_KINDS, IMAGE_SIZE, IconExample, Icons, paint
-from mtu.data.icons.font import glyph_rows, masks
+from mtu.data.degradation import degrade
+from mtu.data.icons.catalogue import BACKGROUND_COLOURS, ICON_COLOURS, combination_split, icon_names
+from mtu.data.icons.examples import EDIT_KINDS, IMAGE_SIZE, IconDataset, IconExample, paint
+from mtu.data.icons.font import icon_masks, mask_indices
+from mtu.data.images import psnr, to_tensor, upsample_bicubic
 from mtu.recipes.icons.device import mixed_precision
 
 
@@ -64,8 +65,8 @@ def build_vae(config: VAEConfig) -> AutoencoderKL:
 def _drawable() -> tuple[np.ndarray, np.ndarray]:
     """Return the rows of the training icons, and which (icon, colour, background) may be shown: (n, 8, 4) bool."""
     names = icon_names("train")
-    rows = np.array([glyph_rows()[name] for name in names])
-    shown = [[[combination_split(n, c, b) == "train" for b in BACKGROUNDS] for c in FOREGROUNDS] for n in names]
+    rows = np.array([mask_indices()[name] for name in names])
+    shown = [[[combination_split(n, c, b) == "train" for b in BACKGROUND_COLOURS] for c in ICON_COLOURS] for n in names]
     return rows, np.array(shown)
 
 
@@ -80,7 +81,7 @@ def training_pictures(rng: np.random.Generator, config: VAEConfig) -> Tensor:
         (batch, 3, 64, 64) float32 in [-1, 1].
     """
     count, half = config.batch_size, IMAGE_SIZE // 2
-    colours, backgrounds = np.array(list(FOREGROUNDS.values())), np.array(list(BACKGROUNDS.values()))
+    colours, backgrounds = np.array(list(ICON_COLOURS.values())), np.array(list(BACKGROUND_COLOURS.values()))
     rows, shown = _drawable()
     pictures = np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     for picture in pictures:
@@ -91,7 +92,7 @@ def training_pictures(rng: np.random.Generator, config: VAEConfig) -> Tensor:
             picture[:] = behind
             for quadrant in rng.choice(4, rng.integers(1, 3), replace=False):
                 top, left = half * (quadrant // 2), half * (quadrant % 2)
-                mask = masks(half)[rows[rng.integers(len(rows))]][:, mirror]
+                mask = icon_masks(half)[rows[rng.integers(len(rows))]][:, mirror]
                 colour = colours[rng.integers(len(colours))]
                 picture[top : top + half, left : left + half] = paint(mask, colour, behind)
             continue
@@ -99,11 +100,11 @@ def training_pictures(rng: np.random.Generator, config: VAEConfig) -> Tensor:
             draw = rng.integers(len(rows)), rng.integers(len(colours)), rng.integers(len(backgrounds))
             if shown[draw]:
                 break
-        mask = masks(IMAGE_SIZE)[rows[draw[0]]][:, mirror]
+        mask = icon_masks(IMAGE_SIZE)[rows[draw[0]]][:, mirror]
         picture[:] = paint(mask, colours[draw[1]], backgrounds[draw[2]])
     batch = to_tensor(pictures)
     for i in np.flatnonzero(rng.random(count) < config.degraded_part):
-        batch[i] = upsample(to_tensor(degrade(pictures[i], rng)), IMAGE_SIZE)
+        batch[i] = upsample_bicubic(to_tensor(degrade(pictures[i], rng)), IMAGE_SIZE)
     return batch
 
 
@@ -169,12 +170,12 @@ def set_scaling_factor(vae: AutoencoderKL, seed: int, pictures: int = 512) -> fl
 
 def reconstruction_examples(count: int) -> dict[str, list[IconExample]]:
     """Return test examples by the kind of picture that they show: each kind of edit, scenes, and plain icons."""
-    icons = Icons("test")
-    edits = icons.batch("edit", range(8 * count))
-    kinds = {kind: [e for e in edits if e.kind == kind][:count] for kind in EDIT_KINDS}
+    icons = IconDataset("test")
+    edits = icons.get_examples("edit", range(8 * count))
+    kinds = {kind: [e for e in edits if e.edit_kind == kind][:count] for kind in EDIT_KINDS}
     indices = range(count)
-    kinds["scene"] = [e._replace(target=e.image) for e in icons.batch("remove", indices) if e.image is not None]
-    kinds["super-resolution"] = icons.batch("super-resolution", indices)
+    kinds["scene"] = [e._replace(target=e.image) for e in icons.get_examples("remove", indices) if e.image is not None]
+    kinds["super-resolution"] = icons.get_examples("super-resolution", indices)
     return kinds
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from mtu.data.icons import catalogue, font
-from mtu.data.icons.catalogue import BACKGROUNDS, FOREGROUNDS, SPLITS
+from mtu.data.icons.catalogue import BACKGROUND_COLOURS, ICON_COLOURS, SPLITS
 
 
 def test_the_font_has_the_icons_that_the_tasks_are_counted_on() -> None:
-    names = font.glyphs()
+    names = font.glyph_code_points()
     assert len(names) == 7279
     assert sum(name + "-outline" in names for name in names) == 1834
     assert sum(name + "-off" in names for name in names) == 303
@@ -26,7 +26,7 @@ def test_missing_font_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.slow
 def test_masks_are_drawn_whole_and_keep_a_margin() -> None:
     for size in (64, 32):
-        masks = font.masks(size)
+        masks = font.icon_masks(size)
         assert masks.shape == (7279, size, size)
         assert masks.dtype == np.uint8
         margin = size // 32
@@ -54,24 +54,24 @@ def test_splits_never_change() -> None:
     # Written down, so that a change of the hash, which would spoil the shipped model's scores, cannot pass unseen.
     assert catalogue.hash_fraction("bell") == pytest.approx(0.96294, abs=1e-5)
     assert [len(catalogue.icon_names(split)) for split in SPLITS] == [6053, 272, 954]
-    assert len(catalogue.caption_names()) == 187
+    assert len(catalogue.text_to_image_names()) == 187
 
 
 def test_combinations_are_held_out_at_the_stated_rates() -> None:
-    combinations = itertools.product(catalogue.caption_names(), FOREGROUNDS, BACKGROUNDS)
+    combinations = itertools.product(catalogue.text_to_image_names(), ICON_COLOURS, BACKGROUND_COLOURS)
     splits = [catalogue.combination_split(*combination) for combination in combinations]
     assert 0.08 < splits.count("test") / len(splits) < 0.12
     assert 0.02 < splits.count("validation") / len(splits) < 0.04
 
 
 def test_colours_are_far_apart() -> None:
-    colours = {**FOREGROUNDS, **BACKGROUNDS}
-    assert len(FOREGROUNDS) == 8
-    assert len(BACKGROUNDS) == 4
+    colours = {**ICON_COLOURS, **BACKGROUND_COLOURS}
+    assert len(ICON_COLOURS) == 8
+    assert len(BACKGROUND_COLOURS) == 4
     for first, second in itertools.combinations(colours, 2):
         distance = np.linalg.norm(np.subtract(colours[first], colours[second]))
         # An icon must stand out from its background more clearly than two colours differ from one another.
-        least = 100 if (first in FOREGROUNDS) != (second in FOREGROUNDS) else 75
+        least = 100 if (first in ICON_COLOURS) != (second in ICON_COLOURS) else 75
         assert distance >= least, f"{first} and {second} are only {distance:.0f} apart"
 
 

@@ -1,4 +1,4 @@
-"""`Icons`: examples are deterministic, their targets true, and nothing that is held out shows up in training."""
+"""`IconDataset`: examples are deterministic, their targets true, and nothing that is held out shows up in training."""
 
 import re
 from collections import Counter, defaultdict
@@ -8,22 +8,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtu.data.degrade import degrade, psnr, to_tensor, upsample
-from mtu.data.icons import Icons
+from mtu.data.degradation import degrade
+from mtu.data.icons import IconDataset
 from mtu.data.icons.catalogue import (
-    BACKGROUNDS,
-    FOREGROUNDS,
-    OFF,
-    OUTLINE,
+    BACKGROUND_COLOURS,
+    CROSSED_OUT_SUFFIX,
+    ICON_COLOURS,
+    OUTLINE_SUFFIX,
     SPLITS,
-    caption_names,
     combination_split,
     icon_names,
+    names_with_variant,
     one_word_names,
-    variant_names,
+    text_to_image_names,
 )
-from mtu.data.icons.examples import EDIT_KINDS, TASKS, IconExample, paint, paint_icon
-from mtu.data.icons.font import glyph_rows, masks
+from mtu.data.icons.examples import EDIT_KINDS, TASK_NAMES, IconExample, paint, paint_icon
+from mtu.data.icons.font import icon_masks, mask_indices
+from mtu.data.images import psnr, to_tensor, upsample_bicubic
 
 
 def pixels(image: Tensor | None) -> np.ndarray:
@@ -35,7 +36,7 @@ def pixels(image: Tensor | None) -> np.ndarray:
 def mask_of(picture: np.ndarray) -> tuple[np.ndarray, str]:
     """Recover an icon's mask, as 0 … 1, and the background's name from a picture of known colours."""
     background = tuple(int(c) for c in picture[0, 0])
-    name = {colour: name for name, colour in BACKGROUNDS.items()}[background]
+    name = {colour: name for name, colour in BACKGROUND_COLOURS.items()}[background]
     distance = np.linalg.norm(picture.astype(float) - background, axis=-1)
     return distance / distance.max(), name
 
@@ -44,38 +45,40 @@ def colour_of(picture: np.ndarray) -> str:
     """Return the name of the colour that is farthest from the background."""
     distance = np.linalg.norm(picture.astype(float) - picture[0, 0], axis=-1)
     colour = tuple(int(c) for c in picture.reshape(-1, 3)[distance.argmax()])
-    return {colour: name for name, colour in FOREGROUNDS.items()}[colour]
+    return {colour: name for name, colour in ICON_COLOURS.items()}[colour]
 
 
 def edits(split: str, count: int = 160) -> dict[str, list[IconExample]]:
     """Return edits by kind."""
     kinds = defaultdict(list)
-    for example in Icons(split).batch("edit", range(count)):  # type: ignore[arg-type]
-        kinds[example.kind].append(example)
+    for example in IconDataset(split).get_examples("edit", range(count)):  # type: ignore[arg-type]
+        kinds[example.edit_kind].append(example)
     return kinds
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", TASK_NAMES)
 def test_examples_depend_on_seed_split_task_and_index_alone(task: str) -> None:
-    first, again = Icons("train", seed=3), Icons("train", seed=3)
-    examples = first.batch(task, range(6))
+    first, again = IconDataset("train", seed=3), IconDataset("train", seed=3)
+    examples = first.get_examples(task, range(6))
     # In another order: an example must not depend on those drawn before it.
     for index in (5, 0, 3):
-        repeated = again.sample(task, index)
+        repeated = again.get_example(task, index)
         assert repeated.prompt == examples[index].prompt
         assert torch.equal(repeated.target, examples[index].target)
         image, before = repeated.image, examples[index].image
         assert (image is None and before is None) or torch.equal(image, before)  # type: ignore[arg-type]
-    others = Icons("train", seed=4).batch(task, range(6)) + Icons("test", seed=3).batch(task, range(6))
+    others = IconDataset("train", seed=4).get_examples(task, range(6)) + IconDataset("test", seed=3).get_examples(
+        task, range(6)
+    )
     assert not any(torch.equal(a.target, b.target) for a, b in zip(examples + examples, others, strict=True))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", TASK_NAMES)
 @pytest.mark.parametrize("split", SPLITS)
 def test_shapes_and_ranges(task: str, split: str) -> None:
-    for example in Icons(split).batch(task, range(20)):  # type: ignore[arg-type]
+    for example in IconDataset(split).get_examples(task, range(20)):  # type: ignore[arg-type]
         assert example.task == task
-        assert example.kind in (EDIT_KINDS if task == "edit" else ("",))
+        assert example.edit_kind in (EDIT_KINDS if task == "edit" else ("",))
         assert example.target.shape == (3, 64, 64)
         assert example.target.dtype == torch.float32
         assert example.target.min() >= -1
@@ -92,12 +95,12 @@ def test_shapes_and_ranges(task: str, split: str) -> None:
 @pytest.mark.parametrize("split", SPLITS)
 def test_text_to_image_shows_the_captions_icon_in_the_splits_combinations(split: str) -> None:
     styles = Counter()
-    for example in Icons(split).batch("text-to-image", range(200)):  # type: ignore[arg-type]
+    for example in IconDataset(split).get_examples("text-to-image", range(200)):  # type: ignore[arg-type]
         match = re.fullmatch(r"a (\w+) (outlined )?(\w+) on (\w+)", example.prompt)
         assert match is not None
         colour, style, name, background = match.groups()
-        full = name + (OUTLINE if style else "")
-        assert name in caption_names()
+        full = name + (OUTLINE_SUFFIX if style else "")
+        assert name in text_to_image_names()
         assert combination_split(full, colour, background) == split
         np.testing.assert_array_equal(pixels(example.target), paint_icon(full, colour, background))
         styles[style] += 1
@@ -114,14 +117,14 @@ def test_training_pictures_are_never_held_out_combinations(monkeypatch: pytest.M
 
     monkeypatch.setattr("mtu.data.icons.examples.paint_icon", spy)
     for task in ("text-to-image", "edit", "super-resolution"):
-        Icons("train").batch(task, range(400))
+        IconDataset("train").get_examples(task, range(400))
     # An edit paints two pictures.
     assert len(painted) == 1600
     assert {combination_split(*combination) for combination in painted} == {"train"}
 
 
 def test_kinds_of_edit_are_equally_frequent() -> None:
-    counts = Counter(example.kind for example in Icons("train").batch("edit", range(600)))
+    counts = Counter(example.edit_kind for example in IconDataset("train").get_examples("edit", range(600)))
     assert set(counts) == set(EDIT_KINDS)
     # Four standard deviations of a binomial count of 600 draws at 1/4.
     assert all(abs(count - 150) < 43 for count in counts.values())
@@ -129,10 +132,11 @@ def test_kinds_of_edit_are_equally_frequent() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "suffix", "prompt"), [("outline", OUTLINE, "outline it"), ("off", OFF, "cross it out")]
+    ("kind", "suffix", "prompt"),
+    [("outline", OUTLINE_SUFFIX, "outline it"), ("off", CROSSED_OUT_SUFFIX, "cross it out")],
 )
 def test_target_is_the_other_variant_of_the_same_icon(kind: str, suffix: str, prompt: str) -> None:
-    names = variant_names("test", suffix)
+    names = names_with_variant("test", suffix)
     for example in edits("test")[kind]:
         assert example.prompt == prompt
         before, after = pixels(example.image), pixels(example.target)
@@ -162,7 +166,7 @@ def test_new_background_is_the_one_asked_for_and_the_icon_stays() -> None:
 
 def test_removal_clears_the_named_icon_and_leaves_the_other() -> None:
     pool = one_word_names("test")
-    for example in Icons("test").batch("remove", range(60)):
+    for example in IconDataset("test").get_examples("remove", range(60)):
         match = re.fullmatch(r"remove the (\w+) (\w+)", example.prompt)
         assert match is not None
         colour, name = match.groups()
@@ -172,13 +176,13 @@ def test_removal_clears_the_named_icon_and_leaves_the_other() -> None:
         # What changed is one icon of the named colour and shape in one quadrant, and is plain background now.
         assert (after[changed] == after[0, 0]).all()
         top, left = (int(side.min()) // 32 * 32 for side in np.nonzero(changed))
-        mask = masks(32)[glyph_rows()[name]]
+        mask = icon_masks(32)[mask_indices()[name]]
         cleared = changed[top : top + 32, left : left + 32]
         assert changed.sum() == cleared.sum()
         # The faintest grey levels may round to the background.
         assert cleared[mask > 8].all()
         assert not cleared[mask == 0].any()
-        painted = paint(mask, np.array(FOREGROUNDS[colour]), after[0, 0])
+        painted = paint(mask, np.array(ICON_COLOURS[colour]), after[0, 0])
         np.testing.assert_array_equal(before[top : top + 32, left : left + 32], painted)
         # The other icon is still there: outside the cleared quadrant nothing changed, and there is ink.
         assert (after != after[0, 0]).any()
@@ -186,10 +190,10 @@ def test_removal_clears_the_named_icon_and_leaves_the_other() -> None:
 
 def test_image_tasks_are_tested_on_icons_never_seen() -> None:
     for split in SPLITS:
-        assert set(variant_names(split, OUTLINE)) <= set(icon_names(split))
+        assert set(names_with_variant(split, OUTLINE_SUFFIX)) <= set(icon_names(split))
         others = {name for other in SPLITS if other != split for name in icon_names(other)}
         assert not others & set(one_word_names(split))
-        assert not others & set(variant_names(split, OFF))
+        assert not others & set(names_with_variant(split, CROSSED_OUT_SUFFIX))
 
 
 @pytest.mark.slow
@@ -197,15 +201,15 @@ def test_copying_the_input_scores_what_it_should() -> None:
     """Medians in dB, a fingerprint of rendering, colours and degradation."""
     expected = {"outline": 14, "off": 18, "recolour": 14, "super-resolution": 21, "remove": 19, "no noise": 27}
     values: dict[str, list[float]] = defaultdict(list)
-    icons = Icons("test")
+    icons = IconDataset("test")
     for task in ("edit", "super-resolution", "remove"):
-        for index, example in enumerate(icons.batch(task, range(300))):
+        for index, example in enumerate(icons.get_examples(task, range(300))):
             assert example.image is not None
-            copy = upsample(example.image, 64)
-            values[example.kind or task].append(float(psnr(copy, example.target)))
+            copy = upsample_bicubic(example.image, 64)
+            values[example.edit_kind or task].append(float(psnr(copy, example.target)))
             if task == "super-resolution":
-                clean = degrade(pixels(example.target), np.random.default_rng(index), noise=False)
-                values["no noise"].append(float(psnr(upsample(to_tensor(clean), 64), example.target)))
+                clean = degrade(pixels(example.target), np.random.default_rng(index), add_noise_and_jpeg=False)
+                values["no noise"].append(float(psnr(upsample_bicubic(to_tensor(clean), 64), example.target)))
     medians = {kind: float(np.median(values[kind])) for kind in expected}
     print(medians)
     assert medians == pytest.approx(expected, abs=1.2)
@@ -213,8 +217,8 @@ def test_copying_the_input_scores_what_it_should() -> None:
 
 def test_errors_are_one_sentence() -> None:
     with pytest.raises(ValueError, match="Unknown split 'dev'; choose one of train, validation, test"):
-        Icons("dev")  # type: ignore[arg-type]
+        IconDataset("dev")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Unknown task 'inpaint'; choose one of text-to-image"):
-        Icons().sample("inpaint", 0)
+        IconDataset().get_example("inpaint", 0)
     with pytest.raises(ValueError, match="counts from 0, got -1"):
-        Icons().sample("edit", -1)
+        IconDataset().get_example("edit", -1)

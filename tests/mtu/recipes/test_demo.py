@@ -8,8 +8,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import mtu
-from mtu.data.degrade import psnr
-from mtu.data.icons.examples import EDIT_KINDS, TASKS
+from mtu.data.icons.examples import EDIT_KINDS, TASK_NAMES
+from mtu.data.images import psnr
 from mtu.recipes.icons.base import BaseConfig, new_pipeline, save_model
 from mtu.recipes.icons.demo import ICON_TASKS, DemoConfig, run_demo
 from mtu.recipes.icons.denoiser import DenoiserConfig
@@ -50,14 +50,14 @@ def test_demo_from_end_to_end(base: Path, tmp_path: Path, capsys: pytest.Capture
     assert {row["task"] for row in rows} >= {"text-to-image", "remove", *(f"edit: {kind}" for kind in EDIT_KINDS)}
     assert all(row["torch"] == torch.__version__ for row in rows)
     model = mtu.MTUPipeline.from_pretrained(tmp_path / "out" / "model", dtype=torch.float32)
-    assert [spec.name for spec in model.unet.tasks] == list(TASKS)
+    assert [spec.name for spec in model.unet.tasks] == list(TASK_NAMES)
     assert model.unet.tasks == ICON_TASKS
 
 
 def test_every_batch_mixes_the_tasks_and_examples_are_held_out() -> None:
     examples = held_out(3, seed=0)
     assert len(examples) == 3 * (3 + len(EDIT_KINDS))
-    assert {example.task for example in examples[: 3 + len(EDIT_KINDS)]} == set(TASKS)
+    assert {example.task for example in examples[: 3 + len(EDIT_KINDS)]} == set(TASK_NAMES)
     again = held_out(3, seed=0)
     assert all(torch.equal(a.target, b.target) and a.prompt == b.prompt for a, b in zip(examples, again, strict=True))
 
@@ -75,7 +75,7 @@ def test_measures_are_right_for_images_that_are_known(base: Path) -> None:
             assert row.after == 100.0, metric
         else:
             assert row.after == pytest.approx(100, abs=0.1)  # PSNR of equal images is capped at 100 dB
-            where = [i for i, e in enumerate(examples) if task in (e.task, f"{e.task}: {e.kind}")]
+            where = [i for i, e in enumerate(examples) if task in (e.task, f"{e.task}: {e.edit_kind}")]
             expected = psnr(noisy[where], targets[where]).mean()  # of two examples the mean is the median
             assert row.before == pytest.approx(float(expected), abs=1e-3)
             assert row.copy is not None

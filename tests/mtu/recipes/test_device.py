@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mtu
-from mtu.data.icons.examples import TASKS, Icons
+from mtu.data.icons.examples import TASK_NAMES, IconDataset
 from mtu.recipes.icons import denoiser
 from mtu.recipes.icons.__main__ import main, make_base
 from mtu.recipes.icons.base import BaseConfig, new_pipeline, train_base
@@ -58,8 +58,8 @@ def test_training_is_where_the_model_is() -> None:
     pipeline = new_pipeline(MINIATURE)
     latents = LatentSet(pipeline.vae, MINIATURE.denoiser.prompts, 0)
     upcycled = mtu.upcycle(pipeline, ICON_TASKS, num_experts=2)
-    icons = Icons("train")
-    tasks = encode_examples(upcycled, {task: icons.batch(task, range(2)) for task in TASKS})
+    icons = IconDataset("train")
+    tasks = encode_examples(upcycled, {task: icons.get_examples(task, range(2)) for task in TASK_NAMES})
     unet, vae, encoder = (module.to("meta") for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder))
     upcycled.unet.to("meta")
     with pytest.raises(RuntimeError, match="device"):

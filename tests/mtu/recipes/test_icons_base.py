@@ -10,13 +10,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from mtu.data.icons.catalogue import (
-    BACKGROUNDS,
-    FOREGROUNDS,
-    OUTLINE,
+    BACKGROUND_COLOURS,
+    ICON_COLOURS,
+    OUTLINE_SUFFIX,
     caption,
-    caption_names,
     combination_split,
-    split_of,
+    split_of_name,
+    text_to_image_names,
     vocabulary,
 )
 from mtu.recipes.icons import vae as vae_module
@@ -75,10 +75,10 @@ def test_every_word_is_one_token_and_any_text_can_be_encoded() -> None:
 
 def test_training_combinations_are_all_there_and_none_is_held_out() -> None:
     pictures = icon_pictures("train")
-    assert {p.name.removesuffix(OUTLINE).removesuffix("-off") for p in pictures} == set(caption_names())
-    assert all(combination_split(*p) == "train" and split_of(p.name) == "train" for p in pictures)
-    assert {p.colour for p in pictures} == set(FOREGROUNDS)
-    assert {p.background for p in pictures} == set(BACKGROUNDS)
+    assert {p.name.removesuffix(OUTLINE_SUFFIX).removesuffix("-off") for p in pictures} == set(text_to_image_names())
+    assert all(combination_split(*p) == "train" and split_of_name(p.name) == "train" for p in pictures)
+    assert {p.colour for p in pictures} == set(ICON_COLOURS)
+    assert {p.background for p in pictures} == set(BACKGROUND_COLOURS)
     held_out = set(icon_pictures("test")) | set(icon_pictures("validation"))
     assert held_out
     assert not held_out & set(pictures)
@@ -99,11 +99,11 @@ def test_the_autoencoder_never_sees_held_out_combinations(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(vae_module, "paint", spy)
     training_pictures(np.random.default_rng(0), VAEConfig(batch_size=300))
-    drawn = vae_module.masks(64)[rows]
+    drawn = vae_module.icon_masks(64)[rows]
     allowed = set()
     for index, mask in enumerate(drawn):
-        for c, colour in enumerate(FOREGROUNDS.values()):
-            for b, background in enumerate(BACKGROUNDS.values()):
+        for c, colour in enumerate(ICON_COLOURS.values()):
+            for b, background in enumerate(BACKGROUND_COLOURS.values()):
                 if shown[index, c, b]:
                     allowed |= {(mask.tobytes(), colour, background)}
         if index == 400:
@@ -143,8 +143,8 @@ def test_scenes_show_both_icons_or_the_one_that_is_left() -> None:
     for scene in scenes:
         picture = scene.paint()
         colours = {tuple(int(c) for c in pixel) for pixel in picture.reshape(-1, 3)}
-        assert FOREGROUNDS[scene.colours[0]] in colours
-        assert (FOREGROUNDS[scene.colours[1]] in colours) == (not scene.removed)
+        assert ICON_COLOURS[scene.colours[0]] in colours
+        assert (ICON_COLOURS[scene.colours[1]] in colours) == (not scene.removed)
         prompt = prompt_of(scene, rng, config)
         assert prompt.endswith(f", remove the {scene.colours[1]} {scene.names[1]}") == scene.removed
     assert 40 < sum(scene.removed for scene in scenes) < 100

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 import mtu
-from mtu.data.icons.examples import TASKS, Icons
+from mtu.data.icons.examples import TASK_NAMES, IconDataset
 from mtu.recipes.icons.base import BaseConfig, new_pipeline
 from mtu.recipes.icons.denoiser import DenoiserConfig
 from mtu.recipes.icons.text import TextConfig
@@ -31,12 +31,12 @@ def pipeline() -> mtu.MTUPipeline:
 
 @pytest.fixture(scope="module")
 def data(pipeline):
-    icons = Icons("train")
-    return encode_examples(pipeline, {task: icons.batch(task, range(6)) for task in TASKS})
+    icons = IconDataset("train")
+    return encode_examples(pipeline, {task: icons.get_examples(task, range(6)) for task in TASK_NAMES})
 
 
 def test_latents_are_those_of_the_pipeline(pipeline, data) -> None:
-    example = Icons("train").sample("edit", 2)
+    example = IconDataset("train").get_example("edit", 2)
     assert example.image is not None
     with torch.no_grad():
         target = pipeline.vae.encode(example.target[None]).latent_dist.mode() * pipeline.vae.config.scaling_factor
@@ -64,7 +64,7 @@ def test_loss_is_the_sum_of_the_tasks_means(pipeline, data) -> None:
     # With the prediction held at zero each task's mean is E‖ε‖² = 1, within √(2 / (3·1024)) = 2.6%; 6 σ of the sum.
     silent = MultiTaskLoss(pipeline, data, config)
     silent.unet = _Silent(pipeline.unet)
-    assert float(silent(0)) == pytest.approx(len(TASKS), abs=6 * 0.026 * len(TASKS) ** 0.5)
+    assert float(silent(0)) == pytest.approx(len(TASK_NAMES), abs=6 * 0.026 * len(TASK_NAMES) ** 0.5)
 
 
 def test_min_snr_weights_lower_the_easy_timesteps(pipeline, data) -> None:
@@ -168,7 +168,7 @@ def test_a_model_in_bfloat16_has_a_loss(data) -> None:
 
 
 def test_data_that_cannot_be_trained_on(pipeline, data) -> None:
-    icons = Icons("train")
+    icons = IconDataset("train")
 
     def loss(**tasks):
         return MultiTaskLoss(pipeline, data._replace(latents=tasks), MultiTaskConfig())
@@ -186,20 +186,20 @@ def test_data_that_cannot_be_trained_on(pipeline, data) -> None:
     small = data.latents["edit"]._replace(target=data.latents["edit"].target[..., :8, :8])
     with pytest.raises(ValueError, match=r"of one shape .* \(4, 16, 16\) for 'remove' and \(4, 8, 8\) for 'edit'\.$"):
         loss(remove=data.latents["remove"], edit=small)
-    examples = icons.batch("edit", range(2))
+    examples = icons.get_examples("edit", range(2))
     examples[1] = examples[1]._replace(target=examples[1].target[:, :32, :32])
     with pytest.raises(ValueError, match=r"must be of one size, but got \(3, 64, 64\) and \(3, 32, 32\)\.$"):
         encode_examples(pipeline, {"edit": examples})
     twin = mtu.upcycle(new_pipeline(MINIATURE), [mtu.TaskSpec("edit", condition_channels=5)])
     with pytest.raises(ValueError, match="'edit' reads 5 condition channels, but an image has 4 latent channels"):
-        encode_examples(twin, {"edit": icons.batch("edit", range(1))})
+        encode_examples(twin, {"edit": icons.get_examples("edit", range(1))})
     twin = mtu.upcycle(new_pipeline(MINIATURE))
     with torch.no_grad():
         twin.vae.encoder.conv_in.bias.fill_(float("inf"))
     with pytest.raises(
         FloatingPointError, match=r"torch\.float32, gives latents that are not finite .* from number 0 on"
     ):
-        encode_examples(twin, {"text-to-image": icons.batch("text-to-image", range(1))})
+        encode_examples(twin, {"text-to-image": icons.get_examples("text-to-image", range(1))})
 
 
 def test_dropout_follows_the_guidance(pipeline, data) -> None:
@@ -277,11 +277,11 @@ def test_another_loss_does_not_continue_a_checkpoint(data, tmp_path) -> None:
 
 
 def test_bad_arguments(pipeline, data) -> None:
-    icons = Icons("train")
+    icons = IconDataset("train")
     with pytest.raises(ValueError, match="Unknown task 'sing'"):
-        encode_examples(pipeline, {"sing": icons.batch("edit", range(1))})
+        encode_examples(pipeline, {"sing": icons.get_examples("edit", range(1))})
     with pytest.raises(ValueError, match="does not fit task 'edit'"):
-        encode_examples(pipeline, {"edit": icons.batch("text-to-image", range(1))})
+        encode_examples(pipeline, {"edit": icons.get_examples("text-to-image", range(1))})
     with pytest.raises(ValueError, match="batch_per_task"):
         MultiTaskConfig(batch_per_task=0)
     with pytest.raises(ValueError, match="dropout"):
