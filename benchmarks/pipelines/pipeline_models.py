@@ -22,7 +22,7 @@ from benchmarks.models.unet_models import share_weights
 from mtu.data.icons import examples as icons
 from mtu.data.icons.examples import IconDataset
 from mtu.pipelines.inputs import prepare_condition_image
-from mtu.recipes.icons.demo import BASE_MODEL, ICON_TASKS
+from mtu.recipes.icons.demo import ICON_TASKS, SHIPPED_BASE_MODEL
 from mtu.tasks import TaskSpec
 
 # How far tasks are moved apart: enough that one task's weights give other images than another's, little enough that
@@ -74,7 +74,7 @@ def load_pipeline(folder: Path | None) -> mtu.MTUPipeline:
     Raises:
         ValueError: there is no such folder, or it holds another kind of pipeline.
     """
-    index = (BASE_MODEL if folder is None else folder) / "model_index.json"
+    index = (SHIPPED_BASE_MODEL if folder is None else folder) / "model_index.json"
     if not index.is_file():
         raise ValueError(f"{index.parent} must be a pipeline's folder in diffusers' layout, got no {index.name} there.")
     kinds = {cls.__name__: cls for cls in (StableDiffusionPipeline, mtu.MTUPipeline)}

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 
 from mtu.data.icons.catalogue import OUTLINE_SUFFIX, text_to_image_names
-from mtu.recipes.icons.base import BaseConfig, save_model, train_base
-from mtu.recipes.icons.card import write_card
-from mtu.recipes.icons.demo import BASE_MODEL, DemoConfig, run_demo
-from mtu.recipes.icons.device import describe
+from mtu.recipes.icons.base_model import BaseModelConfig, save_float16_pipeline, train_base_model
+from mtu.recipes.icons.base_model_card import write_base_model_card
+from mtu.recipes.icons.demo import SHIPPED_BASE_MODEL, DemoConfig, run_demo
+from mtu.recipes.icons.device import describe_device
 from mtu.recipes.icons.score import ScoreConfig, score_model
 
 
-def add_base(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_base_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the `base` command."""
     parser = commands.add_parser("base", help="train the base text-to-image model from nothing")
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints, logs and the model")
@@ -25,20 +25,20 @@ def add_base(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.add_argument("--steps", type=int, help="limit of each training, in optimizer steps")
     parser.add_argument("--device", default="cpu", help="where to train; may change at --resume (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, data and noise")
-    parser.set_defaults(run=run_base)
+    parser.set_defaults(run=run_base_command)
 
 
-def run_base(arguments: argparse.Namespace) -> None:
+def run_base_command(arguments: argparse.Namespace) -> None:
     """Train, save, score and describe the base model; the model comes to `OUTPUT/model`."""
     command = f"python -m mtu.recipes.icons base --output DIR --seed {arguments.seed}"
-    config = BaseConfig(seed=arguments.seed).limited(arguments.minutes, arguments.steps)
+    config = BaseModelConfig(seed=arguments.seed).with_limits(arguments.minutes, arguments.steps)
     if arguments.minutes is not None:
         command += f" --minutes {arguments.minutes:g}"
     if arguments.steps is not None:
         command += f" --steps {arguments.steps}"
     if arguments.device != "cpu":
         command += f" --device {arguments.device}"
-    make_base(
+    make_base_model(
         arguments.output,
         config,
         ScoreConfig(),
@@ -49,9 +49,9 @@ def run_base(arguments: argparse.Namespace) -> None:
     )
 
 
-def make_base(
+def make_base_model(
     output: Path,
-    config: BaseConfig,
+    config: BaseModelConfig,
     score: ScoreConfig,
     *,
     command: str,
@@ -75,15 +75,15 @@ def make_base(
         FileNotFoundError: `resume` is true, but there is no checkpoint.
         ValueError: the device cannot be used.
     """
-    pipeline, history = train_base(output, config, resume=resume, overwrite=overwrite, device=device)
+    pipeline, history = train_base_model(output, config, resume=resume, overwrite=overwrite, device=device)
     folder = output / "model"
-    save_model(pipeline, folder)
+    save_float16_pipeline(pipeline, folder)
     metrics = score_model(folder, score, device)
     prompts = config.denoiser.prompts
     provenance = {
         "command": command,
         "seed": config.seed,
-        "machine": describe(pipeline.device),
+        "machine": describe_device(pipeline.device),
         "names": len(text_to_image_names()),
         "all_icons": sum(len((name, name + OUTLINE_SUFFIX)) for name in text_to_image_names()),
         "vae_minutes": history["vae"][-1].seconds / 60,
@@ -92,20 +92,22 @@ def make_base(
         "denoiser_minutes": history["denoiser"][-1].seconds / 60,
         "denoiser_steps": history["denoiser"][-1].step,
         "denoiser_batch": config.denoiser.batch_size,
-        "scenes": prompts.scene_part,
-        "instructions": prompts.instruction_part,
-        "removed": prompts.removed_part,
+        "scenes": prompts.scene_fraction,
+        "instructions": prompts.instruction_fraction,
+        "removed": prompts.removal_fraction,
         "remark": "",
     }
-    write_card(folder, metrics, provenance)
+    write_base_model_card(folder, metrics, provenance)
     print(f"The model is in {folder}; its scores are in {folder / 'README.md'}.")
 
 
-def add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_demo_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the `demo` command."""
     defaults = DemoConfig()
     parser = commands.add_parser("demo", help="upcycle a base model, train it on four tasks, show and measure them")
-    parser.add_argument("--base", type=Path, default=BASE_MODEL, help="folder of the base model (default: the shipped)")
+    parser.add_argument(
+        "--base", type=Path, default=SHIPPED_BASE_MODEL, help="folder of the base model (default: the shipped)"
+    )
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for pictures, tables, model")
     parser.add_argument("--minutes", type=float, default=defaults.minutes, help="of training")
     parser.add_argument(
@@ -126,8 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m mtu.recipes.icons", description="The icon models of mtu.")
     commands = parser.add_subparsers(required=True, metavar="command")
-    add_base(commands)
-    add_demo(commands)
+    add_base_command(commands)
+    add_demo_command(commands)
     parsed = parser.parse_args(arguments)
     try:
         parsed.run(parsed)

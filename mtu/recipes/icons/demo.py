@@ -15,8 +15,15 @@ from diffusers.models.attention_processor import AttnProcessor
 from mtu.data.icons.examples import TASK_NAMES, IconDataset, IconExample
 from mtu.inspection import compare, format_comparison
 from mtu.pipelines import MTUPipeline
-from mtu.recipes.icons.device import autocast_dtype, describe, usable_device
-from mtu.recipes.icons.heldout import format_measurements, generate, held_out, measure, picture_grid, write_csv
+from mtu.recipes.icons.device import autocast_dtype, describe_device, usable_device
+from mtu.recipes.icons.held_out_evaluation import (
+    before_after_grid,
+    format_measurements,
+    generate_examples,
+    held_out_examples,
+    measure_quality,
+    write_measurements_csv,
+)
 from mtu.storage import write_text
 from mtu.tasks import EDIT, REMOVE, SUPER_RESOLUTION, TEXT_TO_IMAGE, TaskSpec
 from mtu.training import FitConfig, fit
@@ -24,10 +31,10 @@ from mtu.training.multitask import MultiTaskConfig, MultiTaskLoss, encode_exampl
 from mtu.training.parallel_loss import intra_op_threads
 from mtu.upcycling import upcycle
 
-__all__ = ["BASE_MODEL", "ICON_TASKS", "DemoConfig", "run_demo"]
+__all__ = ["ICON_TASKS", "SHIPPED_BASE_MODEL", "DemoConfig", "run_demo"]
 
 # The base model that the package ships, in Stable Diffusion's folder layout.
-BASE_MODEL = Path(__file__).parents[2] / "assets" / "icons-base"
+SHIPPED_BASE_MODEL = Path(__file__).parents[2] / "assets" / "icons-base"
 
 # The paper's scales are those of a model of photographs; a small model of flat icons wants less.
 ICON_TASKS: tuple[TaskSpec, ...] = (
@@ -45,8 +52,8 @@ class DemoConfig:
     Args:
         minutes: of training.
         steps: at most. A CPU does not reach them; a GPU that trains for long needs more.
-        examples: training examples of each task.
-        per_row: held-out examples of each row of the metrics table.
+        examples_per_task: training examples of each task.
+        examples_per_row: held-out examples of each row of the metrics table.
         batch_per_task: training examples of each task in a step.
         learning_rate: highest rate of Adam.
         inference_steps: denoising steps; None: the tasks' own, 20.
@@ -56,8 +63,8 @@ class DemoConfig:
 
     minutes: float = 6.0
     steps: int = 4000
-    examples: int = 2000
-    per_row: int = 16
+    examples_per_task: int = 2000
+    examples_per_row: int = 16
     batch_per_task: int = 12
     learning_rate: float = 1.5e-3
     inference_steps: int | None = None
@@ -89,27 +96,27 @@ def run_demo(base: Path, output: Path, config: DemoConfig, device: str | torch.d
         # At these head widths two plain batched products are faster there than the fused attention, the default.
         pipeline.unet.set_attn_processor(AttnProcessor())
 
-    examples = held_out(config.per_row, config.seed)
-    before = generate(pipeline, examples, config.seed, "held-out, before training", config.inference_steps)
+    examples = held_out_examples(config.examples_per_row, config.seed)
+    before = generate_examples(pipeline, examples, config.seed, "held-out, before training", config.inference_steps)
     cores = torch.get_num_threads() if on_cpu else 1
     # A small model's operations are too short to split over cores: each core gets its own part of the batch.
     with intra_op_threads(1):
-        train(pipeline, config, output / "training", cores)
-    after = generate(pipeline, examples, config.seed, "held-out, after training", config.inference_steps)
+        train_on_icon_tasks(pipeline, config, output / "training", cores)
+    after = generate_examples(pipeline, examples, config.seed, "held-out, after training", config.inference_steps)
 
-    rows = measure(pipeline, examples, before, after)
+    rows = measure_quality(pipeline, examples, before, after)
     provenance = {
         "command": _command(config, device),
         "seconds": round(time.monotonic() - started),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "threads": torch.get_num_threads(),
-        "device": platform.machine() if on_cpu else describe(device),
+        "device": platform.machine() if on_cpu else describe_device(device),
     }
-    write_csv(output / "metrics.csv", rows, provenance)
+    write_measurements_csv(output / "metrics.csv", rows, provenance)
     write_text(output / "metrics.md", format_measurements(rows) + "\n")
     write_text(output / "model.txt", table + "\n")
-    picture_grid(examples, before, after).save(output / "grid.png")
+    before_after_grid(examples, before, after).save(output / "grid.png")
     pipeline.save_pretrained(output / "model")
     print(f"\n{format_measurements(rows)}\n")
     print(f"Pictures, tables and the model are in {output} ({time.monotonic() - started:.0f} s in all).")
@@ -123,12 +130,12 @@ def _command(config: DemoConfig, device: torch.device) -> str:
     return command if device.type == "cpu" else f"{command} --device {device}"
 
 
-def train(pipeline: MTUPipeline, config: DemoConfig, directory: Path, cores: int) -> None:
+def train_on_icon_tasks(pipeline: MTUPipeline, config: DemoConfig, directory: Path, cores: int) -> None:
     """Train the upcycled parts of a pipeline on the four icon tasks, each batch in equal parts on several cores."""
     autocast = autocast_dtype(pipeline.unet.device)
     icons = IconDataset("train", config.seed)
     examples: dict[str, Sequence[IconExample]] = {
-        task: icons.get_examples(task, range(config.examples)) for task in TASK_NAMES
+        task: icons.get_examples(task, range(config.examples_per_task)) for task in TASK_NAMES
     }
     data = encode_examples(
         pipeline, examples, autocast_dtype=autocast, threads=cores, description="encoding the training images"

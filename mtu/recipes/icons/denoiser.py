@@ -12,9 +12,16 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from mtu.data.images import to_tensor
 from mtu.recipes.icons.device import mixed_precision
-from mtu.recipes.icons.prompts import IconPicture, PromptConfig, ScenePicture, icon_pictures, prompt_of, scene_pictures
-from mtu.recipes.icons.text import token_ids
-from mtu.recipes.icons.vae import encode
+from mtu.recipes.icons.prompts import (
+    IconPicture,
+    PromptConfig,
+    ScenePicture,
+    draw_prompt,
+    icon_pictures,
+    scene_pictures,
+)
+from mtu.recipes.icons.text_encoder import tokenize
+from mtu.recipes.icons.vae import encode_pictures
 from mtu.training.parallel_loss import average_loss_in_threads
 from mtu.training.timesteps import timestep_loss_weights, timesteps_at_fractions
 
@@ -78,7 +85,7 @@ def build_unet(config: DenoiserConfig, text_width: int) -> UNet2DConditionModel:
     )
 
 
-class LatentSet:
+class LatentDataset:
     """Every picture that the base model learns from, with its latents.
 
     Args:
@@ -92,21 +99,23 @@ class LatentSet:
         self.scenes = scene_pictures(np.random.default_rng([seed, 3]), config)
         pictures: list[IconPicture | ScenePicture] = [*self.icons, *self.scenes]
         chunks = [pictures[start : start + 256] for start in range(0, len(pictures), 256)]
-        latents = [encode(vae, to_tensor(np.stack([picture.paint() for picture in chunk]))) for chunk in chunks]
+        latents = [
+            encode_pictures(vae, to_tensor(np.stack([picture.paint() for picture in chunk]))) for chunk in chunks
+        ]
         self.latents = torch.cat(latents) * vae.config.scaling_factor
         self.config = config
 
-    def draw(self, rng: np.random.Generator, count: int) -> tuple[Tensor, list[str]]:
+    def draw_batch(self, rng: np.random.Generator, count: int) -> tuple[Tensor, list[str]]:
         """Draw pictures and a prompt for each.
 
         Returns:
             (count, 4, 16, 16) float32 scaled latents, and the prompts.
         """
-        scene = rng.random(count) < self.config.scene_part
+        scene = rng.random(count) < self.config.scene_fraction
         rows = np.where(scene, rng.integers(len(self.scenes), size=count), rng.integers(len(self.icons), size=count))
         drawn = [self.scenes[row] if is_scene else self.icons[row] for row, is_scene in zip(rows, scene, strict=True)]
         latents = self.latents[torch.from_numpy(rows + scene * len(self.icons))]
-        return latents, [prompt_of(picture, rng, self.config) for picture in drawn]
+        return latents, [draw_prompt(picture, rng, self.config) for picture in drawn]
 
 
 class DenoiserLoss:
@@ -128,7 +137,7 @@ class DenoiserLoss:
         unet: UNet2DConditionModel,
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
-        data: LatentSet,
+        data: LatentDataset,
         config: DenoiserConfig,
         seed: int,
     ) -> None:
@@ -149,7 +158,7 @@ class DenoiserLoss:
         rng = np.random.default_rng([self.seed, 4, step])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         count = self.config.batch_size
-        latents, prompts = self.data.draw(rng, count)
+        latents, prompts = self.data.draw_batch(rng, count)
         # One timestep from each of `count` equal stretches: the loss varies less from step to step.
         spread = (torch.arange(count) + torch.rand(count, generator=generator)) / count
         timesteps = timesteps_at_fractions(spread, len(self.timestep_weights))[
@@ -157,7 +166,7 @@ class DenoiserLoss:
         ]
         noise = torch.randn(latents.shape, generator=generator)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        tokens = token_ids(self.tokenizer, prompts)
+        tokens = tokenize(self.tokenizer, prompts)
         batch = [tensor.to(self.unet.device) for tensor in (noisy, noise, timesteps, tokens)]
         if self.unet.device.type != "cpu":
             return self._loss(*batch)

@@ -45,7 +45,7 @@ def mixed_precision(device: torch.device, *, cache_weights: bool = True) -> Abst
     return autocast_to(device.type, autocast_dtype(device), cache_weights=cache_weights)
 
 
-def describe(device: torch.device) -> str:
+def describe_device(device: torch.device) -> str:
     """What a machine computes with, for a table's or a model's provenance."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -31,17 +31,17 @@ class PromptConfig:
     """Parts of the base model's training examples.
 
     Attributes:
-        scene_part: part of the examples that are scenes of two half-size icons.
+        scene_fraction: part of the examples that are scenes of two half-size icons.
         scenes: how many different scenes there are.
-        removed_part: part of the scenes that show one icon, and whose prompt removes the other.
-        instruction_part: part of the single icons that are described through instructions.
+        removal_fraction: part of the scenes that show one icon, and whose prompt removes the other.
+        instruction_fraction: part of the single icons that are described through instructions.
         prompt_dropout_prob: part of the prompts that are left empty, for classifier-free guidance.
     """
 
-    scene_part: float = 0.12
+    scene_fraction: float = 0.12
     scenes: int = 6000
-    removed_part: float = 0.35
-    instruction_part: float = 0.3
+    removal_fraction: float = 0.35
+    instruction_fraction: float = 0.3
     prompt_dropout_prob: float = 0.1
 
 
@@ -106,7 +106,7 @@ def scene_pictures(rng: np.random.Generator, config: PromptConfig) -> list[Scene
     scenes = []
     for _ in range(config.scenes):
         first, second = rng.choice(4, 2, replace=False)
-        removed = bool(rng.random() < config.removed_part)
+        removed = bool(rng.random() < config.removal_fraction)
         scene = ScenePicture(
             two(names), two(colours), (int(first), int(second)), random_choice(rng, backgrounds), removed
         )
@@ -139,10 +139,10 @@ def instruction_prompt(picture: IconPicture, rng: np.random.Generator) -> str:
     return ", ".join([text, *(instructions[i] for i in order)])
 
 
-def prompt_of(picture: IconPicture | ScenePicture, rng: np.random.Generator, config: PromptConfig) -> str:
+def draw_prompt(picture: IconPicture | ScenePicture, rng: np.random.Generator, config: PromptConfig) -> str:
     """Draw a prompt for a picture: empty, the data set's caption, or a caption with instructions."""
     if rng.random() < config.prompt_dropout_prob:
         return ""
     if isinstance(picture, ScenePicture):
         return picture.prompt(swapped=bool(rng.random() < 0.5))
-    return instruction_prompt(picture, rng) if rng.random() < config.instruction_part else caption(*picture)
+    return instruction_prompt(picture, rng) if rng.random() < config.instruction_fraction else caption(*picture)

@@ -50,7 +50,7 @@ class ScoreConfig:
     seed: int = 0
 
 
-def requests(split: Split, count: int, seed: int) -> list[IconPicture]:
+def sample_icon_pictures(split: Split, count: int, seed: int) -> list[IconPicture]:
     """Draw plain and outlined icons, at equal rates, in combinations that are in a split, none twice."""
     rng = np.random.default_rng([seed, 5])
     pictures = [picture for picture in icon_pictures(split) if not picture.name.endswith(CROSSED_OUT_SUFFIX)]
@@ -59,7 +59,7 @@ def requests(split: Split, count: int, seed: int) -> list[IconPicture]:
 
 
 @torch.no_grad()
-def generate(
+def generate_from_captions(
     pipeline: StableDiffusionPipeline, pictures: Sequence[IconPicture], scale: float, steps: int, seed: int
 ) -> np.ndarray:
     """Generate a picture for the caption of each request.
@@ -79,14 +79,14 @@ def generate(
     return torch.cat(images).permute(0, 2, 3, 1).numpy() * 255
 
 
-def nearest(colours: np.ndarray, named: dict[str, tuple[int, int, int]]) -> list[str]:
+def nearest_colour_names(colours: np.ndarray, named: dict[str, tuple[int, int, int]]) -> list[str]:
     """Return the name of the nearest named colour for each row of (n, 3)."""
     table = np.array(list(named.values()), dtype=np.float64)
     distances = np.square(colours[:, None] - table).sum(-1)
     return [tuple(named)[i] for i in distances.argmin(1)]
 
 
-def read_colours(images: np.ndarray) -> tuple[list[str], list[str]]:
+def classify_colours(images: np.ndarray) -> tuple[list[str], list[str]]:
     """Read an icon's colour and background off pictures.
 
     The background is the median of the outermost two rows and columns, which no icon reaches. The icon's colour is
@@ -104,10 +104,10 @@ def read_colours(images: np.ndarray) -> tuple[list[str], list[str]]:
     distance = np.sqrt(np.square(images - behind[:, None, None]).sum(-1))
     inside = distance >= 0.5 * distance.max(axis=(1, 2), keepdims=True)
     colours = (images * inside[..., None]).sum((1, 2)) / inside.sum((1, 2))[:, None]
-    return nearest(colours, ICON_COLOURS), nearest(behind, BACKGROUND_COLOURS)
+    return nearest_colour_names(colours, ICON_COLOURS), nearest_colour_names(behind, BACKGROUND_COLOURS)
 
 
-def retrieved(images: np.ndarray, pictures: Sequence[IconPicture], candidates: int, seed: int) -> np.ndarray:
+def retrieval_hits(images: np.ndarray, pictures: Sequence[IconPicture], candidates: int, seed: int) -> np.ndarray:
     """Tell for which pictures the requested icon is the nearest of many candidates.
 
     All candidates are painted in the requested colour and background, so only the shape decides. They are the
@@ -144,10 +144,10 @@ def text_to_image_scores(
     Returns:
         Rates in 0 … 1 and the median PSNR against the true pictures; and the generated pictures.
     """
-    images = generate(pipeline, pictures, scale, config.steps, config.seed)
-    colours, backgrounds = read_colours(images)
-    hits = retrieved(images, pictures, config.candidates, config.seed)
-    everything = retrieved(images, pictures, 10**9, config.seed)
+    images = generate_from_captions(pipeline, pictures, scale, config.steps, config.seed)
+    colours, backgrounds = classify_colours(images)
+    hits = retrieval_hits(images, pictures, config.candidates, config.seed)
+    everything = retrieval_hits(images, pictures, 10**9, config.seed)
     true = np.stack([picture.paint() for picture in pictures])
     error = np.square((images - true) / 255).mean((1, 2, 3))
     return {
@@ -159,13 +159,13 @@ def text_to_image_scores(
     }, images
 
 
-def choose_guidance(pipeline: StableDiffusionPipeline, config: ScoreConfig) -> tuple[float, dict[str, float]]:
+def choose_guidance_scale(pipeline: StableDiffusionPipeline, config: ScoreConfig) -> tuple[float, dict[str, float]]:
     """Choose the guidance scale on the validation split, by retrieval and then by PSNR against the true pictures.
 
     Returns:
         The scale, and the retrieval rate among all icons at each scale.
     """
-    pictures = requests("validation", config.validation_samples, config.seed)
+    pictures = sample_icon_pictures("validation", config.validation_samples, config.seed)
     scores = {scale: text_to_image_scores(pipeline, pictures, scale, config)[0] for scale in config.guidance_scales}
     best = max(scores, key=lambda scale: (scores[scale]["retrieval_top1_of_all"], scores[scale]["psnr_median"]))
     return best, {str(scale): score["retrieval_top1_of_all"] for scale, score in scores.items()}
@@ -198,8 +198,8 @@ def score_model(folder: Path, config: ScoreConfig, device: str | torch.device = 
     """
     device = usable_device(device)
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32).to(device)
-    scale, by_scale = choose_guidance(pipeline, config)
-    pictures = requests("test", config.samples, config.seed)
+    scale, by_scale = choose_guidance_scale(pipeline, config)
+    pictures = sample_icon_pictures("test", config.samples, config.seed)
     scores, images = text_to_image_scores(pipeline, pictures, scale, config)
     modules = {"unet": pipeline.unet, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
     metrics: dict[str, object] = {

@@ -30,8 +30,8 @@ class VAEConfig:
         batch_size: pictures per step.
         l1_weight: weight of the absolute error beside the squared error.
         kl_weight: weight of the mean KL divergence per latent element.
-        scene_part: part of the pictures that show half-size icons.
-        degraded_part: part of the pictures that are super-resolution conditions.
+        scene_fraction: part of the pictures that show half-size icons.
+        degraded_fraction: part of the pictures that are super-resolution conditions.
     """
 
     block_out_channels: tuple[int, ...] = (32, 32, 96)
@@ -40,8 +40,8 @@ class VAEConfig:
     batch_size: int = 8
     l1_weight: float = 0.1
     kl_weight: float = 5e-5
-    scene_part: float = 0.2
-    degraded_part: float = 0.06
+    scene_fraction: float = 0.2
+    degraded_fraction: float = 0.06
 
 
 def build_vae(config: VAEConfig) -> AutoencoderKL:
@@ -87,7 +87,7 @@ def training_pictures(rng: np.random.Generator, config: VAEConfig) -> Tensor:
     for picture in pictures:
         # Mirrored icons are new shapes, for free.
         mirror = slice(None, None, -1 if rng.random() < 0.5 else 1)
-        if rng.random() < config.scene_part:
+        if rng.random() < config.scene_fraction:
             behind = backgrounds[rng.integers(len(backgrounds))]
             picture[:] = behind
             for quadrant in rng.choice(4, rng.integers(1, 3), replace=False):
@@ -103,7 +103,7 @@ def training_pictures(rng: np.random.Generator, config: VAEConfig) -> Tensor:
         mask = icon_masks(IMAGE_SIZE)[rows[draw[0]]][:, mirror]
         picture[:] = paint(mask, colours[draw[1]], backgrounds[draw[2]])
     batch = to_tensor(pictures)
-    for i in np.flatnonzero(rng.random(count) < config.degraded_part):
+    for i in np.flatnonzero(rng.random(count) < config.degraded_fraction):
         batch[i] = upsample_bicubic(to_tensor(degrade(pictures[i], rng)), IMAGE_SIZE)
     return batch
 
@@ -139,7 +139,7 @@ class VAELoss:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+def encode_pictures(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     """Return the unscaled latents of pictures: (n, 3, 64, 64) in [-1, 1] to (n, 4, 16, 16) float32, both on the CPU."""
     batches = []
     for chunk in pictures.split(64):
@@ -160,7 +160,7 @@ def set_scaling_factor(vae: AutoencoderKL, seed: int, pictures: int = 512) -> fl
         FloatingPointError: all latents are equal, or some are not finite.
     """
     rng = np.random.default_rng([seed, 2])
-    deviation = float(encode(vae, training_pictures(rng, VAEConfig(batch_size=pictures))).std())
+    deviation = float(encode_pictures(vae, training_pictures(rng, VAEConfig(batch_size=pictures))).std())
     if not 0 < deviation < math.inf:
         raise FloatingPointError(f"The autoencoder is of no use: its latents have the standard deviation {deviation}.")
     factor = 1 / deviation

@@ -18,15 +18,15 @@ from benchmarks.pipelines.image_psnr import ExecutionPath
 from benchmarks.pipelines.pipeline_contenders import TABLE, comparison
 from benchmarks.pipelines.pipeline_models import check_images, copy_sharing_weights, draw_samples, stock_rows
 from benchmarks.pipelines.psnr_rows import STOCK, compare, psnr, squared_errors, standard_error, verdict
-from mtu.recipes.icons.base import BaseConfig, new_pipeline, save_model
+from mtu.recipes.icons.base_model import BaseModelConfig, build_untrained_pipeline, save_float16_pipeline
 from mtu.recipes.icons.denoiser import DenoiserConfig
-from mtu.recipes.icons.text import TextConfig
+from mtu.recipes.icons.text_encoder import TextEncoderConfig
 from mtu.recipes.icons.vae import VAEConfig
 from mtu.tasks import EDIT, SD_TASKS, SUPER_RESOLUTION, TaskSpec
 
-MINIATURE = BaseConfig(
+MINIATURE = BaseModelConfig(
     vae=VAEConfig(block_out_channels=(8, 8, 16), norm_num_groups=4),
-    text=TextConfig(width=16, layers=1, heads=2),
+    text=TextEncoderConfig(width=16, layers=1, heads=2),
     denoiser=DenoiserConfig(block_out_channels=(8, 16), heads=2, norm_num_groups=4),
 )
 NAMES = [spec.name for spec in SD_TASKS]
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
     """A stock pipeline, untrained."""
     path = tmp_path_factory.mktemp("pipelines") / "miniature"
     torch.manual_seed(0)
-    save_model(new_pipeline(MINIATURE), path)
+    save_float16_pipeline(build_untrained_pipeline(MINIATURE), path)
     return path
 
 

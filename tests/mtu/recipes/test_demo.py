@@ -10,19 +10,26 @@ from diffusers import StableDiffusionPipeline
 import mtu
 from mtu.data.icons.examples import EDIT_KINDS, TASK_NAMES
 from mtu.data.images import psnr
-from mtu.recipes.icons.base import BaseConfig, new_pipeline, save_model
+from mtu.recipes.icons.base_model import BaseModelConfig, build_untrained_pipeline, save_float16_pipeline
 from mtu.recipes.icons.demo import ICON_TASKS, DemoConfig, run_demo
 from mtu.recipes.icons.denoiser import DenoiserConfig
-from mtu.recipes.icons.heldout import Measurement, generate, held_out, measure, picture_grid, write_csv
-from mtu.recipes.icons.text import TextConfig
+from mtu.recipes.icons.held_out_evaluation import (
+    Measurement,
+    before_after_grid,
+    generate_examples,
+    held_out_examples,
+    measure_quality,
+    write_measurements_csv,
+)
+from mtu.recipes.icons.text_encoder import TextEncoderConfig
 from mtu.recipes.icons.vae import VAEConfig
 from mtu.training.checkpoint import load_checkpoint, save_checkpoint
 
 from ..file_operations import CUTS, count_operations, run_cut_off
 
-MINIATURE = BaseConfig(
+MINIATURE = BaseModelConfig(
     vae=VAEConfig(block_out_channels=(8, 8, 16), norm_num_groups=4),
-    text=TextConfig(width=16, layers=1, heads=2),
+    text=TextEncoderConfig(width=16, layers=1, heads=2),
     denoiser=DenoiserConfig(block_out_channels=(8, 8, 16), heads=2, norm_num_groups=4),
 )
 
@@ -31,13 +38,15 @@ MINIATURE = BaseConfig(
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("base")
-    save_model(new_pipeline(MINIATURE), folder)
+    save_float16_pipeline(build_untrained_pipeline(MINIATURE), folder)
     return folder
 
 
 @pytest.mark.slow
 def test_demo_from_end_to_end(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = DemoConfig(minutes=5, steps=3, examples=4, per_row=1, batch_per_task=1, inference_steps=2)
+    config = DemoConfig(
+        minutes=5, steps=3, examples_per_task=4, examples_per_row=1, batch_per_task=1, inference_steps=2
+    )
     # Over what an earlier run left.
     save_checkpoint(tmp_path / "out" / "training", {"a": torch.ones(1)}, {"step": 1})
     run_demo(base, tmp_path / "out", config)
@@ -55,20 +64,20 @@ def test_demo_from_end_to_end(base: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_every_batch_mixes_the_tasks_and_examples_are_held_out() -> None:
-    examples = held_out(3, seed=0)
+    examples = held_out_examples(3, seed=0)
     assert len(examples) == 3 * (3 + len(EDIT_KINDS))
     assert {example.task for example in examples[: 3 + len(EDIT_KINDS)]} == set(TASK_NAMES)
-    again = held_out(3, seed=0)
+    again = held_out_examples(3, seed=0)
     assert all(torch.equal(a.target, b.target) and a.prompt == b.prompt for a, b in zip(examples, again, strict=True))
 
 
 @pytest.mark.slow
 def test_measures_are_right_for_images_that_are_known(base: Path) -> None:
     pipeline = mtu.upcycle(StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32), ICON_TASKS)
-    examples = held_out(2, seed=0)
+    examples = held_out_examples(2, seed=0)
     targets = torch.stack([example.target for example in examples])
     noisy = (targets + 0.1 * torch.randn(targets.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
-    rows = {(row.task, row.metric): row for row in measure(pipeline, examples, noisy, targets)}
+    rows = {(row.task, row.metric): row for row in measure_quality(pipeline, examples, noisy, targets)}
     for (task, metric), row in rows.items():
         if task == "text-to-image":
             assert row.copy is None
@@ -85,13 +94,13 @@ def test_measures_are_right_for_images_that_are_known(base: Path) -> None:
 @pytest.mark.slow
 def test_images_do_not_depend_on_how_they_are_batched(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = mtu.upcycle(StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32), ICON_TASKS)
-    examples = held_out(1, seed=0)
-    together = generate(pipeline, examples, 0, "together", steps=2)
-    monkeypatch.setattr("mtu.recipes.icons.heldout._BATCH", 2)
-    apart = generate(pipeline, examples, 0, "apart", steps=2)
+    examples = held_out_examples(1, seed=0)
+    together = generate_examples(pipeline, examples, 0, "together", steps=2)
+    monkeypatch.setattr("mtu.recipes.icons.held_out_evaluation._BATCH", 2)
+    apart = generate_examples(pipeline, examples, 0, "apart", steps=2)
     # float32 rounding of two denoising steps and the VAE, each some 40 layers of 2 ulp, on values up to 1.
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-4)
-    grid = picture_grid(examples, together, apart)
+    grid = before_after_grid(examples, together, apart)
     assert grid.width > 4 * 64
     assert grid.height > 7 * 64
 
@@ -99,11 +108,13 @@ def test_images_do_not_depend_on_how_they_are_batched(base: Path, monkeypatch: p
 def test_a_table_of_metrics_is_whole_or_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.csv"
     row = Measurement("edit", "PSNR (dB)", 2, None, 1.0, 2.0, 3.0)
-    write_csv(path, [row], {"seed": 0})
+    write_measurements_csv(path, [row], {"seed": 0})
     older = path.read_text()
-    for operation in range(count_operations(monkeypatch, lambda: write_csv(path, [row, row], {"seed": 0}))):
-        write_csv(path, [row], {"seed": 0})
-        run_cut_off(monkeypatch, lambda: write_csv(path, [row, row], {"seed": 0}), operation, CUTS[0])
+    for operation in range(
+        count_operations(monkeypatch, lambda: write_measurements_csv(path, [row, row], {"seed": 0}))
+    ):
+        write_measurements_csv(path, [row], {"seed": 0})
+        run_cut_off(monkeypatch, lambda: write_measurements_csv(path, [row, row], {"seed": 0}), operation, CUTS[0])
         assert path.read_text() in (older, older + older.splitlines()[1] + "\n")
 
 

@@ -9,21 +9,21 @@ import torch
 import mtu
 from mtu.data.icons.examples import TASK_NAMES, IconDataset
 from mtu.recipes.icons import denoiser
-from mtu.recipes.icons.__main__ import main, make_base
-from mtu.recipes.icons.base import BaseConfig, new_pipeline, train_base
+from mtu.recipes.icons.__main__ import main, make_base_model
+from mtu.recipes.icons.base_model import BaseModelConfig, build_untrained_pipeline, train_base_model
 from mtu.recipes.icons.demo import ICON_TASKS, DemoConfig, run_demo
-from mtu.recipes.icons.denoiser import DenoiserConfig, DenoiserLoss, LatentSet
+from mtu.recipes.icons.denoiser import DenoiserConfig, DenoiserLoss, LatentDataset
 from mtu.recipes.icons.device import autocast_dtype, usable_device
 from mtu.recipes.icons.prompts import PromptConfig, icon_pictures
 from mtu.recipes.icons.score import ScoreConfig
-from mtu.recipes.icons.text import TextConfig
+from mtu.recipes.icons.text_encoder import TextEncoderConfig
 from mtu.recipes.icons.vae import VAEConfig, VAELoss
 from mtu.training import FitConfig
 from mtu.training.multitask import MultiTaskConfig, MultiTaskLoss, encode_examples
 
-MINIATURE = BaseConfig(
+MINIATURE = BaseModelConfig(
     vae=VAEConfig(block_out_channels=(8, 8, 16), norm_num_groups=4, batch_size=2),
-    text=TextConfig(width=16, layers=1, heads=2),
+    text=TextEncoderConfig(width=16, layers=1, heads=2),
     denoiser=DenoiserConfig(
         block_out_channels=(8, 8, 16), heads=2, norm_num_groups=4, batch_size=4, prompts=PromptConfig(scenes=20)
     ),
@@ -55,8 +55,8 @@ def test_a_device_that_cannot_be_used_is_one_sentence_and_nothing_is_written(
 @pytest.mark.slow
 def test_training_is_where_the_model_is() -> None:
     """On the meta device, whose tensors do not mix with the CPU's. Latents are drawn, and kept, on the CPU."""
-    pipeline = new_pipeline(MINIATURE)
-    latents = LatentSet(pipeline.vae, MINIATURE.denoiser.prompts, 0)
+    pipeline = build_untrained_pipeline(MINIATURE)
+    latents = LatentDataset(pipeline.vae, MINIATURE.denoiser.prompts, 0)
     upcycled = mtu.upcycle(pipeline, ICON_TASKS, num_experts=2)
     icons = IconDataset("train")
     tasks = encode_examples(upcycled, {task: icons.get_examples(task, range(2)) for task in TASK_NAMES})
@@ -86,8 +86,8 @@ def test_compute_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("first", "second"), [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "cuda")])
 def test_miniature_run_on_a_gpu_goes_on_elsewhere(first: str, second: str, tmp_path: Path) -> None:
-    make_base(tmp_path, MINIATURE.limited(minutes=1e-4), SCORE, command="c", device=first)
-    make_base(tmp_path, MINIATURE.limited(minutes=10), SCORE, command="c", resume=True, device=second)
+    make_base_model(tmp_path, MINIATURE.with_limits(minutes=1e-4), SCORE, command="c", device=first)
+    make_base_model(tmp_path, MINIATURE.with_limits(minutes=10), SCORE, command="c", resume=True, device=second)
     metrics = json.loads((tmp_path / "model" / "metrics.json").read_text())
     assert metrics["training"]["denoiser_steps"] == 2
     assert metrics["training"]["machine"] != ""
@@ -95,8 +95,10 @@ def test_miniature_run_on_a_gpu_goes_on_elsewhere(first: str, second: str, tmp_p
 
 @pytest.mark.gpu
 def test_the_demo_on_a_gpu(tmp_path: Path) -> None:
-    config = DemoConfig(minutes=5, steps=3, examples=4, per_row=1, batch_per_task=2, inference_steps=2)
-    pipeline, _ = train_base(tmp_path / "base", MINIATURE, device="cuda")
+    config = DemoConfig(
+        minutes=5, steps=3, examples_per_task=4, examples_per_row=1, batch_per_task=2, inference_steps=2
+    )
+    pipeline, _ = train_base_model(tmp_path / "base", MINIATURE, device="cuda")
     pipeline.save_pretrained(tmp_path / "model")
     run_demo(tmp_path / "model", tmp_path / "out", config, "cuda")
     assert usable_device("cuda").type == "cuda"

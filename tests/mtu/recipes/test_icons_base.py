@@ -20,28 +20,33 @@ from mtu.data.icons.catalogue import (
     vocabulary,
 )
 from mtu.recipes.icons import vae as vae_module
-from mtu.recipes.icons.__main__ import main, make_base
-from mtu.recipes.icons.base import BaseConfig, new_pipeline, save_model, train_base
+from mtu.recipes.icons.__main__ import main, make_base_model
+from mtu.recipes.icons.base_model import (
+    BaseModelConfig,
+    build_untrained_pipeline,
+    save_float16_pipeline,
+    train_base_model,
+)
 from mtu.recipes.icons.denoiser import DenoiserConfig
 from mtu.recipes.icons.prompts import (
     IconPicture,
     PromptConfig,
+    draw_prompt,
     icon_pictures,
     instruction_prompt,
-    prompt_of,
     scene_pictures,
 )
-from mtu.recipes.icons.score import ScoreConfig, read_colours, requests, retrieved
-from mtu.recipes.icons.text import TextConfig, build_tokenizer
+from mtu.recipes.icons.score import ScoreConfig, classify_colours, retrieval_hits, sample_icon_pictures
+from mtu.recipes.icons.text_encoder import TextEncoderConfig, build_tokenizer
 from mtu.recipes.icons.vae import VAEConfig, training_pictures
 from mtu.training import FitConfig
 from mtu.training.checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
 
 ASSET = Path(__file__).parents[3] / "mtu" / "assets" / "icons-base"
 
-MINIATURE = BaseConfig(
+MINIATURE = BaseModelConfig(
     vae=VAEConfig(block_out_channels=(8, 8, 16), norm_num_groups=4, batch_size=2),
-    text=TextConfig(width=16, layers=1, heads=2),
+    text=TextEncoderConfig(width=16, layers=1, heads=2),
     denoiser=DenoiserConfig(
         block_out_channels=(8, 8, 16), heads=2, norm_num_groups=4, batch_size=4, prompts=PromptConfig(scenes=20)
     ),
@@ -82,7 +87,7 @@ def test_training_combinations_are_all_there_and_none_is_held_out() -> None:
     held_out = set(icon_pictures("test")) | set(icon_pictures("validation"))
     assert held_out
     assert not held_out & set(pictures)
-    asked = requests("test", 300, 0)
+    asked = sample_icon_pictures("test", 300, 0)
     assert len(set(asked)) == 300
     assert set(asked) <= held_out
 
@@ -145,31 +150,31 @@ def test_scenes_show_both_icons_or_the_one_that_is_left() -> None:
         colours = {tuple(int(c) for c in pixel) for pixel in picture.reshape(-1, 3)}
         assert ICON_COLOURS[scene.colours[0]] in colours
         assert (ICON_COLOURS[scene.colours[1]] in colours) == (not scene.removed)
-        prompt = prompt_of(scene, rng, config)
+        prompt = draw_prompt(scene, rng, config)
         assert prompt.endswith(f", remove the {scene.colours[1]} {scene.names[1]}") == scene.removed
     assert 40 < sum(scene.removed for scene in scenes) < 100
-    prompts = [prompt_of(scenes[0], rng, PromptConfig(prompt_dropout_prob=0.5)) for _ in range(200)]
+    prompts = [draw_prompt(scenes[0], rng, PromptConfig(prompt_dropout_prob=0.5)) for _ in range(200)]
     assert 60 < prompts.count("") < 140
 
 
 @pytest.mark.slow
 def test_scores_are_perfect_for_true_pictures_and_not_for_others() -> None:
-    pictures = requests("test", 60, 0)
+    pictures = sample_icon_pictures("test", 60, 0)
     true = np.stack([picture.paint() for picture in pictures]).astype(np.float32)
     noisy = np.clip(true + np.random.default_rng(0).normal(0, 20, true.shape), 0, 255)
     for images in (true, noisy):
-        colours, backgrounds = read_colours(images)
+        colours, backgrounds = classify_colours(images)
         assert colours == [p.colour for p in pictures]
         assert backgrounds == [p.background for p in pictures]
         # A few icons are drawn alike under two names.
-        assert retrieved(images, pictures, 100, 0).mean() > 0.95
-    assert retrieved(np.roll(true, 1, axis=0), pictures, 100, 0).mean() < 0.1
+        assert retrieval_hits(images, pictures, 100, 0).mean() > 0.95
+    assert retrieval_hits(np.roll(true, 1, axis=0), pictures, 100, 0).mean() < 0.1
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_pictures")
 def test_miniature_run_from_end_to_end_resumes_and_describes_itself(tmp_path: Path) -> None:
-    make_base(tmp_path, MINIATURE, SCORE, command="the command")
+    make_base_model(tmp_path, MINIATURE, SCORE, command="the command")
     model = tmp_path / "model"
     metrics = json.loads((model / "metrics.json").read_text())
     assert metrics["samples"] == 8
@@ -181,13 +186,13 @@ def test_miniature_run_from_end_to_end_resumes_and_describes_itself(tmp_path: Pa
     assert (model / "samples.png").is_file()
     first = {path.name: path.read_bytes() for path in model.rglob("*.safetensors")}
     # Resuming a finished run trains nothing, and comes to the same weights; also under another name of the device.
-    make_base(tmp_path, MINIATURE, SCORE, command="the command", resume=True, device="cpu:0")
+    make_base_model(tmp_path, MINIATURE, SCORE, command="the command", resume=True, device="cpu:0")
     assert {path.name: path.read_bytes() for path in model.rglob("*.safetensors")} == first
     # Without --resume the checkpoints are not destroyed, also where only the second stage has one.
     remove_checkpoint(tmp_path / "vae")
     denoiser = load_checkpoint(tmp_path / "denoiser")[1]
     with pytest.raises(FileExistsError, match="denoiser holds the checkpoint of a training: continue it with resume"):
-        make_base(tmp_path, MINIATURE, SCORE, command="the command")
+        make_base_model(tmp_path, MINIATURE, SCORE, command="the command")
     assert load_checkpoint(tmp_path / "denoiser")[1] == denoiser
     pipeline = StableDiffusionPipeline.from_pretrained(model)
     assert {m.dtype for m in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
@@ -210,9 +215,9 @@ def test_overwriting_leaves_no_stage_of_the_older_training(tmp_path: Path, monke
     def stop(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mtu.recipes.icons.base.fit", stop)
+    monkeypatch.setattr("mtu.recipes.icons.base_model.fit", stop)
     with pytest.raises(KeyboardInterrupt):
-        train_base(tmp_path, MINIATURE, overwrite=True)
+        train_base_model(tmp_path, MINIATURE, overwrite=True)
     assert not list(tmp_path.rglob("*.*"))
 
 
@@ -234,8 +239,8 @@ def test_an_autoencoder_of_no_use_stops_the_training() -> None:
 
 @pytest.mark.slow
 def test_untrained_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
-    first, again = new_pipeline(MINIATURE), new_pipeline(MINIATURE)
-    save_model(first, tmp_path)
+    first, again = build_untrained_pipeline(MINIATURE), build_untrained_pipeline(MINIATURE)
+    save_float16_pipeline(first, tmp_path)
     for name in ("unet", "vae", "text_encoder"):
         loaded = getattr(StableDiffusionPipeline.from_pretrained(tmp_path), name).state_dict()
         for key, tensor in getattr(again, name).state_dict().items():
@@ -250,7 +255,7 @@ def test_shipped_model_is_small_and_draws_what_the_caption_says() -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(ASSET)
     pipeline.set_progress_bar_config(disable=True)
     metrics = json.loads((ASSET / "metrics.json").read_text())
-    pictures = requests("test", 6, 1)
+    pictures = sample_icon_pictures("test", 6, 1)
     output = pipeline(
         [caption(*picture) for picture in pictures],
         num_inference_steps=10,
@@ -259,9 +264,9 @@ def test_shipped_model_is_small_and_draws_what_the_caption_says() -> None:
         output_type="np",
     )
     images = output.images * 255
-    colours, backgrounds = read_colours(images)
+    colours, backgrounds = classify_colours(images)
     assert sum(c == p.colour for c, p in zip(colours, pictures, strict=True)) >= 5
     assert sum(b == p.background for b, p in zip(backgrounds, pictures, strict=True)) >= 5
-    assert retrieved(images, pictures, 100, 0).sum() >= 4
+    assert retrieval_hits(images, pictures, 100, 0).sum() >= 4
     # An empty prompt and unknown words must run too.
     assert pipeline(["", "a Zürich of 7"], num_inference_steps=1, output_type="np").images.shape == (2, 64, 64, 3)

@@ -8,17 +8,17 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 
 import mtu
 from mtu.data.icons.examples import TASK_NAMES, IconDataset
-from mtu.recipes.icons.base import BaseConfig, new_pipeline
+from mtu.recipes.icons.base_model import BaseModelConfig, build_untrained_pipeline
 from mtu.recipes.icons.denoiser import DenoiserConfig
-from mtu.recipes.icons.text import TextConfig
+from mtu.recipes.icons.text_encoder import TextEncoderConfig
 from mtu.recipes.icons.vae import VAEConfig
 from mtu.tasks import EDIT, SUPER_RESOLUTION, TEXT_TO_IMAGE
 from mtu.training import FitConfig, fit
 from mtu.training.multitask import MultiTaskConfig, MultiTaskLoss, encode_examples
 
-MINIATURE = BaseConfig(
+MINIATURE = BaseModelConfig(
     vae=VAEConfig(block_out_channels=(8, 8, 16), norm_num_groups=4),
-    text=TextConfig(width=16, layers=1, heads=2),
+    text=TextEncoderConfig(width=16, layers=1, heads=2),
     denoiser=DenoiserConfig(block_out_channels=(8, 8, 16), heads=2, norm_num_groups=4),
 )
 
@@ -26,7 +26,7 @@ MINIATURE = BaseConfig(
 @pytest.fixture(scope="module")
 def pipeline() -> mtu.MTUPipeline:
     torch.manual_seed(0)
-    return mtu.upcycle(new_pipeline(MINIATURE))
+    return mtu.upcycle(build_untrained_pipeline(MINIATURE))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_min_snr_weights_lower_the_easy_timesteps(pipeline, data) -> None:
 
 
 def test_v_prediction_weighs_the_noise_error_alike(data) -> None:
-    twin = mtu.upcycle(new_pipeline(MINIATURE))
+    twin = mtu.upcycle(build_untrained_pipeline(MINIATURE))
     twin.scheduler.register_to_config(prediction_type="v_prediction")
     loss = MultiTaskLoss(twin, data, MultiTaskConfig())
     generator = torch.Generator().manual_seed(0)
@@ -101,7 +101,7 @@ def test_v_prediction_weighs_the_noise_error_alike(data) -> None:
     "scheduler", [DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler]
 )
 def test_a_schedule_that_ends_in_noise_alone(data, scheduler) -> None:
-    twin = mtu.upcycle(new_pipeline(MINIATURE))
+    twin = mtu.upcycle(build_untrained_pipeline(MINIATURE))
     zero = {"rescale_betas_zero_snr": True}
     twin.scheduler = scheduler.from_config(twin.scheduler.config, **zero, prediction_type="v_prediction")
     for config in (
@@ -145,7 +145,7 @@ def test_tasks_without_images_and_with_other_conditions(data) -> None:
         (["super-resolution"], [SUPER_RESOLUTION]),
         (["text-to-image", "depth", "super-resolution"], [SUPER_RESOLUTION, depth, TEXT_TO_IMAGE]),
     ):
-        twin = mtu.upcycle(new_pipeline(MINIATURE), tasks)
+        twin = mtu.upcycle(build_untrained_pipeline(MINIATURE), tasks)
         wide = data.latents["edit"]._replace(condition=torch.randn(6, 5, 16, 16))
         own = {name: wide if name == "depth" else data.latents[name] for name in names}
         # More of each task than there are examples.
@@ -158,7 +158,7 @@ def test_tasks_without_images_and_with_other_conditions(data) -> None:
 
 @torch.no_grad()
 def test_a_model_in_bfloat16_has_a_loss(data) -> None:
-    twin = mtu.upcycle(new_pipeline(MINIATURE))
+    twin = mtu.upcycle(build_untrained_pipeline(MINIATURE))
     expected = MultiTaskLoss(twin, data, MultiTaskConfig(batch_per_task=2))(0)
     twin.unet.to(torch.bfloat16)
     # Some 40 layers, each of which may round by 2⁻⁸.
@@ -190,10 +190,10 @@ def test_data_that_cannot_be_trained_on(pipeline, data) -> None:
     examples[1] = examples[1]._replace(target=examples[1].target[:, :32, :32])
     with pytest.raises(ValueError, match=r"must be of one size, but got \(3, 64, 64\) and \(3, 32, 32\)\.$"):
         encode_examples(pipeline, {"edit": examples})
-    twin = mtu.upcycle(new_pipeline(MINIATURE), [mtu.TaskSpec("edit", condition_channels=5)])
+    twin = mtu.upcycle(build_untrained_pipeline(MINIATURE), [mtu.TaskSpec("edit", condition_channels=5)])
     with pytest.raises(ValueError, match="'edit' reads 5 condition channels, but an image has 4 latent channels"):
         encode_examples(twin, {"edit": icons.get_examples("edit", range(1))})
-    twin = mtu.upcycle(new_pipeline(MINIATURE))
+    twin = mtu.upcycle(build_untrained_pipeline(MINIATURE))
     with torch.no_grad():
         twin.vae.encoder.conv_in.bias.fill_(float("inf"))
     with pytest.raises(
@@ -230,7 +230,7 @@ def test_dropout_follows_the_guidance(pipeline, data) -> None:
 
 def test_training_moves_the_upcycled_parts_alone(data) -> None:
     torch.manual_seed(0)
-    twin = mtu.upcycle(new_pipeline(MINIATURE))
+    twin = mtu.upcycle(build_untrained_pipeline(MINIATURE))
     unet = twin.unet.train()
     trained = {name for name, _ in unet.named_trainable_parameters()}
     old = {name: parameter.clone() for name, parameter in unet.named_parameters()}
@@ -244,7 +244,7 @@ def test_training_moves_the_upcycled_parts_alone(data) -> None:
 
 def test_weight_decay_leaves_rows_of_absent_tasks_alone(data) -> None:
     torch.manual_seed(0)
-    twin = mtu.upcycle(new_pipeline(MINIATURE))
+    twin = mtu.upcycle(build_untrained_pipeline(MINIATURE))
     unet = twin.unet.train()
     absent = unet.task_index("remove")
     rows = {name: p[absent].detach().clone() for name, p in unet.named_trainable_parameters() if _is_packed(name)}
@@ -258,7 +258,7 @@ def test_weight_decay_leaves_rows_of_absent_tasks_alone(data) -> None:
 
 
 def test_another_loss_does_not_continue_a_checkpoint(data, tmp_path) -> None:
-    twin = mtu.upcycle(new_pipeline(MINIATURE), ["text-to-image", "edit"])
+    twin = mtu.upcycle(build_untrained_pipeline(MINIATURE), ["text-to-image", "edit"])
     own = data._replace(latents={name: data.latents[name] for name in ("text-to-image", "edit")})
     fewer = own._replace(latents={"edit": own.latents["edit"]})
 
@@ -286,7 +286,7 @@ def test_bad_arguments(pipeline, data) -> None:
         MultiTaskConfig(batch_per_task=0)
     with pytest.raises(ValueError, match="dropout"):
         MultiTaskConfig(conditioning_dropout_prob=0.7)
-    other = mtu.upcycle(new_pipeline(MINIATURE))
+    other = mtu.upcycle(build_untrained_pipeline(MINIATURE))
     other.scheduler.register_to_config(prediction_type="sample")
     with pytest.raises(ValueError, match="'sample'"):
         MultiTaskLoss(other, data, MultiTaskConfig())

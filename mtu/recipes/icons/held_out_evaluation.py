@@ -19,10 +19,18 @@ from mtu.data.images import psnr
 from mtu.pipelines import MTUPipeline
 from mtu.pipelines.inputs import prepare_condition_image
 from mtu.recipes.icons.prompts import IconPicture
-from mtu.recipes.icons.score import read_colours, retrieved
+from mtu.recipes.icons.score import classify_colours, retrieval_hits
 from mtu.storage import write_text
 
-__all__ = ["Measurement", "format_measurements", "generate", "held_out", "measure", "picture_grid", "write_csv"]
+__all__ = [
+    "Measurement",
+    "before_after_grid",
+    "format_measurements",
+    "generate_examples",
+    "held_out_examples",
+    "measure_quality",
+    "write_measurements_csv",
+]
 
 _BATCH = 32
 _CANDIDATES = 100
@@ -50,27 +58,27 @@ class Measurement(NamedTuple):
     ceiling: float
 
 
-def held_out(per_row: int, seed: int) -> list[IconExample]:
-    """Test examples, `per_row` of each row of the table, the tasks taking turns so that every batch mixes them.
+def held_out_examples(examples_per_row: int, seed: int) -> list[IconExample]:
+    """Test examples for every row of the table; the tasks take turns, so that every batch mixes them.
 
     Image-to-image tasks show icons never seen in any variant; text-to-image seen names in unseen combinations.
     """
     icons = IconDataset("test", seed)
     rows: dict[str, list[IconExample]] = {}
     for task in ("text-to-image", "super-resolution", "remove"):
-        rows[task] = icons.get_examples(task, range(per_row))
+        rows[task] = icons.get_examples(task, range(examples_per_row))
     for kind in EDIT_KINDS:
         rows[kind] = []
     index = 0
-    while any(len(rows[kind]) < per_row for kind in EDIT_KINDS):
+    while any(len(rows[kind]) < examples_per_row for kind in EDIT_KINDS):
         example = icons.get_example("edit", index)
-        if len(rows[example.edit_kind]) < per_row:
+        if len(rows[example.edit_kind]) < examples_per_row:
             rows[example.edit_kind].append(example)
         index += 1
-    return [rows[row][i] for i in range(per_row) for row in rows]
+    return [rows[row][i] for i in range(examples_per_row) for row in rows]
 
 
-def generate(
+def generate_examples(
     pipeline: MTUPipeline,
     examples: Sequence[IconExample],
     seed: int,
@@ -106,7 +114,9 @@ def generate(
 
 
 @torch.no_grad()
-def measure(pipeline: MTUPipeline, examples: Sequence[IconExample], before: Tensor, after: Tensor) -> list[Measurement]:
+def measure_quality(
+    pipeline: MTUPipeline, examples: Sequence[IconExample], before: Tensor, after: Tensor
+) -> list[Measurement]:
     """Compare generated images with the true targets: median PSNR, and for text-to-image what the caption names."""
     targets = torch.stack([example.target for example in examples])
     vae = pipeline.vae
@@ -153,7 +163,7 @@ def format_measurements(rows: Sequence[Measurement]) -> str:
     return "\n".join(lines)
 
 
-def write_csv(path: Path, rows: Sequence[Measurement], provenance: dict[str, object]) -> None:
+def write_measurements_csv(path: Path, rows: Sequence[Measurement], provenance: dict[str, object]) -> None:
     """Write the metrics with their provenance in every row."""
     text = io.StringIO()
     writer = csv.writer(text)
@@ -164,25 +174,27 @@ def write_csv(path: Path, rows: Sequence[Measurement], provenance: dict[str, obj
     write_text(path, text.getvalue())
 
 
-def picture_grid(examples: Sequence[IconExample], before: Tensor, after: Tensor, per_row: int = 4) -> Image.Image:
+def before_after_grid(
+    examples: Sequence[IconExample], before: Tensor, after: Tensor, examples_per_row: int = 4
+) -> Image.Image:
     """Examples side by side: input, before, after and target, a block of columns per example, a line per row."""
     cell, gap, label_height, names_width = IMAGE_SIZE, 6, 26, 112
     block = 4 * (cell + 2) + 2 * gap
     rows: dict[str, list[int]] = {}
     for i, example in enumerate(examples):
         rows.setdefault(_row_name(example), []).append(i)
-    width = names_width + per_row * block
+    width = names_width + examples_per_row * block
     height = label_height + len(rows) * (cell + label_height)
     grid = Image.new("RGB", (width, height), "#eceff1")
     draw = ImageDraw.Draw(grid)
     font = ImageFont.load_default(11)
-    for column in range(per_row):
+    for column in range(examples_per_row):
         for k, heading in enumerate(("input", "before", "after", "target")):
             draw.text((names_width + column * block + k * (cell + 2), 8), heading, "gray", font)
     for line, (row, where) in enumerate(rows.items()):
         top = label_height + line * (cell + label_height)
         draw.text((4, top + cell // 2 - 6), row, "black", font)
-        for column, i in enumerate(where[:per_row]):
+        for column, i in enumerate(where[:examples_per_row]):
             left = names_width + column * block
             shown = (examples[i].image, before[i], after[i], examples[i].target)
             for k, image in enumerate(shown):
@@ -209,11 +221,11 @@ def _bytes(images: Tensor) -> np.ndarray:
 
 
 def _retrieval(images: Tensor, shown: Sequence[IconPicture]) -> float:
-    return 100 * float(retrieved(_bytes(images), shown, _CANDIDATES, 0).mean())
+    return 100 * float(retrieval_hits(_bytes(images), shown, _CANDIDATES, 0).mean())
 
 
 def _colours(images: Tensor, shown: Sequence[IconPicture]) -> float:
-    colours, backgrounds = read_colours(_bytes(images))
+    colours, backgrounds = classify_colours(_bytes(images))
     right = [
         (colour, background) == (picture.colour, picture.background)
         for colour, background, picture in zip(colours, backgrounds, shown, strict=True)

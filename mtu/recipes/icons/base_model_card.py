@@ -7,7 +7,7 @@ from typing import Any
 
 from mtu.storage import write_text
 
-CARD = """---
+CARD_TEMPLATE = """---
 license: apache-2.0
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -83,13 +83,13 @@ Free License (icons and font: Apache-2.0).
 """
 
 
-def write_card(folder: Path, metrics: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+def write_base_model_card(folder: Path, metrics: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
     """Write the model card `README.md` into the model's folder, and keep the provenance beside the metrics.
 
     Args:
         folder: the model's folder, in which `metrics.json` is completed.
         metrics: what `score_model` returned.
-        provenance: how the model was made: the remaining fields of `CARD`.
+        provenance: how the model was made: the remaining fields of `CARD_TEMPLATE`.
     """
     parameters = {name: count / 1e6 for name, count in metrics["parameters"].items()}
     kinds = {kind: value for kind, value in metrics["vae_psnr"].items() if kind != "all"}
@@ -107,5 +107,5 @@ def write_card(folder: Path, metrics: Mapping[str, Any], provenance: Mapping[str
         "vae_psnr": metrics["vae_psnr"]["all"],
         "vae_kinds": ", ".join(f"{kind} {value:.1f} dB" for kind, value in kinds.items()),
     }
-    write_text(folder / "README.md", CARD.format(**fields))
+    write_text(folder / "README.md", CARD_TEMPLATE.format(**fields))
     write_text(folder / "metrics.json", json.dumps({**metrics, "training": dict(provenance)}, indent=2) + "\n")

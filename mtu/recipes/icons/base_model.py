@@ -9,9 +9,9 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
-from mtu.recipes.icons.denoiser import NOISE_SCHEDULE, DenoiserConfig, DenoiserLoss, LatentSet, build_unet
+from mtu.recipes.icons.denoiser import NOISE_SCHEDULE, DenoiserConfig, DenoiserLoss, LatentDataset, build_unet
 from mtu.recipes.icons.device import usable_device
-from mtu.recipes.icons.text import TextConfig, build_text_encoder, build_tokenizer
+from mtu.recipes.icons.text_encoder import TextEncoderConfig, build_text_encoder, build_tokenizer
 from mtu.recipes.icons.vae import VAEConfig, VAELoss, build_vae, set_scaling_factor
 from mtu.storage import write_text
 from mtu.training import FitConfig, LogEntry, fit
@@ -19,11 +19,11 @@ from mtu.training.checkpoint import check_no_checkpoint, has_checkpoint, remove_
 from mtu.training.parallel_loss import intra_op_threads
 
 # Part of a limited training time that goes to the autoencoder.
-VAE_SHARE = 0.25
+VAE_TIME_FRACTION = 0.25
 
 
 @dataclass(frozen=True)
-class BaseConfig:
+class BaseModelConfig:
     """Everything that determines the base model.
 
     Attributes:
@@ -36,7 +36,7 @@ class BaseConfig:
     """
 
     vae: VAEConfig = field(default_factory=VAEConfig)
-    text: TextConfig = field(default_factory=TextConfig)
+    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     vae_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=10000, learning_rate=1e-3, warmup_steps=200))
     denoiser_fit: FitConfig = field(
@@ -46,21 +46,21 @@ class BaseConfig:
     )
     seed: int = 0
 
-    def limited(self, minutes: float | None = None, steps: int | None = None) -> "BaseConfig":
+    def with_limits(self, minutes: float | None = None, steps: int | None = None) -> "BaseModelConfig":
         """Return this configuration with a wall-clock limit on both trainings together, or a limit of steps on each.
 
         None leaves a limit as it is.
         """
         vae, denoiser = self.vae_fit, self.denoiser_fit
         if minutes is not None:
-            vae = replace(vae, minutes=minutes * VAE_SHARE)
-            denoiser = replace(denoiser, minutes=minutes * (1 - VAE_SHARE))
+            vae = replace(vae, minutes=minutes * VAE_TIME_FRACTION)
+            denoiser = replace(denoiser, minutes=minutes * (1 - VAE_TIME_FRACTION))
         if steps is not None:
             vae, denoiser = replace(vae, steps=steps), replace(denoiser, steps=steps)
         return replace(self, vae_fit=vae, denoiser_fit=denoiser)
 
 
-def new_pipeline(config: BaseConfig) -> StableDiffusionPipeline:
+def build_untrained_pipeline(config: BaseModelConfig) -> StableDiffusionPipeline:
     """Build the untrained base model; the seed determines its weights."""
     torch.manual_seed(config.seed)
     tokenizer = build_tokenizer(config.text.max_length)
@@ -77,9 +77,9 @@ def new_pipeline(config: BaseConfig) -> StableDiffusionPipeline:
     )
 
 
-def train_base(
+def train_base_model(
     directory: Path,
-    config: BaseConfig,
+    config: BaseModelConfig,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -114,7 +114,7 @@ def train_base(
             remove_checkpoint(folder)
         elif not resume:
             check_no_checkpoint(folder)
-    pipeline = new_pipeline(config).to(device)
+    pipeline = build_untrained_pipeline(config).to(device)
     history = {}
     vae, unet, text_encoder = pipeline.vae, pipeline.unet, pipeline.text_encoder
     history["vae"] = fit(
@@ -128,7 +128,7 @@ def train_base(
     )
     vae.eval().requires_grad_(False)
     set_scaling_factor(vae, config.seed)
-    data = LatentSet(vae, config.denoiser.prompts, config.seed)
+    data = LatentDataset(vae, config.denoiser.prompts, config.seed)
     unet.train()
     text_encoder.train()
     # At these head widths two plain batched products are 2.5 times as fast on a CPU, backward included, as the fused
@@ -152,7 +152,7 @@ def train_base(
     return pipeline, history
 
 
-def save_model(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+def save_float16_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     """Write the pipeline as float16 safetensors, in diffusers' layout; its modules are converted in place.
 
     Args:

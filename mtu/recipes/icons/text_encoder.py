@@ -17,7 +17,7 @@ BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
 
 @dataclass(frozen=True)
-class TextConfig:
+class TextEncoderConfig:
     """The text encoder's size.
 
     Attributes:
@@ -34,7 +34,7 @@ class TextConfig:
 
 
 @cache
-def learn_merges(words: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+def learn_bpe_merges(words: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """Learn byte-pair merges until every word is one token.
 
     The most frequent pair is merged first, the alphabetically first one of equally frequent pairs. The trainer of the
@@ -66,7 +66,7 @@ def build_tokenizer(max_length: int) -> CLIPTokenizer:
         max_length: tokens per prompt, begin and end included.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = learn_merges(vocabulary())
+    merges = learn_bpe_merges(vocabulary())
     tokens = [*alphabet, *(byte + WORD_END for byte in alphabet), *(left + right for left, right in merges)]
     # Two pairs can merge to the same token; it keeps its first place.
     ordered = dict.fromkeys([*tokens, BEGIN, END])
@@ -74,7 +74,7 @@ def build_tokenizer(max_length: int) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=identifiers, merges=list(merges), model_max_length=max_length)
 
 
-def build_text_encoder(config: TextConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def build_text_encoder(config: TextEncoderConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """Build an untrained CLIP text encoder for a tokenizer."""
     return CLIPTextModel(
         CLIPTextConfig(
@@ -92,7 +92,7 @@ def build_text_encoder(config: TextConfig, tokenizer: CLIPTokenizer) -> CLIPText
     )
 
 
-def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
+def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
     """Return the (n, max_length) int64 token numbers of prompts, padded as StableDiffusionPipeline pads them."""
     length = tokenizer.model_max_length
     return tokenizer(
