@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.ffn.inputs import EPS, Inputs
 from benchmarks.harness.contenders import ALL, Contender, Run
 from mtu_kernels import ExpertWeights, NormAffine, Routing, cpp, dense_weights, moe_ffn
+from mtu_kernels.arguments import Options
 
 FFN = Callable[[Tensor, NormAffine, ExpertWeights, Routing], Tensor]
 
@@ -130,7 +131,7 @@ def _backend(name: str, recompute: bool) -> Contender:
 
 
 def _level(name: str) -> Contender:
-    function = functools.partial(cpp.moe_ffn, eps=EPS, level=name)
+    function = functools.partial(cpp.moe_ffn, options=Options(EPS), level=name)
     return Contender(f"this library's backend 'cpp', its kernels for {name}", Implementation(function, level=name), ALL)
 
 
