@@ -5,8 +5,6 @@ its own result alone. The output folder has all results after each step. A call 
 one with the same state folder goes on.
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import signal

@@ -1,7 +1,5 @@
 """The check of a feed-forward on its own inputs, which it passes before it is timed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ Kernels are not run, so no GPU is needed and none is measured: on a GPU `benchma
 Routing is top-2, whose products all are kernels; a library product would run on the CPU here.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Random inputs of one feed-forward: several sets for a group, so that no contender finds its data in the cache."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -5,8 +5,6 @@ the ways, is the roof. A roof is the rate of torch's own product, not that of th
 with products of their own may pass it.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence

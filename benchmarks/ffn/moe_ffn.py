@@ -4,8 +4,6 @@ Writes a CSV row as soon as its group is measured, and prints the ratios that ha
 neither this package nor diffusers has to be installed.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import math

@@ -1,7 +1,5 @@
 """The contenders: the original, a loop over experts, this library's backends, compilers, and the bare products."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

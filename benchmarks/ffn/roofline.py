@@ -1,7 +1,5 @@
 """The roofline of the feed-forward: the work and the traffic of its two products, and rows under their roofs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 Rows are those of `benchmarks.ffn.moe_ffn`, in a file of their own, since its pictures are of the models' shapes.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

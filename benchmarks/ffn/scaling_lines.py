@@ -1,7 +1,5 @@
 """Lines through rows of `scaling_*.csv`: the time of a feed-forward by tokens, batch, tasks and experts."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
@@ -36,15 +34,13 @@ def _plain(setting: Setting, experts: int) -> bool:
     return setting == Setting(experts)
 
 
-def _one_task(setting: Setting, experts: int) -> bool:
-    return setting.tasks == 1
-
-
 VARIED_QUANTITIES = (
     VariedQuantity("tokens", lambda row: row.workload.L, lambda row: row.workload._replace(L=0), _plain),
     VariedQuantity("batch", lambda row: row.workload.B, lambda row: row.workload._replace(B=0), _plain),
     VariedQuantity("tasks", lambda row: row.setting.tasks, lambda row: (row.workload, row.setting.E), lambda *_: True),
-    VariedQuantity("experts", lambda row: row.setting.E, lambda row: row.workload, _one_task),
+    VariedQuantity(
+        "experts", lambda row: row.setting.E, lambda row: row.workload, lambda setting, _: setting.tasks == 1
+    ),
 )
 
 

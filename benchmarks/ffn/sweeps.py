@@ -1,7 +1,5 @@
 """Sweeps over the workloads and settings of one feed-forward, and those that are run by default."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple

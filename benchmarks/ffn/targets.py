@@ -1,7 +1,5 @@
 """The ratios that one feed-forward must reach, each a function of measured rows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks.ffn.peers import CONTENDERS

@@ -5,8 +5,6 @@ No GPU is needed. The bytes that are asked of the allocator depend neither on th
 to float32 first, which its CUDA sum does not: on a GPU the peaks are lower by B·L·D·4 bytes at the most.)
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Callable, Sequence

@@ -1,21 +1,19 @@
 """Puts the results of `python -m benchmarks.gpu_run` into their places: the table of tiles, CSV files, plots, page."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.gpu.output import FACTS, RESULTS, RUN
 from benchmarks.gpu.steps import TABLE
 from benchmarks.harness.provenance import RESULTS as PLACE
-from benchmarks.harness.rows import append_cells, check_header
+from benchmarks.harness.rows import append_cells, check_header, read_cells
 from benchmarks.kernels import tune
 from benchmarks.kernels.tile_rows import merge, read, write
 from mtu_kernels.triton.tiles import TableRow
@@ -28,13 +26,6 @@ class Destinations(NamedTuple):
     results: Path = PLACE
 
 
-class CollectedResults(NamedTuple):
-    """Rows of tuned tiles, and the rows of all steps by the name of their CSV file."""
-
-    tiles: tuple[TableRow, ...]
-    files: dict[str, list[dict[str, str]]]
-
-
 def collect(folder: Path, places: Destinations | None = None) -> list[str]:
     """Puts the output folder of a run into its places, by default the package's own. Returns a line for each place.
 
@@ -42,26 +33,29 @@ def collect(folder: Path, places: Destinations | None = None) -> list[str]:
     other columns; nothing is changed then.
     """
     places = places or Destinations()
-    found = _found(folder)
-    for name, rows in found.files.items():
+    tiles, files = _found(folder)
+    for name, rows in files.items():
         check_header(places.results / name, list(rows[0]))
     lines = []
-    if found.tiles:
+    if tiles:
         old = read(places.table)
         # The row of a tuned width is for all of its numbers of tokens, and replaces their rows.
-        widths = {row.key for row in found.tiles if not row.key.tokens}
+        widths = {row.key for row in tiles if not row.key.tokens}
         stale = [row.key for row in old if row.key._replace(tokens=0) in widths]
-        write(places.table, merge(old, found.tiles, measured=stale))
-        lines.append(f"{len(found.tiles)} rows of tiles into {places.table}")
-    for name, rows in found.files.items():
-        new = _without_known(rows, places.results / name)
+        write(places.table, merge(old, tiles, measured=stale))
+        lines.append(f"{len(tiles)} rows of tiles into {places.table}")
+    for name, rows in files.items():
+        path = places.results / name
+        known = [tuple(row.values()) for row in read_cells(path, (), tune.MODULE)] if path.exists() else []
+        new = [row for row in rows if tuple(row.values()) not in known]
         for row in new:
-            append_cells(places.results / name, row)
-        lines.append(f"{len(new)} rows into {places.results / name}, {len(rows) - len(new)} were there")
+            append_cells(path, row)
+        lines.append(f"{len(new)} rows into {path}, {len(rows) - len(new)} were there")
     return lines
 
 
-def _found(folder: Path) -> CollectedResults:
+def _found(folder: Path) -> tuple[tuple[TableRow, ...], dict[str, list[dict[str, str]]]]:
+    """Rows of tuned tiles, and the rows of all steps by the name of their CSV file."""
     refusal = f"--collect must be the output folder of a run, got {folder}"
     try:
         facts = json.loads((folder / FACTS).read_text())
@@ -73,7 +67,7 @@ def _found(folder: Path) -> CollectedResults:
             if archive.testzip() is not None:
                 raise ValueError(f"{RESULTS} is damaged")
             contents = {name: archive.read(name).decode() for name in archive.namelist()}
-        return CollectedResults(tuple(_tiles(contents)), _rows(contents))
+        return tuple(_tiles(contents)), _rows(contents)
     except (OSError, ValueError, KeyError, TypeError, SyntaxError, ImportError, zipfile.BadZipFile) as error:
         raise ValueError(f"{refusal}: {' '.join(str(error).split())}.") from None
 
@@ -101,14 +95,6 @@ def _rows(contents: dict[str, str]) -> dict[str, list[dict[str, str]]]:
             if any("--quick" in row.get("command", "").split() for row in rows):
                 raise ValueError(f"rows of {name} in the step {step} are of a smoke test, whose times are no results")
     return {name: rows for name, rows in files.items() if rows}
-
-
-def _without_known(rows: Sequence[dict[str, str]], file: Path) -> list[dict[str, str]]:
-    if not file.exists():
-        return list(rows)
-    with file.open(newline="") as opened:
-        known = [tuple(row.values()) for row in csv.DictReader(opened)]
-    return [row for row in rows if tuple(row.values()) not in set(known)]
 
 
 def collect_and_redraw(folder: Path) -> int:

@@ -1,7 +1,5 @@
 """The output folder of a run on a GPU: a few files, each of them whole at any moment."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Commands in process groups of their own, which can be ended, and which a later run finds again."""
 
-from __future__ import annotations
-
 import math
 import os
 import signal

@@ -4,8 +4,6 @@ Output and gradients of every input are checked at two shapes with dense routing
 all contenders of the benchmarks. The outputs decide. Facts are printed first, so that a crash does not lose them.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import shutil
@@ -27,10 +25,6 @@ from mtu_kernels import check_backend, moe_ffn
 _SHAPES = ((320, 4096), (1280, 256))
 
 
-class UnfitMachine(Exception):
-    """Nothing can be measured on this machine, for the reason in one sentence."""
-
-
 def facts(commit: str | None) -> Iterator[str]:
     """Lines about the machine, for people."""
     yield from (f"{name}: {value}" for name, value in provenance("", commit=commit).items() if value)
@@ -46,11 +40,11 @@ def facts(commit: str | None) -> Iterator[str]:
 
 
 def check_machine() -> None:
-    """Raises UnfitMachine if measurements on CUDA would fail here for other reasons than the kernels."""
+    """Raises RuntimeError if measurements on CUDA would fail here for other reasons than the kernels."""
     if not torch.cuda.is_available():
-        raise UnfitMachine("A CUDA device is needed, and torch finds none.")
+        raise RuntimeError("A CUDA device is needed, and torch finds none.")
     if _compiler() is None:
-        raise UnfitMachine(
+        raise RuntimeError(
             "Triton needs a C compiler for the launchers of its kernels, and finds neither gcc nor clang."
         )
 
@@ -101,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             check_machine()
             check_shapes(options.shapes, 2, "bf16", torch.device("cuda"))
-    except (UnfitMachine, WrongResult, RuntimeError) as error:
+    except (WrongResult, RuntimeError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 1
     return 0

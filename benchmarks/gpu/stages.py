@@ -1,7 +1,5 @@
 """Runs steps on a GPU one after another, or beside each other, each within its budget, all within that of the run."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import signal

@@ -1,7 +1,5 @@
 """The state of a run on a GPU between its calls: the steps that ended, their files, and a copy of the tree."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import re

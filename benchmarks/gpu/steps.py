@@ -4,8 +4,6 @@ Budgets are for an H100 with 16 cores. They are limits, not predictions: if ever
 minutes end in the first stage that compiles. The other steps, and the icons, are for a second call.
 """
 
-from __future__ import annotations
-
 import shutil
 import signal
 import sys

@@ -1,7 +1,5 @@
 """Parsers of arguments that several commands take."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """The options that commands share, and the device, the file and the provenance that they begin with."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

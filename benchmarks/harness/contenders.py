@@ -1,7 +1,5 @@
 """The fields of a contender that all benchmarks decide by. Its name is a key and says nothing to the code."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from benchmarks.harness.workloads import DENSE, Setting

@@ -1,7 +1,5 @@
 """The check that a contender passes before it is timed: its result is compared with one of a wider dtype."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -8,8 +8,6 @@ tensors without a mask. Brackets and `contiguous` call the operators that they s
 for the device. Constants are not folded, since folding makes tensors with memory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import types

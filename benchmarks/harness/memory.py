@@ -1,7 +1,5 @@
 """Memory: the most that a call holds at once, the bytes that it keeps for the backward pass, and those of weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

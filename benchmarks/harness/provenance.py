@@ -1,7 +1,5 @@
 """The columns that every CSV row carries to say where its figures come from."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform

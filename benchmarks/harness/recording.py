@@ -1,7 +1,5 @@
 """Measures groups one after the other: each row goes into its file at once, and a line of it to people."""
 
-from __future__ import annotations
-
 import datetime
 import math
 import sys

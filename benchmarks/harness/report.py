@@ -1,7 +1,5 @@
 """The ratios of measured rows, and the lines that say whether they meet their targets."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Rows of the result files. Benchmarks write them; reports, tables and plots read them back."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import math

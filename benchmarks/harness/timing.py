@@ -1,13 +1,11 @@
 """Times calls interleaved: by CUDA graphs and events on a GPU, by the clock on a CPU."""
 
-from __future__ import annotations
-
 import functools
 import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple, TypeVar
 
@@ -89,7 +87,9 @@ def time_interleaved(
     """
     if device.type != "cuda":
         turns = [itertools.cycle(calls) for calls in contenders]
-        times = _rounds(functools.partial(_clock_round, turns), seconds * len(contenders), at_least, after_round)
+        times = _rounds(
+            lambda: [_clocked(next(turn)) for turn in turns], seconds * len(contenders), at_least, after_round
+        )
         return [summary(column, graph=False) for column in zip(*times, strict=True)]
     graphs, runs = _captured_runs(contenders, capturable)
     if replaying is not None:
@@ -117,10 +117,6 @@ def _rounds(measure: Callable[[], list[float]], seconds: float, at_least: int, a
         rounds.append(measure())
         after_round()
     return rounds
-
-
-def _clock_round(turns: Sequence[Iterator[Call]]) -> list[float]:
-    return [_clocked(next(turn)) for turn in turns]
 
 
 def _clocked(call: Call) -> float:

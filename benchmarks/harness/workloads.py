@@ -1,7 +1,5 @@
 """The keys of a row: the workload, the routing of its samples, and the contender that computes it."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 DENSE = None

@@ -1,7 +1,5 @@
 """Compiles launches for GPUs that need not be here, and counts the programs that share a multiprocessor."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import triton

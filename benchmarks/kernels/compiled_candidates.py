@@ -5,8 +5,6 @@ than one: they are serialised), instructions, programs on a multiprocessor, and 
 `benchmarks.kernels.kernel_model` predicts at each shape, for the GPUs that it knows. The best ones come first.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator, Sequence

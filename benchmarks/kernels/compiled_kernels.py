@@ -7,9 +7,6 @@ in all of its dtypes, and one call of each kind; it writes a file only with `--o
 installed Triton would get; rows that other versions have written stay in the file.
 """
 
-from __future__ import annotations
-
-import csv
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.harness.commands import make_parser, parse, usage_errors
 from benchmarks.harness.provenance import RESULTS, command_line, provenance
-from benchmarks.harness.rows import write_cells
+from benchmarks.harness.rows import read_cells, write_cells
 from benchmarks.kernels.ahead_of_time import (
     ARCHITECTURES,
     CHIPS,
@@ -224,10 +221,8 @@ def cells(result: Result) -> dict[str, str]:
 
 def rows_of_others(path: Path, source: dict[str, str]) -> list[dict[str, str]]:
     """The rows of a file that other versions of Triton compiled."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row["triton"] != source["triton"]]
+    known = read_cells(path, ("triton",), MODULE) if path.exists() else []
+    return [row for row in known if row["triton"] != source["triton"]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,8 +11,6 @@ long, and k follows from the known s on an H100 (an estimate). The part of k abo
 on another GPU scales with the rate of memory, and not with that of products.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -117,15 +115,16 @@ class FirstProduct(NamedTuple):
 def before(tokens: Tokens, rates: Rates) -> FirstProduct:
     """The first product as it was: tiles of 128 rows within a sample; of 64 on an A100 at width 320."""
     rows = 64 if tokens.L <= 64 or (rates.arch == "sm_80" and tokens.D == 320) else 128
-    tile = _BEFORE[rates.arch][rows]
-    programs = tokens.B * math.ceil(tokens.L / rows) * math.ceil(tokens.hidden * 2 / tile.columns)
-    return FirstProduct(tile.program(tokens.D), programs)
+    return _first(tokens, _BEFORE[rates.arch][rows], tokens.B * math.ceil(tokens.L / rows))
 
 
 def ping_pong(tokens: Tokens) -> FirstProduct:
     """The first product by the kernel in Gluon."""
-    programs = math.ceil(tokens.rows / _PING_PONG.rows) * math.ceil(tokens.hidden * 2 / _PING_PONG.columns)
-    return FirstProduct(_PING_PONG.program(tokens.D), programs)
+    return _first(tokens, _PING_PONG, math.ceil(tokens.rows / _PING_PONG.rows))
+
+
+def _first(tokens: Tokens, tile: CompiledTile, tiles_of_rows: int) -> FirstProduct:
+    return FirstProduct(tile.program(tokens.D), tiles_of_rows * math.ceil(tokens.hidden * 2 / tile.columns))
 
 
 def op(tokens: Tokens, first: FirstProduct, rates: Rates) -> Forward:

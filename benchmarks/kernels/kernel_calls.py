@@ -1,7 +1,5 @@
 """Launches of representative calls for any architecture, without a device: tensors have shapes only."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 

@@ -14,8 +14,6 @@ written once, but for results that the kernel before has left in the L2 cache. T
 other: ``(t⁴ + m⁴)^¼``. A library's product is the best of its tiles in the same model.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Sequence

@@ -7,8 +7,6 @@ compiled, then whole UNets beside stock ones. Launches are those of the package,
 measured.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple

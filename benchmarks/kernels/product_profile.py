@@ -4,8 +4,6 @@ It prints the time and the rate. Then the product runs once more between the cal
 so that `ncu --profile-from-start off` records that run alone.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

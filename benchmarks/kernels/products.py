@@ -1,7 +1,5 @@
 """Each product of the feed-forward alone, with any tile, for the tuner and for the checks of compiled code."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -112,15 +110,8 @@ def prepare(product: str, operands: Operands, tile: TileConfig | Library) -> Wor
     return _PREPARE[product](operands, tile)
 
 
-def _expert_in(operands: Operands, tile: TileConfig | Library) -> Work:
-    return _first_product(operands, Hidden(torch.empty_like(operands.h), None), tile)
-
-
-def _expert_in_train(operands: Operands, tile: TileConfig | Library) -> Work:
-    return _first_product(operands, Hidden(torch.empty_like(operands.h), torch.empty_like(operands.z)), tile)
-
-
-def _first_product(operands: Operands, written: Hidden, tile: TileConfig | Library) -> Work:
+def _first_product(operands: Operands, tile: TileConfig | Library, *, keeps_z: bool) -> Work:
+    written = Hidden(torch.empty_like(operands.h), torch.empty_like(operands.z) if keeps_z else None)
     x_hat, experts, routing = operands.x_hat, operands.experts, operands.routing
     outputs = {name: tensor for name, tensor in written._asdict().items() if tensor is not None}
     if isinstance(tile, TileConfig):
@@ -189,8 +180,8 @@ def _mm(a: Tensor, b: Tensor, out: Tensor) -> Callable[[], Tensor]:
 
 
 _PREPARE: dict[str, Callable[[Operands, TileConfig | Library], Work]] = {
-    "expert_in": _expert_in,
-    "expert_in_train": _expert_in_train,
+    "expert_in": lambda operands, tile: _first_product(operands, tile, keeps_z=False),
+    "expert_in_train": lambda operands, tile: _first_product(operands, tile, keeps_z=True),
     "expert_sum": _expert_sum,
     "expert_out_backward": _expert_out_backward,
     "expert_in_backward": _expert_in_backward,

@@ -1,7 +1,5 @@
 """Reads machine code: the registers and the stack of a kernel, and the instructions of its main loop."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import tempfile

@@ -1,7 +1,5 @@
 """The candidate tiles that the tuner measures."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from benchmarks.kernels.ahead_of_time import CHIPS

@@ -1,7 +1,5 @@
 """Measures tiles of one product on the device that is here: compiled ahead on all cores, checked, then timed."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import functools
 import math
@@ -9,7 +7,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import triton
@@ -54,7 +52,7 @@ class Timer:
         self.refused: dict[tuple[Task, Tile], str] = {}
         self._stream = capture_stream(device)
 
-    def __enter__(self) -> Timer:
+    def __enter__(self) -> Self:
         self._stream.__enter__()
         return self
 

@@ -1,7 +1,5 @@
 """The file of the table of tiles: reads and writes its rows, and merges new rows with old ones."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterable
 from pathlib import Path

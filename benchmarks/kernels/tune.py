@@ -5,8 +5,6 @@ bfloat16: each candidate is compiled ahead on all cores, checked against a refer
 CUDA graphs. The table is written after every shape, so a run that is cut off loses nothing.
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import math
@@ -141,7 +139,9 @@ def choose(measurements: Sequence[Measurement], source: str, waiting: Collection
         by_width.setdefault(measurement.key._replace(tokens=0), []).append(measurement)
     rows = []
     for key, group in by_width.items():
-        everywhere = [] if key in waiting else _measured_everywhere(group)
+        everywhere = (
+            [] if key in waiting else [tile for tile in group[0].times if all(tile in one.times for one in group)]
+        )
         tile = min(everywhere, key=lambda tile: _slowness(tile, group), default=None)
         if tile is not None:
             rows.append(TableRow(key, tile, _source(source, tile, group)))
@@ -152,25 +152,17 @@ def choose(measurements: Sequence[Measurement], source: str, waiting: Collection
     return rows
 
 
-def _measured_everywhere(group: Sequence[Measurement]) -> list[Tile]:
-    return [tile for tile in group[0].times if all(tile in one.times for one in group)]
-
-
 def _slowness(tile: Tile, group: Sequence[Measurement]) -> float:
     """The mean over shapes of the logarithm of a tile's time over the best time."""
     return sum(math.log(one.times[tile] / min(one.times.values())) for one in group) / len(group)
 
 
 def _source(source: str, tile: Tile, group: Sequence[Measurement]) -> str:
-    times = (
-        f"{one.times[tile]:.1f} µs at {one.key.tokens} tokens, before {_microseconds(one)}"
-        for one in sorted(group, key=lambda one: one.key.tokens)
-    )
-    return f"{source}: {'; '.join(times)}"
-
-
-def _microseconds(one: Measurement) -> str:
-    return f"{one.times[one.before]:.1f}" if one.before in one.times else "none"
+    texts = []
+    for one in sorted(group, key=lambda one: one.key.tokens):
+        before = f"{one.times[one.before]:.1f}" if one.before in one.times else "none"
+        texts.append(f"{one.times[tile]:.1f} µs at {one.key.tokens} tokens, before {before}")
+    return f"{source}: {'; '.join(texts)}"
 
 
 def _keys(measurements: Iterable[Measurement]) -> set[TileKey]:

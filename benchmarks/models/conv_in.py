@@ -4,8 +4,6 @@ Both read latents of 64×64 and write 320 channels, as in SD 1.5. The stock one 
 editing model); the task one gets 8, four tasks in turn.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Sequence

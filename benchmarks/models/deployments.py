@@ -1,7 +1,5 @@
 """Contenders that are built: their UNets, and the calls that a batch is divided into."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple

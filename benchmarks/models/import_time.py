@@ -4,8 +4,6 @@
 against diffusers with the stock pipeline. Times are those of whole processes, which run interleaved.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time

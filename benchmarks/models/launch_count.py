@@ -5,8 +5,6 @@ product, a convolution, attention) counts as one launch. An operator of this pro
 launches: its own code runs with a recorder in the place of the GPU.
 """
 
-from __future__ import annotations
-
 import ast
 import collections
 import sys

@@ -4,8 +4,6 @@ A profiled step is slower than other steps, and kernels of a CUDA graph appear a
 On a CPU operators stand for kernels, for smoke tests.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

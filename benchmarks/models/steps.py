@@ -1,7 +1,5 @@
 """Denoising steps of whole UNets beside that of the original, for the picture and the tables of `unet_*.csv`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

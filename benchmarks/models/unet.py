@@ -7,8 +7,6 @@ routers, as deployed ones do, but for the variants with routers. Writes a CSV ro
 prints the ratios that have targets.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import gc

@@ -1,7 +1,5 @@
 """The contenders of whole UNets as data: their UNets and their runs. `unet_contenders` builds them."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from benchmarks.harness.contenders import ALL, Contender, Run

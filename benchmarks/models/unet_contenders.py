@@ -1,7 +1,5 @@
 """Builds the contenders: the original and the upcycled UNet, eager, compiled, in CUDA graphs; and their peers."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

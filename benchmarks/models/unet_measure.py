@@ -1,7 +1,5 @@
 """Measures one group of whole UNets: builds, checks and warms them up, and times them interleaved."""
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The UNets that are measured, the original and those made from it; their inputs; and their reference outputs."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import warnings

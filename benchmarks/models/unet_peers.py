@@ -1,7 +1,5 @@
 """Other ways to serve several tasks: UNets of their own, resident or swapped in; adapters, one by one or mixed."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The columns of `results/unet_*.csv`, and the ratios that whole UNets must reach, each a function of measured rows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from benchmarks.harness.report import Ratio, Ratios, Target, comparisons, ratios

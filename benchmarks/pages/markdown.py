@@ -1,7 +1,5 @@
 """Markdown of the tables in `docs/performance.md`: cells, numbers, and the line that says where they come from."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 

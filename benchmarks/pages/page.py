@@ -4,8 +4,6 @@ Each table stands between `<!-- table: NAME -->` and `<!-- end -->`; the rest of
 `--check` nothing is written, and a page that differs from the files is an error.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import sys

@@ -1,7 +1,5 @@
 """`python -m benchmarks.pages.plot`: draws all pictures that there are rows for, from the CSV files alone."""
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence

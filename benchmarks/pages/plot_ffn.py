@@ -1,7 +1,5 @@
 """Pictures of `results/moe_ffn_*.csv`: each contender's time relative to the floor."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The roofline: attained FLOP/s of the feed-forward over its FLOPs a byte, under the two roofs of the machine."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

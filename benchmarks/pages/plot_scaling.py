@@ -1,7 +1,5 @@
 """Pictures of `results/scaling_*.csv`: µs a token by tokens, samples, tasks and experts."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

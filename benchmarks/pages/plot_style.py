@@ -1,7 +1,5 @@
 """The style of all pictures: colours, letters, the legend, and the line with the provenance."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Pictures of `results/unet_*.csv`: a denoising step of each contender relative to that of the original."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Tables of one feed-forward: beside its peers, under the roofs of the machine, and with more and more input."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

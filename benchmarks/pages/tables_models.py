@@ -1,13 +1,11 @@
 """Tables of whole models: denoising steps and their memory, whole images and their PSNR, imports, targets."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness.report import Ratio, Target
-from benchmarks.harness.rows import Row
+from benchmarks.harness.rows import Row, Table
 from benchmarks.models import import_time, unet_targets
 from benchmarks.models.steps import Step, comparisons, deployed, steps_by_setup, usual
 from benchmarks.models.unet_catalogue import ORIGINAL, find
@@ -15,13 +13,15 @@ from benchmarks.pages.markdown import MISSING, digits, duration, gigabytes, prov
 from benchmarks.pipelines import pipeline_contenders, psnr_rows
 from benchmarks.pipelines.pipeline_contenders import STOCK
 
+_DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+
 
 def unet(results: Path, device: str) -> list[str]:
     """A denoising step of each contender relative to the original's, by batch, in a table for each model.
 
     Memory, switching and warm-up are those of the batch of four tasks.
     """
-    rows = _unet_rows(results, device)
+    rows = _rows(unet_targets.TABLE, results / f"unet_{device}.csv")
     lines = []
     for setup, cases in steps_by_setup(rows).items():
         chosen = usual(cases)
@@ -51,10 +51,10 @@ def _warm_up(seconds: float | None) -> str:
     return MISSING if seconds is None else duration(seconds * 1e6)
 
 
-def _unet_rows(results: Path, device: str) -> list[Row]:
-    rows = unet_targets.TABLE.read(results / f"unet_{device}.csv")
+def _rows(table: Table, path: Path) -> list[Row]:
+    rows = table.read(path)
     if not rows:
-        raise ValueError(f"There are no rows in {results / f'unet_{device}.csv'}.")
+        raise ValueError(f"There are no rows in {path}.")
     return rows
 
 
@@ -69,7 +69,7 @@ def _step(step: Step | None) -> str:
 
 def settings(results: Path, device: str) -> list[str]:
     """Ratios of a contender's steps by batch: one task to mixed tasks, top-k to dense routing, and the like."""
-    rows = _unet_rows(results, device)
+    rows = _rows(unet_targets.TABLE, results / f"unet_{device}.csv")
     lines, used = [], []
     for setup, cases in steps_by_setup(rows).items():
         # Of upcycled UNets: the settings of their experts.
@@ -91,11 +91,9 @@ def settings(results: Path, device: str) -> list[str]:
 def pipeline(results: Path, device: str) -> list[str]:
     """Whole images, a table for each model; ratios are to the stock pipelines of the same group."""
     path = results / f"pipeline_{device}.csv"
-    rows = pipeline_contenders.TABLE.read(path)
+    rows = _rows(pipeline_contenders.TABLE, path)
     last = {(row.workload, row.contender): row for row in rows}
     stock = {row.group: row for row in rows if row.contender == STOCK}
-    if not last:
-        raise ValueError(f"There are no rows in {path}.")
     lines = []
     for place in dict.fromkeys(workload for workload, _ in last):
         title = f"{place.model}, {place.B} images of {place.size}², {place.steps} steps, {place.dtype}"
@@ -112,9 +110,7 @@ def pipeline(results: Path, device: str) -> list[str]:
 def image_psnr(results: Path, device: str) -> list[str]:
     """PSNR of each path's images, the least allowed one, and the verdict: by task, in float32 the worst task alone."""
     path = results / f"image_psnr_{device}.csv"
-    rows = psnr_rows.TABLE.read(path)
-    if not rows:
-        raise ValueError(f"There are no rows in {path}.")
+    rows = _rows(psnr_rows.TABLE, path)
     lines = []
     for model, steps in dict.fromkeys((row.workload.model, row.workload.steps) for row in rows):
         here = [row for row in rows if (row.workload.model, row.workload.steps) == (model, steps)]
@@ -173,7 +169,7 @@ def targets(results: Path) -> list[str]:
             sources += [of.row.source for of in found]
             files += [f"unet_{device}.csv"] * bool(found)
             at_most = MISSING if target.at_most is None else ratio(target.at_most)
-            lines.append([_device(device), target.what, at_most, *_verdict(target, found)])
+            lines.append([_DEVICES[device], target.what, at_most, *_verdict(target, found)])
     header = ["", "what", "at most", "measured", ""]
     return [*table(header, lines, 2), *(["", provenance_line(sources, *dict.fromkeys(files))] if sources else [])]
 
@@ -184,7 +180,3 @@ def _verdict(target: Target, found: Sequence[Ratio]) -> list[str]:
     value = target.value(found)
     verdict = MISSING if target.at_most is None else "met" if value <= target.at_most else "**missed**"
     return [small_ratio(value), verdict]
-
-
-def _device(device: str) -> str:
-    return {"cpu": "CPU", "cuda": "GPU"}[device]

@@ -14,8 +14,6 @@ The shipped icons model gets small seeded differences between tasks, as in `benc
 row for each path, task and dtype, and for all tasks together.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import sys

@@ -6,8 +6,6 @@ last layers and the kernels of the condition images). Weights make no difference
 one process, timed by the clock, after their images were checked against those of float32. Writes a CSV row for each.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import sys

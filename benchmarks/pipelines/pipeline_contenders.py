@@ -1,7 +1,5 @@
 """The contenders that make whole images, the columns of `results/pipeline_*.csv`, and comparisons for people."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

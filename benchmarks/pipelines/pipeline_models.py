@@ -1,7 +1,5 @@
 """The pipelines whose images are measured, stock and upcycled, copies of them, and the samples that they make."""
 
-from __future__ import annotations
-
 import argparse
 import copy
 import json

@@ -1,7 +1,5 @@
 """The rows of `results/image_psnr_*.csv`: PSNR of images against exact ones, and its targets."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
