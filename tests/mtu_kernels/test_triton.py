@@ -132,13 +132,17 @@ def assert_rounded_once(h, z, weights):
     assert ((h.double() - exact.flatten(2)).abs() <= (before_rounding + rounding).flatten(2)).all()
 
 
-# Elements around a tensor: more than a tile has. Of any width, -3 is NaN as a float, and no expert as an index.
-MARGIN, PATTERN = 8192, -3
+# Elements around a tensor: more than a tile has.
+MARGIN = 8192
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def run_amid_a_pattern(launch):
-    """Runs a launch on copies of its tensors that lie amid a pattern, which must stay as it is."""
+    """Runs a launch on copies of its tensors that lie amid a pattern, which must stay as it is.
+
+    Small negative numbers are NaN as a float of any width, and no expert as an index. Each tensor has its own, so that
+    a NaN that is read beyond one tensor does not look untouched beyond another.
+    """
     copies = {}
 
     def move(argument):
@@ -146,15 +150,16 @@ def run_amid_a_pattern(launch):
             return argument
         if argument.data_ptr() not in copies:
             size = argument.numel()
-            memory = torch.full((size + 2 * MARGIN,), PATTERN, dtype=BITS[argument.element_size()])
+            pattern = -3 - 2 * len(copies)
+            memory = torch.full((size + 2 * MARGIN,), pattern, dtype=BITS[argument.element_size()])
             inner = memory[MARGIN : MARGIN + size].view(argument.dtype).as_strided(argument.shape, argument.stride())
-            copies[argument.data_ptr()] = argument, memory, inner.copy_(argument)
+            copies[argument.data_ptr()] = argument, memory, pattern, inner.copy_(argument)
         return copies[argument.data_ptr()][-1]
 
     execute(launch._replace(arguments=tuple(map(move, launch.arguments))))
-    for original, memory, inner in copies.values():
+    for original, memory, pattern, inner in copies.values():
         outside = torch.cat([memory[:MARGIN], memory[-MARGIN:]])
-        assert (outside == PATTERN).all(), launch.kernel.__name__
+        assert (outside == pattern).all(), launch.kernel.__name__
         original.copy_(inner)
 
 
@@ -192,6 +197,7 @@ def test_the_same_bits_every_time(place):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expert_norm", [False, True], ids=["norm", "expert_norm"])
 @pytest.mark.parametrize("place", TRITON_PLACES)
 def test_several_tiles_in_every_direction(place, expert_norm):
@@ -352,6 +358,7 @@ print(mk.moe_ffn(*make_problem(0).arguments).shape)
 """
 
 
+@pytest.mark.slow
 @interpreted
 def test_a_cpu_without_the_interpreter():
     assert output_of(CALL, TRITON_INTERPRET="0").splitlines() == [
