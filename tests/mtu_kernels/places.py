@@ -100,6 +100,8 @@ ADDING_PLACES = [param for param in PLACES if param.values[0].adds_residual]
 def cases(*precisions, places=SLOW_IF_INTERPRETED, halved=False):
     """Parameters place, dtype and expert_norm: all combinations, but for what takes the interpreter too long.
 
+    All but the first precision are slow, and so is the backend "reference": they rarely find a fault of their own.
+
     Args:
         precisions: names of dtypes, or "low" for that of the place.
         places: parameters like PLACES.
@@ -113,7 +115,8 @@ def cases(*precisions, places=SLOW_IF_INTERPRETED, halved=False):
             if halved and place.is_interpreter and expert_norm != (i > 0):
                 continue
             name = f"{param.id}-{str(dtype).removeprefix('torch.')}-{'expert_norm' if expert_norm else 'norm'}"
-            params.append(pytest.param(place, dtype, expert_norm, id=name, marks=param.marks))
+            marks = (*param.marks, *[pytest.mark.slow] * (i > 0 or place.backend == "reference"))
+            params.append(pytest.param(place, dtype, expert_norm, id=name, marks=marks))
     return pytest.mark.parametrize(("place", "dtype", "expert_norm"), params)
 
 

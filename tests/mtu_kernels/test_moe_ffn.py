@@ -16,7 +16,7 @@ TOP_2 = DENSE._replace(K=2)
 EAGER = Place("eager", "cpu")
 
 
-@pytest.fixture(params=PLACES)
+@pytest.fixture(params=SLOW_IF_INTERPRETED)
 def place(request):
     return request.param
 
@@ -295,7 +295,8 @@ def test_autocast_leaves_float64_alone():
     assert torch.equal(actual, moe_ffn(*problem.arguments))
 
 
-@pytest.mark.parametrize("place", SLOW_IF_INTERPRETED)
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("recompute", [False, True], ids=("save", "recompute"))
 @pytest.mark.parametrize("K", [None, 2], ids=("dense", "top2"))
 @pytest.mark.parametrize("expert_norm", [False, True], ids=("norm", "expert_norm"))
@@ -341,7 +342,9 @@ class Exportable(torch.nn.Module):
         return moe_ffn(x, norm, experts, routing, backend=self.backend, recompute=True)
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=("non_strict", "strict"))
+@pytest.mark.parametrize(
+    "strict", [pytest.param(False, id="non_strict"), pytest.param(True, id="strict", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("sizes", [DENSE, TOP_2], ids=("dense", "top2"))
 @pytest.mark.parametrize("backend", [param.values[0].backend for param in PLACES if not param.marks])
 def test_exports_with_dynamic_batch_and_length(backend, sizes, strict):

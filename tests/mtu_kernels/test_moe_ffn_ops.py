@@ -47,6 +47,7 @@ def test_registration(place, sizes, options):
     torch.library.opcheck(backward, backward_arguments(problem, (None, None, None)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", OP_PLACES)
 def test_outputs_are_contiguous_whatever_the_inputs(place):
     """Fakes promise contiguous outputs, and code compiled with them relies on it."""
