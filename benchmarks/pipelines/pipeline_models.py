@@ -120,9 +120,9 @@ def draw_samples(pipe: mtu.MTUPipeline, per_task: int) -> list[Sample]:
         for position, spec in enumerate(pipe.unet.tasks):
             example = data.get_example(_icon_task(spec), number)
             generator = torch.Generator().manual_seed(len(pipe.unet.tasks) * number + position)
-            image = None
-            if spec.takes_image:
-                image = prepare_condition_image(example.image / 2 + 0.5, spec, size, size) / 2 + 0.5
+            image = example.image if spec.takes_image else None
+            if image is not None:
+                image = prepare_condition_image(image / 2 + 0.5, spec, size, size) / 2 + 0.5
             prompt = example.prompt if spec.uses_prompt else ""
             samples.append(Sample(spec, prompt, image, torch.randn(shape, generator=generator)))
     return samples
