@@ -25,7 +25,7 @@ def test_json_holds_the_rows(run_mtu, tmp_path):
     assert ended.code == 0
     result = json.loads(ended.out)
     assert (result["num_experts"], result["expert_ratio"], result["preserved"]) == (2, 0.25, False)
-    assert "drops hidden units" in result["why_output_not_preserved"]
+    assert "drops hidden units" in result["why_not_preserved"]
     rows = {row["key"]: row for row in result["rows"]}
     assert rows["parameters"]["ratio"] == rows["parameters"]["upcycled"] / rows["parameters"]["original"]
     assert rows["flops"]["ratio"] < 1
