@@ -4,6 +4,7 @@ Each command lives in a module of its own and joins below by one line. A command
 that `mtu --help` never waits for PyTorch.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -91,4 +92,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: Always, with the exit code that `mtu --help` documents.
     """
+    # Where torchvision is missing, transformers advises on stderr to install it, which no command needs.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     app(args=sys.argv[1:] if argv is None else list(argv), prog_name="mtu")

@@ -20,6 +20,7 @@ def run_mtu(capsys, monkeypatch):
     """Run `mtu` with the given arguments, its output going into a pipe."""
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # `main` would set it for all tests to come
 
     def run(*arguments: str) -> Ended:
         with pytest.raises(SystemExit) as exit_info:

@@ -113,6 +113,15 @@ def test_errors_of_the_library_are_one_line(run_mtu, monkeypatch, error, line):
     assert ended.err.count("\n") == 1
 
 
+@pytest.mark.slow
+def test_an_error_is_all_that_a_process_writes_on_stderr():
+    command = [sys.executable, "-m", "mtu", "inspect", "no/such/folder"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert re.fullmatch(r"mtu inspect: error: There is no folder 'no/such/folder'.*\n", result.stderr)
+
+
 def test_errors_are_red_on_a_terminal(run_mtu, monkeypatch):
     raise_in_inspect(monkeypatch, ValueError("Wrong."))
     monkeypatch.setenv("FORCE_COLOR", "1")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mtu.inspection import compare, format_comparison, format_sweep, sweep
+from mtu.inspection import format_sweep, sweep
 from tests.mtu.tiny import SD, stock_unet, upcycled_unet
 
 ANSI = "\x1b["
@@ -159,9 +159,8 @@ def test_command_lines_that_make_no_sense_exit_with_2(run_mtu, arguments, messag
 def test_a_pipe_gets_the_plain_report_whatever_the_width(run_mtu, monkeypatch, tmp_path):
     stock_unet(SD).save_config(tmp_path)
     monkeypatch.setenv("COLUMNS", "40")
-    own = ["inspect", str(tmp_path), "--size", "64"]
-    assert run_mtu(*own).out == format_comparison(compare(tmp_path, size=64)) + "\n"
-    assert run_mtu(*own, "--sweep", "--budget", "2x").out == format_sweep(sweep(tmp_path, "2x", size=64)) + "\n"
+    ended = run_mtu("inspect", str(tmp_path), "--size", "64", "--sweep", "--budget", "2x")
+    assert ended.out == format_sweep(sweep(tmp_path, "2x", size=64)) + "\n"
 
 
 @pytest.mark.parametrize("swept", [False, True], ids=["comparison", "sweep"])
@@ -188,6 +187,7 @@ def test_a_terminal_gets_the_same_cells_and_sentences(run_mtu, monkeypatch, tmp_
 # ------------------------------------------------------------------------------------------------------------- sweep
 
 
+@pytest.mark.slow
 def test_sweep_filters_by_budget(run_mtu):
     ended = run_mtu("inspect", "--sweep", "--budget", "1.01B")
     assert ended.code == 0
