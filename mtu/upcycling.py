@@ -1,10 +1,15 @@
-"""Turning a pre-trained UNet into a multi-task one: the only place where a model is taken apart."""
+"""`upcycle` and `load_trained`: a stock UNet or pipeline becomes a multi-task one.
+
+This module checks the arguments, computes the new tensors, and assigns them and the stock tensors to an empty upcycled
+UNet. The layers of that UNet are built in `mtu.models`: the constructor of `MTUUNet2DConditionModel` replaces the stock
+blocks and the input convolution.
+"""
 
 import dataclasses
 import os
 import warnings
 from collections.abc import Iterable
-from typing import Any, overload
+from typing import Literal, overload
 
 import torch
 from accelerate import init_empty_weights
@@ -16,7 +21,7 @@ from mtu.compat.plain_linear import has_replaced_forward
 from mtu.compat.private_interfaces import has_accelerate_hook
 from mtu.experts import ExpertConfig, NormMode, stock_config
 from mtu.models import partial_checkpoints
-from mtu.models.ffn import check_upcyclable
+from mtu.models.ffn import Backend, check_upcyclable
 from mtu.models.initial_routing import count_experts_with_proportional_weights, initial_router_state_dict
 from mtu.models.settings import copy_settings_, unfused_state_dict
 from mtu.models.unet import MTUUNet2DConditionModel
@@ -27,12 +32,37 @@ from mtu.tasks import SD_TASKS, SDXL_TASKS, TaskSpec, as_task_specs
 __all__ = ["load_trained", "upcycle"]
 
 
-@overload
-def upcycle(unet: UNet2DConditionModel, *args: Any, **kwargs: Any) -> MTUUNet2DConditionModel: ...
+Init = Literal["preserve", "paper"]
 
 
 @overload
-def upcycle(unet: StableDiffusionPipeline, *args: Any, **kwargs: Any) -> MTUPipeline: ...
+def upcycle(
+    unet: UNet2DConditionModel,
+    tasks: Iterable[TaskSpec | str] | None = None,
+    num_experts: int | None = None,
+    *,
+    top_k: int | None = None,
+    expert_ratio: float | None = None,
+    norm: NormMode = "task",
+    init: Init = "preserve",
+    backend: Backend = "auto",
+    seed: int = 0,
+) -> MTUUNet2DConditionModel: ...
+
+
+@overload
+def upcycle(
+    unet: StableDiffusionPipeline,
+    tasks: Iterable[TaskSpec | str] | None = None,
+    num_experts: int | None = None,
+    *,
+    top_k: int | None = None,
+    expert_ratio: float | None = None,
+    norm: NormMode = "task",
+    init: Init = "preserve",
+    backend: Backend = "auto",
+    seed: int = 0,
+) -> MTUPipeline: ...
 
 
 def upcycle(
@@ -43,35 +73,44 @@ def upcycle(
     top_k: int | None = None,
     expert_ratio: float | None = None,
     norm: NormMode = "task",
-    init: str = "preserve",
-    backend: str = "auto",
+    init: Init = "preserve",
+    backend: Backend = "auto",
     seed: int = 0,
 ) -> MTUUNet2DConditionModel | MTUPipeline:
-    """Upcycle a pre-trained UNet: experts, task norms and task input convolutions; the rest frozen.
+    """Upcycle a pre-trained UNet: split its feed-forward networks into experts, and give each task its own layers.
 
-    The weights are taken over, not copied, so the UNet passed in must not be used afterwards.
+        y = Σ_e w_te · W_out,e (u_e · gelu(g_e)) + b_out,   w_t = routing_scale · softmax(MLP(e_t))
+
+    Each task gets its own LayerNorms and its own input convolution, and all other weights are frozen. The new model
+    takes over the weights without copying them, so do not use the original afterwards.
 
     Args:
         unet: a Stable Diffusion UNet (1.5, XL, or of that family), on any device, also meta; or a
-            `StableDiffusionPipeline`, of which the UNet is upcycled and the rest kept.
+            `StableDiffusionPipeline`, whose UNet is upcycled and whose other components are kept.
         tasks: `TaskSpec`s or built-in names; None: text-to-image, edit, super-resolution and remove.
         num_experts: E; None: the paper's best, 4, and 1 for SDXL.
-        top_k: active experts per task; None: all (dense routing).
-        expert_ratio: G, the size of an expert / that of the FFN; None: 1/E, which keeps the parameter count.
-        norm: "task" or "task_expert", one LayerNorm per task, or per task and expert.
+        top_k: the number of active experts per task; None: all (dense routing).
+        expert_ratio: G, the hidden width of an expert / that of the whole FFN; None: 1/E, which keeps the parameter
+            count.
+        norm: "task" for one LayerNorm per task, or "task_expert" for one per task and expert.
         init: "preserve" keeps the output of the original; "paper" is the plain split (routing_scale = 1).
-        backend: "auto", "eager", "triton" or "cpp".
-        seed: of the routers' and the task embedding's initialisation.
+        backend: how the FFNs are computed: "auto", "eager", "triton" or "cpp" ("reference" is slow, for tests).
+        seed: the seed for the initial values of routers and task embedding.
 
     Returns:
         The upcycled model, on the same device and in the same dtype; for a pipeline, an `MTUPipeline`.
 
     Raises:
-        TypeError: neither a UNet nor such a pipeline.
-        ValueError: bad arguments, a UNet without FFNs, or one that is upcycled already.
+        TypeError: the first argument is neither a UNet nor a `StableDiffusionPipeline`.
+        ValueError: an argument is out of range, the UNet has no FFNs, or it is upcycled already.
         RuntimeError: the backend is not part of this installation.
 
     Source: MTU (arXiv 2503.11905) §3.
+
+    Example:
+        >>> unet = UNet2DConditionModel.from_pretrained("…/stable-diffusion-v1-5", subfolder="unet")
+        >>> unet = mtu.upcycle(unet, tasks=["text-to-image", "edit"], num_experts=4)
+        >>> noise = unet(latents, timestep, text, task_ids=unet.task_ids(["edit", "text-to-image"])).sample
     """
     pipeline = unet if isinstance(unet, DiffusionPipeline) else None
     if pipeline is not None:
@@ -101,29 +140,38 @@ def _unet_of(pipeline: DiffusionPipeline, verb: str) -> UNet2DConditionModel:
 
 
 @overload
-def load_trained(unet: UNet2DConditionModel, directory: Any, *, backend: str = ...) -> MTUUNet2DConditionModel: ...
+def load_trained(
+    unet: UNet2DConditionModel, directory: str | os.PathLike, *, backend: Backend = "auto"
+) -> MTUUNet2DConditionModel: ...
 
 
 @overload
-def load_trained(unet: StableDiffusionPipeline, directory: Any, *, backend: str = ...) -> MTUPipeline: ...
+def load_trained(
+    unet: StableDiffusionPipeline, directory: str | os.PathLike, *, backend: Backend = "auto"
+) -> MTUPipeline: ...
 
 
 def load_trained(
-    unet: UNet2DConditionModel | StableDiffusionPipeline, directory: str | os.PathLike, *, backend: str = "auto"
+    unet: UNet2DConditionModel | StableDiffusionPipeline, directory: str | os.PathLike, *, backend: Backend = "auto"
 ) -> MTUUNet2DConditionModel | MTUPipeline:
-    """Upcycle a base UNet as the model that `save_trained` wrote was, and put its trained parameters over it.
+    """Upcycle a base UNet with the settings that `save_trained` saved, and load the trained parameters into it.
 
     Args:
-        unet: the base UNet, or a `StableDiffusionPipeline` with it, of which all else is kept.
-        directory: what `save_trained` was given.
-        backend: "auto", "eager", "triton" or "cpp".
+        unet: the base UNet, or a `StableDiffusionPipeline` with it, whose other components are kept.
+        directory: the folder that `save_trained` wrote into.
+        backend: "auto", "eager", "triton", "cpp" or "reference".
 
     Returns:
         The model; for a pipeline, an `MTUPipeline`.
 
     Raises:
-        TypeError: neither a UNet nor such a pipeline.
-        ValueError: a checkpoint of another architecture, or a truncated or altered file.
+        TypeError: the first argument is neither a UNet nor a `StableDiffusionPipeline`.
+        ValueError: the checkpoint is of another architecture, or a file is truncated or altered.
+        RuntimeError: the backend is not part of this installation.
+
+    Example:
+        >>> mtu.upcycle(base_unet).save_trained("trained")
+        >>> unet = mtu.load_trained(another_copy_of_the_base_unet, "trained")
     """
     pipeline = unet if isinstance(unet, DiffusionPipeline) else None
     if pipeline is not None:
@@ -131,7 +179,7 @@ def load_trained(
     mtu_kernels.check_backend(backend)
     _check_stock(unet)
     specs, config, tensors = partial_checkpoints.read_trained_parameters(directory, stock_config(unet))
-    # A model of these settings on no memory tells, before the UNet is touched, whether the tensors fit.
+    # A model without memory tells whether the tensors fit, before the UNet changes.
     expected = {name: p.shape for name, p in _skeleton(unet, specs, config).named_trainable_parameters()}
     partial_checkpoints.check_tensor_shapes(expected, tensors, directory)
     upcycled = _convert(unet, specs, config, preserve=False, seed=0)
@@ -141,7 +189,7 @@ def load_trained(
 
 
 def _skeleton(unet: UNet2DConditionModel, specs: tuple[TaskSpec, ...], config: ExpertConfig) -> MTUUNet2DConditionModel:
-    """The upcycled architecture of a stock UNet, on the meta device."""
+    """The upcycled architecture of a stock UNet, on the meta device, without values."""
     with init_empty_weights():
         return MTUUNet2DConditionModel(**stock_config(unet), tasks=specs, **dataclasses.asdict(config))
 
@@ -149,7 +197,7 @@ def _skeleton(unet: UNet2DConditionModel, specs: tuple[TaskSpec, ...], config: E
 def _convert(
     unet: UNet2DConditionModel, specs: tuple[TaskSpec, ...], config: ExpertConfig, *, preserve: bool, seed: int
 ) -> MTUUNet2DConditionModel:
-    """Build the upcycled model on the tensors of the stock one."""
+    """Build the upcycled model on the tensors of the stock one, which must not be used afterwards."""
     upcycled = _skeleton(unet, specs, config)
     state = unfused_state_dict(unet)
     _check_same_keys(upcycled, state)
@@ -174,7 +222,7 @@ def _resolve(
     top_k: int | None,
     expert_ratio: float | None,
     norm: NormMode,
-    init: str,
+    init: Init,
 ) -> tuple[tuple[TaskSpec, ...], ExpertConfig]:
     """Check the arguments against the UNet and fill in the defaults."""
     _check_stock(unet)
@@ -187,7 +235,7 @@ def _resolve(
     if not isinstance(num_experts, int) or isinstance(num_experts, bool) or num_experts < 1:
         raise ValueError(f"num_experts must be an integer ≥ 1, but got {num_experts!r}.")
     ratio = 1.0 / num_experts if expert_ratio is None else expert_ratio
-    preserving = init == "preserve" and isinstance(ratio, int | float) and ratio > 0  # else ExpertConfig refuses it
+    preserving = init == "preserve" and isinstance(ratio, int | float) and ratio > 0  # ExpertConfig refuses others
     width = unet.config.cross_attention_dim
     config = ExpertConfig(
         num_experts=num_experts,
@@ -215,7 +263,7 @@ def _check_stock(unet: object) -> None:
         )
     if any(module._compiled_call_impl is not None for module in unet.modules()):
         raise ValueError("upcycle takes a UNet that is not compiled: compile the upcycled one, with mtu.compile.")
-    # What is not in the tensors would be lost: the upcycled model is built on them alone.
+    # The upcycled model is built from the tensors alone, so hooks and other changes to the modules would be lost.
     hooked = [name for name, m in unet.named_modules() if has_accelerate_hook(m) or has_replaced_forward(m)]
     dtypes = {parameter.dtype for parameter in unet.parameters()}
     devices = {parameter.device.type for parameter in unet.parameters()}
@@ -240,7 +288,7 @@ def _check_same_keys(upcycled: MTUUNet2DConditionModel, state: dict[str, Tensor]
 def _new_state(
     upcycled: MTUUNet2DConditionModel, state: dict[str, Tensor], config: ExpertConfig, *, preserve: bool, seed: int
 ) -> dict[str, Tensor]:
-    """The tensors that an upcycled model has and the stock one has not, or has in another shape."""
+    """The tensors of an upcycled model that the stock one lacks, or has in another shape or with other values."""
     generator = torch.Generator().manual_seed(seed)
     like = state["conv_in.weight"]
     if like.is_meta:
@@ -264,7 +312,7 @@ def _new_state(
 
 
 def _resized_experts(name: str, state: dict[str, Tensor], config: ExpertConfig, *, preserve: bool) -> dict[str, Tensor]:
-    """The FFN tensors of block `name` where the experts do not simply partition the stock units."""
+    """The FFN tensors of block `name`; an empty dictionary if the experts simply partition the stock units."""
     in_weight, in_bias, out_weight = (f"{name}.ff.net.{key}" for key in ("0.proj.weight", "0.proj.bias", "2.weight"))
     stock_hidden_width = state[out_weight].shape[1]
     units, scale = config.stock_unit_indices(stock_hidden_width), None
@@ -286,7 +334,7 @@ def _warn_of_wasted_experts(upcycled: MTUUNet2DConditionModel) -> None:
     if config.num_experts == 1 or (config.is_dense and not config.experts_hold_whole_ffn):
         return
     if num_tasks * config.num_active_experts < config.num_experts or upcycled.conv_in.weight.is_meta:
-        return  # made for more tasks than there are yet, or without values
+        return  # The model is made for more tasks than it has yet, or it has no values.
     weights = upcycled.router_weights()
     idle = int((weights == 0).all(dim=1).any(dim=1).sum())
     if idle:

@@ -1,7 +1,7 @@
 """The routed feed-forward network and the transformer block around it."""
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -17,7 +17,17 @@ from mtu.models.router import Router, RoutingTable, TaskContext
 from mtu_kernels import ExpertWeights, NormAffine, Routing, dense_weights, moe_ffn
 from mtu_kernels.tracing import static_size
 
-__all__ = ["TASK_CONTEXT_KEY", "RoutedFeedForward", "RoutedTransformerBlock", "check_upcyclable", "why_not_upcyclable"]
+__all__ = [
+    "TASK_CONTEXT_KEY",
+    "Backend",
+    "RoutedFeedForward",
+    "RoutedTransformerBlock",
+    "check_upcyclable",
+    "why_not_upcyclable",
+]
+
+# How `mtu_kernels.moe_ffn` may be computed.
+Backend = Literal["auto", "cpp", "eager", "reference", "triton"]
 
 # Under this name the task context travels through `cross_attention_kwargs`, the one argument that diffusers hands
 # from the UNet to every transformer block (GLIGEN uses it in the same way), also through gradient checkpointing.
@@ -76,12 +86,13 @@ class RoutedFeedForward(FeedForward):
     """
 
     def __init__(self, stock: FeedForward, router: Router | RoutingTable, config: ExpertConfig, eps: float) -> None:
+        # The constructor of FeedForward would build new layers, but this network takes over the stock ones.
         nn.Module.__init__(self)
         self.net = stock.net
         self.router = router
         self.num_experts = config.num_experts
         self.eps = eps
-        self.backend = "auto"
+        self.backend: Backend = "auto"
 
     def forward(
         self, hidden_states: Tensor, affine: NormAffine, context: TaskContext, residual: bool = False
@@ -157,8 +168,9 @@ class RoutedTransformerBlock(BasicTransformerBlock):
     def __init__(
         self, stock: BasicTransformerBlock, config: ExpertConfig, num_tasks: int, routers_dropped: bool
     ) -> None:
+        # The constructor of BasicTransformerBlock would build new layers, but this block takes over the stock ones.
         nn.Module.__init__(self)
-        # Plain attributes (sizes, flags) are those of the stock block; modules are registered anew, in its order.
+        # It also takes over the plain attributes (sizes, flags), and registers the modules in their stock order.
         plain = {name: value for name, value in vars(stock).items() if not name.startswith("_") and name != "training"}
         for name, value in plain.items():
             setattr(self, name, value)

@@ -23,7 +23,7 @@ from mtu.compat.private_interfaces import expand_adapter_block_scales, register_
 from mtu.experts import ExpertConfig, NormMode, stock_config
 from mtu.models import partial_checkpoints, pretrained
 from mtu.models.conv_in import TaskConvIn
-from mtu.models.ffn import TASK_CONTEXT_KEY, RoutedFeedForward, RoutedTransformerBlock, check_upcyclable
+from mtu.models.ffn import TASK_CONTEXT_KEY, Backend, RoutedFeedForward, RoutedTransformerBlock, check_upcyclable
 from mtu.models.folding import fold_task
 from mtu.models.gathering import can_precompute_routing, find_consecutive_blocks, gather_task_values
 from mtu.models.norm import TaskLayerNorm
@@ -84,6 +84,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         super().__init__(**stock)  # registers the stock part of the configuration
         self.register_to_config(tasks=[spec.to_dict() for spec in specs])
         check_upcyclable(self)
+        # The constructor of diffusers builds stock blocks of a fixed class, so they are replaced after it has run.
         for transformer in self.modules():
             if isinstance(transformer, Transformer2DModel):
                 for index, block in enumerate(transformer.transformer_blocks):
@@ -244,6 +245,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         task_ids = self.prepare_task_ids(task_ids, sample)
         embedding = self.task_embedding_weight(sample.device)
         context = TaskContext(task_ids, embedding, gather_task_values(self._consecutive_blocks, task_ids, embedding))
+        # The stock forward calls `conv_in` again, without task_ids: that second call returns its argument.
         return super().forward(
             self.conv_in(sample, task_ids, channels_last=self.is_channels_last),
             timestep,
@@ -380,7 +382,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         with precomputed_tables(routers, self.task_embedding_weight(self.task_ids_device)):
             yield
 
-    def set_backend(self, backend: str) -> None:
+    def set_backend(self, backend: Backend) -> None:
         """Choose how routed feed-forward networks are computed: "auto", "eager", "triton" or "cpp".
 
         Device, dtype and shape are checked at each call, so a GPU backend may be chosen before moving the model.
