@@ -70,7 +70,7 @@ class TaskContext(NamedTuple):
         if routing is not None:
             return routing
         table = router(self.embedding)
-        indices = None if table.indices is None else table.indices.index_select(0, self.task_ids)
+        indices = None if table.indices is None else select_rows(table.indices, self.task_ids)
         return Routing(select_rows(table.weights, self.task_ids), indices)
 
     def _gathered_here(self) -> GatheredTaskValues | None:
@@ -80,10 +80,18 @@ class TaskContext(NamedTuple):
 
 
 def select_rows(table: Tensor, task_ids: Tensor) -> Tensor:
-    """`table[task_ids]`: (T, …) and (B,) to (B, …).
+    """The row of each sample, `table[task_ids]`.
 
-    With gradients it is a product with one-hot rows: the backward of plain indexing adds with atomics on GPUs, in an
-    order that differs from run to run. Both ways give the same bits for finite tables.
+    With gradients it is a product with one-hot rows, because the backward of plain indexing adds with atomics on GPUs,
+    in an order that differs from run to run. Both ways give the same bits for finite tables. Tables of integers, which
+    have no gradients, are always indexed.
+
+    Args:
+        table: (T, …) of any dtype.
+        task_ids: (B,) int64.
+
+    Returns:
+        (B, …) in the dtype of the table.
     """
     if not (torch.is_grad_enabled() and table.requires_grad) or is_exporting_or_tracing():
         return table.index_select(0, task_ids)

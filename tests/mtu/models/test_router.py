@@ -276,6 +276,14 @@ def test_selected_rows_are_the_same_bits_with_and_without_gradients(shape, dtype
     assert torch.equal(table.grad, counts.expand(shape))
 
 
+def test_selected_rows_of_integers_have_no_gradients():
+    table = torch.tensor([[0, 3], [2, 1]], dtype=torch.int32)
+    selected = select_rows(table, torch.tensor([1, 0, 1]))
+    assert selected.dtype == torch.int32
+    assert selected.tolist() == [[2, 1], [0, 3], [2, 1]]
+    assert not selected.requires_grad
+
+
 def test_a_router_with_an_adapter_is_not_cached(embedding):
     """An adapter's switches are Python state, which no look at tensors can see."""
 
