@@ -1,4 +1,4 @@
-"""Models: the upcycled UNet, its layers, and the operations on a model (adding tasks, saving parts, folding one task).
+"""Models: the upcycled UNet, its layers, and operations on a model (adding tasks, saving, folding one task).
 
-Nothing here knows pipelines, training or compiled code.
+Pipelines, training and compiled code live elsewhere.
 """

@@ -1,4 +1,4 @@
-"""The task input convolution: one `conv_in` per task, in one tensor, so that a batch may mix tasks."""
+"""The task input convolution: one `conv_in` per task in one tensor, so that a batch may mix tasks."""
 
 from collections.abc import Sequence
 
@@ -15,12 +15,13 @@ __all__ = ["TaskConvIn"]
 class TaskConvIn(PerTaskModule):
     """Per-sample 2-D convolution `y[b] = weight[t_b] ∗ x[b] + bias[t_b]`, stride 1, same size.
 
-    The kernels of all tasks are padded with zeros to the widest task. It is computed as one batched product over
+    The kernels of all tasks are padded with zeros to the widest task. The layer computes one batched product over
     unfolded patches, whose cost does not depend on the number of tasks.
 
     Args:
-        condition_channels: of each task; task t reads the channels `[0, latent_channels + condition_channels[t])`.
-        latent_channels: channels of the noisy latents.
+        condition_channels: the condition channels of each task. Task t reads the channels
+            `[0, latent_channels + condition_channels[t])`.
+        latent_channels: the channels of the noisy latents.
         out_channels: C.
         kernel_size: odd edge length k.
 
@@ -37,8 +38,8 @@ class TaskConvIn(PerTaskModule):
         tasks, widest = len(self.channels_per_task), max(self.channels_per_task)
         self.weight = nn.Parameter(torch.zeros(tasks, out_channels, widest, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(tasks, out_channels))
-        # (T,) int64. A buffer would be left on the meta device, or moved on its own, by offloading: as it follows from
-        # the configuration, it is made wherever it is needed.
+        # (T,) int64. It is no buffer, as offloading would leave a buffer on the meta device or move it by itself. The
+        # counts follow from the configuration, so they are made wherever they are needed.
         self.channel_counts = self._counted("cpu")
 
     @property
@@ -50,32 +51,32 @@ class TaskConvIn(PerTaskModule):
         """Convolve each sample with the kernel of its task.
 
         Args:
-            sample: (B, c, H, W) with latent_channels ≤ c ≤ Cin; missing channels count as zero, and those beyond a
-                task's own are ignored.
-            task_ids: (B,) int64. None: `sample` has been through this layer, and is returned as it is. The stock
-                UNet calls its `conv_in` with the sample alone, after the upcycled UNet has called it with task_ids.
-            channels_last: the layout in memory of what is returned.
+            sample: (B, c, H, W) with latent_channels ≤ c ≤ Cin. Missing channels count as zero, and channels beyond
+                a task's own are ignored.
+            task_ids: (B,) int64. None returns `sample` unchanged: the upcycled UNet has called this layer with
+                task_ids, and the stock forward then calls it again with the result alone.
+            channels_last: whether the result is in the channels-last memory format.
 
         Returns:
             (B, C, H, W).
 
         Raises:
-            ValueError: too few or too many channels.
+            ValueError: the sample has too few or too many channels.
         """
         if task_ids is None:
             return sample
         _, given, height, width = sample.shape
         self.check_channels(given)
-        # `where`, not a product: what another task left in an ignored channel may be infinite.
+        # A product with zero would keep infinite values of ignored channels as NaN, but `where` does not.
         channels = self._channels_on(sample.device)
         own = torch.arange(given, device=sample.device) < channels[task_ids][:, None]
         sample = torch.where(own[:, :, None, None], sample, 0.0)
-        # Layerwise casting, which does not know this layer, leaves it wider than the layers that it casts.
+        # Layerwise casting does not cast this layer, so its dtype may be wider than that of the sample.
         kernels = select_rows(self.weight[:, :, :given], task_ids).flatten(2).to(sample.dtype)
         patches = F.unfold(sample, self.kernel_size, padding=self.kernel_size // 2)
         bias = select_rows(self.bias, task_ids).to(sample.dtype)
         if channels_last:
-            # A product with channels along the rows is in that layout already.
+            # The result of this product has its channels in the last dimension, which is the layout asked for.
             output = torch.baddbmm(bias[:, None], patches.transpose(1, 2), kernels.transpose(1, 2))
             return output.view(-1, height, width, bias.shape[1]).permute(0, 3, 1, 2)
         return torch.baddbmm(bias[:, :, None], kernels, patches).view(-1, bias.shape[1], height, width)
@@ -89,8 +90,8 @@ class TaskConvIn(PerTaskModule):
             )
 
     def _apply(self, fn, recurse: bool = True):
-        # `.to(memory_format=torch.channels_last)` asks every tensor of five dimensions, too, which torch refuses: show
-        # it the kernels of all tasks as those of one convolution, and keep the layout that the product reads.
+        # `.to(memory_format=torch.channels_last)` also converts tensors of five dimensions, which torch refuses. So
+        # `fn` gets the kernels of all tasks as one tensor of four dimensions, and the product's own layout is kept.
         def by_kernel(tensor: Tensor) -> Tensor:
             if tensor.dim() != 5:
                 return fn(tensor)
@@ -105,28 +106,28 @@ class TaskConvIn(PerTaskModule):
         self.update_channel_counts_()
 
     def update_channel_counts_(self) -> None:
-        """Put the channel counts where the parameters are; needed only where those were set one by one."""
-        # Parameters on the meta device are offloaded, or have no values yet.
+        """Move the channel counts to the parameters' device; needed only after parameters were set one by one."""
+        # Parameters on the meta device are offloaded or have no values yet, so the counts stay where they are.
         device = self.channel_counts.device if self.weight.is_meta else self.weight.device
         channels = self._counted(device)
         if (self.channel_counts.shape, self.channel_counts.device) == (channels.shape, channels.device):
-            # CUDA graphs read them where they are.
+            # CUDA graphs read them at this address.
             self.channel_counts.copy_(channels)
         else:
             self.channel_counts = channels
 
     def _channels_on(self, device: torch.device) -> Tensor:
-        """The channel counts where the sample is, and from now on there: offloading does not say where that will be."""
+        """The channel counts on the sample's device, where they then stay; offloading does not tell it beforehand."""
         if self.channel_counts.device == device:
             return self.channel_counts
         if torch.compiler.is_compiling():
             return self.channel_counts.to(device)
-        # Not from where they were: after a call on the meta device they have no values there.
+        # After a call on the meta device the old tensor has no values, so it is not copied.
         self.channel_counts = self._counted(device)
         return self.channel_counts
 
     def _counted(self, device: torch.device | str) -> Tensor:
-        # What is made in inference mode could not be written to outside it.
+        # A tensor that is made in inference mode cannot be written to outside it.
         with torch.inference_mode(False):
             return torch.tensor(self.channels_per_task, device=device)
 
@@ -135,9 +136,9 @@ class TaskConvIn(PerTaskModule):
         """Make the old row `rows[i]` the new row i, in new parameters.
 
         Args:
-            rows: old ids, by new id.
-            condition_channels: of the new tasks; channels that the old row did not have start at zero. None: those of
-                the old rows.
+            rows: the old task id of each new one.
+            condition_channels: the condition channels of each new task; None: those of the old rows. Channels that the
+                old row did not have start at zero.
         """
         old_channels = [self.channels_per_task[row] for row in rows]
         channels = old_channels

@@ -1,4 +1,7 @@
-"""The routed feed-forward network and the transformer block around it."""
+"""The routed feed-forward network and the transformer block around it.
+
+The fused computation lives in `mtu_kernels`, routers in `mtu.models.router`.
+"""
 
 import functools
 from typing import Any, Literal
@@ -29,13 +32,13 @@ __all__ = [
 # How `mtu_kernels.moe_ffn` may be computed.
 Backend = Literal["auto", "cpp", "eager", "reference", "triton"]
 
-# Under this name the task context travels through `cross_attention_kwargs`, the one argument that diffusers hands
-# from the UNet to every transformer block (GLIGEN uses it in the same way), also through gradient checkpointing.
+# The task context travels under this key in `cross_attention_kwargs`. That is the one argument which diffusers passes
+# from the UNet to every transformer block, also through gradient checkpointing; GLIGEN uses it in the same way.
 TASK_CONTEXT_KEY = "mtu"
 
 
 def why_not_upcyclable(block: BasicTransformerBlock) -> str | None:
-    """What keeps this block from being upcycled, in a few words; None if nothing does."""
+    """The reason why this block cannot be upcycled, as a clause; None if it can be."""
     if block.norm_type != "layer_norm" or not isinstance(block.norm3, nn.LayerNorm):
         return f"its norm_type is {block.norm_type!r}, not 'layer_norm'"
     if not block.norm3.elementwise_affine:
@@ -52,7 +55,7 @@ def why_not_upcyclable(block: BasicTransformerBlock) -> str | None:
 
 
 def check_upcyclable(unet: UNet2DConditionModel) -> None:
-    """Raise a ValueError unless every transformer block can be upcycled, and there is one."""
+    """Raise a ValueError unless the UNet has transformer blocks and each of them can be upcycled."""
     blocks = [(name, m) for name, m in unet.named_modules() if isinstance(m, BasicTransformerBlock)]
     if not blocks:
         raise ValueError(
@@ -79,9 +82,9 @@ class RoutedFeedForward(FeedForward):
     the hidden units `[eF, (e+1)F)`.
 
     Args:
-        stock: the block's feed-forward network; its modules are taken over.
-        router: Router or RoutingTable of this layer.
-        config: expert layout.
+        stock: the block's feed-forward network, whose modules become those of the new one.
+        router: the Router or RoutingTable of this layer.
+        config: the expert layout.
         eps: ε of the normalisation.
     """
 
@@ -101,9 +104,9 @@ class RoutedFeedForward(FeedForward):
 
         Args:
             hidden_states: (B, L, D), before the normalisation.
-            affine: float32 γ and β of each sample, (B, D) or (B, E, D).
-            context: tasks of the samples.
-            residual: add `hidden_states` to what is returned; fused kernels do so before they round.
+            affine: γ and β of each sample, (B, D) or (B, E, D) float32.
+            context: the tasks of the samples.
+            residual: whether to add `hidden_states` to the result; fused kernels add them before rounding.
 
         Returns:
             (B, L, D).
@@ -139,15 +142,15 @@ class RoutedFeedForward(FeedForward):
             normed = unit * affine.weight[:, None] + affine.bias[:, None]
             hidden = activation(normed.to(dtype))
         else:
-            # One pass of the wrapped Linear per expert, of which that expert's units are kept: E times the work of
-            # the fused path, but it is what an adapter of unknown shape does to each expert's own input.
+            # The wrapped Linear runs once for each expert's input, and only that expert's units are kept. This takes
+            # E times the work of the fused path, but it is right for adapters of any kind.
             parts = []
             for expert in range(self.num_experts):
                 normed = unit * affine.weight[:, expert, None] + affine.bias[:, expert, None]
                 parts.append(activation(normed.to(dtype)).chunk(self.num_experts, dim=-1)[expert])
             hidden = torch.cat(parts, dim=-1)
         weights = dense_weights(routing, self.num_experts)
-        # float32 weights: the product is rounded once, as in the fused path.
+        # The weights are float32, so that the product is rounded once, as in the fused path.
         weighted = hidden.unflatten(-1, (self.num_experts, -1)) * weights[:, None, :, None]
         hidden = project_out(dropout(weighted.to(hidden.dtype).flatten(2)))
         for module in self.net[3:]:
@@ -191,7 +194,7 @@ class RoutedTransformerBlock(BasicTransformerBlock):
         """Run the feed-forward network over slices of `chunk_size` tokens.
 
         Raises:
-            ValueError: `dim` is not 1; slices of the batch (0) would part samples from their routing.
+            ValueError: `dim` is not 1. Slices of the batch (0) would separate samples from their routing.
         """
         if chunk_size is not None and dim != 1:
             raise ValueError(f"A routed feed-forward network can be chunked over tokens (dim=1) only, but got {dim}.")
@@ -208,7 +211,7 @@ class RoutedTransformerBlock(BasicTransformerBlock):
         class_labels: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """As in diffusers' block: self-attention, cross-attention and feed-forward, each with its residual.
+        """Run self-attention, cross-attention and the feed-forward network, each with its residual, as diffusers does.
 
         Args:
             hidden_states: (B, L, D).
@@ -218,7 +221,7 @@ class RoutedTransformerBlock(BasicTransformerBlock):
             (B, L, D).
 
         Raises:
-            ValueError: called without a task context, that is not through an upcycled UNet.
+            ValueError: there is no task context, as the block was not called by an upcycled UNet.
         """
         attention_kwargs = dict(cross_attention_kwargs or {})
         context = attention_kwargs.pop(TASK_CONTEXT_KEY, None)
@@ -246,6 +249,6 @@ class RoutedTransformerBlock(BasicTransformerBlock):
             chunks = [feed_forward(part) for part in hidden_states.split(self._chunk_size, dim=1)]
             return hidden_states + torch.cat(chunks, dim=1)
         if self.ff._forward_hooks or self.ff._backward_hooks:
-            # Who looks on means the network's own output, as in a stock block.
+            # Forward hooks expect the FFN output without the residual, as in a stock block.
             return hidden_states + feed_forward(hidden_states)
         return feed_forward(hidden_states, residual=True)

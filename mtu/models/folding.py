@@ -1,4 +1,7 @@
-"""Folding one task of an upcycled UNet into a plain diffusers UNet."""
+"""Folding one task of an upcycled UNet into a plain diffusers UNet.
+
+This is arithmetic on tensors alone; `MTUUNet2DConditionModel.export_task` also carries settings over.
+"""
 
 import torch
 from accelerate import init_empty_weights
@@ -15,26 +18,28 @@ __all__ = ["fold_task"]
 
 @torch.no_grad()
 def fold_task(
-    unet: UNet2DConditionModel, index: int, embedding: Tensor | None, *, prune: bool = False
+    unet: UNet2DConditionModel, task_id: int, embedding: Tensor | None, *, prune: bool = False
 ) -> tuple[UNet2DConditionModel, dict[str, Tensor]]:
-    """The stock UNet that computes what an upcycled one computes for task id `index`.
+    """Fold task `task_id` of an upcycled UNet into a stock UNet with the same output.
 
         W_out ← W_out · w_t (columns of each expert);   norm3 ← γ_t, β_t
         per-expert norms instead: b_in ← b_in + W_in,e β_te, W_in,e ← W_in,e ∘ γ_te, norm3 ← 1, 0
 
-    It is exact in real arithmetic, folded in float32, then cast. With top-k, the columns of inactive experts are zero.
+    Folding is exact in real arithmetic. It is computed in float32 and then cast. With top-k, the columns of inactive
+    experts are zero.
 
     Args:
-        unet: an upcycled UNet whose tensors are in memory, in the dtype that they are computed in.
-        index: the task's id.
+        unet: an upcycled UNet whose tensors are in memory, in the dtype that the layers compute in.
+        task_id: the task.
         embedding: (T, W) the task embedding; None once the routers are dropped.
-        prune: drop the hidden units of inactive experts. A stock configuration cannot describe the narrower FFNs.
+        prune: whether to drop the hidden units of inactive experts. A stock configuration cannot describe the
+            narrower FFNs.
 
     Returns:
         The UNet on the meta device, and the tensors to load into it, which may share memory with those of `unet`.
 
     Raises:
-        ValueError: the hidden width is not that of a stock FFN, and `prune` is false; or the UNet holds adapters.
+        ValueError: the hidden width is not that of a stock FFN and `prune` is false, or the UNet has adapters.
     """
     blocks = {name: block for name, block in unet.named_modules() if isinstance(block, RoutedTransformerBlock)}
     for name, block in blocks.items():
@@ -47,11 +52,11 @@ def fold_task(
     state = unfused_state_dict(unet)
     for name in [key for key in state if ".ff.router." in key or key.startswith("task_embedding.")]:
         del state[name]
-    channels = unet.conv_in.channels_per_task[index]
-    state["conv_in.weight"] = state["conv_in.weight"][index, :, :channels]
-    state["conv_in.bias"] = state["conv_in.bias"][index]
+    channels = unet.conv_in.channels_per_task[task_id]
+    state["conv_in.weight"] = state["conv_in.weight"][task_id, :, :channels]
+    state["conv_in.bias"] = state["conv_in.bias"][task_id]
     for name, block in blocks.items():
-        for key, tensor in _folded_block(block, index, embedding, prune).items():
+        for key, tensor in _folded_block(block, task_id, embedding, prune).items():
             state[f"{name}.{key}"] = tensor
 
     with init_empty_weights():
@@ -71,20 +76,20 @@ def fold_task(
 
 
 def _folded_block(
-    block: RoutedTransformerBlock, index: int, embedding: Tensor | None, prune: bool
+    block: RoutedTransformerBlock, task_id: int, embedding: Tensor | None, prune: bool
 ) -> dict[str, Tensor]:
     table = block.ff.router(embedding)
     routing = Routing(
-        table.weights[index : index + 1], None if table.indices is None else table.indices[index : index + 1]
+        table.weights[task_id : task_id + 1], None if table.indices is None else table.indices[task_id : task_id + 1]
     )
     w_in, b_in, w_out = block.ff.net[0].proj.weight, block.ff.net[0].proj.bias, block.ff.net[2].weight
     experts, dtype = block.ff.num_experts, w_out.dtype
     hidden = w_out.shape[1]
     columns = dense_weights(routing, experts)[0].repeat_interleave(hidden // experts)
     folded = {}
-    gamma, beta = block.norm3.weight[index], block.norm3.bias[index]
+    gamma, beta = block.norm3.weight[task_id], block.norm3.bias[task_id]
     if gamma.dim() == 2:
-        # Rows of W_in: the values of all experts, then the gates of all experts.
+        # The rows of W_in are the values of all experts, followed by the gates of all experts.
         rows = torch.arange(experts, device=w_in.device).repeat_interleave(hidden // experts).repeat(2)
         shift = (w_in.float() * beta.float()[rows]).sum(-1)
         b_in = (b_in.float() + shift).to(dtype)

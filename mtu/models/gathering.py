@@ -1,6 +1,7 @@
 """Norm affines and routing weights of all layers, gathered for the samples of a call in one step.
 
-Layer by layer, this is some five kernels of a few microseconds each: more than most layers' sums take on a fast GPU.
+If each layer gathers its own, it launches some five kernels of a few microseconds each. On a fast GPU that takes longer
+than the arithmetic of most layers. Layers that cannot take part gather for themselves (`TaskContext`).
 """
 
 import math
@@ -22,16 +23,16 @@ from mtu_kernels.tracing import is_exporting_or_tracing
 
 __all__ = ["ConsecutiveBlocks", "can_precompute_routing", "find_consecutive_blocks", "gather_task_values"]
 
-# Compilers of kernels make another variant for a tensor that does not start at a multiple of 16 bytes.
+# Triton compiles another variant of a kernel for a tensor that does not start at a multiple of 16 bytes.
 _ALIGNMENT = 4  # elements of float32
 
 
 class ConsecutiveBlocks(NamedTuple):
-    """Transformer blocks that run one after the other, and the way to them.
+    """Transformer blocks of one list, which run one after the other, and the modules around them.
 
     Args:
-        enclosing_modules: the modules around them, without the UNet.
-        blocks: each with `norm3` and `ff.router`.
+        enclosing_modules: the modules that contain the blocks, from the outermost in, without the UNet.
+        blocks: the transformer blocks; each has `norm3` and `ff.router`.
     """
 
     enclosing_modules: tuple[nn.Module, ...]
@@ -44,7 +45,12 @@ class _Layer(NamedTuple):
 
 
 def find_consecutive_blocks(unet: nn.Module, block_names: Iterable[str]) -> tuple[ConsecutiveBlocks, ...]:
-    """The blocks of these names, by the list that they are in."""
+    """Group the blocks of these names by the list that contains them.
+
+    Args:
+        unet: the UNet.
+        block_names: the names of transformer blocks in it.
+    """
     groups: dict[str, list[nn.Module]] = defaultdict(list)
     for name in block_names:
         groups[name.rpartition(".")[0]].append(unet.get_submodule(name))
@@ -57,12 +63,12 @@ def find_consecutive_blocks(unet: nn.Module, block_names: Iterable[str]) -> tupl
 def gather_task_values(
     groups: Sequence[ConsecutiveBlocks], task_ids: Tensor, embedding: Tensor | None
 ) -> GatheredTaskValues | None:
-    """The affines and the routing of each sample, of all layers whose tensors may be read before their turn.
+    """Gather norm affines and routing of each sample, for all layers whose tensors may be read before the layer runs.
 
-    Each value is what the layer itself would gather, bit for bit. Layers are left out where a call of a module means
-    more than its own forward (offloading, casting, hooks, wrappers, compiled blocks), or where what they hold is not
-    at hand (on another device, sharded). While a whole UNet is traced, affines are left to the layers: there the
-    gather becomes part of the LayerNorm's kernel.
+    The values are those that the layer itself would gather, bit for bit. A layer is left out if a call of one of its
+    modules does more than run its forward (offloading, casting, hooks, wrappers, compiled blocks), or if its tensors
+    cannot be read here (on another device, sharded). While a whole UNet is traced, the layers gather their own affines,
+    because the compiler then makes that part of the LayerNorm's kernel.
 
     Args:
         groups: the blocks of the UNet.
@@ -70,10 +76,10 @@ def gather_task_values(
         embedding: (T, W) task embeddings; None once the routers are dropped.
 
     Returns:
-        What was gathered; None with gradients, in exported and traced programs, and where no layer allows it.
+        The gathered values; None with gradients, in exported and traced programs, and if every layer is left out.
     """
-    # Of a program that is traced for any batch, the strides of one would become part. Hooks of all modules, which
-    # profilers and counters set, are shown each module in its turn.
+    # An exported program serves any batch, but would take over the strides of the example's. Global hooks of modules,
+    # which profilers and counters set, expect a call of each module.
     if torch.is_grad_enabled() or is_exporting_or_tracing() or _has_any_global_hook():
         return None
     layers = [layer for group in groups for layer in _open_layers(group, task_ids.device)]
@@ -84,7 +90,7 @@ def gather_task_values(
     rows = iter(_rows([table for norm in norms for table in (norm.weight, norm.bias)], task_ids))
     affines = {norm: NormAffine(next(rows), next(rows)) for norm in norms}
     tables = [layer.router(embedding) for layer in layers]
-    # All layers of a UNet are dense, or none is.
+    # Either all layers of a UNet are dense, or none is.
     is_dense = tables[0].indices is None
     weights = _rows([table.weights for table in tables], task_ids)
     indices = [None] * len(tables) if is_dense else _rows([table.indices for table in tables], task_ids)
@@ -93,10 +99,14 @@ def gather_task_values(
 
 
 def can_precompute_routing(unet: nn.Module, block_names: Iterable[str]) -> bool:
-    """Whether the routers of these blocks may run outside a call of the UNet, with the weights of the call.
+    """Whether the routers of these blocks may run outside a call of the UNet, with the same weights as within it.
 
-    Not where a module around them brings in or casts what is within it for the time of its call: group offloading, and
-    layerwise casting of whole models. Offloading by accelerate does so for each layer by itself, or keeps the weights.
+    They may not if a module around them loads or casts its contents only during its own call, as group offloading and
+    layerwise casting of whole models do. accelerate's offloading does this for each layer by itself.
+
+    Args:
+        unet: the UNet.
+        block_names: the names of its transformer blocks.
     """
     names = {outer for name in block_names for outer in ("", *_prefixes(f"{name}.ff.router"))}
     for module in map(unet.get_submodule, names):
@@ -108,7 +118,7 @@ def can_precompute_routing(unet: nn.Module, block_names: Iterable[str]) -> bool:
 
 
 def _has_its_weights(linear: nn.Module) -> bool:
-    """Whether a layer of a router may be called, whatever is not being called around it."""
+    """Whether a layer of a router may be called while the modules around it are not."""
     if type(linear) is not RouterLinear or has_replaced_forward(linear):
         return True
     return is_plain_linear(linear) and not linear.weight.is_meta
@@ -122,16 +132,16 @@ def _rows(tables: Sequence[Tensor], task_ids: Tensor) -> list[Tensor]:
     rows: list[Tensor] = [task_ids] * len(tables)
     for places in alike.values():
         stacked = torch.stack([tables[i] for i in places])
-        # With so many rows that each layer's start at a multiple of 16 bytes.
+        # Rows are added until each layer's start at a multiple of 16 bytes.
         unit = _ALIGNMENT // math.gcd(math.prod(stacked.shape[2:]), _ALIGNMENT)
         ids = task_ids
         if unit > 1:
-            # Without a branch on the batch, for each remainder of which a compiler would make a program.
+            # A branch on the batch size would make a compiler build one program for each remainder.
             numbers = torch.arange(-(-task_ids.shape[0] // unit) * unit, device=task_ids.device)
             ids = task_ids[numbers.clamp(max=task_ids.shape[0] - 1)]
         gathered = stacked.index_select(1, ids)
         gathered = gathered.float() if gathered.is_floating_point() else gathered
-        # A compiler would gather again for each layer. What is read by strides it must have in memory.
+        # A compiler would gather again for each layer, but a tensor that is read by strides must be in memory.
         gathered = gathered.as_strided(gathered.shape, gathered.stride())
         for i, row in zip(places, gathered[:, : task_ids.shape[0]].unbind(), strict=True):
             rows[i] = row
@@ -139,16 +149,16 @@ def _rows(tables: Sequence[Tensor], task_ids: Tensor) -> list[Tensor]:
 
 
 def _open_layers(group: ConsecutiveBlocks, device: torch.device) -> Iterator[_Layer]:
-    """The layers of some blocks whose tensors may be read before their turn."""
+    """The layers of these blocks whose tensors may be read before the layer runs."""
     if not all(map(has_unmodified_call, group.enclosing_modules)):
         return
     for block in group.blocks:
-        # Not by attribute: that takes five times as long, and there are seventy of these in every step.
+        # Access by attribute takes five times as long, and every step looks at up to seventy blocks.
         norm, feed_forward = block._modules["norm3"], block._modules["ff"]
         router = feed_forward._modules.get("router")
         if (
             type(norm) is TaskLayerNorm
-            # What wraps the network (a compiler, an adapter) has no router of its own.
+            # A wrapper of the network (a compiler's or an adapter's) has no router of its own.
             and router is not None
             and all(map(has_unmodified_call, (block, norm, feed_forward, router)))
             and _is_at_hand(norm._parameters.get("weight"), device)
@@ -159,7 +169,7 @@ def _open_layers(group: ConsecutiveBlocks, device: torch.device) -> Iterator[_La
 
 
 def _is_at_hand(table: Tensor | None, device: torch.device) -> bool:
-    # Sharding leaves tensors of another type, or flat ones.
+    # Sharding replaces parameters by tensors of another type, or by flat ones.
     return (
         isinstance(table, nn.Parameter)
         and not is_traceable_wrapper_subclass(table)
@@ -179,6 +189,6 @@ def _can_route(router: nn.Module, device: torch.device) -> bool:
 
 
 def _prefixes(name: str) -> list[str]:
-    """The names of the modules around a module, from the outside in."""
+    """The names of the modules around a module and its own, from the outermost in."""
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]

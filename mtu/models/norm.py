@@ -1,4 +1,7 @@
-"""The task LayerNorm: per-task affines of the normalisation before a feed-forward network."""
+"""The task LayerNorm: the per-task affines of the normalisation before a feed-forward network.
+
+The normalisation itself is part of the fused feed-forward network (`mtu_kernels`).
+"""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +14,7 @@ __all__ = ["TaskLayerNorm"]
 
 
 class TaskLayerNorm(PerTaskModule):
-    """γ and β of every task; the normalisation itself is part of the fused feed-forward network.
+    """γ and β of every task: a call selects those of each sample, and the feed-forward network normalises.
 
     Args:
         num_tasks: T.
@@ -30,9 +33,12 @@ class TaskLayerNorm(PerTaskModule):
         self.bias = nn.Parameter(torch.zeros(shape))
 
     def forward(self, task_ids: Tensor) -> NormAffine:
-        """The affines of each sample, (B, D) or (B, E, D), float32.
+        """The affine of each sample.
 
         Args:
             task_ids: (B,) int64.
+
+        Returns:
+            γ and β, (B, D) or (B, E, D) float32.
         """
         return NormAffine(select_rows(self.weight, task_ids).float(), select_rows(self.bias, task_ids).float())

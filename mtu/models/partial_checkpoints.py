@@ -1,6 +1,6 @@
 """The files of one task and of the trained parameters: safetensors and JSON, without the frozen weights.
 
-Files are written and read here. Which tensors belong to a part, the model knows.
+The model decides which tensors go into a file. Whole models are saved by `mtu.models.pretrained`.
 """
 
 import contextlib
@@ -27,31 +27,31 @@ __all__ = [
     "write_trained_parameters",
 ]
 
-# How the names of files begin. A task's own name follows the first one and a dot; earlier versions left it out.
+# The file names begin with these. A dot and the task's name follow the first one; earlier versions left them out.
 _TASK, _TRAINED = "mtu_task", "mtu_trained"
 
-# Of the stock configuration, these entries decide neither which tensors there are nor what they mean.
+# These entries of the stock configuration affect neither the set of tensors nor their meaning.
 _IGNORED_CONFIG = {"sample_size"}
 
 
 class ModelArchitecture(NamedTuple):
-    """What two models must share for the rows of a task to fit both.
+    """The settings that two models must share for the rows of a task to fit both.
 
     Args:
-        base: the stock configuration.
-        experts: the expert layout.
-        routers_dropped: whether routing tables are in the place of routers.
+        stock_config: the configuration of the base UNet.
+        expert_config: the expert layout.
+        routers_dropped: whether the model has routing tables in the place of routers.
     """
 
-    base: dict[str, Any]
-    experts: ExpertConfig
+    stock_config: dict[str, Any]
+    expert_config: ExpertConfig
     routers_dropped: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The settings as JSON values, under the keys of the files."""
         return {
-            "base": _json_config(self.base),
-            "experts": dataclasses.asdict(self.experts),
+            "base": _json_config(self.stock_config),
+            "experts": dataclasses.asdict(self.expert_config),
             "routers_dropped": self.routers_dropped,
         }
 
@@ -59,7 +59,14 @@ class ModelArchitecture(NamedTuple):
 def write_task_checkpoint(
     directory: str | os.PathLike, spec: TaskSpec, rows: dict[str, Tensor], architecture: ModelArchitecture
 ) -> None:
-    """Write the rows of one task, and its spec; the files of other tasks in the folder stay."""
+    """Write the rows of one task and its spec; the files of other tasks in the folder stay.
+
+    Args:
+        directory: the folder; made if it does not exist.
+        spec: the task.
+        rows: the task's rows, by the names of the parameters.
+        architecture: of the model that the rows are from.
+    """
     description = {"task": spec.to_dict(), "architecture": architecture.to_dict()}
     storage.write_tensors(directory, f"{_TASK}.{spec.name}", rows, description)
     if _saved_tasks(directory, named=False).get(spec.name) == _TASK:
@@ -73,11 +80,14 @@ def read_task_checkpoint(
 
     Args:
         directory: the folder.
-        name: which task of several; None: the only one.
+        name: the task to read; None: the only one of the folder.
         architecture: of the model that the rows are for.
 
+    Returns:
+        The task, and its rows by the names of the parameters.
+
     Raises:
-        ValueError: another architecture, a truncated or altered file, or not one task to read.
+        ValueError: the rows are from another architecture, a file is truncated or altered, or the task is not there.
     """
     description, rows = storage.read_tensors(directory, _task_stem(directory, name))
     spec = TaskSpec.from_dict(_entry(description, "task", directory))
@@ -86,7 +96,11 @@ def read_task_checkpoint(
 
 
 def _saved_tasks(directory: str | os.PathLike, *, named: bool = True) -> dict[str, str]:
-    """How the files of each task in a folder begin, by the task's name; `named`: whether it is in the files' names."""
+    """The stem of each task's files in a folder, by the task's name.
+
+    Args:
+        named: whether to include the files that have the task's name in theirs.
+    """
     folder, stems = Path(directory), {}
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         stems[json.loads((folder / f"{_TASK}.json").read_text(encoding="utf-8"))["task"]["name"]] = _TASK
@@ -96,7 +110,7 @@ def _saved_tasks(directory: str | os.PathLike, *, named: bool = True) -> dict[st
 
 
 def _task_stem(directory: str | os.PathLike, name: str | None) -> str:
-    """How the files of the task to load begin: that of the given name, or the only one."""
+    """The stem of the files of the named task, or of the only one."""
     stems = _saved_tasks(directory)
     if name is None and len(stems) > 1:
         raise ValueError(f"{directory} holds the tasks {sorted(stems)}: pass name=… to say which of them to load.")
@@ -115,7 +129,11 @@ def write_trained_parameters(
     """Write the trained parameters, with the settings that rebuild the model.
 
     Args:
-        base: the stock configuration of the UNet that they are put over.
+        directory: the folder; made if it does not exist.
+        specs: the tasks.
+        config: the expert layout.
+        base: the stock configuration of the UNet that was upcycled.
+        tensors: the trained parameters, by name.
     """
     description = {
         "tasks": [spec.to_dict() for spec in specs],
@@ -130,8 +148,11 @@ def read_trained_parameters(
 ) -> tuple[tuple[TaskSpec, ...], ExpertConfig, dict[str, Tensor]]:
     """Read what `write_trained_parameters` wrote, for a base UNet of the stock configuration `base`.
 
+    Returns:
+        The tasks, the expert layout, and the parameters by name.
+
     Raises:
-        ValueError: another base, or a truncated or altered file.
+        ValueError: the parameters are of another base UNet, or a file is truncated or altered.
     """
     description, tensors = storage.read_tensors(directory, _TRAINED)
     _check_equal_config(_entry(description, "base", directory), _json_config(base), directory)
@@ -163,7 +184,7 @@ def _check_architecture(description: dict, own: dict[str, Any], directory: str |
 
 def _check_equal_config(saved: Mapping[str, Any], own: Mapping[str, Any], directory: str | os.PathLike) -> None:
     for key in sorted(set(saved) | set(own)):
-        # A key that only one side has comes with another version of diffusers, at its default.
+        # A key that only one side has was added by another version of diffusers, and has its default value there.
         if key in saved and key in own and saved[key] != own[key]:
             raise ValueError(
                 f"{directory} belongs to another architecture: its {key} is {saved[key]}, this model's is {own[key]}."

@@ -1,4 +1,7 @@
-"""Saving and loading whole models as diffusers does, made strict: safetensors alone, and a file is whole or refused."""
+"""Saving and loading of whole models as in diffusers, but only as safetensors, atomically, and with strict checks.
+
+The files of one task or of the trained parameters live in `mtu.models.partial_checkpoints`.
+"""
 
 import json
 import os
@@ -25,22 +28,23 @@ def check_safetensors_only(given: Mapping[str, Any]) -> None:
 
 
 def save_atomically(save: Callable[..., None], given: dict[str, Any]) -> None:
-    """diffusers' `save_pretrained` made whole: cut off anywhere, the older or the newer model loads.
+    """Call diffusers' `save_pretrained` so that after an interruption the older or the newer model loads.
 
-    Shards and the index of an older model go, too: diffusers deletes the one and would load by the other.
+    This also deletes the shards and the index of an older model. diffusers deletes the shards alone, and would then
+    load by the index.
 
     Args:
         save: the inherited `save_pretrained`.
         given: its arguments by name.
 
     Raises:
-        ValueError: another format than safetensors, or the directory is a file.
+        ValueError: the arguments ask for another format than safetensors, or the directory is a file.
     """
     check_safetensors_only(given)
     rest = {key: value for key, value in given.items() if key not in ("save_directory", "kwargs")}
     extra = dict(given.get("kwargs", {}))
     if not given.get("is_main_process", True):
-        # Other processes write what diffusers has them write, where the main one does not get in their way.
+        # Processes other than the main one write their files directly, as diffusers does.
         save(given["save_directory"], **rest, **extra)
         return
     if given.get("push_to_hub", False):
@@ -53,19 +57,26 @@ def save_atomically(save: Callable[..., None], given: dict[str, Any]) -> None:
 
 
 def load_strictly(cls: type, load: Callable[..., Any], path: str | os.PathLike, kwargs: dict[str, Any]):
-    """diffusers' `from_pretrained` made strict: a missing, surplus or misshapen tensor is an error.
+    """Call diffusers' `from_pretrained`, and refuse missing, surplus and misshapen tensors.
 
     Args:
         cls: the model class.
         load: the inherited `from_pretrained`.
-        path: folder or hub name.
-        kwargs: of `from_pretrained`.
+        path: a folder or the name of a repository on the Hub.
+        kwargs: the other arguments of `from_pretrained`.
+
+    Returns:
+        The model; with `output_loading_info`, also diffusers' report.
+
+    Raises:
+        ValueError: the checkpoint is of another architecture, or a file is truncated or altered.
     """
     output_loading_info = kwargs.pop("output_loading_info", False)
     if kwargs.pop("use_safetensors", True) is False:
         raise ValueError("Only safetensors files are loaded, but got use_safetensors=False.")
     if kwargs.get("low_cpu_mem_usage") is False:
-        # Only how much memory loading takes; diffusers refuses it for models that keep some tensors in float32.
+        # This argument only affects how much memory loading takes. diffusers refuses it for models that keep some
+        # tensors in float32.
         del kwargs["low_cpu_mem_usage"]
     if os.path.isdir(path):
         storage.finish_replacement(Path(path, kwargs.get("subfolder") or ""))
@@ -81,7 +92,7 @@ def load_strictly(cls: type, load: Callable[..., Any], path: str | os.PathLike, 
             _check_shards(Path(path, kwargs.get("subfolder") or ""))
         model, info = load(path, use_safetensors=True, output_loading_info=True, **kwargs)
     except (SafetensorError, LookupError, AttributeError, TypeError, RuntimeError, ValueError, OSError) as error:
-        # The network or a full device is no fault of the files.
+        # Failures of the network and full devices are not the fault of the files.
         if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, OSError) and not os.path.isdir(path)):
             raise
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
@@ -103,7 +114,7 @@ def load_strictly(cls: type, load: Callable[..., Any], path: str | os.PathLike, 
 
 
 def _check_shards(folder: Path) -> None:
-    # diffusers would unpickle a shard of another file type, if the index of a safetensors checkpoint names one.
+    # If the index of a safetensors checkpoint names a shard of another file type, diffusers would unpickle it.
     for index in folder.glob("*.safetensors.index*.json"):
         for name in json.loads(index.read_text())["weight_map"].values():
             if not name.endswith(".safetensors"):

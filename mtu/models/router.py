@@ -1,4 +1,7 @@
-"""Routers: which expert counts how much for which task."""
+"""Routers: the weight of each expert for each task, and the selection of a sample's rows from per-task tables.
+
+The initial values live in `mtu.models.initial_routing`, the kernels' own routing in `mtu_kernels`.
+"""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -25,18 +28,20 @@ __all__ = [
     "select_rows",
 ]
 
-# Elements looked at per tensor when a cached table is checked: few enough to cost microseconds, spread enough that
-# an optimizer's or an averaging step, which changes everything, cannot go unseen.
+# The check of a cached table reads so many elements per tensor. They are few enough to take microseconds, and spread so
+# that steps of an optimizer or of averaging, which change all elements, are noticed.
 _FINGERPRINT_ELEMENTS = 16
 
 
 class GatheredTaskValues(NamedTuple):
-    """What was gathered for the samples of one UNet call before its blocks run; see `mtu.models.gathering`.
+    """The norm affines and routings of the samples of one UNet call, gathered before its blocks run.
+
+    `mtu.models.gathering` makes them.
 
     Args:
-        affines: by task LayerNorm, what it would return.
-        routings: by router, the routing of each sample.
-        is_traced: whether this was done while the whole UNet was traced.
+        affines: the result of each task LayerNorm.
+        routings: the routing of each sample, by router.
+        is_traced: whether they were gathered while the whole UNet was traced.
     """
 
     affines: dict[nn.Module, NormAffine]
@@ -45,12 +50,12 @@ class GatheredTaskValues(NamedTuple):
 
 
 class TaskContext(NamedTuple):
-    """What the blocks of one UNet call need to know of tasks.
+    """The tasks of the samples of one UNet call, as its blocks need them.
 
     Args:
         task_ids: (B,) int64, the task of each sample.
         embedding: (T, W) the task embedding shared by all routers; None once the routers are dropped.
-        gathered: what is at hand already.
+        gathered: the values that were gathered before the blocks run; None: each layer gathers its own.
     """
 
     task_ids: Tensor
@@ -58,7 +63,7 @@ class TaskContext(NamedTuple):
     gathered: GatheredTaskValues | None = None
 
     def affine(self, norm: nn.Module) -> NormAffine:
-        """The affine of each sample: (B, D) or (B, E, D) float32."""
+        """The affine of each sample: γ and β, (B, D) or (B, E, D) float32."""
         gathered = self._gathered_here()
         affine = None if gathered is None else gathered.affines.get(norm)
         return norm(self.task_ids) if affine is None else affine
@@ -74,7 +79,7 @@ class TaskContext(NamedTuple):
         return Routing(select_rows(table.weights, self.task_ids), indices)
 
     def _gathered_here(self) -> GatheredTaskValues | None:
-        # A block that is compiled by itself must not look itself up: its code serves all blocks of its shapes.
+        # A block that is compiled by itself must not look up its own values, as its code serves all equal blocks.
         gathered = self.gathered
         return gathered if gathered is not None and gathered.is_traced == torch.compiler.is_compiling() else None
 
@@ -103,7 +108,7 @@ def select_rows(table: Tensor, task_ids: Tensor) -> Tensor:
 class TaskEmbedding(PerTaskModule):
     """The learnable embeddings e_t of all tasks, which the routers read.
 
-    It is no `nn.Embedding`, which layerwise casting would round.
+    It is no `nn.Embedding`, because layerwise casting would round that.
 
     Args:
         num_tasks: T.
@@ -119,7 +124,7 @@ class TaskEmbedding(PerTaskModule):
 
     def forward(self) -> Tensor:
         """All embeddings, (T, W)."""
-        # Not the parameter itself, whose memory offloading takes away after the call.
+        # A view keeps its values after the call, when offloading takes the memory away from the parameter.
         return self.weight.view_as(self.weight)
 
     def _apply(self, fn, recurse: bool = True):
@@ -133,7 +138,7 @@ class Router(nn.Module):
     lower index) and the other experts do no work.
 
     Args:
-        config: expert layout; gives width, number of experts, top_k and routing_scale.
+        config: the expert layout, with the router's width, the number of experts, top_k and routing_scale.
 
     Source: MTU (arXiv 2503.11905) eq. 1.
     """
@@ -145,7 +150,7 @@ class Router(nn.Module):
         self.linear_1 = RouterLinear(config.router_width, config.router_width)
         self.linear_2 = RouterLinear(config.router_width, config.num_experts)
         self._cache: tuple[object, Routing] | None = None
-        # What `precompute` keeps at one place in memory.
+        # The table of `precompute`, whose memory stays in one place.
         self._table: Routing | None = None
         self.is_precomputed = False
 
@@ -172,15 +177,15 @@ class Router(nn.Module):
         return self._cache[1]
 
     def precompute(self, embedding: Tensor) -> None:
-        """Bring the table up to date, and return it from `forward` until `discard_precomputed`.
+        """Run the router now; `forward` returns the result until `discard_precomputed`.
 
-        The table's tensors stay where they are while its shape does: a CUDA graph that reads them reads the new values.
+        Tables of the same shape are written to the same memory, so a CUDA graph that reads it gets the new values.
 
         Args:
             embedding: (T, W) task embeddings.
         """
         key = self._cache_key(embedding)
-        # What is made in inference mode could not be written to outside it; outside it gradients are on.
+        # A tensor that is made in inference mode cannot be written to outside it, where gradients are on by default.
         with torch.inference_mode(False), torch.no_grad():
             if key is None or self._cache is None or self._cache[0] != key:
                 self._cache = (key, self._route(embedding))
@@ -190,7 +195,10 @@ class Router(nn.Module):
         self.is_precomputed = True
 
     def is_precomputed_on(self, device: torch.device) -> bool:
-        """Whether `forward` returns a held table for embeddings there: offloading may have moved the model since."""
+        """Whether `forward` returns a precomputed table for embeddings on a device.
+
+        Offloading may have moved the model since the table was computed.
+        """
         return self.is_precomputed and self._table is not None and self._table.weights.device == device
 
     def discard_precomputed(self) -> None:
@@ -198,7 +206,7 @@ class Router(nn.Module):
         self.is_precomputed = False
 
     def __getstate__(self) -> dict:
-        # A copy is made to go its own way, whatever the original is being used for.
+        # A copy is independent of the context that the original is used in.
         return {**super().__getstate__(), "is_precomputed": False}
 
     def clear_cache(self) -> None:
@@ -206,7 +214,7 @@ class Router(nn.Module):
         self._cache = None
 
     def _route(self, embedding: Tensor) -> Routing:
-        # Autocast would round the routing weights, which the kernels take in float32. Some devices (meta) have none.
+        # Autocast would round the routing weights, which must be float32. Some devices (meta) have no autocast.
         device_type = embedding.device.type
         no_autocast = (
             torch.autocast(device_type, enabled=False) if supports_autocast(device_type) else contextlib.nullcontext()
@@ -220,31 +228,32 @@ class Router(nn.Module):
         return Routing(self.routing_scale * routing.weights, routing.indices)
 
     def _cache_key(self, embedding: Tensor) -> object | None:
-        # Writes through `.data` and fused optimizers change neither the version nor the address, so the values are
-        # looked at too. Off the CPU that look would stall the device's queue for longer than the router takes.
+        # Writes through `.data` and fused optimizers change neither the version nor the address, so the key includes
+        # some values. On other devices than the CPU, reading them would take longer than running the router.
         if not (is_plain_linear(self.linear_1) and is_plain_linear(self.linear_2)):
-            return None  # an adapter's scale and switches are no tensors
+            return None  # The scale of an adapter is no tensor, and may change at any time.
         tensors = [embedding, *self.parameters()]
         if any(tensor.device.type != "cpu" or tensor.is_inference() for tensor in tensors):
             return None
-        # Tensor subclasses (FakeTensor, for example) stand for values that are not at hand.
+        # Tensor subclasses (FakeTensor, for example) have no values to read.
         if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
             return None
         return tuple((t.data_ptr(), t._version, t.dtype, t.shape, _fingerprint(t)) for t in tensors)
 
 
 class RoutingTable(PerTaskModule):
-    """What is left of a router once it is dropped: its output, a (T, K) table.
+    """The output of a router as a table of constants, which replaces the router when it is dropped.
+
+    The constants are parameters without gradients. They are no buffers, because offloading to disk forgets those.
 
     Args:
-        config: expert layout.
+        config: the expert layout.
         num_tasks: T.
 
-    Parameters, which no gradient reaches: weights (T, K) float32, indices (T, K) int32 or None. Constants would be
-    buffers, were those not forgotten by offloading to disk.
+    Parameters: weights (T, K) float32, indices (T, K) int32 or None.
     """
 
-    # Read by `mtu.compat.parameter_access`, which takes other integers for those of a quantizer.
+    # `mtu.compat.parameter_access` reads this; it takes integers in other modules for those of a quantizer.
     has_integer_parameters = True
 
     def __init__(self, config: ExpertConfig, num_tasks: int) -> None:
@@ -258,7 +267,7 @@ class RoutingTable(PerTaskModule):
     @classmethod
     @torch.no_grad()
     def from_routing(cls, config: ExpertConfig, routing: Routing) -> "RoutingTable":
-        """The table of what a router returned."""
+        """Make the table from the output of a router."""
         table = cls(config, len(routing.weights)).to(routing.weights.device)
         table.weights.copy_(routing.weights)
         if table.indices is not None:
@@ -268,12 +277,12 @@ class RoutingTable(PerTaskModule):
     def forward(self, embedding: Tensor | None = None) -> Routing:
         """The routing of every task: weights (T, K) float32, indices (T, K) int32 or None."""
         if has_replaced_forward(self):
-            # Offloading takes the memory of parameters away where they are, after the call.
+            # Offloading takes the memory away from the parameters after the call, but not from detached tensors.
             return Routing(self.weights.detach(), None if self.indices is None else self.indices.detach())
         return Routing(self.weights, self.indices)
 
     def _apply(self, fn, recurse: bool = True):
-        # `.to(torch.bfloat16)` and layerwise casting must not round routing weights: move the table, keep its type.
+        # `.to(torch.bfloat16)` and layerwise casting must not round routing weights, so the table keeps its dtype.
         def moved(tensor: Tensor) -> Tensor:
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
@@ -282,13 +291,18 @@ class RoutingTable(PerTaskModule):
 
 
 def routing_table_parameter_ids(module: nn.Module) -> set[int]:
-    """The parameters within a module that are tables of dropped routers, by identity: nothing trains them."""
+    """The ids (`id(parameter)`) of the constants in a module that replace dropped routers, and are never trained."""
     return {id(p) for m in module.modules() if isinstance(m, RoutingTable) for p in m.parameters()}
 
 
 @contextlib.contextmanager
 def precomputed_tables(routers: Iterable[Router], embedding: Tensor | None) -> Iterator[None]:
-    """Run routers once, now, rather than at each call within this context; see `Router.precompute`."""
+    """Run routers once, now, instead of at each call within this context; see `Router.precompute`.
+
+    Args:
+        routers: those to run; routers within another such context keep its tables.
+        embedding: (T, W) task embeddings; None if there are no routers.
+    """
     routers = [router for router in routers if not router.is_precomputed]
     try:
         for router in routers:

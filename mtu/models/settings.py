@@ -1,4 +1,7 @@
-"""What was set on a UNet besides its weights: carried over to the UNet that is made of it, or refused."""
+"""The settings of a UNet besides its weights: they are copied to the UNet that is made from it, or refused.
+
+Weights are moved by `mtu.upcycling` and `mtu.models.folding`.
+"""
 
 import copy
 import inspect
@@ -26,7 +29,7 @@ from mtu.models.norm import TaskLayerNorm
 __all__ = ["copy_settings_", "unfused_state_dict"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Of modules whose upcycled and stock classes or widths differ, what belongs to them and is no setting.
+# These attributes belong to the classes or widths in which upcycled and stock modules differ. They are no settings.
 _OF_CLASS = {"num_experts", "backend", "_consecutive_blocks", "in_features", "out_features"}
 _IGNORED = {
     *vars(nn.Module()),
@@ -36,7 +39,7 @@ _IGNORED = {
     *FEED_FORWARD_CHUNK_ATTRIBUTES,
     *_OF_CLASS,
 }
-# What upcycled parts are made of.
+# The stock class that each upcycled module replaces.
 _STOCK = {
     RoutedTransformerBlock: BasicTransformerBlock,
     RoutedFeedForward: FeedForward,
@@ -46,15 +49,20 @@ _STOCK = {
 
 
 def copy_settings_(source: UNet2DConditionModel, target: UNet2DConditionModel) -> None:
-    """Set on `target` what was set on `source`, an upcycled and a stock UNet or the other way round.
+    """Copy the settings of `source` to `target`, of which one is an upcycled UNet and the other a stock one.
 
-    Carried over: attention processors (with their backends), FreeU, gradient checkpointing with its function, chunks of
-    the feed-forward networks, training mode of each module, entries of the configuration, and any other attribute. What
-    cannot be is found before anything is set. Compiled code and offloading are not settings: they are put on anew.
+    The settings are attention processors (with their backends), FreeU, gradient checkpointing with its function, chunks
+    of the feed-forward networks, the training mode of each module, entries of the configuration, and other attributes.
+    Settings that cannot be copied raise an error before anything changes. Compiled code and offloading are no settings:
+    apply them to the new UNet again.
+
+    Args:
+        source: the UNet with the settings.
+        target: the UNet that gets them; changed in place.
 
     Raises:
-        ValueError: hooks, replaced methods or modules, fused projections, chunks of the batch, or an input convolution
-            that pads otherwise.
+        ValueError: the source has hooks, replaced methods or modules, fused projections, chunks of the batch, or an
+            input convolution with other padding.
     """
     if any(isinstance(processor, FusedAttnProcessor2_0) for processor in source.attn_processors.values()):
         raise ValueError("Fused projections cannot be carried over: call unfuse_qkv_projections before.")
@@ -66,7 +74,7 @@ def copy_settings_(source: UNet2DConditionModel, target: UNet2DConditionModel) -
         if other is not None:
             changes += [(other, key, value) for key, value in _changed(name, module, other)]
             if isinstance(other, TaskLayerNorm):
-                # It is the feed-forward network beside it that normalises.
+                # The feed-forward network beside the norm computes the normalisation.
                 changes.append((theirs[f"{name.rpartition('.')[0]}.ff"], "eps", module.eps))
     chunks = {name: _chunk_size(name, m) for name, m in ours.items() if isinstance(m, BasicTransformerBlock)}
 
@@ -77,7 +85,7 @@ def copy_settings_(source: UNet2DConditionModel, target: UNet2DConditionModel) -
             theirs[name].set_chunk_feed_forward(size, dim=1)
     processors = source.attn_processors
     if not _is_routed(target):
-        # The upcycled UNet goes on by itself: a backend that is chosen later for the one is not for the other.
+        # Copies keep the two UNets independent: a backend that is chosen later for one must not apply to the other.
         processors = {name: copy.copy(processor) for name, processor in processors.items()}
     target.set_attn_processor(processors)
     for name, module in target.named_modules():
@@ -89,7 +97,7 @@ def copy_settings_(source: UNet2DConditionModel, target: UNet2DConditionModel) -
 
 
 def unfused_state_dict(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """The state dict without fused copies of attentions' projections, which stay after they are unfused."""
+    """The state dict without the fused copies of attention projections, which diffusers keeps after unfusing."""
     return {k: tensor for k, tensor in unet.state_dict().items() if not any(p in k for p in FUSED_PROJECTION_NAMES)}
 
 
@@ -106,7 +114,7 @@ def _changed(name: str, module: nn.Module, other: nn.Module) -> list[tuple[str, 
     """The attributes of a module that differ from those of its counterpart in a new model."""
     expected = _STOCK.get(type(other), type(other))
     if name and type(module) is not expected and not _is_routed(module):
-        # A subclass, too: what it does otherwise would be lost.
+        # A subclass is refused, too, because its own behaviour would be lost.
         raise ValueError(f"{name} is a {type(module).__name__}, but the UNet's configuration says {expected.__name__}.")
     if isinstance(module, TaskLayerNorm) or isinstance(other, TaskLayerNorm):
         return [("eps", module.eps)]
@@ -120,7 +128,7 @@ def _changed(name: str, module: nn.Module, other: nn.Module) -> list[tuple[str, 
         if key in _IGNORED or _are_equal(value, vars(other).get(key, _IGNORED)):
             continue
         if key == "eps" and _is_routed(module):
-            continue  # of its norm, which has it, too
+            continue  # The task LayerNorm has the same eps.
         is_method = isinstance(value, types.MethodType) and value.__self__ is module
         if is_method or (callable(value) and inspect.isroutine(getattr(type(module), key, None))):
             raise ValueError(f"{name or type(module).__name__}.{key} was replaced, which cannot be carried over.")
@@ -129,7 +137,7 @@ def _changed(name: str, module: nn.Module, other: nn.Module) -> list[tuple[str, 
 
 
 def _check_conv_in(conv: Any) -> None:
-    """Raise a ValueError if an input convolution does not keep the size by padding with zeros, as those of tasks do."""
+    """Raise a ValueError unless an input convolution keeps the size by padding with zeros, as `TaskConvIn` does."""
     padding = [size // 2 for size in conv.kernel_size]
     kept = nn.Conv2d(1, 1, conv.kernel_size, padding=padding, device="meta")
     for key in ("padding_mode", "padding", "stride", "dilation", "groups"):
@@ -150,7 +158,7 @@ def _are_equal(value: Any, other: Any) -> bool:
 
 
 def _chunk_size(name: str, block: BasicTransformerBlock) -> int | None:
-    """In how large chunks of tokens a block's feed-forward network runs; None: at once."""
+    """The number of tokens in each chunk that a block's feed-forward network runs on; None: all at once."""
     size, dim = feed_forward_chunk_settings(block)
     if size is not None and dim != 1:
         raise ValueError(

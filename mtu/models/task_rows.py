@@ -1,6 +1,6 @@
-"""Modules whose parameters hold one row per task, and one task's rows among them.
+"""Modules whose parameters hold one row per task, and access to the rows of one task.
 
-A model passes its per-task modules by name. Which modules those are, the model knows.
+The model decides which of its modules are per task, and passes them by name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,11 @@ class PerTaskModule(nn.Module):
 
     @torch.no_grad()
     def select_tasks_(self, rows: Sequence[int]) -> None:
-        """Make the old row `rows[i]` the new row i, in new parameters."""
+        """Make the old row `rows[i]` the new row i, in new parameters.
+
+        Args:
+            rows: the old task id of each new one.
+        """
         for name, parameter in list(self.named_parameters(recurse=False)):
             setattr(self, name, nn.Parameter(parameter[list(rows)], parameter.requires_grad))
 
@@ -27,8 +31,8 @@ def check_per_task_modules(modules: Mapping[str, nn.Module], action: str) -> Non
     """Raise a ValueError unless rows can be read from these per-task modules and written to them.
 
     Args:
-        modules: by name.
-        action: what is about to be done, the subject of the message.
+        modules: the per-task modules, by name.
+        action: the name of the operation, for the message.
     """
     for name, module in modules.items():
         if not isinstance(module, PerTaskModule):
@@ -36,24 +40,33 @@ def check_per_task_modules(modules: Mapping[str, nn.Module], action: str) -> Non
         parameter_access.check_plain_layers(module, action)
 
 
-def read_task_rows(root: nn.Module, modules: Mapping[str, nn.Module], index: int) -> dict[str, Tensor]:
-    """The rows of task id `index`, by the names of the parameters that they are rows of.
+def read_task_rows(root: nn.Module, modules: Mapping[str, nn.Module], task_id: int) -> dict[str, Tensor]:
+    """Read the rows of task `task_id`, also from values that offloading keeps elsewhere.
 
     Args:
-        root: the model; offloading may keep its values elsewhere.
+        root: the model.
         modules: its per-task modules, by name.
-        index: the task's id.
+        task_id: the task.
+
+    Returns:
+        The rows, by the names of the parameters that they belong to.
     """
     tensors = parameter_access.read_state_dict(root, _parameters(modules))
-    return {name: tensor[index] for name, tensor in tensors.items()}
+    return {name: tensor[task_id] for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
-def write_task_rows_(modules: Mapping[str, nn.Module], index: int, rows: Mapping[str, Tensor]) -> None:
-    """Overwrite the rows of task id `index`; a narrower input convolution is padded with zeros."""
+def write_task_rows_(modules: Mapping[str, nn.Module], task_id: int, rows: Mapping[str, Tensor]) -> None:
+    """Overwrite the rows of task `task_id`; a narrower input convolution is padded with zeros.
+
+    Args:
+        modules: the per-task modules, by name.
+        task_id: the task.
+        rows: the new rows, by the names of the parameters.
+    """
     parameters = _parameters(modules)
     for name, row in rows.items():
-        target = parameters[name][index]
+        target = parameters[name][task_id]
         target.zero_()
         target[tuple(slice(size) for size in row.shape)].copy_(row)
 

@@ -1,4 +1,7 @@
-"""The upcycled UNet: stock Stable Diffusion (1.5 or XL) with tasks."""
+"""The upcycled UNet: a stock UNet of Stable Diffusion (1.5 or XL) with tasks.
+
+The class connects the modules beside this one: layers, routers, folding and files live there.
+"""
 
 import contextlib
 import functools
@@ -10,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import UNet2DConditionModel
 
-# Not used here: pipelines accept a UNet class from outside diffusers only if its module also exposes this name.
+# Pipelines accept a UNet class from outside diffusers only if its module also exposes this name, unused here.
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -45,22 +48,23 @@ __all__ = ["MTUUNet2DConditionModel"]
 class MTUUNet2DConditionModel(UNet2DConditionModel):
     """A `UNet2DConditionModel` that serves several tasks with the parameters and FLOPs of one.
 
-    Feed-forward networks are experts weighed by per-task routers, and each task has its own LayerNorm before them and
-    its own input convolution; all else is the stock model. Built by `mtu.upcycle` or `from_pretrained`.
+    The feed-forward networks consist of experts that per-task routers weigh. Each task has its own LayerNorms before
+    them and its own input convolution. The other layers are those of the stock model. `mtu.upcycle` and
+    `from_pretrained` build such a model.
 
     Args:
-        tasks: task specs, their dictionaries, or names of the built-in four.
+        tasks: task specs, their dictionaries, or names of the four built-in tasks.
         num_experts, top_k, expert_ratio, norm, routing_scale, router_width: see `ExpertConfig`.
-        routers_dropped: hold the routing tables alone (see `drop_routers_`).
-        **stock: arguments of `UNet2DConditionModel`; `in_channels` stays that of the latents.
+        routers_dropped: whether the model has routing tables in the place of routers (see `drop_routers_`).
+        **stock: the arguments of `UNet2DConditionModel`; `in_channels` stays that of the latents.
 
     Raises:
-        ValueError: bad tasks or expert layout, or a UNet whose feed-forward networks cannot be upcycled.
+        ValueError: the tasks or the expert layout are not valid, or the feed-forward networks cannot be upcycled.
 
     Source: MTU (arXiv 2503.11905).
     """
 
-    # diffusers matches these by class name.
+    # diffusers compares these with the names of classes.
     _repeated_blocks: ClassVar = ["RoutedTransformerBlock"]
     # `from_pretrained(torch_dtype=…)` must not round routing tables (`RoutingTable.weights`).
     _keep_in_fp32_modules: ClassVar = ["weights"]
@@ -98,10 +102,10 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             self.conv_in.kernel_size[0],
         )
         self.task_embedding = None if routers_dropped else TaskEmbedding(len(specs), router_width)
-        # Found once, as looking through thousands of modules takes longer than a step's gather. A block that is put in
-        # later gathers for itself.
+        # The blocks are found once, as a search through thousands of modules takes longer than gathering. A block that
+        # is put in later gathers its own values.
         self._consecutive_blocks = find_consecutive_blocks(self, self.routed_blocks())
-        # For this one, which routing tables see to themselves, diffusers' `.to` would warn at every change of dtype.
+        # Routing tables keep their dtype by themselves. With this attribute, diffusers' `.to` would warn at each call.
         self._keep_in_fp32_modules = None
         self.freeze_stock_parameters_()
 
@@ -109,7 +113,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
 
     @property
     def tasks(self) -> tuple[TaskSpec, ...]:
-        """The tasks; a task's position is its id."""
+        """The tasks, in the order of their ids."""
         return as_task_specs(self.config.tasks)
 
     @property
@@ -118,7 +122,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         return ExpertConfig.from_config(self.config)
 
     def task_index(self, name: str) -> int:
-        """The id of a task.
+        """The id of a task, which is its position in `tasks`.
 
         Raises:
             ValueError: this model has no task of that name.
@@ -139,20 +143,24 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
 
     @property
     def task_ids_device(self) -> torch.device:
-        """Where `task_ids` are expected."""
+        """The device that `task_ids` makes tensors on."""
         return self.conv_in.channel_counts.device
 
     def add_task(self, spec: TaskSpec, init_from: str | None = None) -> int:
-        """Append a task, all other tasks staying bit-identical; returns its id.
+        """Append a task; all other tasks stay bit-identical.
 
-        Parameters that hold a row per task are replaced by longer ones: build the optimizer afterwards.
+        New, longer parameters replace those with one row per task, so build the optimizer afterwards.
 
         Args:
             spec: the new task.
-            init_from: the task whose embedding, norms and input convolution it starts from; None: the first.
+            init_from: the task whose embedding, norms and input convolution are the start values; None: the first.
+
+        Returns:
+            The id of the new task.
 
         Raises:
-            ValueError: a task of that name exists, or `init_from` does not, or the routers were dropped.
+            TypeError: `spec` is not a TaskSpec.
+            ValueError: a task of that name exists, `init_from` does not exist, or the routers were dropped.
         """
         if not isinstance(spec, TaskSpec):
             raise TypeError(f"add_task takes a TaskSpec, but got {type(spec).__name__}.")
@@ -169,7 +177,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         """Remove a task and its rows; later tasks move up by one id, their values unchanged.
 
         Raises:
-            ValueError: unknown task, or the last one.
+            ValueError: the task is unknown, or it is the only one.
         """
         index, specs = self.task_index(name), self.tasks
         if len(specs) == 1:
@@ -179,7 +187,10 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         self._select_tasks_(tuple(specs[i] for i in kept), kept)
 
     def per_task_modules(self) -> dict[str, nn.Module]:
-        """The modules whose parameters hold one row per task, by name; of routers, only their embedding."""
+        """The modules whose parameters hold one row per task, by name.
+
+        A router has no rows of its own: its per-task part is the task embedding.
+        """
         modules: dict[str, nn.Module] = {f"{name}.norm3": block.norm3 for name, block in self.routed_blocks().items()}
         modules["conv_in"] = self.conv_in
         if self.task_embedding is not None:
@@ -204,7 +215,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
 
     def _set_task_specs_(self, specs: Iterable[TaskSpec]) -> None:
         self.register_to_config(tasks=[spec.to_dict() for spec in specs])
-        # Routers run again also within `precomputed_routing`: the tables that they held are of other tasks.
+        # Precomputed and cached tables belong to the old tasks, so routers run again, also in `precomputed_routing`.
         for router in self.routers():
             router.discard_precomputed()
             router.clear_cache()
@@ -231,16 +242,16 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         """Predict the noise of each sample under its own task.
 
         Args:
-            sample: (B, c, H, W) noisy latents, then the condition latents of tasks that take an image; missing
-                channels count as zero, those beyond a task's own are ignored.
-            task_ids: (B,) int64, or one id (1,) for all samples; None: all of the first task.
+            sample: (B, c, H, W) noisy latents, followed by the condition latents of tasks that take an image. Missing
+                channels count as zero, and channels beyond a task's own are ignored.
+            task_ids: (B,) int64, or one id (1,) for all samples; None: all samples are of the first task.
             Others: as in `UNet2DConditionModel.forward`.
 
         Returns:
             `UNet2DConditionOutput` with sample (B, out_channels, H, W), or a tuple.
 
         Raises:
-            ValueError: task_ids of another shape or type, or ids out of range (looked at on CPU only).
+            ValueError: task_ids have another shape or type, or are out of range (which is checked on CPUs only).
         """
         task_ids = self.prepare_task_ids(task_ids, sample)
         embedding = self.task_embedding_weight(sample.device)
@@ -264,14 +275,25 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
 
     @property
     def is_channels_last(self) -> bool:
-        """Whether the weights of convolutions are in that layout, which their outputs then have."""
+        """Whether the weights of convolutions, and so their outputs, are in the channels-last memory format."""
         weight = getattr(self.conv_out, "weight", None)
         if not isinstance(weight, Tensor) or weight.dim() != 4:
-            return False  # wrapped or sharded: it is only a layout
+            return False  # The layer is wrapped or sharded. The memory format affects speed alone.
         return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
     def prepare_task_ids(self, task_ids: Tensor | None, sample: Tensor) -> Tensor:
-        """`task_ids` as (B,) int64 on the device of `sample`; errors as in `forward`."""
+        """Check `task_ids` and bring them to the form that the layers use.
+
+        Args:
+            task_ids: as in `forward`.
+            sample: as in `forward`.
+
+        Returns:
+            (B,) int64 on the device of `sample`.
+
+        Raises:
+            ValueError: as in `forward`.
+        """
         batch = sample.shape[0]
         if task_ids is None:
             return torch.zeros(batch, dtype=torch.int64, device=sample.device)
@@ -280,7 +302,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             raise ValueError(f"task_ids must be an int64 tensor of shape ({batch},), but got {given}.")
         if task_ids.shape[0] not in (1, batch):
             raise ValueError(f"task_ids must have one id for each of {batch} samples, but got {task_ids.shape[0]}.")
-        # Values are looked at where that costs nothing; on a GPU it would be a synchronisation at every call.
+        # Values are checked on the CPU alone: on a GPU the check would synchronise at every call.
         if task_ids.device.type == "cpu" and mtu_kernels.arguments.has_values(task_ids):
             wrong = [i for i in task_ids.tolist() if not 0 <= i < len(self.config.tasks)]
             if wrong:
@@ -288,11 +310,11 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         return task_ids.to(sample.device).expand(batch)
 
     def task_embedding_weight(self, device: torch.device) -> Tensor | None:
-        """The task embedding (T, W); None once the routers are dropped."""
+        """The weight (T, W) of the task embedding on a device; None once the routers are dropped."""
         embedding = self.task_embedding
         if embedding is None:
             return None
-        # Under offloading, the weight is itself within its module's forward only.
+        # Under offloading, the weight has values within its module's forward only.
         return embedding.weight if has_unmodified_call(embedding) else embedding().to(device)
 
     # ------------------------------------------------------------------------------- parameters, routers, backend
@@ -310,7 +332,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         return [layer.router for layer in self.routed_feed_forwards() if isinstance(layer.router, Router)]
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """What multi-task training updates: experts, routers, task embedding, task norms, task input convolutions."""
+        """The parameters that training updates: experts, routers, task embedding, task norms and input convolutions."""
         return [parameter for _, parameter in self.named_trainable_parameters()]
 
     def named_trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -322,22 +344,22 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         return [(name, p) for name, p in parameter_access.named_parameters_without_adapters(self) if id(p) in trainable]
 
     def requires_grad_(self, requires_grad: bool = True) -> "MTUUNet2DConditionModel":
-        """As in torch, but for the tables of dropped routers, which stay constant, and for integers."""
+        """Set `requires_grad` as in torch, except for the tables of dropped routers and for integers."""
         fixed = routing_table_parameter_ids(self)
         for parameter in self.parameters():
             parameter.requires_grad_(requires_grad and parameter.is_floating_point() and id(parameter) not in fixed)
         return self
 
     def freeze_stock_parameters_(self) -> None:
-        """Let gradients reach `trainable_parameters` only."""
+        """Set `requires_grad` for the `trainable_parameters` alone."""
         self.requires_grad_(False)
         for parameter in self.trainable_parameters():
-            parameter.requires_grad_(parameter.is_floating_point())  # quantizers keep integers
+            parameter.requires_grad_(parameter.is_floating_point())  # Quantized parameters are integers.
 
     @torch.no_grad()
     def router_weights(self) -> Tensor:
-        """Routing weights (layers, T, E) float32, zero for inactive experts."""
-        # Hooks that bring parameters in are around whole blocks where those are offloaded to disk by groups.
+        """The routing weights (layers, T, E) float32, with zeros for inactive experts."""
+        # Under group offloading to disk, only calls of whole blocks load the parameters of routers.
         unet = parameter_access.copy_in_memory(self) if parameter_access.is_group_offloaded_to_disk(self) else self
         embedding = unet.task_embedding_weight(unet.task_ids_device)
         tables = [layer.router(embedding) for layer in unet.routed_feed_forwards()]
@@ -347,10 +369,10 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
     def drop_routers_(self) -> None:
         """Replace the routers and the task embedding by their output, a (T, K) table per layer.
 
-        The output stays the same; routers can no longer be trained and no task added.
+        The model's output stays the same. Afterwards, routers cannot be trained and no task can be added.
 
         Raises:
-            ValueError: they are dropped already, or under group offloading.
+            ValueError: the routers were dropped already, or the model is under group offloading.
         """
         if self.task_embedding is None:
             raise ValueError("The routers of this model were dropped already; expected a model with routers.")
@@ -363,16 +385,25 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         self.register_to_config(routers_dropped=True)
 
     def invalidate_routing_cache(self) -> None:
-        """Forget cached routing tables; needed after changes that no version counter and no spot check can see."""
+        """Clear the cached routing tables.
+
+        The cache notices changes by version counters and samples of the values. Call this after changes that neither
+        can show.
+        """
         for router in self.routers():
             router.clear_cache()
 
     @contextlib.contextmanager
     def precomputed_routing(self) -> Iterator[None]:
-        """Run the routers once, now, rather than at each call within this context.
+        """Run the routers once, now, instead of at each call within this context.
 
-        For calls without gradients in eval mode; others run the routers themselves, and so do models that offloading
-        moves meanwhile. Changes to routers and task embedding count from the next context on.
+        This serves calls without gradients in eval mode. Other calls run the routers themselves, and so do models that
+        offloading moves meanwhile. Changes to routers and task embedding take effect in the next context.
+
+        Example:
+            >>> with torch.no_grad(), unet.precomputed_routing():
+            ...     for timestep in scheduler.timesteps:
+            ...         noise = unet(latents, timestep, text, task_ids=task_ids).sample
         """
         blocks = {} if self.training or torch.is_grad_enabled() else self.routed_blocks()
         routers = [block.ff.router for block in blocks.values() if isinstance(block.ff.router, Router)]
@@ -383,12 +414,15 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             yield
 
     def set_backend(self, backend: Backend) -> None:
-        """Choose how routed feed-forward networks are computed: "auto", "eager", "triton" or "cpp".
+        """Choose how routed feed-forward networks are computed: "auto", "eager", "triton", "cpp" or "reference".
 
-        Device, dtype and shape are checked at each call, so a GPU backend may be chosen before moving the model.
+        Each call checks device, dtype and shape, so you may choose a GPU backend before moving the model.
+
+        Args:
+            backend: the name of the backend; "auto" takes the fastest one for each call.
 
         Raises:
-            ValueError: unknown name.
+            ValueError: no backend has this name.
             RuntimeError: the backend is not part of this installation.
         """
         mtu_kernels.check_backend(backend)
@@ -396,7 +430,12 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             layer.backend = backend
 
     def set_adapters(self, adapter_names: list[str] | str, weights: Any = None) -> None:
-        """As in diffusers: scales of one number each, or by block, {"down": 0.9, "up": {"block_1": 0.6}}."""
+        """Set the active adapters and their scales, as in diffusers.
+
+        Args:
+            adapter_names: one name or several.
+            weights: one scale or a list of them, each a number or by block, {"down": 0.9, "up": {"block_1": 0.6}}.
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         weights = weights if isinstance(weights, list) else [weights] * len(names)
         super().set_adapters(names, list(expand_adapter_block_scales(self, weights)))
@@ -405,10 +444,10 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
-        """Load what `save_pretrained` wrote (safetensors and config.json); arguments as in diffusers.
+        """Load a model that `save_pretrained` saved; the arguments are those of diffusers.
 
         Raises:
-            ValueError: a checkpoint of another architecture, or a truncated or altered file.
+            ValueError: the checkpoint is of another architecture, or a file is truncated or altered.
         """
         return pretrained.load_strictly(cls, super().from_pretrained, pretrained_model_name_or_path, kwargs)
 
@@ -420,28 +459,42 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         pretrained.save_atomically(save, given)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
-        """As in torch.
+        """Load a state dict, as in torch.
 
         Raises:
-            ValueError: tensors that offloading keeps elsewhere: what is written over them would not reach calls.
+            ValueError: offloading keeps some of these tensors elsewhere, so that calls would not use the loaded values.
         """
         parameter_access.check_loadable(self, state_dict, "load_state_dict", assign=assign)
         return super().load_state_dict(state_dict, strict, assign)
 
     def save_task(self, directory: str | os.PathLike, name: str) -> None:
-        """Save what task `name` alone owns (embedding, norms, input convolution); a folder can hold several tasks."""
+        """Save the tensors of one task alone: its embedding, norms and input convolution.
+
+        Args:
+            directory: the folder, which may also contain other tasks.
+            name: the task.
+        """
         index = self.task_index(name)
         rows = self._task_rows(index)
         rows["conv_in.weight"] = rows["conv_in.weight"][:, : self.conv_in.channels_per_task[index]]
         partial_checkpoints.write_task_checkpoint(directory, self.tasks[index], rows, self._architecture())
 
     def load_task(self, directory: str | os.PathLike, replace: bool = False, name: str | None = None) -> int:
-        """Load what `save_task` wrote, as a new task or over the one of that name; returns its id.
+        """Load a task that `save_task` saved.
 
-        Experts and routers are not part of it: load into the model it was trained with. `name`: which task of several.
+        The files contain neither experts nor routers, so load the task into the model that it was trained with.
+
+        Args:
+            directory: the folder that `save_task` wrote into.
+            replace: whether to overwrite a task of the same name; otherwise the task must be new.
+            name: the task to load; None: the only one of the folder.
+
+        Returns:
+            The id of the task.
 
         Raises:
-            ValueError: another architecture, a bad file, a task of that name and no `replace`, or not one to load.
+            ValueError: the task is of another architecture, a file is truncated or altered, the folder has no such
+                task, or the model has a task of that name and `replace` is false.
         """
         self._check_changeable("load_task")
         spec, rows = partial_checkpoints.read_task_checkpoint(directory, name, self._architecture())
@@ -467,7 +520,10 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         return index
 
     def save_trained(self, directory: str | os.PathLike) -> None:
-        """Save the trained parameters alone, to be put over the same base model (see `mtu.load_trained`).
+        """Save the trained parameters alone; `mtu.load_trained` loads them into the same base model.
+
+        Args:
+            directory: the folder; made if it does not exist.
 
         Raises:
             ValueError: the routers were dropped, adapters are loaded, or weights are quantized or on the meta device.
@@ -484,22 +540,22 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         )
 
     def export_task(self, name: str, *, prune: bool = False) -> UNet2DConditionModel:
-        """The plain diffusers UNet of one task, with the same output, on tensors of its own.
+        """Make a stock diffusers UNet that computes one task with the same output.
 
-        Settings (attention processors, FreeU, gradient checkpointing, …) are carried over; all parameters take
-        gradients.
+        The new UNet has tensors of its own, and all its parameters require gradients. Settings (attention processors,
+        FreeU, gradient checkpointing, …) are copied.
 
         Args:
             name: the task.
-            prune: drop the hidden units of experts that top-k routing leaves inactive. The result is for use in memory
-                and for graph export, as no stock configuration can describe its narrower FFNs.
+            prune: whether to drop the hidden units of experts that top-k routing leaves inactive. Use the result in
+                memory or for graph export: no stock configuration can describe its narrower FFNs.
 
         Returns:
             A `UNet2DConditionModel` with `in_channels` = 4 + the task's condition channels.
 
         Raises:
-            ValueError: an unknown task; a hidden width that is not that of a stock FFN, without `prune`; adapters,
-                quantized or sharded tensors; or settings that cannot be carried over, such as hooks.
+            ValueError: the task is unknown; the hidden width is not that of a stock FFN and `prune` is false; the model
+                has adapters, quantized or sharded tensors; or settings such as hooks cannot be copied.
         """
         index = self.task_index(name)
         parameter_access.check_plain_layers(self, "export_task")
@@ -516,7 +572,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         )
 
     def _task_rows(self, index: int) -> dict[str, Tensor]:
-        """The tensors that task id `index` alone owns, by the names of the packed parameters."""
+        """The tensors that belong to task id `index` alone, by the names of the parameters of all tasks."""
         modules = self.per_task_modules()
         check_per_task_modules(modules, "reading a task's rows")
         parameter_access.check_has_values(self, "Reading a task's rows")
@@ -525,5 +581,5 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
 
 register_stock_arguments_(MTUUNet2DConditionModel)
 
-# `model_index.json` names the module a class is imported from: the package, not this file.
+# diffusers writes the module of the class into `model_index.json`, where the package should stand, not this file.
 MTUUNet2DConditionModel.__module__ = "mtu"
