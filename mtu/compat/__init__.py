@@ -1,4 +1,4 @@
-"""How mtu meets the libraries around it: diffusers, accelerate, PEFT and quantizers change models that mtu reads.
+"""Compatibility with diffusers, accelerate, PEFT and quantizers, which change models that mtu reads.
 
-Nothing here knows tasks or experts.
+Tasks and experts live elsewhere.
 """

@@ -1,7 +1,8 @@
-"""Whether a model is in memory as plain tensors, and its tensors where it is not.
+"""Checks before mtu reads or replaces parameters, and access to values that are not in the parameters.
 
-Offloading keeps parameters in a map or on disk, layerwise casting in another dtype, adapters and quantizers behind
-other modules: who reads or replaces parameters asks here first.
+Offloading keeps values in a map or on disk, layerwise casting keeps them in another dtype, and adapters and quantizers
+put other modules around them. The private attributes by which this is found out live in
+`mtu.compat.private_interfaces`.
 """
 
 from collections.abc import Container, Iterator, Mapping
@@ -45,10 +46,11 @@ Model = TypeVar("Model", bound=UNet2DConditionModel)
 
 
 def check_not_offloaded(module: nn.Module, action: str) -> None:
-    """Raise a ValueError if a module is offloaded: what is written to its parameters would not reach its calls.
+    """Raise a ValueError if a module is offloaded, because its calls would not use values written to its parameters.
 
     Args:
-        action: what is about to be done, the subject of the message.
+        module: the model.
+        action: the name of the operation, for the message.
     """
     offloaded = [m for m in module.modules() if any(True for _ in offloaded_weight_maps(m))]
     if offloaded:
@@ -63,7 +65,12 @@ def check_not_offloaded(module: nn.Module, action: str) -> None:
 
 
 def check_not_group_offloaded(module: nn.Module, action: str) -> None:
-    """Raise a ValueError if a module is under group offloading, which keeps lists of the parameters that it had."""
+    """Raise a ValueError if a module is under group offloading, which keeps lists of the module's old parameters.
+
+    Args:
+        module: the model.
+        action: the name of the operation, for the message.
+    """
     grouped = sum(is_group_offloaded(m) for m in module.modules())
     if grouped:
         raise ValueError(
@@ -73,12 +80,13 @@ def check_not_group_offloaded(module: nn.Module, action: str) -> None:
 
 
 def check_loadable(module: nn.Module, values: Mapping[str, Tensor], action: str, *, assign: bool) -> None:
-    """Raise a ValueError if values that are loaded into the tensors of these names would be lost.
+    """Raise a ValueError if values would be lost when they are loaded into a model.
 
     Args:
-        values: those to load; an offloaded model takes them for what is in memory (new adapters).
-        action: the subject of the message.
-        assign: whether tensors are replaced, not written to.
+        module: the model; values for tensors in memory, such as those of new adapters, are fine in an offloaded one.
+        values: the values to load, by the names of the tensors.
+        action: the name of the operation, for the message.
+        assign: whether the values replace the tensors, or are written to them.
     """
     elsewhere = group_offloaded_disk_tensors(module)
     lost = 0
@@ -99,7 +107,12 @@ def check_loadable(module: nn.Module, values: Mapping[str, Tensor], action: str,
 
 
 def check_trainable(module: nn.Module, action: str) -> None:
-    """Raise a ValueError if what an optimizer writes to parameters would not reach calls, or be rounded each time."""
+    """Raise a ValueError if calls would not use, or would round, the values that an optimizer writes to parameters.
+
+    Args:
+        module: the model.
+        action: the name of the operation, for the message.
+    """
     check_not_offloaded(module, action)
     if uses_layerwise_casting(module):
         raise ValueError(
@@ -109,7 +122,12 @@ def check_trainable(module: nn.Module, action: str) -> None:
 
 
 def check_plain_layers(module: nn.Module, action: str) -> None:
-    """Raise a ValueError if layers are wrapped or replaced (adapters), or hold no plain tensors (quantization)."""
+    """Raise a ValueError if layers are wrapped or replaced (adapters), or their tensors are not plain (quantization).
+
+    Args:
+        module: the model.
+        action: the name of the operation, for the message.
+    """
     for name, layer in module.named_modules():
         if is_peft_wrapper(layer):
             raise ValueError(
@@ -122,7 +140,7 @@ def check_plain_layers(module: nn.Module, action: str) -> None:
                 f"{type(layer).__name__}."
             )
         if getattr(layer, "has_integer_parameters", False):
-            continue  # as routing tables have by nature, and not by quantization
+            continue  # The integers of routing tables are no sign of quantization.
         for key, parameter in layer.named_parameters(recurse=False):
             if is_traceable_wrapper_subclass(parameter) or not parameter.is_floating_point():
                 kind = "sharded or quantized" if is_traceable_wrapper_subclass(parameter) else "quantized"
@@ -133,27 +151,36 @@ def check_plain_layers(module: nn.Module, action: str) -> None:
 
 
 def check_has_values(module: nn.Module, action: str) -> None:
-    """Raise a ValueError if parameters are on the meta device and no offloading holds their values."""
+    """Raise a ValueError if parameters are on the meta device and no offloading keeps their values.
+
+    Args:
+        module: the model.
+        action: the name of the operation, for the message.
+    """
     for name, tensor in module.state_dict(keep_vars=True).items():
         if tensor.is_meta and _offloaded_value(module, name) is None:
             raise ValueError(f"{action} needs parameters with values, but {name} is on the meta device: load it first.")
 
 
 def uses_layerwise_casting(module: nn.Module) -> bool:
-    """Whether layerwise casting stores weights in another dtype than they are computed in."""
+    """Whether layerwise casting stores weights of a model in another dtype than the layers compute in."""
     return any(map(private_interfaces.casts_layerwise, module.modules()))
 
 
 def is_group_offloaded_to_disk(module: nn.Module) -> bool:
-    """Whether group offloading keeps values on disk, and no values in the parameters between calls."""
+    """Whether group offloading keeps values of a model on disk, and none in its parameters between calls."""
     return bool(group_offloaded_disk_tensors(module))
 
 
 def read_state_dict(module: nn.Module, names: Container[str] | None = None) -> dict[str, Tensor]:
-    """The state dict, with values also where offloading keeps them elsewhere; what is stored rounded stays so.
+    """Read the state dict, also values that offloading keeps elsewhere, in the dtypes that they are stored in.
 
     Args:
-        names: those to read; None: all.
+        module: the model.
+        names: the tensors to read; None: all.
+
+    Returns:
+        The tensors, by name.
     """
     on_disk, files = group_offloaded_disk_tensors(module), {}
     tensors = {}
@@ -173,13 +200,20 @@ def read_state_dict(module: nn.Module, names: Container[str] | None = None) -> d
 
 
 def copy_in_memory(unet: Model, *, in_compute_dtype: bool = False) -> Model:
-    """The model itself if its parameters are at hand, else a copy of it on real tensors.
+    """Return the model itself if its values are in its parameters, else a copy with values.
 
-    The copy has no hooks, and shares the memory of what is in memory. Without offloading, a model on the meta device is
-    taken for what it is.
+    The copy has no hooks, and shares memory with the tensors that are in memory. A model on the meta device that is not
+    offloaded is returned as it is.
 
     Args:
+        unet: the model.
         in_compute_dtype: return the weights in the dtype that layers compute in, not in that of layerwise casting.
+
+    Returns:
+        The model or its copy.
+
+    Raises:
+        ValueError: the offloaded model has adapters or fused projections.
     """
     is_offloaded = is_group_offloaded_to_disk(unet) or any(
         True for module in unet.modules() for _ in offloaded_weight_maps(module)
@@ -202,7 +236,7 @@ def copy_in_memory(unet: Model, *, in_compute_dtype: bool = False) -> Model:
 
 
 def named_parameters_without_adapters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The named parameters, without those that adapters add."""
+    """Iterate over the names and parameters of a model, without those that adapters add."""
     adapters = [name for name, m in module.named_modules() if is_peft_wrapper(m)]
     for name, parameter in module.named_parameters():
         if not any(is_adapter_parameter(name, adapter) for adapter in adapters):
@@ -210,16 +244,23 @@ def named_parameters_without_adapters(module: nn.Module) -> Iterator[tuple[str, 
 
 
 def check_saveable(unet: UNet2DConditionModel, action: str) -> None:
-    """Raise a ValueError if layers are wrapped, quantized by hand, or without values: no file of it could be loaded."""
+    """Raise a ValueError if no saved file of a model could be loaded.
+
+    That is so if layers are wrapped, have no values, or were quantized without a quantizer of diffusers.
+
+    Args:
+        unet: the model.
+        action: the name of the operation, for the message.
+    """
     if getattr(unet, "hf_quantizer", None) is None:
         check_plain_layers(unet, action)
     check_has_values(unet, action)
 
 
 def _offloaded_value(module: nn.Module, name: str) -> Tensor | None:
-    """The value of a tensor that accelerate offloads; None if it is not known."""
+    """The value of a tensor that accelerate offloads; None if it offloads no such tensor."""
     parts = name.split(".")
-    # The hook is on the tensor's own module, or on one around it.
+    # The hook is on the module of the tensor, or on a module around that.
     for depth in reversed(range(len(parts))):
         for weights in offloaded_weight_maps(module.get_submodule(".".join(parts[:depth]))):
             try:

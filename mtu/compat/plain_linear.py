@@ -1,4 +1,4 @@
-"""The linear layers of routers, and when the tensors of a linear layer may be read directly, instead of calling it."""
+"""The linear layers of routers, and the conditions under which reading a layer's tensors may replace calling it."""
 
 from collections.abc import Callable
 
@@ -15,13 +15,14 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class RouterLinear(nn.Module):
     """A linear layer `x Wᵀ + b` of a router, computed in the dtype of its weight; starts as `nn.Linear` does.
 
-    It is no `nn.Linear`, and so quantizers, layerwise casting and adapters for "all linear layers" leave it alone: what
-    is rounded in a router changes what every token of a task gets, or with top-k which experts, and saves next to
-    nothing. Quantizers by the largest magnitude also divide by it, which is zero in the last layer of a new router.
+    It is no `nn.Linear`, so that quantizers, layerwise casting and adapters for "all linear layers" leave it alone.
+    Rounding a router changes the result for every token of a task, or with top-k the choice of experts, and saves
+    almost no memory. Some quantizers also divide by the largest magnitude of a weight, which is zero in the last layer
+    of a new router.
 
     Args:
-        in_features: of the input.
-        out_features: of the output.
+        in_features: the width of the input.
+        out_features: the width of the output.
 
     Parameters: weight (out_features, in_features), bias (out_features).
     """
@@ -34,7 +35,7 @@ class RouterLinear(nn.Module):
             nn.init.uniform_(parameter, -(in_features**-0.5), in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The product with each row of `x` (..., in_features): (..., out_features)."""
+        """Apply the layer to `x` (..., in_features); returns (..., out_features)."""
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
     def _apply(self, fn, recurse: bool = True):
@@ -42,9 +43,12 @@ class RouterLinear(nn.Module):
 
 
 def skip_8bit_casts(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`fn` of `nn.Module._apply`, but for casts to eight bits, as which layerwise casting stores whole models.
+    """Wrap an argument of `nn.Module._apply` so that it does not cast to dtypes of eight bits.
 
-    Routing weights from such routers pick other experts with top-k.
+    Layerwise casting can store whole models in eight bits. Routers that are rounded so pick other experts with top-k.
+
+    Args:
+        fn: the function that `_apply` calls for each tensor.
     """
 
     def moved(tensor: Tensor) -> Tensor:
@@ -55,14 +59,14 @@ def skip_8bit_casts(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether calling `module` is `x Wᵀ + b` with its own `weight` and `bias`, and nothing else.
+    """Whether calling `module` computes `x Wᵀ + b` with its own `weight` and `bias`, and does nothing else.
 
-    What changes the meaning of a call shows as another type (PEFT, bitsandbytes), a hook, a replaced forward
-    (offloading, LyCORIS), another dtype (layerwise casting), a tensor subclass (torchao), or as tensors that are not
-    there: then the layer itself is called.
+    Otherwise the layer must be called. Libraries change the meaning of a call by another type (PEFT, bitsandbytes), a
+    hook, a replaced forward (offloading, LyCORIS), another dtype (layerwise casting), a tensor subclass (torchao), or
+    by removing the tensors.
     """
     own = vars(module)
-    # Sharding keeps them as plain attributes; what wraps a layer may have taken them away altogether.
+    # Sharding keeps them as plain attributes, and a wrapper may have removed them.
     weight, bias = (own["_parameters"].get(name, own.get(name)) for name in ("weight", "bias"))
     return (
         type(module) in (nn.Linear, RouterLinear)
@@ -77,7 +81,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def has_unmodified_call(module: nn.Module) -> bool:
-    """Whether calling a module runs the forward of its class, here, and nothing before or after it."""
+    """Whether calling a module runs the forward of its class, uncompiled and without hooks."""
     own = vars(module)
     return not (
         own["_forward_hooks"]
@@ -88,7 +92,7 @@ def has_unmodified_call(module: nn.Module) -> bool:
 
 
 def has_replaced_forward(module: nn.Module) -> bool:
-    """Whether a module's forward is another than that of its class."""
+    """Whether a module has a forward of its own in the place of that of its class."""
     forward = vars(module).get("forward")
-    # Taking a hook off leaves the class's own behind.
+    # Removing a hook of accelerate leaves the class's own forward as an attribute of the module.
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward

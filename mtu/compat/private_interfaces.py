@@ -1,8 +1,8 @@
 """The private interfaces of diffusers, accelerate and PEFT that mtu relies on: the one place that names them.
 
-Each entry of `PRIVATE_INTERFACES` says what mtu uses, why, and in which version it was seen. A test of the same name in
-`tests/mtu/compat/test_private_interfaces.py` fails when another version differs. Other modules use such a name only
-where it must be an attribute of their own class or where callbacks set it: these entries say where.
+Each entry of `PRIVATE_INTERFACES` describes an interface, its use, and the version in which it was seen. A test of the
+same name in `tests/mtu/compat/test_private_interfaces.py` fails if another version differs. Other modules use such a
+name only if it must be an attribute of their own class, or if callbacks set it. The entries name these modules.
 """
 
 import inspect
@@ -51,40 +51,39 @@ __all__ = [
 PRIVATE_INTERFACES = {
     "hub_download": (
         "`DiffusionPipeline.download` reads model_index.json by the class method `_dict_from_json_file`, and refuses "
-        "components of libraries that are not in `LOADABLE_CLASSES`: it is shown their stock class instead, whose "
-        "files have the same names. Seen in diffusers 0.42.1."
+        "components of libraries that are not in `LOADABLE_CLASSES`. mtu shows it the stock class instead, whose files "
+        "have the same names. Seen in diffusers 0.42.1."
     ),
     "fused_projections": (
-        "`fuse_qkv_projections` adds the Linears `to_qkv` and `to_kv` to attentions and sets `fused_projections`; "
-        "unfusing takes only the processors back, which `original_attn_processors` of the model keeps."
-        " Seen in diffusers 0.42.1."
+        "`fuse_qkv_projections` adds the Linears `to_qkv` and `to_kv` to attentions and sets `fused_projections`. "
+        "Unfusing restores the processors alone, which the model keeps in `original_attn_processors`. "
+        "Seen in diffusers 0.42.1."
     ),
     "generated_card": (
-        "Before it uploads a pipeline by `_upload_folder`, diffusers puts a card of its own into the folder, from the "
-        "template of huggingface_hub, where the repository has none. Seen in diffusers 0.42.1."
+        "If a repository has no model card, diffusers writes one from the template of huggingface_hub before it "
+        "uploads a pipeline by `_upload_folder`. Seen in diffusers 0.42.1."
     ),
     "model_offload": (
         "`enable_model_cpu_offload` keeps its hooks in `_all_hooks` of the pipeline and in `_hf_hook` of the modules "
-        "(accelerate); group offloading is asked for by `_is_group_offload_enabled`."
-        " Seen in diffusers 0.42.1, accelerate 1.15.0."
+        "(accelerate). `_is_group_offload_enabled` tells whether a model is under group offloading. "
+        "Seen in diffusers 0.42.1, accelerate 1.15.0."
     ),
     "pipeline_settings": (
-        "What is set on a pipeline besides its components are entries of its `__dict__` (`_progress_bar_config`, "
-        "`image_processor`, `fusing_unet`, …), but for the configuration, `_internal_dict`. Seen in diffusers 0.42.1."
+        "The settings of a pipeline are the entries of its `__dict__` (`_progress_bar_config`, `image_processor`, "
+        "`fusing_unet`, …) except for its components and its configuration, `_internal_dict`. Seen in diffusers 0.42.1."
     ),
     "block_scales": (
-        "UNets' adapter scales by block are spread over their layers by `_maybe_expand_lora_scales`, which "
-        "`set_adapters` looks up by the name of the UNet's class: a subclass has to call it by itself."
-        " Seen in diffusers 0.42.1."
+        "`_maybe_expand_lora_scales` expands a UNet's adapter scales by block to its layers. `set_adapters` looks the "
+        "function up by the name of the UNet's class, so a subclass has to call it. Seen in diffusers 0.42.1."
     ),
     "chunks": (
-        "`set_chunk_feed_forward` keeps what it was given in `_chunk_size` and `_chunk_dim` of transformer blocks."
-        " Seen in diffusers 0.42.1."
+        "`set_chunk_feed_forward` stores its arguments in `_chunk_size` and `_chunk_dim` of transformer blocks. "
+        "Seen in diffusers 0.42.1."
     ),
     "runtime_attributes": (
-        "What offloading (accelerate: `_hf_hook`, `_old_forward`), casting, group offloading and caching (diffusers: "
-        "`_diffusers_hook`), and `nn.Module.compile` (`_compiled_call_impl`) leave on modules besides `forward`."
-        " Seen in diffusers 0.42.1, accelerate 1.15.0."
+        "Offloading (accelerate) sets `_hf_hook` and `_old_forward` on modules. Casting, group offloading and caching "
+        "(diffusers) set `_diffusers_hook`, and `nn.Module.compile` sets `_compiled_call_impl`. All but the last "
+        "replace `forward`, too. Seen in diffusers 0.42.1, accelerate 1.15.0."
     ),
     "call_settings": (
         "Callbacks read and set `_guidance_scale`, `_image_guidance_scale`, `_guidance_rescale`, `_clip_skip`, "
@@ -92,63 +91,64 @@ PRIVATE_INTERFACES = {
         " Seen in diffusers 0.42.1."
     ),
     "constructor_signature": (
-        "The keys of a model's configuration are read off the signature of its constructor, where `**stock` must be "
-        "spelled out. Seen in diffusers 0.42.1."
+        "diffusers takes the keys of a model's configuration from the signature of its constructor, so the signature "
+        "must name the arguments in `**stock`. Seen in diffusers 0.42.1."
     ),
     "accelerate_hooks": (
-        "accelerate leaves its hook of a module in `_hf_hook`, several of them in its `hooks`; one with `offload` has "
-        "the module's weights in its `weights_map`, by their names in it, and meta tensors in the module. They are "
-        "read there to save and to export. Taken off, a hook puts them where `original_devices` says: nowhere, where "
-        "the model was loaded by a device map. Seen in accelerate 1.15.0."
+        "accelerate keeps the hook of a module in `_hf_hook`, and several hooks in the `hooks` of that one. A hook "
+        "with `offload` keeps the module's weights in its `weights_map`, by their names in the module, which then has "
+        "meta tensors. mtu reads the map to save and to export. When a hook is removed, it moves the weights to the "
+        "devices in `original_devices`; if a device map loaded the model, these are the meta device. Seen in "
+        "accelerate 1.15.0."
     ),
     "diffusers_hooks": (
-        "diffusers keeps its hooks of a module by name in `_diffusers_hook`, among them 'group_offloading' and "
-        "'layerwise_casting', and offers no way to ask which a model has. Seen in diffusers 0.42.1."
+        "diffusers keeps the hooks of a module by name in `_diffusers_hook`, among them 'group_offloading' and "
+        "'layerwise_casting'. It has no public function that lists them. Seen in diffusers 0.42.1."
     ),
     "groups_on_disk": (
-        "Group offloading to disk leaves no values in the parameters between calls: a hook's `group` says so by "
-        "`offload_to_disk_path` and `_is_offloaded_to_disk`, and has each tensor's name in the file "
-        "`safetensors_file_path` in `tensor_to_key`. Seen in diffusers 0.42.1."
+        "Group offloading to disk leaves no values in the parameters between calls. The `group` of a hook tells this "
+        "by `offload_to_disk_path` and `_is_offloaded_to_disk`. Its `tensor_to_key` has each tensor's name in the file "
+        "`safetensors_file_path`. Seen in diffusers 0.42.1."
     ),
     "adapter_layers": (
-        "PEFT puts a module of its own around a layer, which it keeps as `base_layer`; other parameters of it are the "
-        "adapter's. Seen in peft 0.21.2."
+        "PEFT puts a module of its own around a layer and keeps the layer as `base_layer`. All other parameters of "
+        "that module are the adapter's. Seen in peft 0.21.2."
     ),
     "progress_bar": (
-        "The settings of a pipeline's progress bar can be set but not asked for: they are in `_progress_bar_config`, "
-        "once there are any. Seen in diffusers 0.42.1."
+        "`set_progress_bar_config` stores the settings of a pipeline's progress bar in `_progress_bar_config`. No "
+        "public function returns them. Seen in diffusers 0.42.1."
     ),
     "pipeline_functions": (
-        "`retrieve_timesteps` and `retrieve_latents` are in the modules of the stock pipelines alone, which do not "
+        "`retrieve_timesteps` and `retrieve_latents` exist only in the modules of the stock pipelines, which do not "
         "export them. Seen in diffusers 0.42.1."
     ),
     "execution_device": (
-        "Where inputs go when the models are offloaded is `_execution_device` of the pipeline: read in "
-        "`mtu/pipelines/stable_diffusion.py`. Seen in diffusers 0.42.1, accelerate 1.15.0."
+        "`_execution_device` of a pipeline is the device for inputs, also if models are offloaded. "
+        "`mtu/pipelines/stable_diffusion.py` reads it. Seen in diffusers 0.42.1, accelerate 1.15.0."
     ),
     "callback_inputs": (
-        "What callbacks may ask for is the class attribute `_callback_tensor_inputs`, and the number of timesteps is "
-        "`_num_timesteps` behind `num_timesteps`: both set in `mtu/pipelines/stable_diffusion.py`. Seen in diffusers "
+        "The class attribute `_callback_tensor_inputs` lists the tensors that callbacks may ask for, and "
+        "`num_timesteps` reads `_num_timesteps`. `mtu/pipelines/stable_diffusion.py` sets both. Seen in diffusers "
         "0.42.1."
     ),
     "class_attributes": (
         "Class attributes say which blocks `compile_repeated_blocks` compiles (`_repeated_blocks`), what `device_map` "
-        "does not split (`_no_split_modules`), and what `torch_dtype` leaves in float32 (`_keep_in_fp32_modules`): set "
-        "in `mtu/models/unet.py`. Seen in diffusers 0.42.1."
+        "does not split (`_no_split_modules`), and what `torch_dtype` leaves in float32 (`_keep_in_fp32_modules`). "
+        "`mtu/models/unet.py` sets them. Seen in diffusers 0.42.1."
     ),
     "module_of_components": (
-        "A pipeline takes a component of a library that diffusers does not know only if the module that it is imported "
-        "from has diffusers' base class of models, `ModelMixin`: `mtu` and `mtu/models/unet.py` do. Seen in diffusers "
+        "diffusers accepts a component of an unknown library in a pipeline only if the component's module also has "
+        "`ModelMixin`, diffusers' base class of models. `mtu` and `mtu/models/unet.py` have it. Seen in diffusers "
         "0.42.1."
     ),
     "config_metadata_keys": (
-        "Configurations have entries that are no arguments: `_class_name` and `_diffusers_version` of files, "
-        "`_use_default_values` of objects, `_module` of pipelines; read by `mtu/models/pretrained.py`, `mtu/pipelines` "
-        "and `mtu/inspection`. Seen in diffusers 0.42.1."
+        "Some entries of configurations are no arguments: `_class_name` and `_diffusers_version` in files, "
+        "`_use_default_values` in objects, and `_module` in pipelines. `mtu/models/pretrained.py`, `mtu/pipelines` and "
+        "`mtu/inspection` read them. Seen in diffusers 0.42.1."
     ),
 }
 
-# Attributes of modules that say how they run just now, and belong to no model; see "runtime_attributes".
+# Attributes of modules that tell how they run at the moment. They are no part of a model; see "runtime_attributes".
 RUNTIME_ATTRIBUTES = {
     "forward",
     "_hf_hook",
@@ -158,26 +158,26 @@ RUNTIME_ATTRIBUTES = {
     "processor",
     "hf_device_map",
     "_internal_dict",
-    # accelerate puts its own in the place of the methods that move a model, where a device map has dispatched it.
+    # If a device map has dispatched a model, accelerate replaces the methods that move it.
     *("to", "cuda", "npu", "mlu", "sdaa", "musa", "xpu", "neuron"),
 }
 
-# What classes of models say to diffusers; see "class_attributes".
+# Attributes by which classes of models configure diffusers; see "class_attributes".
 MODEL_CLASS_ATTRIBUTES = {"_repeated_blocks", "_no_split_modules", "_keep_in_fp32_modules"}
 
-# What blocks keep of `set_chunk_feed_forward`; see "chunks".
+# Attributes of blocks that `set_chunk_feed_forward` sets; see "chunks".
 FEED_FORWARD_CHUNK_ATTRIBUTES = {"_chunk_size", "_chunk_dim"}
 
 # Entries of a model's configuration that are no arguments of its constructor; see "config_metadata_keys".
 CONFIG_METADATA_KEYS = {"_class_name", "_diffusers_version", "_use_default_values"}
 
-# What fusing leaves behind: parts of the names of parameters, and attributes.
+# Fusing projections leaves parameters with these parts of names, and these attributes; see "fused_projections".
 FUSED_PROJECTION_NAMES = (".to_qkv.", ".to_kv.")
 FUSED_PROJECTION_ATTRIBUTES = {"fused_projections", "original_attn_processors"}
 
 
 class MTUPipelineDownloader(StableDiffusionPipeline):
-    """Downloads a saved multi-task pipeline: in its index, the upcycled UNet has the name of its stock class."""
+    """Downloads a saved multi-task pipeline by showing diffusers an index that names the stock class of the UNet."""
 
     @classmethod
     def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
@@ -187,7 +187,7 @@ class MTUPipelineDownloader(StableDiffusionPipeline):
 
 
 def is_autogenerated_model_card(text: str) -> bool:
-    """Whether a model card, without its front matter, is just what diffusers writes where there is none."""
+    """Whether the text of a model card, without its front matter, is the card that diffusers generates."""
     for kind in ("pipeline", "model"):
         description = (
             f"This is the model card of a 🧨 diffusers {kind} that has been pushed on the Hub. This model card has "
@@ -210,17 +210,17 @@ def is_offloaded(pipeline: DiffusionPipeline) -> bool:
 
 
 def has_accelerate_hook(module: nn.Module) -> bool:
-    """Whether accelerate has put a hook on a module."""
+    """Whether a module has a hook of accelerate."""
     return hasattr(module, "_hf_hook")
 
 
 def offloaded_weight_maps(module: nn.Module) -> Iterator[Mapping[str, Tensor]]:
-    """Where accelerate keeps the weights of a module between its calls, by their names in it."""
+    """The maps in which accelerate keeps the weights of a module between its calls, by their names in the module."""
     return (hook.weights_map for hook in _offloading_hooks(module))
 
 
 def can_restore_offloaded_weights(module: nn.Module) -> bool:
-    """Whether a module gets its weights back where its hooks are taken off: not if it was loaded without them."""
+    """Whether removing the hooks of a module puts its weights back, which fails after loading by a device map."""
     devices = (device for hook in _offloading_hooks(module) for device in hook.original_devices.values())
     return all(device.type != "meta" for device in devices)
 
@@ -233,22 +233,22 @@ def _offloading_hooks(module: nn.Module) -> Iterator[Any]:
 
 
 def has_diffusers_hook(module: nn.Module) -> bool:
-    """Whether diffusers has put hooks on a module."""
+    """Whether a module has hooks of diffusers."""
     return hasattr(module, "_diffusers_hook")
 
 
 def casts_layerwise(module: nn.Module) -> bool:
-    """Whether layerwise casting stores a module's own weights in another dtype than they are computed in."""
+    """Whether layerwise casting stores a module's own weights in another dtype than the module computes in."""
     return _diffusers_hook(module, "layerwise_casting") is not None
 
 
 def is_group_offloaded(module: nn.Module) -> bool:
-    """Whether a module itself is under group offloading."""
+    """Whether a module itself has a hook of group offloading."""
     return _diffusers_hook(module, "group_offloading") is not None
 
 
 def group_offloaded_disk_tensors(module: nn.Module) -> dict[int, tuple[str, str]]:
-    """File and key of each tensor of a model that group offloading keeps on disk, by the tensor's identity."""
+    """The file and the key in it of each tensor that group offloading keeps on disk, by `id(tensor)`."""
     groups = [_diffusers_hook(m, "group_offloading").group for m in module.modules() if is_group_offloaded(m)]
     return {
         id(tensor): (group.safetensors_file_path, key)
@@ -264,27 +264,32 @@ def _diffusers_hook(module: nn.Module, name: str) -> Any:
 
 
 def is_peft_wrapper(module: nn.Module) -> bool:
-    """Whether a module is one that PEFT puts around another."""
+    """Whether a module is a layer of PEFT around another layer."""
     return type(module).__module__.partition(".")[0] == "peft"
 
 
 def is_adapter_parameter(name: str, adapter: str) -> bool:
-    """Whether a parameter belongs to the adapter of that name, and not to the layer that it is around."""
+    """Whether a parameter belongs to a PEFT layer itself, and not to the layer that it wraps.
+
+    Args:
+        name: the name of the parameter in the model.
+        adapter: the name of the PEFT layer in the model.
+    """
     return name.startswith(f"{adapter}.") and not name.startswith(f"{adapter}.base_layer.")
 
 
 def feed_forward_chunk_settings(block: BasicTransformerBlock) -> tuple[int | None, int]:
-    """In how large chunks of which dimension a block's feed-forward network runs; None: at once."""
+    """The chunk size of a block's feed-forward network (None: it runs at once), and the dimension that is split."""
     return block._chunk_size, block._chunk_dim
 
 
 def progress_bar_settings(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """What `set_progress_bar_config` was given."""
+    """The settings of a pipeline's progress bar, as `set_progress_bar_config` got them."""
     return dict(getattr(pipeline, "_progress_bar_config", {}))
 
 
 def pipeline_settings(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """What is set on a pipeline besides its components and its configuration, by attribute."""
+    """The attributes of a pipeline besides its components and its configuration."""
     others = {*pipeline.components, "_internal_dict", "_all_hooks"}
     return {name: value for name, value in vars(pipeline).items() if name not in others}
 
@@ -292,16 +297,20 @@ def pipeline_settings(pipeline: DiffusionPipeline) -> dict[str, Any]:
 def expand_adapter_block_scales(
     unet: UNet2DConditionModel, scales: Sequence[float | dict | None]
 ) -> Sequence[float | dict]:
-    """The scales of several adapters, those by block ({"down": 0.9, "up": {"block_1": 0.6}}) spread over the layers.
+    """Expand adapter scales by block to the layers of a UNet.
+
+    Args:
+        unet: the UNet.
+        scales: one scale per adapter, each a number or by block, {"down": 0.9, "up": {"block_1": 0.6}}; None: 1.
 
     Raises:
-        ValueError: a block that this UNet has not, or too many scales for one.
+        ValueError: this UNet has no such block, or a block has too many scales.
     """
     return _maybe_expand_lora_scales(unet, [1.0 if scale is None else scale for scale in scales])
 
 
 def register_stock_arguments_(cls: type[UNet2DConditionModel]) -> None:
-    """Have a subclass whose constructor takes `**stock` register all its arguments in its configuration."""
+    """Make a subclass whose constructor takes `**stock` register all stock arguments in its configuration."""
     own = inspect.signature(cls.__init__)
     stock = [
         parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
