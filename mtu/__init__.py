@@ -1,6 +1,7 @@
 """MTU: one pre-trained diffusion model upcycled into a model of many tasks.
 
-Names that need torch and diffusers are loaded by their first use, as diffusers loads its own.
+The public names are listed here and live in the modules beside this file. Names that need torch and diffusers are
+loaded at their first use, as diffusers does with its own names.
 """
 
 import importlib
@@ -28,8 +29,8 @@ __all__ = [
     "warmup",
 ]
 
-# Where each name is loaded from. No module may have the name of another module's function: importing it would put the
-# module in the function's place.
+# The module that each name is loaded from. No module of this package may have the name of a public function, because
+# importing the module would replace the function.
 _MODULES = {
     "MTUPipeline": "mtu.pipelines",
     "MTUUNet2DConditionModel": "mtu.models.unet",

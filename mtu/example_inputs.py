@@ -1,4 +1,4 @@
-"""The arguments that one call of a UNet takes: warm-up, FLOP counts and exports all ask here."""
+"""Example arguments for one call of a UNet, for warm-up, FLOP counts and exports."""
 
 from typing import Any
 
@@ -25,23 +25,23 @@ def make_example_inputs(
     text_tokens: int = CLIP_TEXT_TOKENS,
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
-    """Zeros in the shapes and dtypes of a call's arguments, by the UNet's configuration.
+    """Make the arguments of one call of a UNet: zeros in the shapes and dtypes that its configuration asks for.
 
     Args:
         unet: a stock or an upcycled UNet of the families of SD 1.5, SDXL, and latent consistency models (LCM).
         batch_size: B.
-        height, width: of the latents; None: the model's own.
-        channels: of `sample`; None: those of the latents alone.
+        height, width: the size of the latents; None: the model's own.
+        channels: the channels of `sample`; None: those of the latents alone.
         text_tokens: L, the tokens of a prompt.
-        device: of the tensors; None: that of the UNet.
+        device: the device of the tensors; None: that of the UNet.
 
     Returns:
-        `sample` (B, channels, height, width), `timestep` () and `encoder_hidden_states` (B, L, D); for LCM also
-        `timestep_cond`, and for SDXL `added_cond_kwargs` with the pooled text and the sizes. Floating-point tensors
-        have the dtype of the UNet, but for the float32 timestep.
+        The arguments by name: `sample` (B, channels, height, width), `timestep` () and `encoder_hidden_states`
+        (B, L, D). LCM also gets `timestep_cond`, and SDXL gets `added_cond_kwargs` with the pooled text and the sizes.
+        `timestep` is float32, and the other tensors have the dtype of the UNet.
 
     Raises:
-        ValueError: a UNet that takes other inputs, or one without a size of its own where none is given.
+        ValueError: the UNet takes other inputs, or neither the UNet nor the call gives a size.
 
     Example:
         >>> unet(**make_example_inputs(unet, batch_size=2, height=64, width=64))
@@ -73,7 +73,7 @@ def make_example_inputs(
 
 
 def default_latent_size(unet: UNet2DConditionModel) -> tuple[int, int] | None:
-    """Height and width of the latents that a UNet was made for; None where its configuration has no `sample_size`."""
+    """The height and width of the latents that a UNet was made for; None if its configuration has no `sample_size`."""
     size = unet.config.sample_size
     return (size, size) if isinstance(size, int) else None if size is None else (size[0], size[1])
 

@@ -1,5 +1,8 @@
-"""How feed-forward networks are split into experts: the settings, the arithmetic of hidden units, and where an upcycled
-model's configuration keeps the settings beside the stock ones."""
+"""The split of feed-forward networks into experts: its settings, and the arithmetic of hidden units.
+
+An upcycled model keeps these settings in its configuration beside the stock ones; `stock_config` returns the stock ones.
+The initial weights of routers live in `mtu.models.initial_routing`.
+"""
 
 import dataclasses
 import inspect
@@ -21,21 +24,21 @@ NormMode = Literal["task", "task_expert"]
 class ExpertConfig:
     """The expert layout of every feed-forward network (FFN) of an upcycled model.
 
-    A stock FFN has 4D hidden units. Each of the E experts gets F = G · 4D of them, expert e the slots
-    `[eF, (e+1)F)`: the units are split (E·G = 1), truncated or tiled; see `stock_unit_indices`.
+    A stock FFN has 4D hidden units. The upcycled FFN has E·F slots for them, where F = G · 4D, and expert e owns the
+    slots `[eF, (e+1)F)`. The units are split (E·G = 1), truncated or tiled; see `stock_unit_indices`.
 
     Args:
         num_experts: E.
-        top_k: active experts K per task; None: all of them (dense routing).
+        top_k: K, the number of active experts per task; None: all of them (dense routing).
         expert_ratio: G = F / 4D; 1/E keeps the parameter count.
         norm: "task" (one LayerNorm per task) or "task_expert" (one per task and expert).
         routing_scale: routing weights are `routing_scale · softmax(…)`; 1/G preserves the function.
-        router_width: width of task embeddings and routers.
+        router_width: the width of task embeddings and routers.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value is out of its range.
 
-    Source: MTU (arXiv 2503.11905) §3; DESIGN of this project for `routing_scale`.
+    Source: MTU (arXiv 2503.11905) §3, except for `routing_scale`, by which this library preserves the function.
     """
 
     num_experts: int
@@ -47,7 +50,7 @@ class ExpertConfig:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ExpertConfig":
-        """The layout among the entries of an upcycled model's configuration."""
+        """Read the layout from the configuration of an upcycled model."""
         return cls(**{field.name: config[field.name] for field in dataclasses.fields(cls)})
 
     def __post_init__(self) -> None:
@@ -80,7 +83,10 @@ class ExpertConfig:
         return self._ratio >= 1
 
     def hidden_units_per_expert(self, stock_hidden_width: int) -> int:
-        """F, the hidden units of one expert, for a stock FFN with `stock_hidden_width` (4D) units.
+        """F, the number of hidden units of one expert.
+
+        Args:
+            stock_hidden_width: 4D, the hidden units of the stock FFN.
 
         Raises:
             ValueError: E does not divide the units, or G times the units is not a whole number.
@@ -99,10 +105,17 @@ class ExpertConfig:
         return int(width)
 
     def stock_unit_indices(self, stock_hidden_width: int) -> Tensor | None:
-        """The stock unit in each slot, (E·F,) int64; None where the slots are the stock units in order.
+        """The index of the stock unit that each slot of the upcycled FFN starts from.
 
-        Slot s holds unit `s mod 4D`. Where G < 1 and two experts would thus hold the same units, as of E = 4 with
-        G = 1/2, slot i of expert e holds unit `(e · 4D/E + i) mod 4D`: nothing in training tells such twins apart.
+        Slot s starts from unit `s mod 4D`. With G < 1, two experts could get the same units in this way, as with E = 4
+        and G = 1/2, and training could never make them different. In that case slot i of expert e starts from unit
+        `(e · 4D/E + i) mod 4D`.
+
+        Args:
+            stock_hidden_width: 4D.
+
+        Returns:
+            (E·F,) int64; None if the slots are the stock units in order.
         """
         width = self.hidden_units_per_expert(stock_hidden_width)
         if width * self.num_experts == stock_hidden_width:
@@ -113,11 +126,17 @@ class ExpertConfig:
         return ((starts[:, None] + torch.arange(width)) % stock_hidden_width).flatten()
 
     def output_column_scale(self, stock_hidden_width: int) -> Tensor | None:
-        """What the output column of each slot is multiplied with to preserve the function, (E·F,) float64; None: 1.
+        """The factor of each slot's output column that preserves the function of the stock FFN.
 
-        From G = 1 on every expert is whole by itself: with n_ej copies of unit j in expert e, `1 / (n_ej ·
-        routing_scale)` preserves the function wherever on the simplex routing starts. Below, dense routing starts at
-        w = routing_scale / E, so unit j with n_j copies in all needs `E / (n_j · routing_scale)`.
+        With G ≥ 1, every expert holds the whole FFN. If expert e has n_ej copies of unit j, the factor `1 / (n_ej ·
+        routing_scale)` preserves the function for any initial routing weights. With G < 1, dense routing starts at
+        w = routing_scale / E, so unit j with n_j copies in all gets the factor `E / (n_j · routing_scale)`.
+
+        Args:
+            stock_hidden_width: 4D.
+
+        Returns:
+            (E·F,) float64; None if all factors are 1.
         """
         units = self.stock_unit_indices(stock_hidden_width)
         if units is None:
@@ -133,7 +152,7 @@ class ExpertConfig:
         return None if torch.allclose(scale, torch.ones_like(scale), rtol=1e-12, atol=0) else scale
 
     def why_output_not_preserved(self) -> str | None:
-        """Why no initialisation can keep the original's output, in a few words; None where one can."""
+        """The reason why no initialisation can preserve the original's output, as a clause; None if one can."""
         if not self.is_dense and not self.experts_hold_whole_ffn:
             return f"top_k = {self.top_k} of {self.num_experts} experts with expert_ratio = {self.expert_ratio:g} < 1"
         if self.expert_ratio * self.num_experts < 1 - 1e-9:
@@ -142,12 +161,12 @@ class ExpertConfig:
 
     @property
     def _ratio(self) -> Fraction:
-        # 1/3 as a float is not 1/3: take the nearest fraction a person would have meant.
+        # A float cannot be exactly 1/3, so this takes the nearest fraction with a small denominator.
         return Fraction(self.expert_ratio).limit_denominator(4096)
 
 
 def stock_config(unet: UNet2DConditionModel) -> dict[str, Any]:
-    """The arguments of `UNet2DConditionModel` among the entries of a UNet's configuration."""
+    """The entries of a UNet's configuration that are arguments of `UNet2DConditionModel`."""
     known = inspect.signature(UNet2DConditionModel.__init__).parameters
     return {name: value for name, value in unet.config.items() if name in known}
 

@@ -46,10 +46,10 @@ _REPLACEMENT, _JOURNAL = ".replacement", "replacement.json"
 
 
 def make_folder(directory: str | os.PathLike) -> Path:
-    """Return a folder to write into, made where it is not there.
+    """Make a folder if it does not exist, and return its path.
 
     Raises:
-        ValueError: there is a file of that name.
+        ValueError: a file has this name.
     """
     folder = Path(directory)
     if folder.is_file():
@@ -61,17 +61,17 @@ def make_folder(directory: str | os.PathLike) -> Path:
 def write_tensors(
     directory: str | os.PathLike, stem: str, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
 ) -> None:
-    """Write `STEM.json` and the file of tensors that it names, in place of what `stem` named before.
+    """Write `STEM.json` and the file of tensors that it names, and delete the earlier files of this stem.
 
     Args:
-        directory: the folder; made if it is not there.
-        stem: how both files' names begin.
-        tensors: on any device; copied where they share memory.
-        description: JSON; "file" and "sha256" are added to it.
+        directory: the folder; made if it does not exist.
+        stem: the beginning of both files' names.
+        tensors: the tensors by name, on any device; tensors that share memory are copied.
+        description: JSON values; the entries "file" and "sha256" are added.
 
     Raises:
         ValueError: the directory is a file.
-        OSError: the files cannot be written; what was there before stays.
+        OSError: the files cannot be written; the earlier files stay.
     """
     folder = make_folder(directory)
     with _taking_turns(folder):
@@ -96,12 +96,12 @@ def write_tensors(
 def read_tensors(
     directory: str | os.PathLike, stem: str, *, requires_digest: bool = True
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what `write_tensors` wrote, checking that it is whole and unaltered.
+    """Read files of `write_tensors`, and check that they are complete and unaltered.
 
     Args:
         directory: the folder.
-        stem: as in `write_tensors`.
-        requires_digest: False also takes a description without a digest, as training wrote it once.
+        stem: the beginning of both files' names.
+        requires_digest: whether to refuse a description without a digest, as earlier versions of training wrote.
 
     Returns:
         The description and the tensors.
@@ -119,7 +119,7 @@ def read_tensors(
         raise ValueError(f"{json_path} is not the JSON file that was saved: {error}.") from None
     if not isinstance(description, dict) or (requires_digest and "sha256" not in description):
         raise ValueError(f"The description in {directory} lacks the entry 'sha256'.")
-    # Earlier versions had one name for all files of tensors, and did not write it down.
+    # In earlier versions the file of tensors had a fixed name, which the description lacks.
     name = description.get("file", f"{stem}.safetensors")
     if not isinstance(name, str) or name != os.path.basename(name) or not name.endswith(".safetensors"):
         raise ValueError(f"{json_path} must name a safetensors file in its own folder, but names {name!r}.")
@@ -138,14 +138,19 @@ def read_tensors(
 
 
 def remove_tensors(directory: str | os.PathLike, stem: str) -> None:
-    """Delete what `write_tensors` wrote under `stem`, if anything."""
+    """Delete the files that `write_tensors` wrote for a stem, if there are any."""
     folder = Path(directory)
     (folder / f"{stem}.json").unlink(missing_ok=True)
     _delete_files(folder, stem, keep=None)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in place of the one before."""
+    """Write a text file atomically.
+
+    Args:
+        path: the file.
+        text: its contents.
+    """
     with _taking_turns(path.parent), _collecting(path.with_name(f".{path.name}.partial")) as partial:
         (partial / path.name).write_text(text, encoding="utf-8", newline="")
         _settle(partial)
@@ -155,15 +160,22 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def atomic_replacement(directory: str | os.PathLike, outdated_names: re.Pattern[str]) -> Iterator[Path]:
-    """Files written into the folder that this yields come to `directory` together, or none does.
+    """Replace files of a folder together: either all new files are there afterwards, or all old ones.
+
+    The context yields a temporary folder. Write the new files into it; they move to `directory` when the context ends.
 
     Args:
-        directory: the folder; made if it is not there.
-        outdated_names: files of `directory` whose names match wholly are deleted, unless written anew.
+        directory: the folder; made if it does not exist.
+        outdated_names: a pattern of complete names. Files of `directory` that match it are deleted, unless they are
+            written anew.
 
     Raises:
         ValueError: the directory is a file.
-        OSError: the files cannot be written; what was there before stays.
+        OSError: the files cannot be written; the earlier files stay.
+
+    Example:
+        >>> with atomic_replacement("model", re.compile(r"shard-\\d+")) as folder:
+        ...     (folder / "shard-1").write_text("new")
     """
     folder = make_folder(directory)
     with _taking_turns(folder):
@@ -180,7 +192,11 @@ def atomic_replacement(directory: str | os.PathLike, outdated_names: re.Pattern[
 
 
 def finish_replacement(folder: Path) -> None:
-    """Move files in that `atomic_replacement` had written when it was cut off, if there are any."""
+    """Move the files of an interrupted `atomic_replacement` to their destination, if its files were complete.
+
+    Args:
+        folder: the folder that it was to replace files of.
+    """
     if (folder / _REPLACEMENT).is_dir():
         with _taking_turns(folder):
             _move_in(folder)
@@ -193,7 +209,7 @@ def _move_in(folder: Path) -> None:
     journal = replacement / _JOURNAL
     if journal.is_file():
         names = json.loads(journal.read_text(encoding="utf-8"))
-        # Base names, as the folder may come from anyone.
+        # Only base names are used, because an untrusted folder could name files elsewhere.
         for name in map(os.path.basename, names["deleted"]):
             (folder / name).unlink(missing_ok=True)
         for name in map(os.path.basename, names["written"]):
@@ -206,13 +222,13 @@ def _move_in(folder: Path) -> None:
 
 @contextmanager
 def _taking_turns(folder: Path) -> Iterator[None]:
-    """Wait until no other process or thread is in this context of the folder, where the system can tell."""
+    """Wait until no other process or thread is in this context for the folder, if the system has locks of files."""
     if fcntl is None:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems lock no folders
+        with contextlib.suppress(OSError):  # Some network file systems cannot lock folders.
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -221,30 +237,30 @@ def _taking_turns(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _collecting(partial: Path) -> Iterator[Path]:
-    """A folder for what is not whole yet: what is left there at the end, now or after a cut, is deleted."""
+    """Make a temporary folder for incomplete files; the next use deletes one that an interruption left behind."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
     except SafetensorError as error:
-        # The writer's own class for a full disk, among others.
+        # safetensors raises this class if the disk is full, for example.
         raise OSError(f"{partial.parent} cannot be written to: {error}.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _settle(folder: Path) -> None:
-    """See to it that the files of a folder are on the disk, and readable by whom the user lets read files."""
+    """Bring the files of a folder to the disk, and give all of them the user's usual permissions."""
     mode = max(path.stat().st_mode for path in folder.iterdir())
     for path in folder.iterdir():
-        path.chmod(mode)  # safetensors leaves its files to their owner alone
+        path.chmod(mode)  # safetensors makes files that only their owner may read.
         with path.open("rb+") as file:
             os.fsync(file.fileno())
     _sync(folder)
 
 
 def _sync(folder: Path) -> None:
-    """Bring renames within a folder to the disk, where the system can."""
+    """Bring renames within a folder to the disk, if the system can do so."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -255,7 +271,7 @@ def _sync(folder: Path) -> None:
 
 
 def _delete_files(folder: Path, stem: str, keep: str | None) -> None:
-    """Delete the files of tensors under `stem`, also those that earlier versions wrote, but for one."""
+    """Delete the files of tensors of a stem except for one, also those of earlier versions."""
     pattern = rf"{re.escape(stem)}((\.[0-9a-f]{{12}}|-\d{{7}})?\.safetensors(\.partial)?|(\.json)?\.partial)"
     for path in folder.iterdir():
         if re.fullmatch(pattern, path.name) and path.name != keep:
@@ -263,7 +279,7 @@ def _delete_files(folder: Path, stem: str, keep: str | None) -> None:
 
 
 def _digest(path: Path, description: Mapping[str, Any]) -> str:
-    """SHA-256 of a file of tensors and of what describes it: an edited setting could fit the same tensors."""
+    """The SHA-256 of a file of tensors and of its description, since an edited setting could fit the same tensors."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     described = {key: value for key, value in description.items() if key != "sha256"}
@@ -272,7 +288,7 @@ def _digest(path: Path, description: Mapping[str, Any]) -> str:
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, in the plain memory format, no two in the same memory, as safetensors wants them."""
+    """The tensors on the CPU, contiguous and in separate memory, as safetensors requires."""
     plain, taken = {}, set()
     for name, tensor in tensors.items():
         own = tensor.detach().cpu().contiguous()

@@ -1,4 +1,7 @@
-"""What a task is, and the four tasks of the paper with the settings it was measured with."""
+"""The description of a task, and the four built-in tasks with the paper's settings.
+
+A task's weights live in the model (`mtu.models`), its data in `mtu.data`.
+"""
 
 import dataclasses
 import math
@@ -20,13 +23,13 @@ __all__ = [
 Guidance = Literal["none", "text", "dual"]
 Resample = Literal["lanczos", "bicubic", "bilinear"]
 
-# A name is also part of a file's name (`save_task`), which file systems limit, and a word on the command line.
+# A name is also a part of file names (`save_task`), whose length file systems limit, and a word on the command line.
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{,99}")
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskSpec:
-    """One task of a multi-task diffusion model: what its UNet reads and how it is sampled.
+    """One task of a multi-task diffusion model: the inputs of its UNet, and the settings of its sampling.
 
     Guidance combines the noise predictions of the branches of one sample (`t` prompt, `i` negative prompt with the
     image, `u` negative prompt without the image):
@@ -36,18 +39,22 @@ class TaskSpec:
         dual:  u + s_text (t − i) + s_image (i − u)       three branches, InstructPix2Pix
 
     Args:
-        name: lower-case name, up to 100 letters, digits and `. _ -`.
-        condition_channels: latent channels of the condition image that follow the noisy latents; 0: no image.
+        name: a lower-case name of up to 100 letters, digits and `. _ -`.
+        condition_channels: the latent channels of the condition image, which follow the noisy latents; 0: no image.
         guidance: "none", "text" or "dual".
         guidance_scale: s_text.
         image_guidance_scale: s_image, for "dual".
-        num_inference_steps: denoising steps when the caller gives none.
+        num_inference_steps: the default number of denoising steps.
         uses_prompt: False for a task whose prompt is always empty.
-        scale: output size / condition image size (2 for super-resolution).
-        resample: how the condition image is resized to the output size.
+        scale: the output size / the size of the condition image (2 for super-resolution).
+        resample: the filter that resizes the condition image to the output size.
 
     Raises:
         ValueError: a field is out of its range.
+
+    Example:
+        >>> colorize = mtu.TaskSpec("colorize", guidance="dual", guidance_scale=5.0, image_guidance_scale=1.5)
+        >>> unet.add_task(colorize, init_from="edit")
 
     Source: MTU (arXiv 2503.11905) §4; InstructPix2Pix (arXiv 2211.09800) eq. 3.
     """
@@ -105,10 +112,10 @@ class TaskSpec:
         *,
         embeds_guidance_scale: bool = False,
     ) -> tuple[tuple[bool, bool], ...]:
-        """The noise predictions that one sample needs: 1, 2 or 3 branches, the prompt's first.
+        """The noise predictions that one sample needs: 1, 2 or 3 branches, of which the prompt's is the first.
 
-        As in diffusers, text guidance with a scale ≤ 1 runs the prompt's branch alone. So does dual guidance with both
-        scales 1, by its formula.
+        As in diffusers, text guidance with a scale ≤ 1 needs the prompt's branch alone. By its formula, dual guidance
+        with both scales 1 also does.
 
         Args:
             guidance_scale: s_text; None: the task's own. It has no effect on tasks without guidance.
@@ -117,7 +124,8 @@ class TaskSpec:
                 models do. Then tasks without an image run the prompt's branch alone, as in diffusers.
 
         Returns:
-            For each branch, whether it has the prompt (else the negative prompt), and the image (else zeros).
+            A pair for each branch: whether it has the prompt (otherwise the negative prompt), and whether it has the
+            image (otherwise zeros).
         """
         s_text = self.guidance_scale if guidance_scale is None else guidance_scale
         s_image = self.image_guidance_scale if image_guidance_scale is None else image_guidance_scale
@@ -134,7 +142,7 @@ class TaskSpec:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "TaskSpec":
-        """The inverse of `to_dict`.
+        """Make a task from the fields that `to_dict` returned.
 
         Raises:
             ValueError: a field is unknown, missing or out of its range.
@@ -166,15 +174,18 @@ SDXL_TASKS = (
 def as_task_specs(
     tasks: Iterable[TaskSpec | Mapping[str, Any] | str], built_in: Sequence[TaskSpec] = SD_TASKS
 ) -> tuple[TaskSpec, ...]:
-    """Task specs from specs, their dictionaries (as in config.json) or the names of the built-in four.
+    """Convert descriptions of tasks to task specs.
 
     Args:
-        tasks: at least one.
-        built_in: what names stand for; SDXL's settings differ from those of SD 1.5.
+        tasks: at least one task, each a spec, its dictionary (as in config.json) or the name of a built-in task.
+        built_in: the tasks that names stand for; the settings of SDXL differ from those of SD 1.5.
+
+    Returns:
+        The specs, in the same order.
 
     Raises:
-        ValueError: no task, a name twice, or an unknown built-in name.
-        TypeError: an element of another type.
+        ValueError: there is no task, a name occurs twice, or a name is not that of a built-in task.
+        TypeError: an element has another type.
     """
     if isinstance(tasks, str | TaskSpec | Mapping):
         raise TypeError(f"tasks must be a list of tasks, but got the single task {tasks!r}.")
