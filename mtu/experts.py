@@ -1,7 +1,7 @@
 """The split of feed-forward networks into experts: its settings, and the arithmetic of hidden units.
 
-An upcycled model keeps these settings in its configuration beside the stock ones; `stock_config` returns the stock ones.
-The initial weights of routers live in `mtu.models.initial_routing`.
+An upcycled model keeps these settings in its configuration beside the stock ones, which `stock_config` returns. The
+initial weights of routers live in `mtu.models.initial_routing`.
 """
 
 import dataclasses

@@ -18,11 +18,11 @@ from mtu.compat import private_interfaces
 from mtu.compat.plain_linear import has_replaced_forward
 from mtu.compat.private_interfaces import (
     can_restore_offloaded_weights,
-    group_offloaded_disk_tensors,
+    disk_locations_of_offloaded_tensors,
     has_accelerate_hook,
     has_diffusers_hook,
+    has_group_offloading_hook,
     is_adapter_parameter,
-    is_group_offloaded,
     is_peft_wrapper,
     offloaded_weight_maps,
 )
@@ -71,7 +71,7 @@ def check_not_group_offloaded(module: nn.Module, action: str) -> None:
         module: the model.
         action: the name of the operation, for the message.
     """
-    grouped = sum(is_group_offloaded(m) for m in module.modules())
+    grouped = sum(has_group_offloading_hook(m) for m in module.modules())
     if grouped:
         raise ValueError(
             f"{action} needs a model that is wholly in memory, but {grouped} modules are under group offloading, which "
@@ -88,7 +88,7 @@ def check_loadable(module: nn.Module, values: Mapping[str, Tensor], action: str,
         action: the name of the operation, for the message.
         assign: whether the values replace the tensors, or are written to them.
     """
-    elsewhere = group_offloaded_disk_tensors(module)
+    elsewhere = disk_locations_of_offloaded_tensors(module)
     lost = 0
     for name, tensor in module.state_dict(keep_vars=True).items():
         if name not in values:
@@ -164,12 +164,12 @@ def check_has_values(module: nn.Module, action: str) -> None:
 
 def uses_layerwise_casting(module: nn.Module) -> bool:
     """Whether layerwise casting stores weights of a model in another dtype than the layers compute in."""
-    return any(map(private_interfaces.casts_layerwise, module.modules()))
+    return any(map(private_interfaces.has_layerwise_casting_hook, module.modules()))
 
 
 def is_group_offloaded_to_disk(module: nn.Module) -> bool:
     """Whether group offloading keeps values of a model on disk, and none in its parameters between calls."""
-    return bool(group_offloaded_disk_tensors(module))
+    return bool(disk_locations_of_offloaded_tensors(module))
 
 
 def read_state_dict(module: nn.Module, names: Container[str] | None = None) -> dict[str, Tensor]:
@@ -182,7 +182,7 @@ def read_state_dict(module: nn.Module, names: Container[str] | None = None) -> d
     Returns:
         The tensors, by name.
     """
-    on_disk, files = group_offloaded_disk_tensors(module), {}
+    on_disk, files = disk_locations_of_offloaded_tensors(module), {}
     tensors = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if names is not None and name not in names:

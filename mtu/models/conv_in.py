@@ -81,12 +81,12 @@ class TaskConvIn(PerTaskModule):
             return output.view(-1, height, width, bias.shape[1]).permute(0, 3, 1, 2)
         return torch.baddbmm(bias[:, :, None], kernels, patches).view(-1, bias.shape[1], height, width)
 
-    def check_channels(self, given: int) -> None:
+    def check_channels(self, num_channels: int) -> None:
         """Raise a ValueError unless a sample may have this many channels."""
-        if not self.latent_channels <= given <= self.in_channels:
+        if not self.latent_channels <= num_channels <= self.in_channels:
             raise ValueError(
                 f"sample must have {self.latent_channels} to {self.in_channels} channels (latents, then the condition "
-                f"image), but got {given}."
+                f"image), but got {num_channels}."
             )
 
     def _apply(self, fn, recurse: bool = True):
@@ -132,19 +132,19 @@ class TaskConvIn(PerTaskModule):
             return torch.tensor(self.channels_per_task, device=device)
 
     @torch.no_grad()
-    def select_tasks_(self, rows: Sequence[int], condition_channels: Sequence[int] | None = None) -> None:
-        """Make the old row `rows[i]` the new row i, in new parameters.
+    def select_tasks_(self, old_task_ids: Sequence[int], condition_channels: Sequence[int] | None = None) -> None:
+        """Make the old row `old_task_ids[i]` the new row i, in new parameters.
 
         Args:
-            rows: the old task id of each new one.
+            old_task_ids: the old task id of each new one.
             condition_channels: the condition channels of each new task; None: those of the old rows. Channels that the
                 old row did not have start at zero.
         """
-        old_channels = [self.channels_per_task[row] for row in rows]
+        old_channels = [self.channels_per_task[row] for row in old_task_ids]
         channels = old_channels
         if condition_channels is not None:
             channels = [self.latent_channels + count for count in condition_channels]
-        super().select_tasks_(rows)
+        super().select_tasks_(old_task_ids)
         old = self.weight
         weight = old.new_zeros(*old.shape[:2], max(channels), *old.shape[3:])
         for i, counts in enumerate(zip(channels, old_channels, strict=True)):

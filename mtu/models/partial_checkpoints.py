@@ -123,7 +123,7 @@ def write_trained_parameters(
     directory: str | os.PathLike,
     specs: tuple[TaskSpec, ...],
     config: ExpertConfig,
-    base: Mapping[str, Any],
+    base_config: Mapping[str, Any],
     tensors: dict[str, Tensor],
 ) -> None:
     """Write the trained parameters, with the settings that rebuild the model.
@@ -132,21 +132,21 @@ def write_trained_parameters(
         directory: the folder; made if it does not exist.
         specs: the tasks.
         config: the expert layout.
-        base: the stock configuration of the UNet that was upcycled.
+        base_config: the stock configuration of the UNet that was upcycled.
         tensors: the trained parameters, by name.
     """
     description = {
         "tasks": [spec.to_dict() for spec in specs],
         "experts": dataclasses.asdict(config),
-        "base": _json_config(base),
+        "base": _json_config(base_config),
     }
     storage.write_tensors(directory, _TRAINED, tensors, description)
 
 
 def read_trained_parameters(
-    directory: str | os.PathLike, base: Mapping[str, Any]
+    directory: str | os.PathLike, base_config: Mapping[str, Any]
 ) -> tuple[tuple[TaskSpec, ...], ExpertConfig, dict[str, Tensor]]:
-    """Read what `write_trained_parameters` wrote, for a base UNet of the stock configuration `base`.
+    """Read what `write_trained_parameters` wrote, for a base UNet of the stock configuration `base_config`.
 
     Returns:
         The tasks, the expert layout, and the parameters by name.
@@ -155,7 +155,7 @@ def read_trained_parameters(
         ValueError: the parameters are of another base UNet, or a file is truncated or altered.
     """
     description, tensors = storage.read_tensors(directory, _TRAINED)
-    _check_equal_config(_entry(description, "base", directory), _json_config(base), directory)
+    _check_equal_config(_entry(description, "base", directory), _json_config(base_config), directory)
     specs = as_task_specs(_entry(description, "tasks", directory))
     try:
         config = ExpertConfig(**_entry(description, "experts", directory))

@@ -21,13 +21,13 @@ __all__ = ["check_safetensors_only", "load_strictly", "save_atomically"]
 _HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
 
-def check_safetensors_only(given: Mapping[str, Any]) -> None:
+def check_safetensors_only(arguments: Mapping[str, Any]) -> None:
     """Raise a ValueError if the arguments of diffusers' `save_pretrained` ask for another format than safetensors."""
-    if not given.get("safe_serialization", True) or given.get("use_flashpack", False):
+    if not arguments.get("safe_serialization", True) or arguments.get("use_flashpack", False):
         raise ValueError("Only safetensors files are saved, but got safe_serialization=False or use_flashpack=True.")
 
 
-def save_atomically(save: Callable[..., None], given: dict[str, Any]) -> None:
+def save_atomically(save: Callable[..., None], arguments: dict[str, Any]) -> None:
     """Call diffusers' `save_pretrained` so that after an interruption the older or the newer model loads.
 
     This also deletes the shards and the index of an older model. diffusers deletes the shards alone, and would then
@@ -35,24 +35,24 @@ def save_atomically(save: Callable[..., None], given: dict[str, Any]) -> None:
 
     Args:
         save: the inherited `save_pretrained`.
-        given: its arguments by name.
+        arguments: its arguments by name.
 
     Raises:
         ValueError: the arguments ask for another format than safetensors, or the directory is a file.
     """
-    check_safetensors_only(given)
-    rest = {key: value for key, value in given.items() if key not in ("save_directory", "kwargs")}
-    extra = dict(given.get("kwargs", {}))
-    if not given.get("is_main_process", True):
+    check_safetensors_only(arguments)
+    rest = {key: value for key, value in arguments.items() if key not in ("save_directory", "kwargs")}
+    extra = dict(arguments.get("kwargs", {}))
+    if not arguments.get("is_main_process", True):
         # Processes other than the main one write their files directly, as diffusers does.
-        save(given["save_directory"], **rest, **extra)
+        save(arguments["save_directory"], **rest, **extra)
         return
-    if given.get("push_to_hub", False):
-        extra.setdefault("repo_id", Path(given["save_directory"]).name)
-    variant = re.escape(f".{given['variant']}") if given.get("variant") else ""
+    if arguments.get("push_to_hub", False):
+        extra.setdefault("repo_id", Path(arguments["save_directory"]).name)
+    variant = re.escape(f".{arguments['variant']}") if arguments.get("variant") else ""
     stem = re.escape(Path(SAFETENSORS_WEIGHTS_NAME).stem)
     weights = rf"{stem}{variant}(-\d{{5}}-of-\d{{5}})?\.safetensors|{stem}\.safetensors\.index{variant}\.json"
-    with storage.atomic_replacement(given["save_directory"], re.compile(weights)) as folder:
+    with storage.atomic_replacement(arguments["save_directory"], re.compile(weights)) as folder:
         save(str(folder), **rest, **extra)
 
 

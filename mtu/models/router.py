@@ -41,12 +41,12 @@ class GatheredTaskValues(NamedTuple):
     Args:
         affines: the result of each task LayerNorm.
         routings: the routing of each sample, by router.
-        is_traced: whether they were gathered while the whole UNet was traced.
+        gathered_while_tracing: whether they were gathered while the whole UNet was traced.
     """
 
     affines: dict[nn.Module, NormAffine]
     routings: dict[nn.Module, Routing]
-    is_traced: bool
+    gathered_while_tracing: bool
 
 
 class TaskContext(NamedTuple):
@@ -81,7 +81,9 @@ class TaskContext(NamedTuple):
     def _gathered_here(self) -> GatheredTaskValues | None:
         # A block that is compiled by itself must not look up its own values, as its code serves all equal blocks.
         gathered = self.gathered
-        return gathered if gathered is not None and gathered.is_traced == torch.compiler.is_compiling() else None
+        if gathered is None or gathered.gathered_while_tracing != torch.compiler.is_compiling():
+            return None
+        return gathered
 
 
 def select_rows(table: Tensor, task_ids: Tensor) -> Tensor:

@@ -17,14 +17,14 @@ class PerTaskModule(nn.Module):
     """A module each of whose parameters has the shape (T, …): one row per task."""
 
     @torch.no_grad()
-    def select_tasks_(self, rows: Sequence[int]) -> None:
-        """Make the old row `rows[i]` the new row i, in new parameters.
+    def select_tasks_(self, old_task_ids: Sequence[int]) -> None:
+        """Make the old row `old_task_ids[i]` the new row i, in new parameters.
 
         Args:
-            rows: the old task id of each new one.
+            old_task_ids: the old task id of each new one.
         """
         for name, parameter in list(self.named_parameters(recurse=False)):
-            setattr(self, name, nn.Parameter(parameter[list(rows)], parameter.requires_grad))
+            setattr(self, name, nn.Parameter(parameter[list(old_task_ids)], parameter.requires_grad))
 
 
 def check_per_task_modules(modules: Mapping[str, nn.Module], action: str) -> None:

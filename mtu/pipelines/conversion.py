@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from mtu.compat.private_interfaces import is_offloaded, pipeline_settings
+from mtu.compat.private_interfaces import is_pipeline_offloaded, pipeline_settings
 
 __all__ = ["check_not_offloaded", "convert_pipeline"]
 
@@ -14,7 +14,7 @@ Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 def check_not_offloaded(pipeline: DiffusionPipeline) -> None:
     """Raise a ValueError if a pipeline is offloaded: its hooks would go on moving the UNet that it had."""
-    if is_offloaded(pipeline):
+    if is_pipeline_offloaded(pipeline):
         raise ValueError(
             "A pipeline that is not offloaded is needed, but this one is: call its remove_all_hooks() before, and "
             "offload the new pipeline."
