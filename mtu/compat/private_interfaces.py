@@ -169,7 +169,7 @@ MODEL_CLASS_ATTRIBUTES = {"_repeated_blocks", "_no_split_modules", "_keep_in_fp3
 FEED_FORWARD_CHUNK_ATTRIBUTES = {"_chunk_size", "_chunk_dim"}
 
 # Entries of a model's configuration that are no arguments of its constructor; see "config_metadata_keys".
-CONFIG_METADATA_KEYS = {"_class_name", "_diffusers_version", "_use_default_values"}
+CONFIG_METADATA_KEYS = {"_class_name", "_diffusers_version", "_module", "_use_default_values"}
 
 # Fusing projections leaves parameters with these parts of names, and these attributes; see "fused_projections".
 FUSED_PROJECTION_NAMES = (".to_qkv.", ".to_kv.")

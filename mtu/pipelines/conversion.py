@@ -1,11 +1,14 @@
-"""A pipeline made from another one: another UNet, perhaps another class, and all else as it was."""
+"""Making a pipeline from another one, with another UNet and perhaps of another class.
+
+`mtu.upcycle` makes multi-task pipelines so, and `MTUPipeline.export_task` makes stock ones.
+"""
 
 import inspect
 from typing import TypeVar
 
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from mtu.compat.private_interfaces import is_pipeline_offloaded, pipeline_settings
+from mtu.compat.private_interfaces import CONFIG_METADATA_KEYS, is_pipeline_offloaded, pipeline_settings
 
 __all__ = ["check_not_offloaded", "convert_pipeline"]
 
@@ -13,7 +16,7 @@ Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
 def check_not_offloaded(pipeline: DiffusionPipeline) -> None:
-    """Raise a ValueError if a pipeline is offloaded: its hooks would go on moving the UNet that it had."""
+    """Raise a ValueError if a pipeline is offloaded, because its hooks would go on moving its old UNet."""
     if is_pipeline_offloaded(pipeline):
         raise ValueError(
             "A pipeline that is not offloaded is needed, but this one is: call its remove_all_hooks() before, and "
@@ -24,11 +27,24 @@ def check_not_offloaded(pipeline: DiffusionPipeline) -> None:
 def convert_pipeline(
     pipeline: DiffusionPipeline, pipeline_class: type[Pipeline], unet: UNet2DConditionModel
 ) -> Pipeline:
-    """The pipeline of another class with another UNet; it keeps the other components, configuration and settings."""
+    """Make a pipeline of another class from a pipeline, with another UNet.
+
+    Args:
+        pipeline: the pipeline whose other components, configuration and settings the new one shares.
+        pipeline_class: the class of the new pipeline. Components that its constructor does not take are left out.
+        unet: the UNet of the new pipeline.
+
+    Returns:
+        The new pipeline.
+    """
     accepted = inspect.signature(pipeline_class.__init__).parameters
-    given = {**pipeline.components, "unet": unet, "requires_safety_checker": pipeline.config.requires_safety_checker}
-    made = pipeline_class(**{name: value for name, value in given.items() if name in accepted})
-    vars(made).update(pipeline_settings(pipeline))
-    own = {"_class_name", "_diffusers_version", "_module", *made.config}
-    made.register_to_config(**{name: value for name, value in pipeline.config.items() if name not in own})
-    return made
+    arguments = {
+        **pipeline.components,
+        "unet": unet,
+        "requires_safety_checker": pipeline.config.requires_safety_checker,
+    }
+    converted = pipeline_class(**{name: value for name, value in arguments.items() if name in accepted})
+    vars(converted).update(pipeline_settings(pipeline))
+    known = {*CONFIG_METADATA_KEYS, *converted.config}
+    converted.register_to_config(**{name: value for name, value in pipeline.config.items() if name not in known})
+    return converted

@@ -75,7 +75,6 @@ ELSEWHERE = {
         "_num_timesteps",
     },
     "pipelines/callbacks.py": CALL_SETTINGS,
-    "pipelines/conversion.py": {"_class_name", "_diffusers_version", "_module"},
     "inspection/inspected_model.py": {"_class_name"},
     "models/pretrained.py": {"_class_name"},
     "runtime/compiling.py": {"_compiled_call_impl"},
