@@ -1,6 +1,6 @@
-"""The denoising loop: the rows of each UNet call of a pipeline, and the steps of the scheduler between them.
+"""The denoising loop that all multi-task pipelines share: build the UNet's inputs, call it, step the scheduler.
 
-Pipelines differ in how they encode text and finish images. They share all that is here.
+Pipelines differ in how they encode text and decode latents, so neither is here.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,13 +26,13 @@ __all__ = [
 
 
 class SampleConditioning(NamedTuple):
-    """What stays the same through all steps, a row for each of B samples.
+    """The conditioning of B samples that stays the same through all steps of a call.
 
     Args:
-        tasks: B task specs.
-        task_ids: (B,) int64.
-        condition_latents: (B, 4, h, w) condition latents, zero for samples without an image; None if none has one.
-        timestep_cond: (B, W) embedded guidance scales, for UNets that take them; else None.
+        tasks: the task of each sample.
+        task_ids: (B,) int64, the same tasks as the UNet numbers them.
+        condition_latents: (B, 4, h, w), zero for samples without an image; None if no sample has an image.
+        timestep_cond: (B, W) embedded guidance scales; None if the UNet does not take them.
     """
 
     tasks: Sequence[TaskSpec]
@@ -42,14 +42,14 @@ class SampleConditioning(NamedTuple):
 
 
 class BranchInputs(NamedTuple):
-    """What the UNet is called with, a row for each of N guidance branches.
+    """The inputs of the UNet, besides the noisy latents, for N guidance branches.
 
     Args:
-        plan: which branch is what.
-        prompt_embeds: (N, L, D).
-        condition_latents: (N, 4, h, w) condition latents; None if no sample has an image.
+        plan: the sample of each branch, and its part in the guidance.
+        prompt_embeds: (N, L, D) text embeddings.
+        condition_latents: (N, 4, h, w), zero for branches without an image; None if no sample has an image.
         task_ids: (N,) int64.
-        timestep_cond: (N, W), or None.
+        timestep_cond: (N, W) embedded guidance scales; None if the UNet does not take them.
     """
 
     plan: GuidancePlan
@@ -60,44 +60,58 @@ class BranchInputs(NamedTuple):
 
 
 def build_branch_inputs(samples: SampleConditioning, plan: GuidancePlan, prompt_embeds: Tensor) -> BranchInputs:
-    """The rows of a plan, whose text embeddings are `prompt_embeds` (N, L, D)."""
+    """Spread the conditioning of B samples over their N guidance branches.
+
+    Args:
+        samples: the conditioning of the samples.
+        plan: the branches.
+        prompt_embeds: (N, L, D) text embeddings of the branches.
+    """
     condition_latents, timestep_cond = samples.condition_latents, samples.timestep_cond
     if condition_latents is not None:
-        condition_latents = condition_latents[plan.sample_index] * plan.use_image[:, None, None, None].to(
-            condition_latents.dtype
-        )
+        use_image = plan.use_image[:, None, None, None].to(condition_latents.dtype)
+        condition_latents = condition_latents[plan.sample_index] * use_image
     if timestep_cond is not None:
         timestep_cond = timestep_cond[plan.sample_index]
     return BranchInputs(plan, prompt_embeds, condition_latents, samples.task_ids[plan.sample_index], timestep_cond)
 
 
 def select_prompt_embeds(plan: GuidancePlan, positive: Tensor, negative: Tensor | None) -> Tensor:
-    """The text embedding of each branch, (N, L, D), out of those of the prompts and negative prompts, (B, L, D)."""
-    chosen = positive[plan.sample_index]
+    """Select the text embedding of each guidance branch.
+
+    Args:
+        plan: the N branches.
+        positive: (B, L, D) embeddings of the prompts.
+        negative: (B, L, D) embeddings of the negative prompts; None if no branch needs them.
+
+    Returns:
+        (N, L, D).
+    """
+    positive = positive[plan.sample_index]
     if negative is None:
-        return chosen
-    return torch.where(plan.use_prompt[:, None, None], chosen, negative[plan.sample_index])
+        return positive
+    return torch.where(plan.use_prompt[:, None, None], positive, negative[plan.sample_index])
 
 
 def encode_condition_images(
     vae: AutoencoderKL, inputs: PipelineInputs, size: tuple[int, int], device: torch.device, dtype: torch.dtype
 ) -> Tensor | None:
-    """The condition latents of each sample, the mode of what the VAE encodes, unscaled.
+    """Encode the condition images of a call into unscaled latents, the mode of the VAE's posterior.
 
     Args:
-        vae: of the pipeline.
-        inputs: images and tasks of B samples.
-        size: height and width of the outputs in pixels.
-        device: where the VAE runs.
-        dtype: of the result.
+        vae: the VAE of the pipeline.
+        inputs: the images and tasks of B samples.
+        size: height and width of the outputs in pixels, to which the images are resized.
+        device: the device of the VAE.
+        dtype: the dtype of the latents.
 
     Returns:
-        (B, 4, h, w), zero for samples without an image; None if no sample has any.
+        (B, 4, h, w), zero for samples without an image; None if no sample has an image.
     """
     with_image = [i for i, image in enumerate(inputs.images) if image is not None]
     if not with_image:
         return None
-    # Each goes to the device first: tensors may come from several places.
+    # Image tensors may be on different devices, so each goes to the VAE's device before they are stacked.
     pixels = [
         prepare_condition_image(inputs.images[i], inputs.tasks[i], *size).to(device, vae.dtype) for i in with_image
     ]
@@ -115,22 +129,23 @@ def denoise(
     scheduler_kwargs: dict[str, Any],
     on_step_end: Callable[[int, Tensor, Tensor, BranchInputs], tuple[Tensor, BranchInputs]] | None = None,
 ) -> Tensor:
-    """Run the scheduler's timesteps: one UNet call over all branches each, combined by their guidance.
+    """Denoise latents: at each timestep, call the UNet once for all branches, apply guidance and step the scheduler.
 
     Args:
-        pipeline: its UNet, its scheduler with the timesteps set, its progress bar, and its interruption.
+        pipeline: the pipeline whose UNet, scheduler (with its timesteps set), progress bar and `interrupt` are used.
         latents: (B, 4, h, w) initial noise.
-        branches: of the first step.
-        num_inference_steps: as the user counts them, for the progress bar.
-        scheduler_kwargs: arguments of `scheduler.step`.
-        on_step_end: called with the step, the timestep, the latents and the branches; returns those to go on with.
+        branches: inputs of the UNet in the first step.
+        num_inference_steps: number of steps that the user asked for, which the progress bar counts.
+        scheduler_kwargs: further arguments of `scheduler.step`.
+        on_step_end: called with step, timestep, latents and branch inputs; returns the latents and branch inputs of
+            the next step.
 
     Returns:
         (B, 4, h, w) denoised latents.
     """
     scheduler = pipeline.scheduler
     timesteps, order = scheduler.timesteps, scheduler.order
-    # Some schedulers (PNDM) have more timesteps than steps: as in diffusers, the first ones do not count.
+    # Some schedulers (PNDM) have more timesteps than steps. As in diffusers, the progress bar skips the first ones.
     warmup = len(timesteps) - num_inference_steps * order
     with pipeline.unet.precomputed_routing(), pipeline.progress_bar(total=num_inference_steps) as progress_bar:
         for i, t in enumerate(timesteps):

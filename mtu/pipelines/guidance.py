@@ -1,4 +1,8 @@
-"""Guidance: which noise predictions each sample of a mixed batch needs, and how they are combined."""
+"""Guidance in mixed batches: the noise predictions that each sample needs, and the formula that combines them.
+
+A *branch* is one row of the UNet's batch: one sample with its prompt or its negative prompt, with its condition image
+or without it. `TaskSpec.guidance_branches` says which branches a task needs.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,17 +16,18 @@ __all__ = ["GuidancePlan", "apply_guidance", "plan_guidance"]
 
 
 class GuidancePlan(NamedTuple):
-    """The branches of a batch as one flat list of N, and where each of B samples finds its own in it.
+    """The N guidance branches of a batch of B samples, and where each sample finds its own branches among them.
 
-    A branch is one row of the UNet's batch. Samples have 1, 2 or 3 of them.
+    A sample has 1, 2 or 3 branches, which stand next to each other.
 
     Args:
-        sample_index: (N,) int64, the sample a branch belongs to.
-        use_prompt: (N,) bool, prompt (else negative prompt).
-        use_image: (N,) bool, condition image (else zeros).
-        text_branch: (B,) int64, branch of prompt and image, `t`.
-        image_branch: (B,) int64, branch of negative prompt and image, `i`; `u` where there is none.
-        unconditional_branch: (B,) int64, branch of negative prompt without image, `u`; `t` where there is none.
+        sample_index: (N,) int64, the sample that a branch belongs to.
+        use_prompt: (N,) bool, True for the prompt and False for the negative prompt.
+        use_image: (N,) bool, True for the condition image and False for zeros.
+        text_branch: (B,) int64, the branch `t` with prompt and image.
+        image_branch: (B,) int64, the branch `i` with negative prompt and image; `u` for samples without such a branch.
+        unconditional_branch: (B,) int64, the branch `u` with negative prompt and no image; `t` for samples without
+            such a branch.
         guidance_scale: (B,) float32, s_text.
         image_guidance_scale: (B,) float32, s_image.
     """
@@ -43,43 +48,48 @@ def plan_guidance(
     image_guidance_scales: Sequence[float],
     device: torch.device | str | None = None,
     *,
-    embeds_scale: bool = False,
+    embeds_guidance_scale: bool = False,
 ) -> GuidancePlan:
-    """Lay out the branches of a batch; `TaskSpec.guidance_branches` says which a sample has.
+    """List the guidance branches of a batch.
 
     Args:
         tasks: the task of each of B samples.
-        guidance_scales: s_text of each sample; ignored for tasks without guidance.
-        image_guidance_scales: s_image of each sample; ignored but for dual guidance.
-        device: of the plan's tensors.
-        embeds_scale: the UNet takes the guidance scale of text as an input (`timestep_cond`).
+        guidance_scales: s_text of each sample. It has no effect on tasks without guidance.
+        image_guidance_scales: s_image of each sample. It has an effect on dual guidance only.
+        device: the device of the plan's tensors.
+        embeds_guidance_scale: whether the UNet takes s_text as an input (`timestep_cond`).
+
+    Returns:
+        The plan, with the branches in the order of the samples.
     """
     branches: list[tuple[int, bool, bool]] = []
     text_branch, image_branch, unconditional_branch = [], [], []
     for sample, (task, s_text, s_image) in enumerate(zip(tasks, guidance_scales, image_guidance_scales, strict=True)):
-        own = task.guidance_branches(s_text, s_image, embeds_guidance_scale=embeds_scale)
+        own = task.guidance_branches(s_text, s_image, embeds_guidance_scale=embeds_guidance_scale)
         first, last = len(branches), len(branches) + len(own) - 1
         text_branch.append(first)
         image_branch.append(min(first + 1, last))
         unconditional_branch.append(last)
         branches += [(sample, *branch) for branch in own]
-    rows = [torch.tensor(column, device=device) for column in zip(*branches, strict=True)]
+    columns = [torch.tensor(column, device=device) for column in zip(*branches, strict=True)]
     indices = [torch.tensor(index, device=device) for index in (text_branch, image_branch, unconditional_branch)]
     scales = [
         torch.tensor(values, dtype=torch.float32, device=device) for values in (guidance_scales, image_guidance_scales)
     ]
-    return GuidancePlan(*rows, *indices, *scales)
+    return GuidancePlan(*columns, *indices, *scales)
 
 
 def apply_guidance(predictions: Tensor, plan: GuidancePlan) -> Tensor:
-    """`u + s_text (t − i) + s_image (i − u)` for each sample.
+    """Combine the noise predictions of the branches into one per sample.
 
-    With text guidance i is u, and without guidance both are t, so that one formula serves all, exactly. Computed in
-    float32 at least: scales amplify the rounding of differences, and would themselves be rounded in low precision.
+        u + s_text (t − i) + s_image (i − u)
+
+    The formula serves every kind of guidance exactly: with text guidance i is u, and without guidance both are t. It
+    is computed in float32 at least, because scales amplify the rounding of differences.
 
     Args:
-        predictions: (N, C, H, W), of the branches.
-        plan: what `plan_guidance` returned.
+        predictions: (N, C, H, W) predictions of the branches.
+        plan: the plan that `plan_guidance` returned for the batch.
 
     Returns:
         (B, C, H, W), in the dtype of the predictions.
@@ -89,7 +99,5 @@ def apply_guidance(predictions: Tensor, plan: GuidancePlan) -> Tensor:
     t, i, u = (
         predictions[index].to(dtype) for index in (plan.text_branch, plan.image_branch, plan.unconditional_branch)
     )
-    guidance_scale, image_guidance_scale = (
-        scale.to(dtype).view(shape) for scale in (plan.guidance_scale, plan.image_guidance_scale)
-    )
-    return (u + guidance_scale * (t - i) + image_guidance_scale * (i - u)).to(predictions.dtype)
+    s_text, s_image = (scale.to(dtype).view(shape) for scale in (plan.guidance_scale, plan.image_guidance_scale))
+    return (u + s_text * (t - i) + s_image * (i - u)).to(predictions.dtype)

@@ -1,4 +1,7 @@
-"""What a pipeline call was given, made one value per sample and checked before anything runs."""
+"""The arguments of a pipeline call, spread to one value per sample and checked before anything runs.
+
+The checks of latents, generators and schedulers are in the pipelines: they need the pipeline's components.
+"""
 
 import math
 import numbers
@@ -21,7 +24,7 @@ _RESAMPLE = {
     "bilinear": PIL.Image.Resampling.BILINEAR,
 }
 
-# PIL clips wider samples (modes "I", "I;16" and "F") at 255 instead of scaling them.
+# PIL modes with 8 bits per channel. PIL clips wider values (modes "I", "I;16" and "F") at 255 instead of scaling them.
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
 _DTYPES = {"uint8", "float16", "bfloat16", "float32", "float64"}
 
@@ -29,7 +32,17 @@ Image = PIL.Image.Image | np.ndarray | Tensor
 
 
 class PipelineInputs(NamedTuple):
-    """One pipeline call, one entry per sample in each list."""
+    """The checked inputs of one pipeline call; each list has one entry per sample.
+
+    Args:
+        prompts: the prompts; empty for tasks without a prompt.
+        negative_prompts: the negative prompts; empty by default.
+        tasks: the task of each sample.
+        images: the condition images; None for tasks without an image.
+        guidance_scales: s_text of each sample.
+        image_guidance_scales: s_image of each sample.
+        num_inference_steps: denoising steps of the call.
+    """
 
     prompts: list[str]
     negative_prompts: list[str]
@@ -52,15 +65,22 @@ def parse_pipeline_inputs(
     num_inference_steps: int | None,
     num_images_per_prompt: int,
 ) -> PipelineInputs:
-    """Spread single values over the batch, fill in each task's defaults, and check.
+    """Check the arguments of a pipeline call, and spread single values over the samples.
+
+    Arguments that are None get the defaults of each sample's task.
 
     Args:
-        model_tasks: the model's tasks.
-        num_images_per_prompt: images per prompt; every sample comes this many times in a row.
-        Others: as given to the pipeline.
+        model_tasks: the tasks of the model.
+        prompt, image, task, negative_prompt: as in `MTUPipeline.__call__`, but that a task must be given.
+        guidance_scale, image_guidance_scale, num_inference_steps: as in `MTUPipeline.__call__`.
+        num_images_per_prompt: images per prompt. Each sample is repeated this many times in a row.
+
+    Returns:
+        One entry per output in each list.
 
     Raises:
-        ValueError: unknown task, lists of different lengths, a missing or surplus prompt or image, a bad number.
+        ValueError: a task is unknown, lists have different lengths, a task lacks a prompt or image or gets one that it
+            does not take, or a number or an image is out of its range.
     """
     if not _is_integer(num_images_per_prompt) or num_images_per_prompt < 1:
         raise ValueError(f"num_images_per_prompt must be an integer ≥ 1, but got {num_images_per_prompt!r}.")
@@ -101,13 +121,21 @@ def output_size(
     default_size: tuple[int, int] | None,
     size_multiple: int,
 ) -> tuple[int, int]:
-    """Height and width in pixels of all outputs of a call.
+    """Choose the height and width in pixels of all outputs of a call.
 
-    Given ones win; else what the images say (their size times the task's scale, down to a multiple of the VAE's
-    factor), the same for all; else the model's own size.
+    Each image implies its own size times the task's scale, rounded down to the multiple.
+
+    Args:
+        inputs: the images and tasks of the call.
+        height, width: the size that the user asked for; None: the size that the images imply.
+        default_size: height and width for a call without images; None if the model has no default.
+        size_multiple: pixels per latent, which must divide height and width.
+
+    Returns:
+        Height and width.
 
     Raises:
-        ValueError: images that imply different sizes, a given size that is no multiple, or no size at all.
+        ValueError: the images imply different sizes, height or width is no multiple, or nothing determines the size.
     """
     for name, value in (("height", height), ("width", width)):
         if value is not None and (not _is_integer(value) or value < size_multiple or value % size_multiple):
@@ -133,10 +161,18 @@ def output_size(
 
 
 def prepare_condition_image(image: Image, spec: TaskSpec, height: int, width: int) -> Tensor:
-    """The condition image at the output size: (3, height, width) float32 in [−1, 1].
+    """Resize a condition image to the output size, and scale its values to [−1, 1].
 
-    Pictures and uint8 values are resized by PIL, with the task's filter; float values with antialiased bicubic (or
-    bilinear) interpolation, for which no Lanczos filter exists.
+    PIL resizes PIL images and uint8 values with the task's filter. PyTorch resizes float values with antialiased
+    bilinear interpolation where that is the task's filter, and bicubic otherwise, because it has no Lanczos filter.
+
+    Args:
+        image: PIL image, array (H, W, 3) or tensor (3, H, W); float values lie in [0, 1].
+        spec: the task, which names the filter.
+        height, width: the output size in pixels.
+
+    Returns:
+        (3, height, width) float32.
     """
     if not isinstance(image, PIL.Image.Image) and _channels_first(image).dtype == torch.uint8:
         image = PIL.Image.fromarray(_channels_first(image).permute(1, 2, 0).contiguous().cpu().numpy())
@@ -194,7 +230,7 @@ def _checked_negative_prompts(prompts: list[Any]) -> list[str]:
 
 
 def _is_integer(value: Any) -> bool:
-    """Whether a value is an integer, of Python or NumPy; True and False are none."""
+    """Whether a value is an integer of Python or NumPy. Booleans do not count as integers."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -237,7 +273,7 @@ def _check_image(image: Any, sample: int) -> None:
             f"{sample} has the size {shape}."
         )
     if isinstance(image, PIL.Image.Image):
-        image.load()  # a truncated file is found here, rather than half-way
+        image.load()  # finds a truncated file now, before anything is computed
         return
     dtype = image.dtype.name if isinstance(image, np.ndarray) else str(image.dtype).removeprefix("torch.")
     if dtype not in _DTYPES:
@@ -252,7 +288,7 @@ def _check_image(image: Any, sample: int) -> None:
 
 
 def _size(image: Image) -> tuple[int, int]:
-    """Height and width."""
+    """Height and width of an image."""
     if isinstance(image, PIL.Image.Image):
         return image.height, image.width
     rows, columns = image.shape[1:] if isinstance(image, Tensor) else image.shape[:2]
@@ -262,5 +298,5 @@ def _size(image: Image) -> tuple[int, int]:
 def _channels_first(image: np.ndarray | Tensor) -> Tensor:
     if isinstance(image, Tensor):
         return image
-    # A copy, as torch takes neither flipped nor (without a warning) read-only arrays, nor another byte order.
+    # torch refuses flipped arrays and foreign byte orders, and warns of read-only arrays, so it gets a copy.
     return torch.from_numpy(image.astype(image.dtype.newbyteorder("="))).permute(2, 0, 1)

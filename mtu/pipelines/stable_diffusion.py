@@ -1,4 +1,4 @@
-"""The multi-task Stable Diffusion pipeline."""
+"""`MTUPipeline`, the multi-task pipeline of Stable Diffusion 1 and 2: encoding, checks, decoding, loading, saving."""
 
 import inspect
 import os
@@ -18,6 +18,7 @@ from mtu.models import pretrained
 from mtu.pipelines.callbacks import StepEndCallback, collapse_guidance_scales
 from mtu.pipelines.conversion import check_not_offloaded, convert_pipeline
 from mtu.pipelines.denoising import (
+    BranchInputs,
     SampleConditioning,
     build_branch_inputs,
     denoise,
@@ -32,10 +33,10 @@ __all__ = ["MTUPipeline"]
 
 
 class MTUPipeline(StableDiffusionPipeline):
-    """Text-to-image, editing, super-resolution and removal (and tasks of your own) from one Stable Diffusion model.
+    """Stable Diffusion for several tasks: text-to-image, editing, super-resolution, removal, and tasks of your own.
 
-    Loading, saving, offloading, LoRA and the rest are inherited from `StableDiffusionPipeline`; made by `mtu.upcycle`
-    from a stock pipeline, or by `MTUPipeline.from_pretrained`.
+    `mtu.upcycle` makes this pipeline from a stock one, and `MTUPipeline.from_pretrained` loads a saved one. Loading,
+    saving, offloading, LoRA and all else come from `StableDiffusionPipeline`.
     """
 
     _callback_tensor_inputs: ClassVar = ["latents", "prompt_embeds"]
@@ -63,39 +64,55 @@ class MTUPipeline(StableDiffusionPipeline):
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> StableDiffusionPipelineOutput | tuple:
-        """Generate images, each under its own task.
+        """Generate images; each sample of the batch has its own task.
 
         Args:
             prompt: one text per sample; None or "" for tasks that take no prompt.
-            image: condition image of each sample (PIL, array (H, W, 3), tensor (3, H, W) with values in [0, 1], or
-                uint8); None for tasks that take none. A single image serves all samples.
-            task: task name, or one per sample; None: the model's first task.
-            height, width: of the outputs, in pixels; None: from the images, else the model's own.
-            num_inference_steps: None: the tasks' own.
-            guidance_scale: of the text, one number or one per sample; None: the task's own. No effect on tasks
-                without guidance.
-            image_guidance_scale: of the image, for tasks with dual guidance; likewise.
+            image: condition image of each sample; None for tasks that take none. An image is a PIL image, an array
+                (H, W, 3) or a tensor (3, H, W), uint8 or float in [0, 1]. A single image serves all samples.
+            task: one task name, or one per sample; None: the model's first task.
+            height, width: size of the outputs in pixels; None: the size that the images imply, else the model's own.
+            num_inference_steps: denoising steps; None: the tasks' own number.
+            guidance_scale: scale of text guidance, one number or one per sample; None: the task's own. It has no
+                effect on tasks without guidance.
+            image_guidance_scale: scale of image guidance, one number or one per sample; None: the task's own. It has
+                an effect on tasks with dual guidance only.
             negative_prompt: one text, or one per sample.
             num_images_per_prompt: outputs per sample.
-            eta: η of DDIM.
-            generator: one for all, or a list with one per output, for a seed per image.
-            latents: (outputs, 4, h, w) initial noise; None: drawn from `generator`.
+            eta: η of DDIM, in [0, 1].
+            generator: one generator for all outputs, or a list with one per output.
+            latents: (outputs, 4, h, w) initial noise; None: the noise is drawn from `generator`.
             output_type: "pil", "np", "pt" or "latent".
-            return_dict: return `StableDiffusionPipelineOutput` rather than a tuple.
-            cross_attention_kwargs: for attention processors; `scale` is the LoRA scale.
-            callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after each step; returns the
-                tensors to go on with, of the same shapes. The next steps follow what it sets `pipeline._guidance_scale`
-                and `_image_guidance_scale` to: a number, which holds for all samples, or one per sample. They are
-                numbers where the guided samples' scales agree, else tensors (outputs,).
-            callback_on_step_end_tensor_inputs: of "latents" and "prompt_embeds" (one row per guidance branch, in the
-                order of the stock pipelines where all samples have equally many). A callback that turns text guidance
-                off (a scale ≤ 1) may return the rows of the prompts alone; one that turns it on returns all rows.
+            return_dict: whether to return `StableDiffusionPipelineOutput` instead of a tuple.
+            cross_attention_kwargs: arguments of the attention processors; `scale` is the LoRA scale.
+            callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after each step. It returns
+                a dictionary of tensors, of the same shapes, for the next steps. It may also set
+                `pipeline._guidance_scale` and `pipeline._image_guidance_scale` to a number, which holds for all
+                samples, or to one number per sample. They are numbers where the scales of all guided samples agree,
+                else tensors (outputs,).
+            callback_on_step_end_tensor_inputs: which of "latents" and "prompt_embeds" the callback gets. The prompt
+                embeddings have one row per guidance branch, in the order of the stock pipelines where all samples
+                have equally many. A callback that turns text guidance off (a scale ≤ 1) may return the rows of the
+                prompts alone; a callback that turns it on returns all rows.
 
         Returns:
-            Images in the order of the samples, and whether the safety checker (if any) flagged them.
+            The images in the order of the samples, and whether the safety checker (if any) flagged them.
 
         Raises:
-            ValueError: what was given does not fit the tasks; before anything is computed.
+            ValueError: the arguments do not fit the tasks. Nothing has been computed then.
+
+        Example:
+            One call mixes a task without an image with tasks that edit and enlarge one::
+
+                output = pipe(
+                    prompt=["a red bell on white", "make it blue", ""],
+                    image=[None, photo, small_photo],
+                    task=["text-to-image", "edit", "super-resolution"],
+                    guidance_scale=[5.0, None, None],  # None: the task's own scale
+                    height=512,
+                    width=512,
+                )
+                picture, edited, enlarged = output.images
         """
         self._check_upcycled()
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
@@ -111,50 +128,48 @@ class MTUPipeline(StableDiffusionPipeline):
             num_inference_steps=num_inference_steps,
             num_images_per_prompt=num_images_per_prompt,
         )
-        own = default_latent_size(self.unet)
-        own = None if own is None else (own[0] * self.vae_scale_factor, own[1] * self.vae_scale_factor)
-        size = output_size(inputs, height, width, own, self.vae_scale_factor)
-        self._check_call(inputs, size, generator, latents, eta, output_type, callback_on_step_end_tensor_inputs)
-        self._show_settings(inputs, cross_attention_kwargs)
+        size = output_size(inputs, height, width, self._default_size(), self.vae_scale_factor)
+        self._check_task_channels(inputs)
+        self._check_noise(inputs, size, generator, latents, eta)
+        self._check_output_options(output_type, callback_on_step_end_tensor_inputs)
+        self._publish_call_settings(inputs, cross_attention_kwargs)
 
-        device, embeds_scale = self._execution_device, self.unet.config.time_cond_proj_dim is not None
-        scales = inputs.guidance_scales, inputs.image_guidance_scales
-        plan = plan_guidance(inputs.tasks, *scales, device, embeds_scale=embeds_scale)
-        prompt_embeds = self._branch_prompts(inputs, plan, cross_attention_kwargs)
-        samples = SampleConditioning(
-            inputs.tasks,
-            self.unet.task_ids([spec.name for spec in inputs.tasks], device),
-            encode_condition_images(self.vae, inputs, size, device, self.unet.dtype),
-            self._timestep_cond(inputs).to(device, prompt_embeds.dtype) if embeds_scale else None,
-        )
+        samples, branches = self._encode_inputs(inputs, size, cross_attention_kwargs)
+        device, dtype = self._execution_device, branches.prompt_embeds.dtype
         self._num_timesteps = len(retrieve_timesteps(self.scheduler, inputs.num_inference_steps, device)[0])
         sample: Tensor = self.prepare_latents(
             len(inputs.tasks),
             self.unet.config.in_channels,
             *size,
-            prompt_embeds.dtype,
+            dtype,
             device,
             generator,
-            None if latents is None else latents.to(prompt_embeds.dtype),
+            None if latents is None else latents.to(dtype),
         )
         scheduler_kwargs = self.prepare_extra_step_kwargs(generator, eta)
         on_step_end = None
         if callback_on_step_end is not None:
             on_step_end = StepEndCallback(
-                callback_on_step_end, callback_on_step_end_tensor_inputs, self, samples, embeds_scale
+                callback_on_step_end, callback_on_step_end_tensor_inputs, self, samples, self._embeds_guidance_scale()
             )
-        branches = build_branch_inputs(samples, plan, prompt_embeds)
         sample = denoise(self, sample, branches, inputs.num_inference_steps, scheduler_kwargs, on_step_end)
-        return self._finish(sample, generator, output_type, return_dict)
+        return self._decode_latents(sample, generator, output_type, return_dict)
 
     def export_task(self, name: str) -> StableDiffusionPipeline | StableDiffusionInstructPix2PixPipeline:
-        """The stock diffusers pipeline of one task, on a plain UNet with the same output; all else is shared.
+        """Make the stock diffusers pipeline of one task, whose plain UNet has the same output.
 
-        It resizes and guides as stock pipelines do: give it images of the output size, and the task's scales.
+        The new pipeline shares all other components. It resizes and guides as stock pipelines do, so its caller resizes
+        images to the output size and passes the task's guidance scales.
+
+        Args:
+            name: the task.
+
+        Returns:
+            A `StableDiffusionInstructPix2PixPipeline` for a task with an image, else a `StableDiffusionPipeline`.
 
         Raises:
-            ValueError: unknown task, experts that no stock configuration can hold, an offloaded pipeline, or a stock
-                UNet.
+            ValueError: the task is unknown, no stock configuration can hold the experts, the pipeline is offloaded, or
+                its UNet is not upcycled.
         """
         self._check_upcycled()
         spec = self.unet.tasks[self.unet.task_index(name)]
@@ -164,45 +179,62 @@ class MTUPipeline(StableDiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
-        """Load what `save_pretrained` wrote, from a folder or a repository of the Hub; arguments as in diffusers.
+        """Load a pipeline that `save_pretrained` saved, from safetensors files alone.
 
-        Only safetensors files are read.
+        Args:
+            pretrained_model_name_or_path: a folder, or a repository of the Hub.
+            kwargs: as in diffusers.
 
         Raises:
-            ValueError: `use_safetensors=False`, or a UNet of another architecture, truncated or altered.
-            OSError: a repository that cannot be reached, or lacks files.
+            ValueError: `use_safetensors` is False, or the UNet is of another architecture, truncated or altered.
+            OSError: the repository cannot be reached, or lacks files.
         """
         return super().from_pretrained(pretrained_model_name_or_path, **_safetensors_only(kwargs))
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str | os.PathLike:
-        """Download a repository of the Hub into the cache, and return its folder; arguments as in diffusers.
+        """Download the safetensors files of a repository of the Hub into the cache.
 
-        Only safetensors files are fetched.
+        Args:
+            pretrained_model_name: the repository.
+            kwargs: as in diffusers.
+
+        Returns:
+            The folder of the downloaded files.
 
         Raises:
-            ValueError: `use_safetensors=False`.
-            OSError: a repository that cannot be reached, or lacks files.
+            ValueError: `use_safetensors` is False.
+            OSError: the repository cannot be reached, or lacks files.
         """
-        # diffusers itself downloads components of the libraries that it knows, and refuses others.
+        # diffusers refuses to download components of libraries that it does not know, such as the upcycled UNet.
         return MTUPipelineDownloader.download(pretrained_model_name, **_safetensors_only(kwargs))
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any):
-        """A multi-task pipeline of what another pipeline has, its upcycled UNet too; arguments as in diffusers.
+        """Make a multi-task pipeline from the components of another pipeline, which include an upcycled UNet.
 
-        As there, all of it is cast to `torch_dtype`, float32 by default.
+        As in diffusers, all components are cast to `torch_dtype`, which is float32 by default.
+
+        Args:
+            pipeline: the other pipeline.
+            kwargs: as in diffusers.
         """
-        # diffusers takes over models of exactly the class that its stock pipeline names.
+        # diffusers alone would drop the upcycled UNet, because its class is not exactly that of the stock pipeline.
         own = {name: part for name, part in pipeline.components.items() if name == "unet"}
         return super().from_pipe(pipeline, **{**own, **kwargs})
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Save as diffusers does, with a README.md that says how to load the folder; one of another hand is kept.
+        """Save the pipeline as diffusers does, with a model card (README.md) that says how to load it.
+
+        A card that somebody else wrote or edited stays.
+
+        Args:
+            save_directory: the folder.
+            args, kwargs: as in diffusers.
 
         Raises:
-            ValueError: another format than safetensors, a stock UNet, or one that cannot be saved; before any part is
-                written.
+            ValueError: the arguments ask for another format than safetensors, the UNet is not upcycled, or it cannot be
+                saved. Nothing has been written then.
         """
         self._check_upcycled()
         parameter_access.check_saveable(self.unet, "save_pretrained")
@@ -214,21 +246,21 @@ class MTUPipeline(StableDiffusionPipeline):
 
     @property
     def image_guidance_scale(self) -> float | Tensor:
-        """s_image of the call, as `guidance_scale` is s_text."""
+        """s_image of the running call: a number, or (outputs,) float64 where samples differ."""
         return self._image_guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether some sample's prompt is guided by a scale > 1."""
+        """Whether the running call guides the prompt of some sample with a scale > 1."""
         is_guided = bool((torch.as_tensor(self._guidance_scale) > 1).any())
         return is_guided and self.unet.config.time_cond_proj_dim is None
 
     def _upload_folder(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any):
-        # diffusers has put its own card there just before, where the repository had none.
+        # Where the repository had no card, diffusers has just put its own there, and this replaces it.
         write_model_card(working_dir, self.unet)
         return super()._upload_folder(working_dir, *args, **kwargs)
 
-    # ------------------------------------------------------------------------------------------------------- parts
+    # ---------------------------------------------------------------------------------------------- steps of a call
 
     def _check_upcycled(self) -> None:
         if not hasattr(self.unet, "task_ids"):
@@ -236,34 +268,24 @@ class MTUPipeline(StableDiffusionPipeline):
                 f"This pipeline holds a {type(self.unet).__name__}, but an upcycled UNet is needed: mtu.upcycle(pipe)."
             )
 
-    def _show_settings(self, inputs: PipelineInputs, cross_attention_kwargs: dict[str, Any] | None) -> None:
-        """Set what callbacks may ask for, and change: as the stock pipelines have it."""
-        self._interrupt = False
-        self._cross_attention_kwargs = cross_attention_kwargs
-        self._clip_skip, self._guidance_rescale = None, 0.0
-        guidance = [spec.guidance for spec in inputs.tasks]
-        self._guidance_scale = collapse_guidance_scales(inputs.guidance_scales, [kind != "none" for kind in guidance])
-        self._image_guidance_scale = collapse_guidance_scales(
-            inputs.image_guidance_scales, [kind == "dual" for kind in guidance]
-        )
+    def _check_task_channels(self, inputs: PipelineInputs) -> None:
+        channels = self.vae.config.latent_channels
+        for spec in inputs.tasks:
+            if spec.condition_channels not in (0, channels):
+                raise ValueError(
+                    f"Task {spec.name!r} reads {spec.condition_channels} condition channels, but this pipeline gives "
+                    f"the {channels} latent channels of an image."
+                )
 
-    def _check_call(
+    def _check_noise(
         self,
         inputs: PipelineInputs,
         size: tuple[int, int],
         generator: torch.Generator | list[torch.Generator] | None,
         latents: Tensor | None,
         eta: float,
-        output_type: str,
-        callback_inputs: Sequence[str],
     ) -> None:
         count = len(inputs.tasks)
-        for spec in inputs.tasks:
-            if spec.condition_channels not in (0, self.vae.config.latent_channels):
-                raise ValueError(
-                    f"Task {spec.name!r} reads {spec.condition_channels} condition channels, but this pipeline gives "
-                    f"the {self.vae.config.latent_channels} latent channels of an image."
-                )
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"generator must have one entry for each of {count} outputs, but got {len(generator)}.")
         for one in generator if isinstance(generator, list) else [generator]:
@@ -277,18 +299,57 @@ class MTUPipeline(StableDiffusionPipeline):
             raise ValueError(f"latents must have the shape {expected}, but got {tuple(latents.shape)}.")
         if not isinstance(eta, int | float) or not 0 <= eta <= 1:
             raise ValueError(f"eta must be a number in [0, 1], but got {eta!r}.")
+
+    def _check_output_options(self, output_type: str, callback_tensor_names: Sequence[str]) -> None:
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', but got {output_type!r}.")
-        unknown = [name for name in callback_inputs if name not in self._callback_tensor_inputs]
+        unknown = [name for name in callback_tensor_names if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs can be {self._callback_tensor_inputs}, but got {unknown}."
             )
 
+    def _publish_call_settings(self, inputs: PipelineInputs, cross_attention_kwargs: dict[str, Any] | None) -> None:
+        """Set the attributes that callbacks read and change, as the stock pipelines do."""
+        self._interrupt = False
+        self._cross_attention_kwargs = cross_attention_kwargs
+        self._clip_skip, self._guidance_rescale = None, 0.0
+        kinds = [spec.guidance for spec in inputs.tasks]
+        self._guidance_scale = collapse_guidance_scales(inputs.guidance_scales, [kind != "none" for kind in kinds])
+        self._image_guidance_scale = collapse_guidance_scales(
+            inputs.image_guidance_scales, [kind == "dual" for kind in kinds]
+        )
+
+    def _default_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels of the model's own outputs; None if its configuration names no size."""
+        latent_size = default_latent_size(self.unet)
+        if latent_size is None:
+            return None
+        return latent_size[0] * self.vae_scale_factor, latent_size[1] * self.vae_scale_factor
+
+    def _embeds_guidance_scale(self) -> bool:
+        return self.unet.config.time_cond_proj_dim is not None
+
+    def _encode_inputs(
+        self, inputs: PipelineInputs, size: tuple[int, int], cross_attention_kwargs: dict[str, Any] | None
+    ) -> tuple[SampleConditioning, BranchInputs]:
+        """Encode prompts, images and guidance scales, and spread them over the guidance branches."""
+        device, embeds_guidance_scale = self._execution_device, self._embeds_guidance_scale()
+        scales = inputs.guidance_scales, inputs.image_guidance_scales
+        plan = plan_guidance(inputs.tasks, *scales, device, embeds_guidance_scale=embeds_guidance_scale)
+        prompt_embeds = self._branch_prompts(inputs, plan, cross_attention_kwargs)
+        samples = SampleConditioning(
+            inputs.tasks,
+            self.unet.task_ids([spec.name for spec in inputs.tasks], device),
+            encode_condition_images(self.vae, inputs, size, device, self.unet.dtype),
+            self._timestep_cond(inputs).to(device, prompt_embeds.dtype) if embeds_guidance_scale else None,
+        )
+        return samples, build_branch_inputs(samples, plan, prompt_embeds)
+
     def _branch_prompts(
         self, inputs: PipelineInputs, plan: GuidancePlan, cross_attention_kwargs: dict[str, Any] | None
     ) -> Tensor:
-        """(N, L, D): the text embedding of each branch."""
+        """The text embedding of each branch, (N, L, D)."""
         needs_negative = not bool(plan.use_prompt.all())
         positive, negative = self.encode_prompt(
             inputs.prompts,
@@ -301,15 +362,16 @@ class MTUPipeline(StableDiffusionPipeline):
         return select_prompt_embeds(plan, positive, negative).to(self.unet.dtype)
 
     def _timestep_cond(self, inputs: PipelineInputs) -> Tensor:
-        """(B, W): each sample's guidance scale embedded, as the stock pipelines do for text-to-image.
+        """The embedded guidance scale of each sample, (B, W), as the stock pipelines compute it for text-to-image.
 
-        With a condition image they embed none, which zeros amount to: their projection has no bias.
+        Samples with a condition image get zeros. The stock pipelines embed no scale for them, which has the same
+        effect, because the projection of the embedding has no bias.
         """
         scales = torch.tensor([scale - 1 for scale in inputs.guidance_scales])
         embedding = self.get_guidance_scale_embedding(scales, self.unet.config.time_cond_proj_dim)
         return embedding * torch.tensor([not spec.takes_image for spec in inputs.tasks])[:, None]
 
-    def _finish(
+    def _decode_latents(
         self,
         latents: Tensor,
         generator: torch.Generator | list[torch.Generator] | None,
@@ -334,5 +396,5 @@ def _safetensors_only(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "use_safetensors": True}
 
 
-# `model_index.json` names the module a class is imported from: the package, not this file.
+# `model_index.json` names the module that a class is imported from, which shall be the package and not this file.
 MTUPipeline.__module__ = "mtu"
