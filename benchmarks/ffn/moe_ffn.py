@@ -124,7 +124,6 @@ def _parser() -> argparse.ArgumentParser:
     add_common_options(parser, "moe_ffn_DEVICE.csv")
     parser.add_argument("--seconds", type=float, default=_SECONDS, help=f"for each row (default: {_SECONDS})")
     add_run_options(parser)
-    parser.add_argument("--tested", type=names, help="contender that the ratios are of (default: by device)")
     return parser
 
 
@@ -147,10 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     argv, options = parse(parser, argv)
     until = deadline(options.minutes)
-    tested = options.tested[0] if options.tested else None
     with usage_errors(parser):
         if options.report is not None:
-            print("\n".join(report(TABLE.read(options.report), TARGETS, TESTED, tested)))
+            print("\n".join(report(TABLE.read(options.report), TARGETS, TESTED)))
             return 0
         context = start(TABLE, options, argv, "moe_ffn_{device}.csv")
     groups = [group for sweep in sweeps_of(options, context.device.type) for group in sweep.groups(options.dtype)]
@@ -159,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.resume:
         groups = [group for group in groups if not is_measured(group, context)]
     rows, failures = run(context, groups, options.seconds, until)
-    print("\n".join(report(rows, TARGETS, TESTED, tested)))
+    print("\n".join(report(rows, TARGETS, TESTED)))
     return 1 if failures else 0
 
 

@@ -73,17 +73,15 @@ def ratios(pairs: Iterable[tuple[Row, Row]], figure: str = "median_us", divisor:
     return list(found.values())
 
 
-def report(
-    rows: Sequence[Row], targets: Mapping[str, Sequence[Target]], tested: Mapping[str, str], chosen: str | None = None
-) -> list[str]:
+def report(rows: Sequence[Row], targets: Mapping[str, Sequence[Target]], tested: Mapping[str, str]) -> list[str]:
     """Lines "what: measured (target)" for each device and dtype among the rows.
 
-    `targets` and `tested`, the name of the contender under test, are by device; `chosen` names another contender.
+    `targets` and `tested`, the name of the contender under test, are by device.
     """
     lines = []
     for device, dtype in sorted({(row.device, row.workload.dtype) for row in rows}):
         here = [row for row in rows if (row.device, row.workload.dtype) == (device, dtype)]
-        name = chosen or tested[device]
+        name = tested[device]
         lines.append(f"{name}, {dtype}, {', '.join(sorted({place(row) for row in here}))}")
         lines += [f"  {_line(target, here, name)}" for target in targets[device] if target.dtype in (None, dtype)]
     return lines

@@ -134,7 +134,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tiles", type=_parse_tile, nargs="+", help="rows x columns x depth x warps x stages (default: the tuner's)"
     )
-    parser.add_argument("--no-descriptors", action="store_true", help="loads by address (default: by descriptors)")
     return parser
 
 
@@ -147,9 +146,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     E, K = (8, 2) if options.top_k else (4, None)
     shapes = [Shape(D, L, options.batch, E, K, 4 * D // E) for D, L in options.shapes]
     grid = candidates(shapes[0].key(options.product, options.arch, 16))
-    has_descriptors = any(tile.descriptors for tile in grid if isinstance(tile, TileConfig))
+    by_descriptor = any(tile.descriptors for tile in grid if isinstance(tile, TileConfig))
     tiles = [tile for tile in options.tiles or grid if isinstance(tile, TileConfig)]
-    by_descriptor = has_descriptors and not options.no_descriptors
     tiles = list(dict.fromkeys(tile._replace(descriptors=by_descriptor) for tile in tiles))
     found = compile_candidates(options.product, options.arch, shapes, tiles)
     rates = f", µs predicted for one {GPUS[options.arch].name}, not measured" if options.arch in GPUS else ""

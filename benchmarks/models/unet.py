@@ -144,7 +144,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--kernels", type=Path, metavar="CSV", help="add the kernels of a step of each contender, by the profiler")
     add("--quick", action="store_true", help="a smoke test: a tiny model, two runs")
     add_run_options(parser)
-    add("--tested", help="contender that the ratios are of, without +graphs (default: by device)")
     return parser
 
 
@@ -189,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     until = deadline(options.minutes)
     with usage_errors(parser):
         if options.report is not None:
-            print("\n".join(report(TABLE.read(options.report), TARGETS, TESTED, options.tested)))
+            print("\n".join(report(TABLE.read(options.report), TARGETS, TESTED)))
             return 0
         _fill_in(options)
         groups = _groups(options)
@@ -210,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"All rows are in {context.output} already")
             return 0
     rows, failures = run(context, groups, plan, until)
-    print("\n".join(report(rows, TARGETS, TESTED, options.tested)))
+    print("\n".join(report(rows, TARGETS, TESTED)))
     return 1 if failures else 0
 
 

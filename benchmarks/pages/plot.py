@@ -16,11 +16,11 @@ from benchmarks.pages import plot_ffn, plot_roofline, plot_scaling, plot_unet
 IMAGES = ROOT / "docs" / "images"
 
 
-def pictures(results: Path, images: Path, batch: int | None, experts: int) -> Iterator[tuple[Path, Callable[[], None]]]:
+def pictures(results: Path, images: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
     """Paths of the pictures of a folder's files, each with the function that draws it."""
     kinds = {
-        "moe_ffn_*.csv": lambda file, picture: plot_ffn.plot(ffn_rows.TABLE.read(file), picture, batch, experts),
-        "scaling_*.csv": lambda file, picture: plot_scaling.plot(ffn_rows.TABLE.read(file), picture, experts),
+        "moe_ffn_*.csv": lambda file, picture: plot_ffn.plot(ffn_rows.TABLE.read(file), picture),
+        "scaling_*.csv": lambda file, picture: plot_scaling.plot(ffn_rows.TABLE.read(file), picture),
         "unet_*.csv": lambda file, picture: plot_unet.plot(unet_targets.TABLE.read(file), picture),
     }
     for pattern, draw in kinds.items():
@@ -43,11 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser("benchmarks.pages.plot", "Draws all pictures that there are rows for, from the CSV files.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=IMAGES, help="folder of the pictures (default: %(default)s)")
-    parser.add_argument("--batch", type=int, help="samples of one feed-forward (default: 8, or the most measured)")
-    parser.add_argument("--experts", type=int, default=4, help="(default: 4)")
     _, options = parse(parser, argv)
     found, reasons = False, []
-    for picture, draw in pictures(options.results, options.output, options.batch, options.experts):
+    for picture, draw in pictures(options.results, options.output):
         found = True
         try:
             draw()

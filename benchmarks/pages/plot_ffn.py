@@ -13,6 +13,7 @@ from benchmarks.harness.workloads import Setting, Workload
 from benchmarks.pages.plot_style import FFN_LOOKS, FLOOR_LOOK, legend, most_common_dtype, save, text_style
 
 _FLOOR = "products"
+_EXPERTS = 4
 _PASSES = ("forward", "forward+backward")
 
 
@@ -42,16 +43,16 @@ def points(rows: Sequence[Row], batch: int, experts: int) -> dict[tuple[str, Wor
     return drawn
 
 
-def plot(rows: Sequence[Row], path: Path, batch: int | None = None, experts: int = 4) -> None:
+def plot(rows: Sequence[Row], path: Path) -> None:
     """Draws a panel for each pass that was measured on one device, and writes a PNG.
 
-    The batch is by default 8, or the largest that was measured. Raises ValueError without rows of the bare products.
+    The batch is 8, or the largest that was measured. Raises ValueError without rows of the bare products.
     """
     dtype = most_common_dtype(rows)
     rows = [row for row in rows if row.workload.dtype == dtype]
     batches = {row.workload.B for row in rows}
-    batch = batch or (8 if 8 in batches else max(batches, default=1))
-    drawn = points(rows, batch, experts)
+    batch = 8 if 8 in batches else max(batches, default=1)
+    drawn = points(rows, batch, _EXPERTS)
     passes = [name for name in _PASSES if any(workload.direction == name for _, workload in drawn)]
     if not passes:
         raise ValueError(f"{path.name} needs rows of {_FLOOR} and of other contenders at B = {batch}, got none.")
@@ -60,7 +61,7 @@ def plot(rows: Sequence[Row], path: Path, batch: int | None = None, experts: int
         panels = figure.subplots(len(passes), squeeze=False)[:, 0]
         for axes, name in zip(panels, passes, strict=True):
             _panel(axes, {key: point for key, point in drawn.items() if key[1].direction == name}, name)
-        title = f"One feed-forward, B = {batch}, {dtype}, {experts} experts, dense routing: lower is faster"
+        title = f"One feed-forward, B = {batch}, {dtype}, {_EXPERTS} experts, dense routing: lower is faster"
         legend(figure, panels, title, [label for _, label in FFN_LOOKS.values()])
         save(figure, path, [point.row for point in drawn.values()], "Medians; whiskers: 20th to 80th percentile.")
 

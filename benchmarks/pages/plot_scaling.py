@@ -23,10 +23,10 @@ _DASHES = {None: ("-", "o"), 1: (":", "^"), 2: ("--", "s")}
 _OTHER_DASHES = ("-.", "D")
 
 
-def plot(rows: Sequence[Row], path: Path, experts: int = 4) -> None:
+def plot(rows: Sequence[Row], path: Path) -> None:
     """Draws a panel for each quantity that was varied on one device, and writes a PNG. Raises ValueError for none."""
     dtype = most_common_dtype(rows)
-    drawn = panels([row for row in rows if row.workload.dtype == dtype], experts)
+    drawn = panels([row for row in rows if row.workload.dtype == dtype])
     if not drawn:
         raise ValueError(f"{path.name} needs rows of two token counts, batches, tasks or experts, got none.")
     with text_style():

@@ -315,7 +315,7 @@ def test_the_report_holds_four_tasks_to_the_original():
         f"  weights of four tasks / the original's: 1.030 (at most 1.02, missed; {at})",
         f"  four tasks at once / one after another: 0.750 (no target; {at})",
     ]
-    line = report(rows, TARGETS, TESTED, "mtu-eager")[1]
+    line = report(rows, TARGETS, {"cpu": "mtu-eager"})[1]
     assert line == f"  {TARGET}: 1.100 (at most 0.97, missed; {at})"
 
 
