@@ -26,7 +26,9 @@ MINIATURE = BaseModelConfig(
 @pytest.fixture(scope="module")
 def pipeline() -> mtu.MTUPipeline:
     torch.manual_seed(0)
-    return mtu.upcycle(build_untrained_pipeline(MINIATURE))
+    stock = build_untrained_pipeline(MINIATURE)
+    stock.vae.register_to_config(scaling_factor=0.5)  # at 1 scaled latents would look like others
+    return mtu.upcycle(stock)
 
 
 @pytest.fixture(scope="module")
