@@ -43,14 +43,7 @@ def cast_every_layer(unet, storage, compute):
     apply_layerwise_casting(unet, storage, compute, skip_modules_pattern=None, skip_modules_classes=())
 
 
-@pytest.mark.parametrize(
-    "storage",
-    [
-        torch.float8_e4m3fn,
-        *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float8_e5m2, torch.bfloat16)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cast", [cast_by_the_model, cast_every_layer])
 @pytest.mark.parametrize(("settings", "dropped"), MODELS)
 def test_the_layers_of_the_stock_model_alone_are_rounded(settings, dropped, cast, storage):

@@ -15,9 +15,9 @@ CPU = torch.device("cpu")
 TOP_2 = {"top_k": 2, "norm": "task_expert"}
 MODELS = [
     pytest.param({}, False, id="dense"),
-    pytest.param(TOP_2, False, id="top2", marks=pytest.mark.slow),
-    pytest.param({}, True, id="dense-dropped", marks=pytest.mark.slow),
-    pytest.param(TOP_2, True, id="top2-dropped", marks=pytest.mark.slow),
+    pytest.param(TOP_2, False, id="top2"),
+    pytest.param({}, True, id="dense-dropped"),
+    pytest.param(TOP_2, True, id="top2-dropped"),
 ]
 pytestmark = pytest.mark.parametrize(("settings", "dropped"), MODELS)
 
@@ -46,11 +46,7 @@ def assert_computes(unet, given, expected):
 OFFLOADED = [
     pytest.param(lambda unet, folder: cpu_offload(unet, CPU), id="cpu"),
     pytest.param(lambda unet, folder: disk_offload(unet, folder, CPU), id="disk"),
-    pytest.param(
-        lambda unet, folder: disk_offload(unet, folder, CPU, offload_buffers=True),
-        id="disk-buffers",
-        marks=pytest.mark.slow,
-    ),
+    pytest.param(lambda unet, folder: disk_offload(unet, folder, CPU, offload_buffers=True), id="disk-buffers"),
     pytest.param(lambda unet, folder: cpu_offload_with_hook(unet, CPU), id="model"),
 ]
 
@@ -81,10 +77,8 @@ def part_of_first_block(part):
 
 MAPS = [
     pytest.param(("conv_in", part_of_first_block("ff.router")), id="conv_in and a router"),
-    pytest.param(("up_blocks", "mid_block"), id="blocks", marks=pytest.mark.slow),
-    pytest.param(
-        ("conv_in", "task_embedding", "conv_out", "down_blocks", "up_blocks.1"), id="many", marks=pytest.mark.slow
-    ),
+    pytest.param(("up_blocks", "mid_block"), id="blocks"),
+    pytest.param(("conv_in", "task_embedding", "conv_out", "down_blocks", "up_blocks.1"), id="many"),
 ]
 
 
@@ -124,9 +118,7 @@ def test_an_inferred_map(settings, dropped, tmp_path):
 
 
 @pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
-@pytest.mark.parametrize(
-    "blocks", [1, pytest.param(2, marks=pytest.mark.slow), None], ids=["block", "two blocks", "leaf"]
-)
+@pytest.mark.parametrize("blocks", [1, 2, None], ids=["block", "two blocks", "leaf"])
 def test_group_offloading(settings, dropped, blocks, on_disk, tmp_path):
     unet = model(settings, dropped)
     given = inputs(unet)

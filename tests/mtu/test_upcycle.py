@@ -12,7 +12,6 @@ import mtu
 from mtu.tasks import SD_TASKS, SDXL_TASKS
 
 from .tiny import (
-    BOTH_FAMILIES,
     FAMILIES,
     SD,
     SDXL,
@@ -95,7 +94,7 @@ def test_a_low_precision_unet_keeps_its_type_and_output(dtype):
     assert (actual - exact).abs().max() <= 2 * (expected - exact).abs().max() + torch.finfo(dtype).eps * exact.max()
 
 
-@pytest.mark.parametrize("config", BOTH_FAMILIES)
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 def test_weights_are_taken_over_and_not_changed(config):
     stock = stock_unet(config)
     before, addresses = snapshot(stock)[0], {k: p.data_ptr() for k, p in stock.named_parameters()}

@@ -4,7 +4,6 @@ import copy
 import warnings
 from typing import Any
 
-import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
@@ -33,8 +32,6 @@ SDXL = {
     "projection_class_embeddings_input_dim": 40,  # 6 · 4 + a pooled text embedding of 16
 }
 FAMILIES = {"sd": SD, "sdxl": SDXL}
-# Values of a parameter `config` for tests in which SDXL has little that SD 1.5 has not.
-BOTH_FAMILIES = [pytest.param(SD, id="sd"), pytest.param(SDXL, id="sdxl", marks=pytest.mark.slow)]
 
 # Relative to the largest output. These networks chain some 40 layers, each of which may round by about 2 ulp
 # (eps = 1.2e-7) of its largest output: 40 · 2 · 1.2e-7 = 1e-5, the bound that DESIGN §2 names, too.

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from mtu import TaskSpec
 
 from ..tiny import (
-    BOTH_FAMILIES,
+    FAMILIES,
     SD,
     assert_close,
     assert_differ,
@@ -26,13 +26,13 @@ from ..tiny import (
 TASKS = ("text-to-image", "edit", "super-resolution", "remove")
 SETTINGS = [
     pytest.param({}, id="dense"),
-    pytest.param({"num_experts": 1}, id="one_expert", marks=pytest.mark.slow),
-    pytest.param({"num_experts": 8, "norm": "task_expert"}, id="expert_norms", marks=pytest.mark.slow),
+    pytest.param({"num_experts": 1}, id="one_expert"),
+    pytest.param({"num_experts": 8, "norm": "task_expert"}, id="expert_norms"),
     pytest.param({"num_experts": 4, "top_k": 2}, id="top2"),
     pytest.param({"num_experts": 8, "top_k": 3, "norm": "task_expert"}, id="expert_norms_top3"),
 ]
 WIDE = [
-    pytest.param({"num_experts": 2, "expert_ratio": 1.0}, id="wide", marks=pytest.mark.slow),
+    pytest.param({"num_experts": 2, "expert_ratio": 1.0}, id="wide"),
     pytest.param({"num_experts": 2, "expert_ratio": 0.25, "norm": "task_expert"}, id="narrow_expert_norms"),
     pytest.param({"num_experts": 4, "expert_ratio": 0.5, "top_k": 2}, id="wide_top2"),
 ]
@@ -49,9 +49,9 @@ def assert_export_equals_routed(unet, **options):
     assert_differ(expected, others)
 
 
-@pytest.mark.parametrize("dropped", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["routers", "dropped"])
+@pytest.mark.parametrize("dropped", [False, True], ids=["routers", "dropped"])
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("config", BOTH_FAMILIES)
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 def test_export_equals_routed(config, settings, dropped):
     unet = upcycled_unet(config, **settings)
     if dropped:
@@ -88,7 +88,7 @@ def test_inactive_experts_are_exact_zeros_in_an_export():
         assert zero.tolist() == (row == 0).tolist()
 
 
-@pytest.mark.parametrize("config", BOTH_FAMILIES)
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("name", TASKS)
 def test_an_export_is_a_stock_unet_that_stock_diffusers_loads(tmp_path, config, name):
     unet = upcycled_unet(config)

@@ -58,7 +58,7 @@ def gathered_by(unet, task_ids):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dropped", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["routers", "dropped"])
+@pytest.mark.parametrize("dropped", [False, True], ids=["routers", "dropped"])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_more_layers_take_no_more_gathers(settings, dropped):
     counts, layers = [], []
@@ -152,7 +152,7 @@ def test_blocks_beside_a_compiled_one(dynamo):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_each_layer_gets_what_it_would_gather(settings, dtype, batch):
     unet = upcycled_unet(SD, **settings).to(dtype)  # of two widths

@@ -19,13 +19,7 @@ ONE_BLOCK = {
     "up_block_types": ("UpBlock2D",),
 }
 LAYOUTS = [
-    pytest.param(
-        layout.num_experts,
-        layout.top_k,
-        float(layout.expert_ratio),
-        id=str(layout).partition(" (")[0],
-        marks=pytest.mark.slow if layout.num_experts > 4 else (),
-    )
+    pytest.param(layout.num_experts, layout.top_k, float(layout.expert_ratio), id=str(layout).partition(" (")[0])
     for layout in sweep(stock_unet(ONE_BLOCK), "99x", size=64).layouts
     if layout.num_experts > 1
 ] + [
@@ -66,7 +60,7 @@ def train_the_ffn(unet, steps):
 
 
 @pytest.mark.parametrize(("num_experts", "top_k", "ratio"), LAYOUTS)
-@pytest.mark.parametrize("init", ["preserve", pytest.param("paper", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("init", ["preserve", "paper"])
 @pytest.mark.filterwarnings(UNPRESERVED, IDLE)
 def test_experts_part_and_routers_learn(num_experts, top_k, ratio, init):
     unet = mtu.upcycle(stock_unet(ONE_BLOCK), num_experts=num_experts, top_k=top_k, expert_ratio=ratio, init=init)

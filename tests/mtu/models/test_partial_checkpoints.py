@@ -12,7 +12,6 @@ from mtu.storage import _digest
 
 from ..file_operations import CUTS, count_operations, run_cut_off
 from ..tiny import (
-    BOTH_FAMILIES,
     FAMILIES,
     SDXL,
     assert_close,
@@ -67,7 +66,7 @@ def retrained(unet, name):
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("config", BOTH_FAMILIES)
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 def test_a_saved_task_comes_back(tmp_path, config, settings):
     unet = upcycled_unet(config, **settings)
     given = inputs(unet)
@@ -290,7 +289,7 @@ def test_saving_over_an_older_one_may_be_cut_off_anywhere(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("config", BOTH_FAMILIES)
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 def test_trained_parameters_over_the_same_base(tmp_path, config, settings):
     unet = upcycled_unet(config, **settings)
     unet.add_task(TaskSpec("depth", condition_channels=6), "edit")

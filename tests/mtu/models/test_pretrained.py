@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from mtu import MTUUNet2DConditionModel
 
 from ..file_operations import CUTS, count_operations, run_cut_off
-from ..tiny import BOTH_FAMILIES, inputs, predict, stock_unet, upcycled_unet
+from ..tiny import FAMILIES, inputs, predict, stock_unet, upcycled_unet
 
 NAMES = ("remove", "text-to-image", "edit", "super-resolution", "edit")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -59,9 +59,9 @@ def edit_tensors(path, change):
 
 
 @pytest.mark.parametrize("dropped", [False, True], ids=["routers", "dropped"])
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("config", BOTH_FAMILIES)
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 def test_a_loaded_model_gives_the_same_bits(tmp_path, config, settings, dtype, dropped):
     unet = upcycled_unet(config, **settings).to(dtype)
     if dropped:

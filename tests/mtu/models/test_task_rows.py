@@ -8,7 +8,7 @@ import torch
 from mtu import TaskSpec
 
 from ..tiny import (
-    BOTH_FAMILIES,
+    FAMILIES,
     assert_close,
     assert_differ,
     assert_unchanged,
@@ -49,7 +49,7 @@ def assert_same_rows(first, second):
 
 @pytest.mark.parametrize("channels", [0, 2, 4, 9])
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("config", BOTH_FAMILIES)
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 def test_a_new_task_leaves_the_others_bit_identical(config, settings, channels):
     unet = upcycled_unet(config, **settings)
     given = inputs(unet)

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 import mtu
 
 from ..tiny import (
-    BOTH_FAMILIES,
+    FAMILIES,
     SD,
     assert_close,
     assert_differ,
@@ -33,7 +33,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("config", BOTH_FAMILIES)
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 def test_a_mixed_batch_gives_each_sample_what_it_gets_alone(config, settings):
     unet = upcycled_unet(config, **settings)
     given = inputs(unet)

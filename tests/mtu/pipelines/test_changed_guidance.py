@@ -63,7 +63,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param("text-to-image", marks=pytest.mark.slow), "edit"])
+@pytest.mark.parametrize("name", ["text-to-image", "edit"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_changes_act_as_in_the_stock_pipeline(pipe, picture, name, change):
     (ours, stock), shown = both(pipe, picture, name, callback_on_step_end=change, guidance_scale=3.0)

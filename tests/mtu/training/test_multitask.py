@@ -139,6 +139,7 @@ def test_the_last_timestep_is_drawn_where_a_sum_rounds_up(pipeline, data, monkey
     assert seen == [999]
 
 
+@pytest.mark.slow
 def test_tasks_without_images_and_with_other_conditions(data) -> None:
     depth = mtu.TaskSpec("depth", condition_channels=5, guidance="text")
     for names, tasks in (
