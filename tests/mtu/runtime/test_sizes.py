@@ -93,6 +93,17 @@ def test_sizes_are_announced_and_the_least_recently_used_goes_first(caplog):
     assert len(unet._compiled_call_impl._sizes) == 2
 
 
+def test_tensors_of_another_dtype_are_of_another_size():
+    """A graph would cast them to the dtype of the first call."""
+    unet, captures = compiled(upcycled_unet(SMALL), GRAPHS)
+    given = inputs(unet)
+    for dtype in (torch.int64, torch.float32, torch.int64):
+        mask = torch.tensor([1, 1, 1, 1, 0], dtype=dtype).expand(5, 5)
+        call = {**given, "encoder_attention_mask": mask}
+        assert_close(predict(unet, call, *NAMES), plain(unet, call, *NAMES))
+    assert captures.count == 2
+
+
 @pytest.mark.slow
 def test_any_number_of_sizes_is_compiled():
     """Compilers stop at eight versions of the same code (a second one is an error here): each size has its own."""
