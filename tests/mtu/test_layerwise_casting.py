@@ -17,6 +17,8 @@ MODELS = [
     pytest.param({}, True, id="dense-dropped"),
     pytest.param(TOP_2, True, id="top2-dropped"),
 ]
+# The fast tier casts in `test_states.py`.
+pytestmark = pytest.mark.slow
 
 
 def model(settings, dropped):

@@ -19,7 +19,8 @@ MODELS = [
     pytest.param({}, True, id="dense-dropped"),
     pytest.param(TOP_2, True, id="top2-dropped"),
 ]
-pytestmark = pytest.mark.parametrize(("settings", "dropped"), MODELS)
+# The fast tier offloads in `test_states.py`.
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize(("settings", "dropped"), MODELS)]
 
 
 def model(settings, dropped):

@@ -332,6 +332,7 @@ def test_the_global_generator_is_left_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_a_pruned_export_raises():
     pruned = mtu.upcycle(stock_unet(), num_experts=2, expert_ratio=1.0).export_task("text-to-image", prune=True)
     with pytest.raises(

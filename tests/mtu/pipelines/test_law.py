@@ -57,6 +57,7 @@ def test_law(pipe, mixed, picture, scheduler):
         assert_same(together[i : i + 1], stock)
 
 
+@pytest.mark.slow
 def test_law_for_stochastic_solvers(pipe, mixed, picture):
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type="sde-dpmsolver++")
     together = mixed(generator=seeds())
@@ -66,6 +67,7 @@ def test_law_for_stochastic_solvers(pipe, mixed, picture):
         assert_same(together[i : i + 1], stock)
 
 
+@pytest.mark.slow
 def test_law_with_eta(pipe, mixed, picture):
     together = mixed(generator=seeds(), eta=0.8)
     stock = run_stock(pipe, "edit", PROMPTS[1], images(picture)[1], noise()[1:2], generator=seeds()[1], eta=0.8)

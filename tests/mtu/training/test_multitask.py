@@ -245,6 +245,7 @@ def test_training_moves_the_upcycled_parts_alone(data) -> None:
     assert len(history) == 3
 
 
+@pytest.mark.slow
 def test_weight_decay_leaves_rows_of_absent_tasks_alone(data) -> None:
     torch.manual_seed(0)
     twin = mtu.upcycle(build_untrained_pipeline(MINIATURE))
@@ -260,6 +261,7 @@ def test_weight_decay_leaves_rows_of_absent_tasks_alone(data) -> None:
             assert torch.equal(parameter[absent], rows[name]), name
 
 
+@pytest.mark.slow
 def test_another_loss_does_not_continue_a_checkpoint(data, tmp_path) -> None:
     twin = mtu.upcycle(build_untrained_pipeline(MINIATURE), ["text-to-image", "edit"])
     own = data._replace(latents={name: data.latents[name] for name in ("text-to-image", "edit")})
