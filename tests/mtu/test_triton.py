@@ -17,6 +17,7 @@ SETTINGS = [
         SDXL, {"num_experts": 4, "top_k": 2, "norm": "task_expert"}, id="sdxl-top2-expert_norms", marks=pytest.mark.slow
     ),
 ]
+MID = "UNetMidBlock2DCrossAttn"
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here")),
     pytest.param("cuda", marks=pytest.mark.gpu),
@@ -65,6 +66,8 @@ def test_a_mixed_batch(config, settings, device):
 def test_training(checkpointing, device):
     """Both families, dense and top-k, with and without checkpointing, in the fewest models: the interpreter is slow."""
     config, settings = SETTINGS[2 if checkpointing else 0].values
+    # Two transformer blocks.
+    config = {**config, "up_block_types": ("UpBlock2D", "UpBlock2D"), "mid_block_type": None if checkpointing else MID}
     gradients = []
     for backend in ("eager", "triton"):
         unet = upcycled_unet(config, **settings).train().to(device)
