@@ -51,7 +51,7 @@ def make_example_inputs(
     if height is None or width is None:
         own = default_latent_size(unet)
         if own is None:
-            raise ValueError("This UNet has no size of its own (sample_size is None): give height and width.")
+            raise ValueError("This UNet has no default size (sample_size is None): pass height and width.")
         height, width = own[0] if height is None else height, own[1] if width is None else width
     device = unet.device if device is None else torch.device(device)
 
@@ -84,14 +84,12 @@ def _check_family(config: Any) -> None:
         others["addition_embed_type"] = config.addition_embed_type
     unknown = [f"{name}={value!r}" for name, value in others.items() if value is not None]
     if unknown:
-        raise ValueError(f"Only UNets that take text (and sizes, as SDXL) are known here, but got {unknown[0]}.")
+        raise ValueError(f"Expected a UNet that takes text (and sizes, as SDXL does) alone, but got {unknown[0]}.")
 
 
 def _text_width(config: Any) -> int:
     width = config.cross_attention_dim
     widths = {width} if isinstance(width, int) else set(width)
     if len(widths) > 1:
-        raise ValueError(
-            f"Only UNets whose blocks all read one text are known here, but cross_attention_dim is {width}."
-        )
+        raise ValueError(f"Expected a UNet whose blocks all read one text, but its cross_attention_dim is {width}.")
     return widths.pop()

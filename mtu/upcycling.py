@@ -31,8 +31,7 @@ from mtu.tasks import SD_TASKS, SDXL_TASKS, TaskSpec, as_task_specs
 
 __all__ = ["load_trained", "upcycle"]
 
-
-Init = Literal["preserve", "paper"]
+InitMode = Literal["preserve", "paper"]
 
 
 @overload
@@ -44,7 +43,7 @@ def upcycle(
     top_k: int | None = None,
     expert_ratio: float | None = None,
     norm: NormMode = "task",
-    init: Init = "preserve",
+    init: InitMode = "preserve",
     backend: Backend = "auto",
     seed: int = 0,
 ) -> MTUUNet2DConditionModel: ...
@@ -59,7 +58,7 @@ def upcycle(
     top_k: int | None = None,
     expert_ratio: float | None = None,
     norm: NormMode = "task",
-    init: Init = "preserve",
+    init: InitMode = "preserve",
     backend: Backend = "auto",
     seed: int = 0,
 ) -> MTUPipeline: ...
@@ -73,7 +72,7 @@ def upcycle(
     top_k: int | None = None,
     expert_ratio: float | None = None,
     norm: NormMode = "task",
-    init: Init = "preserve",
+    init: InitMode = "preserve",
     backend: Backend = "auto",
     seed: int = 0,
 ) -> MTUUNet2DConditionModel | MTUPipeline:
@@ -222,7 +221,7 @@ def _resolve(
     top_k: int | None,
     expert_ratio: float | None,
     norm: NormMode,
-    init: Init,
+    init: InitMode,
 ) -> tuple[tuple[TaskSpec, ...], ExpertConfig]:
     """Check the arguments against the UNet and fill in the defaults."""
     _check_stock(unet)

@@ -58,8 +58,8 @@ def check_not_offloaded(module: nn.Module, action: str) -> None:
         if not all(map(can_restore_offloaded_weights, offloaded)):
             way_back = "load the model without a device_map"
         raise ValueError(
-            f"{action} needs a model that is wholly in memory, but {len(offloaded)} modules are offloaded by "
-            f"accelerate: do it beforehand, or {way_back}."
+            f"{action} needs a model that is wholly in memory, but accelerate offloads {len(offloaded)} modules: call "
+            f"it before offloading, or {way_back}."
         )
     check_not_group_offloaded(module, action)
 
@@ -75,7 +75,7 @@ def check_not_group_offloaded(module: nn.Module, action: str) -> None:
     if grouped:
         raise ValueError(
             f"{action} needs a model that is wholly in memory, but {grouped} modules are under group offloading, which "
-            "diffusers does not take back: do it before enable_group_offload."
+            "diffusers cannot undo: call it before enable_group_offload."
         )
 
 
@@ -101,8 +101,8 @@ def check_loadable(module: nn.Module, values: Mapping[str, Tensor], action: str,
             )
     if lost:
         raise ValueError(
-            f"{action} needs a model that is wholly in memory, but {lost} of these tensors are offloaded: do "
-            "it beforehand."
+            f"{action} needs a model that is wholly in memory, but {lost} of these tensors are offloaded: "
+            "call it before offloading."
         )
 
 
@@ -116,8 +116,8 @@ def check_trainable(module: nn.Module, action: str) -> None:
     check_not_offloaded(module, action)
     if uses_layerwise_casting(module):
         raise ValueError(
-            f"{action} needs weights in the dtype that they are computed in, but this model is under layerwise "
-            "casting, which diffusers does not take back: do it before enable_layerwise_casting."
+            f"{action} needs weights in the dtype that layers compute in, but this model is under layerwise casting, "
+            "which diffusers cannot undo: call it before enable_layerwise_casting."
         )
 
 
@@ -146,7 +146,7 @@ def check_plain_layers(module: nn.Module, action: str) -> None:
                 kind = "sharded or quantized" if is_traceable_wrapper_subclass(parameter) else "quantized"
                 raise ValueError(
                     f"{action} needs plain tensors, but {name}.{key} is a {kind} {type(parameter).__name__} of "
-                    f"{parameter.dtype}: do it with the model as it was before."
+                    f"{parameter.dtype}: use the model as it was before that."
                 )
 
 

@@ -29,7 +29,7 @@ __all__ = [
     "why_not_upcyclable",
 ]
 
-# How `mtu_kernels.moe_ffn` may be computed.
+# The backends of `mtu_kernels.moe_ffn`; "auto" takes the fastest one for each call.
 Backend = Literal["auto", "cpp", "eager", "reference", "triton"]
 
 # The task context travels under this key in `cross_attention_kwargs`. That is the one argument which diffusers passes

@@ -97,7 +97,7 @@ def load_strictly(cls: type, load: Callable[..., Any], path: str | os.PathLike, 
             raise
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise ValueError(
-            f"{path} is not a whole checkpoint of an upcycled UNet, or cannot be loaded as asked: {reason}."
+            f"{path} is not a complete checkpoint of an upcycled UNet, or these arguments cannot load it: {reason}."
         ) from error
     wrong = {kind: sorted(map(str, info.get(f"{kind}_keys", []))) for kind in ("missing", "unexpected", "mismatched")}
     for kind, keys in wrong.items():

@@ -204,7 +204,7 @@ class Router(nn.Module):
         return self.is_precomputed and self._table is not None and self._table.weights.device == device
 
     def discard_precomputed(self) -> None:
-        """Run the router again where `forward` is called."""
+        """Let `forward` run the router again, or return its cache."""
         self.is_precomputed = False
 
     def __getstate__(self) -> dict:
@@ -212,7 +212,7 @@ class Router(nn.Module):
         return {**super().__getstate__(), "is_precomputed": False}
 
     def clear_cache(self) -> None:
-        """Forget the cached table."""
+        """Clear the cached table."""
         self._cache = None
 
     def _route(self, embedding: Tensor) -> Routing:
@@ -320,7 +320,7 @@ def _constant(tensor: Tensor) -> nn.Parameter:
 
 
 def _written(kept: Tensor | None, new: Tensor | None) -> Tensor | None:
-    """`new`, in the memory of `kept` where that can hold it."""
+    """The values of `new`, in the memory of `kept` if shape and device fit."""
     if kept is None or new is None or (kept.shape, kept.device) != (new.shape, new.device):
         return new.clone() if new is not None and new.is_inference() else new
     return kept.copy_(new)

@@ -65,7 +65,7 @@ def copy_settings_(source: UNet2DConditionModel, target: UNet2DConditionModel) -
             input convolution with other padding.
     """
     if any(isinstance(processor, FusedAttnProcessor2_0) for processor in source.attn_processors.values()):
-        raise ValueError("Fused projections cannot be carried over: call unfuse_qkv_projections before.")
+        raise ValueError("Fused projections cannot be carried over: call unfuse_qkv_projections first.")
     ours, theirs = dict(source.named_modules()), dict(target.named_modules())
     changes = []
     for name, module in ours.items():
@@ -104,10 +104,10 @@ def unfused_state_dict(unet: UNet2DConditionModel) -> dict[str, Tensor]:
 def _check_hooks(name: str, module: nn.Module) -> None:
     where = name or type(module).__name__
     if any(getattr(module, hooks) for hooks in _HOOKS):
-        raise ValueError(f"Hooks cannot be carried over: remove those of {where} before, and add them afterwards.")
+        raise ValueError(f"Hooks cannot be carried over: remove those of {where} first, and add them afterwards.")
     for key, parameter in module.named_parameters(recurse=False):
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-            raise ValueError(f"Hooks cannot be carried over: remove those of the parameter {where}.{key} before.")
+            raise ValueError(f"Hooks cannot be carried over: remove those of the parameter {where}.{key} first.")
 
 
 def _changed(name: str, module: nn.Module, other: nn.Module) -> list[tuple[str, Any]]:

@@ -104,9 +104,7 @@ def compile(model: Model, mode: str = "auto", *, max_cached_sizes: int = 8) -> M
         raise ValueError(f"max_cached_sizes must be an integer ≥ 1, but got {max_cached_sizes!r}.")
     is_offloaded = any(map(has_replaced_forward, unet.modules()))
     if mode != "eager" and is_offloaded:
-        raise ValueError(
-            "A model that stays on its device is needed, but this UNet is offloaded: compile one that is not."
-        )
+        raise ValueError("mtu.compile expects a UNet that stays on its device, but this UNet is offloaded.")
     on_cuda = unet.device.type == "cuda"
     plan = _MODES[("reduce-overhead" if on_cuda else "eager") if mode == "auto" else mode]
     if plan.cuda_graphs and not on_cuda:
@@ -164,7 +162,7 @@ def warmup(
             f"At most max_cached_sizes = {calls.max_cached_sizes} sizes are kept, but got {len(set(rows))} to warm up."
         )
     if unet.training:
-        raise ValueError("A UNet in eval mode is needed to warm up, but this one is in training mode.")
+        raise ValueError("mtu.warmup expects a UNet in eval mode, but this one is in training mode.")
     # If parameters are offloaded to the meta device, calls accept inputs on any device.
     is_offloaded = unet.device.type == "meta" and any(map(has_replaced_forward, unet.modules()))
     device = torch.device("cpu") if is_offloaded else unet.device
@@ -366,7 +364,7 @@ def _words(inputs: UNetInputs) -> str:
 def _unet_of(model: nn.Module | DiffusionPipeline) -> UNet2DConditionModel:
     unet = model.unet if isinstance(model, DiffusionPipeline) and hasattr(model, "unet") else model
     if not isinstance(unet, UNet2DConditionModel):
-        raise ValueError(f"A UNet2DConditionModel or a pipeline with one is needed, but got a {type(unet).__name__}.")
+        raise ValueError(f"Expected a UNet2DConditionModel or a pipeline with one, but got a {type(unet).__name__}.")
     return unet
 
 
@@ -375,7 +373,9 @@ def _rows(unet: UNet2DConditionModel, batch: int | tuple[str, ...]) -> int:
         rows = batch
     else:
         if not isinstance(unet, MTUUNet2DConditionModel):
-            raise ValueError(f"Names of tasks are for upcycled UNets, but got {batch!r} for a {type(unet).__name__}.")
+            raise ValueError(
+                f"Only upcycled UNets have tasks, but got the tasks {batch!r} for a {type(unet).__name__}."
+            )
         specs = [unet.tasks[unet.task_index(name)] for name in batch]
         embeds_guidance_scale = unet.config.time_cond_proj_dim is not None
         rows = sum(len(spec.guidance_branches(embeds_guidance_scale=embeds_guidance_scale)) for spec in specs)

@@ -27,7 +27,7 @@ def test_an_upcycled_unet_takes_them_in_its_dtype_and_with_condition_channels():
     ("changes", "message"),
     [
         ({"class_embed_type": "identity"}, "class_embed_type='identity'"),
-        ({"sample_size": None}, r"sample_size is None\): give height and width"),
+        ({"sample_size": None}, r"sample_size is None\): pass height and width"),
         ({"cross_attention_dim": (16, 8)}, r"cross_attention_dim is \(16, 8\)"),
     ],
 )

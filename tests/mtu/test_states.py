@@ -201,7 +201,7 @@ class State(NamedTuple):
 
 SURGERY = ("add_task", "remove_task", "load_task", "load_task_again")
 FILES = ("save_task", "save_trained", "save_pretrained")
-OFFLOADED = dict.fromkeys((*SURGERY, "fit"), "needs a model that is wholly in memory, but .* offloaded by accelerate")
+OFFLOADED = dict.fromkeys((*SURGERY, "fit"), "needs a model that is wholly in memory, but accelerate offloads")
 OFFLOADED |= {"compile": "this UNet is offloaded", "load_state_dict": "wholly in memory, but .* are offloaded"}
 GROUPED = dict.fromkeys((*SURGERY, "drop_routers_", "fit"), "wholly in memory, but .* are under group offloading")
 GROUPED |= {"compile": "this UNet is offloaded"}

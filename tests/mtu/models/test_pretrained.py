@@ -276,13 +276,13 @@ def test_a_configuration_that_does_not_fit_raises(folder, changes, low):
 def test_a_truncated_file_raises(folder, part):
     data = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(data[:part])
-    with pytest.raises(ValueError, match="not a whole checkpoint of an upcycled UNet"):
+    with pytest.raises(ValueError, match="not a complete checkpoint of an upcycled UNet"):
         load(folder)
 
 
 def test_files_of_another_kind_raise(folder):
     (folder / WEIGHTS).write_bytes(b"\x80\x04\x95pickled" * 100)
-    with pytest.raises(ValueError, match="not a whole checkpoint"):
+    with pytest.raises(ValueError, match="not a complete checkpoint"):
         load(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(OSError, match=r"config.json"):

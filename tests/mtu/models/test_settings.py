@@ -179,24 +179,24 @@ def chunk_batch(unet):
 
 
 REFUSED = {
-    "hook": (lambda unet: unet.mid_block.register_forward_hook(lambda *args: None), "remove those of mid_block before"),
+    "hook": (lambda unet: unet.mid_block.register_forward_hook(lambda *args: None), "remove those of mid_block first"),
     "hook_of_the_model": (
         lambda unet: unet.register_forward_pre_hook(lambda *args: None),
-        r"remove those of (MTU)?UNet2DConditionModel before",
+        r"remove those of (MTU)?UNet2DConditionModel first",
     ),
     "backward_hook": (
         lambda unet: unet.conv_out.register_full_backward_hook(lambda *args: None),
-        "remove those of conv_out before",
+        "remove those of conv_out first",
     ),
     "hook_of_a_parameter": (
         lambda unet: unet.requires_grad_(True).conv_out.weight.register_hook(lambda grad: grad),
-        "remove those of the parameter conv_out.weight before",
+        "remove those of the parameter conv_out.weight first",
     ),
     "replaced_module": (replaced, "conv_act is a ReLU, but the UNet's configuration says SiLU"),
     "replaced_method": (bound, "attn1.head_to_batch_dim was replaced"),
     "replaced_function": (replaced_function, "attn1.head_to_batch_dim was replaced"),
     "subclass": (subclassed, "transformer_blocks.0 is a Merging, but .* says BasicTransformerBlock"),
-    "fused_projections": (lambda unet: unet.fuse_qkv_projections(), "call unfuse_qkv_projections before"),
+    "fused_projections": (lambda unet: unet.fuse_qkv_projections(), "call unfuse_qkv_projections first"),
 }
 REFUSED_STOCK = {
     "tiling": (

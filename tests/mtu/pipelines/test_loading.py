@@ -89,7 +89,7 @@ def test_a_repository_without_weights(pipe, hub, tmp_path):
     pipe.save_pretrained(tmp_path)
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     hub(tmp_path)
-    with pytest.raises(ValueError, match="not a whole checkpoint of an upcycled UNet"):
+    with pytest.raises(ValueError, match="not a complete checkpoint of an upcycled UNet"):
         mtu.MTUPipeline.from_pretrained("user/repo")
 
 

@@ -58,10 +58,10 @@ def test_warm_up_refuses(batches, options, message):
 
 
 def test_models_in_training_are_not_warmed_up():
-    with pytest.raises(ValueError, match="A UNet in eval mode is needed"):
+    with pytest.raises(ValueError, match=r"mtu\.warmup expects a UNet in eval mode"):
         mtu.warmup(upcycled_unet(SMALL).train(), [1])
 
 
 def test_stock_unets_have_no_tasks_to_warm_up():
-    with pytest.raises(ValueError, match="Names of tasks are for upcycled UNets"):
+    with pytest.raises(ValueError, match="Only upcycled UNets have tasks"):
         mtu.warmup(stock_unet(), [["edit"]])
