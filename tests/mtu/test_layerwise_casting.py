@@ -78,7 +78,7 @@ def test_computing_in_low_precision(settings, dropped, own):
 
 @pytest.mark.parametrize(("settings", "dropped"), MODELS)
 def test_the_whole_model_at_once(settings, dropped):
-    """What routes keeps its precision even then, and held tables are not made from what is stored."""
+    """What routes keeps its precision even then, and precomputed tables are not made from rounded values."""
     unet, dtype = model(settings, dropped), torch.float8_e4m3fn
     given = inputs(unet)
     apply_layerwise_casting(unet, dtype, torch.float32, skip_modules_pattern=None)

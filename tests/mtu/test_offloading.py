@@ -31,7 +31,7 @@ def model(settings, dropped):
 
 
 def assert_computes(unet, given, expected):
-    """A call, one that came after others, one with held routing as in pipelines, and one that records gradients."""
+    """A call, a later call, one with precomputed routing as in pipelines, and one that records gradients."""
     for _ in range(2):
         assert_close(predict(unet, given, *NAMES), expected)
     with torch.no_grad(), unet.precomputed_routing():

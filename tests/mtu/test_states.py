@@ -315,7 +315,7 @@ def assert_same(actual, expected):
 
 
 ESSENTIAL = {"forward", "add_task", "fit"}
-IN_FAST_TIER = {"held", *(name for name, state in STATES.items() if state.only is None)}
+IN_FAST_TIER = {"precomputed", *(name for name, state in STATES.items() if state.only is None)}
 CELLS = [
     pytest.param(
         name, method, id=f"{name}-{method}", marks=() if method in ESSENTIAL and name in IN_FAST_TIER else SLOW
