@@ -36,7 +36,7 @@ InitMode = Literal["preserve", "paper"]
 
 @overload
 def upcycle(
-    unet: UNet2DConditionModel,
+    unet_or_pipeline: UNet2DConditionModel,
     tasks: Iterable[TaskSpec | str] | None = None,
     num_experts: int | None = None,
     *,
@@ -51,7 +51,7 @@ def upcycle(
 
 @overload
 def upcycle(
-    unet: StableDiffusionPipeline,
+    unet_or_pipeline: StableDiffusionPipeline,
     tasks: Iterable[TaskSpec | str] | None = None,
     num_experts: int | None = None,
     *,
@@ -65,7 +65,7 @@ def upcycle(
 
 
 def upcycle(
-    unet: UNet2DConditionModel | StableDiffusionPipeline,
+    unet_or_pipeline: UNet2DConditionModel | StableDiffusionPipeline,
     tasks: Iterable[TaskSpec | str] | None = None,
     num_experts: int | None = None,
     *,
@@ -84,7 +84,7 @@ def upcycle(
     takes over the weights without copying them, so do not use the original afterwards.
 
     Args:
-        unet: a Stable Diffusion UNet (1.5, XL, or of that family), on any device, also meta; or a
+        unet_or_pipeline: a Stable Diffusion UNet (1.5, XL, or of that family), on any device, also meta; or a
             `StableDiffusionPipeline`, whose UNet is upcycled and whose other components are kept.
         tasks: `TaskSpec`s or built-in names; None: text-to-image, edit, super-resolution and remove.
         num_experts: E; None: the paper's best, 4, and 1 for SDXL.
@@ -111,9 +111,8 @@ def upcycle(
         >>> unet = mtu.upcycle(unet, tasks=["text-to-image", "edit"], num_experts=4)
         >>> noise = unet(latents, timestep, text, task_ids=unet.task_ids(["edit", "text-to-image"])).sample
     """
-    pipeline = unet if isinstance(unet, DiffusionPipeline) else None
-    if pipeline is not None:
-        unet = _unet_of(pipeline, "upcycle")
+    pipeline = unet_or_pipeline if isinstance(unet_or_pipeline, DiffusionPipeline) else None
+    unet = unet_or_pipeline if pipeline is None else _unet_of(pipeline, "upcycle")
     specs, config = _resolve(unet, tasks, num_experts, top_k, expert_ratio, norm, init)
     mtu_kernels.check_backend(backend)
     reason = config.why_output_not_preserved() if init == "preserve" else None
@@ -140,23 +139,26 @@ def _unet_of(pipeline: DiffusionPipeline, verb: str) -> UNet2DConditionModel:
 
 @overload
 def load_trained(
-    unet: UNet2DConditionModel, directory: str | os.PathLike, *, backend: Backend = "auto"
+    unet_or_pipeline: UNet2DConditionModel, directory: str | os.PathLike, *, backend: Backend = "auto"
 ) -> MTUUNet2DConditionModel: ...
 
 
 @overload
 def load_trained(
-    unet: StableDiffusionPipeline, directory: str | os.PathLike, *, backend: Backend = "auto"
+    unet_or_pipeline: StableDiffusionPipeline, directory: str | os.PathLike, *, backend: Backend = "auto"
 ) -> MTUPipeline: ...
 
 
 def load_trained(
-    unet: UNet2DConditionModel | StableDiffusionPipeline, directory: str | os.PathLike, *, backend: Backend = "auto"
+    unet_or_pipeline: UNet2DConditionModel | StableDiffusionPipeline,
+    directory: str | os.PathLike,
+    *,
+    backend: Backend = "auto",
 ) -> MTUUNet2DConditionModel | MTUPipeline:
     """Upcycle a base UNet with the settings that `save_trained` saved, and load the trained parameters into it.
 
     Args:
-        unet: the base UNet, or a `StableDiffusionPipeline` with it, whose other components are kept.
+        unet_or_pipeline: the base UNet, or a `StableDiffusionPipeline` with it, whose other components are kept.
         directory: the folder that `save_trained` wrote into.
         backend: "auto", "eager", "triton", "cpp" or "reference".
 
@@ -172,9 +174,8 @@ def load_trained(
         >>> mtu.upcycle(base_unet).save_trained("trained")
         >>> unet = mtu.load_trained(another_copy_of_the_base_unet, "trained")
     """
-    pipeline = unet if isinstance(unet, DiffusionPipeline) else None
-    if pipeline is not None:
-        unet = _unet_of(pipeline, "load_trained")
+    pipeline = unet_or_pipeline if isinstance(unet_or_pipeline, DiffusionPipeline) else None
+    unet = unet_or_pipeline if pipeline is None else _unet_of(pipeline, "load_trained")
     mtu_kernels.check_backend(backend)
     _check_stock(unet)
     specs, config, tensors = partial_checkpoints.read_trained_parameters(directory, stock_config(unet))
