@@ -1,4 +1,15 @@
-"""Training: one loop for every model of the library."""
+"""Training: one loop for every model of the library, and the multi-task objective.
+
+- `fit`: the loop, its configuration `FitConfig`, and the state that it saves and resumes.
+- `multitask`: the loss of the paper, over examples that are encoded once.
+- `timesteps`: stratified timesteps, and the weight of each timestep in the loss.
+- `precision`: autocast, and the check of parameters' dtypes.
+- `parallel_loss`: a loss whose parts run on several CPU threads.
+- `checkpoint`: atomic checkpoints in a directory.
+- `loss_log`: the losses of a training, in memory and in `log.jsonl`.
+
+Data sets are in `mtu.data`, and complete trainings in `mtu.recipes`.
+"""
 
 from mtu.training.fit import FitConfig, fit
 from mtu.training.loss_log import LogEntry

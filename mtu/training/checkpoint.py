@@ -1,4 +1,8 @@
-"""Checkpoints of a training: its tensors and its state, the last one or the one before, never half of each."""
+"""Checkpoints of a training in a directory: named tensors, and a state as JSON.
+
+A checkpoint replaces the previous one atomically, so an interruption leaves one of the two whole. `fit` decides what
+goes into a checkpoint.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,12 +18,12 @@ _STEM = "checkpoint"
 
 
 def has_checkpoint(directory: Path) -> bool:
-    """Whether there is a checkpoint in a directory, damaged or not."""
+    """Whether a directory holds a checkpoint, which may be damaged."""
     return (directory / f"{_STEM}.json").is_file()
 
 
 def check_no_checkpoint(directory: Path) -> None:
-    """Raise a FileExistsError if there is a checkpoint in a directory: starting anew would destroy it."""
+    """Raise a FileExistsError if a directory holds a checkpoint, which a new training would destroy."""
     if has_checkpoint(directory):
         raise FileExistsError(
             f"{directory} holds the checkpoint of a training: continue it with resume, delete it with overwrite, or "
@@ -28,15 +32,15 @@ def check_no_checkpoint(directory: Path) -> None:
 
 
 def save_checkpoint(directory: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write a checkpoint and delete the one before.
+    """Write a checkpoint and delete the previous one.
 
     Args:
-        directory: the folder.
-        tensors: what to keep, by name.
-        state: what else to keep, as JSON; must hold "step".
+        directory: the folder of the checkpoint.
+        tensors: the tensors to save, by name.
+        state: further values to save, as JSON; must have the key "step".
 
     Raises:
-        OSError: it cannot be written; the one before stays.
+        OSError: the checkpoint cannot be written. The previous one stays.
     """
     storage.write_tensors(directory, _STEM, tensors, state)
 
@@ -51,8 +55,8 @@ def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         The tensors by name, and the state.
 
     Raises:
-        FileNotFoundError: There is no checkpoint.
-        ValueError: The checkpoint is damaged.
+        FileNotFoundError: the directory holds no checkpoint.
+        ValueError: the checkpoint is damaged.
     """
     if not has_checkpoint(directory):
         raise FileNotFoundError(f"There is no checkpoint in {directory} to resume from.")

@@ -1,4 +1,7 @@
-"""One training loop: AdamW, warm-up, cosine or constant rate, weight averaging, resumable checkpoints."""
+"""The training loop: AdamW, warm-up, cosine or constant rate, weight averaging, and exact resuming.
+
+The loop knows nothing of diffusion: a loss function gives it the loss of each step.
+"""
 
 import json
 import math
@@ -20,27 +23,27 @@ from mtu.training.checkpoint import check_no_checkpoint, load_checkpoint, remove
 from mtu.training.loss_log import LogEntry, LossLog
 from mtu.training.precision import check_parameter_dtypes
 
-# A checkpoint may be continued with other values of these: they change no step that was already made.
+# These settings may change when a checkpoint is resumed, because no step that was already made depends on them.
 CHANGEABLE_ON_RESUME = ("minutes", "checkpoint_every", "log_every")
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How to train.
+    """The settings of a training.
 
     Attributes:
-        steps: optimizer steps to make, or at most this many where `minutes` is given.
-        learning_rate: highest rate, reached after the warm-up.
+        steps: number of optimizer steps; an upper limit if `minutes` is given.
+        learning_rate: highest learning rate, reached after the warm-up.
         warmup_steps: steps of linear warm-up.
-        schedule: "cosine" falls to zero at the end of training; "constant" stays.
-        weight_decay: AdamW's decay, on matrices and kernels only.
-        max_grad_norm: gradients are scaled down to this norm; None leaves them.
-        ema_decay: decay of the averaged weights; None keeps no average.
+        schedule: "cosine" lets the rate fall to zero at the end of training; "constant" keeps it.
+        weight_decay: AdamW's weight decay, for the weights of linear layers and convolutions only.
+        max_grad_norm: norm to which larger gradients are scaled down; None: gradients stay as they are.
+        ema_decay: decay of the exponential moving average of the weights; None: no average is kept.
         betas: AdamW's momentum coefficients.
         checkpoint_every: steps from one checkpoint to the next.
         log_every: steps from one logged loss to the next.
-        minutes: wall-clock limit; the cosine schedule then follows the clock, so that the rate still ends at zero.
-        seed: seeds torch's global generators before the first step and is kept in the checkpoint.
+        minutes: wall-clock limit. The cosine schedule then follows the clock, so that the rate still ends at zero.
+        seed: seed of torch's global generators, set before the first step.
     """
 
     steps: int
@@ -72,12 +75,12 @@ class FitConfig:
 
 
 def learning_rate_at(step: int, seconds: float, config: FitConfig) -> float:
-    """Return the learning rate of a step.
+    """Compute the learning rate of a step.
 
     Args:
-        step: steps made before this one.
-        seconds: training time before this step; used only where the configuration limits the minutes.
-        config: the training's configuration.
+        step: number of steps made before this one.
+        seconds: training time before this step. It has an effect only if the configuration limits the minutes.
+        config: the settings of the training.
     """
     warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
     if config.schedule == "constant":
@@ -91,15 +94,18 @@ def learning_rate_at(step: int, seconds: float, config: FitConfig) -> float:
 def parameter_groups(
     modules: Mapping[str, nn.Module], parameters: Iterable[Parameter], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Split parameters into those that decay, weights of linear layers and convolutions, and all others.
+    """Split parameters into a group with weight decay and a group without.
 
-    Others are vectors, embeddings, and tensors that hold a row per task: decay would move the rows of a task that is
-    not being trained.
+    Weights of linear layers and convolutions decay. Vectors, embeddings and tensors with a row per task do not: decay
+    would move the rows of tasks that are not being trained.
 
     Args:
-        modules: where the parameters live; tells the weights of layers from other matrices.
-        parameters: what is trained.
-        weight_decay: decay of the first group.
+        modules: the modules that own the parameters.
+        parameters: the parameters to train.
+        weight_decay: weight decay of the first group.
+
+    Returns:
+        Parameter groups of an optimizer, without empty ones.
     """
     layers = (nn.Linear, RouterLinear, nn.modules.conv._ConvNd)
     weights = {id(m.weight) for root in modules.values() for m in root.modules() if isinstance(m, layers)}
@@ -111,19 +117,25 @@ def parameter_groups(
 
 
 class TrainingState:
-    """The state of one training: modules, optimizer, averaged weights, and how far it has come.
+    """The state of a training: modules, optimizer, averaged weights, and the number of steps made.
 
     Args:
-        modules: named modules, saved whole.
-        parameters: those that are trained.
-        config: how to train.
-        settings: of the loss, as JSON, by name; a checkpoint is continued with the same.
+        modules: the modules by name, which checkpoints save whole.
+        parameters: the parameters to train.
+        config: the settings of the training.
+        loss_settings: the settings of the loss by name, as JSON. A checkpoint can only be resumed with the same.
+
+    Attributes:
+        parameters: the parameters to train, by name.
+        averaged_weights: the exponential moving average of each parameter, by name; empty if none is kept.
+        step: number of steps made.
+        seconds: training time so far.
 
     Raises:
         ValueError: a parameter belongs to none of the modules, or is float16, in which AdamW divides by zero.
 
     Warns:
-        UserWarning: parameters are bfloat16, which rounds small updates away.
+        UserWarning: some parameters are bfloat16, in which small updates round to nothing.
     """
 
     def __init__(
@@ -131,11 +143,11 @@ class TrainingState:
         modules: Mapping[str, nn.Module],
         parameters: Iterable[Parameter],
         config: FitConfig,
-        settings: Mapping[str, Any] | None = None,
+        loss_settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.modules = modules
         self.config = config
-        self.loss_settings = dict(settings or {})
+        self.loss_settings = dict(loss_settings or {})
         names = {id(p): f"{key}.{name}" for key, root in modules.items() for name, p in root.named_parameters()}
         self.parameters = {}
         for parameter in parameters:
@@ -150,7 +162,7 @@ class TrainingState:
         )
         self.device = next(iter(self.parameters.values())).device
         averaged = config.ema_decay is not None
-        # Never below float32: an average moves by less than half-size formats can tell from no move at all.
+        # The average is float32 at least: its steps are too small for 16-bit formats.
         wide = {name: torch.promote_types(p.dtype, torch.float32) for name, p in self.parameters.items()}
         self.averaged_weights = (
             {n: p.detach().to(wide[n], copy=True) for n, p in self.parameters.items()} if averaged else {}
@@ -159,13 +171,17 @@ class TrainingState:
         self.seconds = 0.0
 
     def backward(self, loss: Tensor) -> Tensor:
-        """Compute the gradients of the loss; returns their norm, () on the device, not looked at yet."""
+        """Compute the gradients of a loss, and return their norm, a () tensor on the device."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         return nn.utils.get_total_norm(self._gradients())
 
     def optimizer_step(self, norm: Tensor) -> None:
-        """Make one optimizer step down the gradients, whose norm is given, and move the averaged weights along."""
+        """Make one optimizer step with the current gradients, and update the averaged weights.
+
+        Args:
+            norm: () norm of the gradients, as `backward` returned it.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(self.step, self.seconds, self.config)
         if self.config.max_grad_norm is not None:
@@ -173,23 +189,27 @@ class TrainingState:
         self.optimizer.step()
         self.step += 1
         if self.config.ema_decay is not None:
-            # The first steps average over a shorter time, or the random start would stay in the average for long.
+            # A lower decay in the first steps removes the random start from the average soon.
             self.update_average(1 - min(self.config.ema_decay, self.step / (self.step + 10)))
 
     @torch.no_grad()
     def update_average(self, fraction: float) -> None:
-        """Move the averaged weights by a part of their distance to the trained ones, in the average's own dtype."""
+        """Move the averaged weights towards the trained ones, by a fraction of the distance."""
         averages = list(self.averaged_weights.values())
         trained = [p.to(a.dtype) for p, a in zip(self.parameters.values(), averages, strict=True)]
         torch._foreach_lerp_(averages, trained, fraction)
 
     def check_finite(self, loss: Tensor, norm: Tensor) -> float:
-        """Return the loss of a step that is about to be made, once it and its gradients are known to be finite.
+        """Check that the loss of a step and its gradients are finite, and return the loss.
 
-        This is the one place where a step waits for its device.
+        Only here does a step wait for its device.
+
+        Args:
+            loss: () loss of the step.
+            norm: () norm of its gradients.
 
         Raises:
-            FloatingPointError: they are not; the gradients are dropped.
+            FloatingPointError: the loss or a gradient is not finite. The gradients are dropped.
         """
         value, length = torch.stack([loss.detach().float(), norm.to(loss.device).float()]).tolist()
         if math.isfinite(value) and (math.isfinite(length) or self._norm_alone_overflows()):
@@ -209,11 +229,11 @@ class TrainingState:
         return [p.grad for p in self.parameters.values() if p.grad is not None]
 
     def _norm_alone_overflows(self) -> bool:
-        """Whether every gradient is finite and nothing is scaled by their norm."""
+        """Whether every gradient is finite, and their norm is not used to clip them."""
         return self.config.max_grad_norm is None and all(g.isfinite().all() for g in self._gradients())
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """Return everything that a checkpoint must hold, by name."""
+        """Return all tensors of a checkpoint by name: modules, averages, optimizer and random generators."""
         held = {f"module.{key}.{name}": t for key, m in self.modules.items() for name, t in m.state_dict().items()}
         held |= {f"average.{name}": tensor for name, tensor in self.averaged_weights.items()}
         for name, parameter in self.parameters.items():
@@ -225,17 +245,17 @@ class TrainingState:
         return held
 
     def save(self, directory: Path, losses: Sequence[float] = ()) -> None:
-        """Write a checkpoint into the directory, in place of the one before.
+        """Write a checkpoint into a directory, in place of the previous one.
 
         Args:
-            directory: where.
-            losses: those that the log has no entry for yet.
+            directory: the folder of the checkpoint.
+            losses: the losses since the last entry of the log.
 
         Raises:
-            FloatingPointError: the last step left a weight that is not finite; the checkpoint before stays.
+            FloatingPointError: the last step left a weight that is not finite. The previous checkpoint stays.
         """
         held = self.checkpoint_tensors()
-        # Buffers are left out: a mask may hold infinities.
+        # Buffers are not checked, because a mask may hold infinities.
         trained = {f"module.{name}" for name in self.parameters}
         kept = {n: t for n, t in held.items() if n in trained or n.startswith(("average.", "optimizer.exp_avg"))}
         finite = torch.stack([t.detach().isfinite().all().to(self.device) for t in kept.values()]).tolist()
@@ -257,16 +277,23 @@ class TrainingState:
         save_checkpoint(directory, held, state)
 
     def load(self, directory: Path) -> list[float]:
-        """Continue from the checkpoint in the directory; raises ValueError if it is of another training.
+        """Restore the state from the checkpoint in a directory.
+
+        Args:
+            directory: the folder of the checkpoint.
 
         Returns:
-            The losses that the log has no entry for yet.
+            The losses since the last entry of the log.
+
+        Raises:
+            FileNotFoundError: the directory holds no checkpoint.
+            ValueError: the checkpoint is damaged, or belongs to another training.
         """
         tensors, state = load_checkpoint(directory)
-        # Through JSON, so that tuples compare equal to the lists they became.
+        # Settings go through JSON, so that tuples equal the lists that they became in the file.
         config, settings = json.loads(json.dumps([asdict(self.config), self.loss_settings]))
         changed = [k for k, v in config.items() if k not in CHANGEABLE_ON_RESUME and state["config"].get(k) != v]
-        # Earlier versions did not write down what the loss was.
+        # Checkpoints of earlier versions lack the settings of the loss.
         saved = state.get("settings", settings)
         changed += [key for key in {**saved, **settings} if saved.get(key) != settings.get(key)]
         if changed:
@@ -275,7 +302,7 @@ class TrainingState:
         for key, module in self.modules.items():
             if _layout(module.state_dict()) != _layout(own[key]):
                 raise ValueError(f"The checkpoint in {directory} does not fit the module {key!r}.")
-        # Earlier versions did not write down which parameters were trained.
+        # Checkpoints of earlier versions lack the names of the trained parameters.
         if set(state.get("trained", self.parameters)) != set(self.parameters):
             raise ValueError(f"The checkpoint in {directory} was made by training other parameters of the modules.")
         for key, module in self.modules.items():
@@ -285,19 +312,19 @@ class TrainingState:
         for name, parameter in self.parameters.items():
             keys = ("step", "exp_avg", "exp_avg_sq")
             found = {k: tensors[f"optimizer.{k}.{name}"] for k in keys if f"optimizer.{k}.{name}" in tensors}
-            # The moments take the parameter's memory format, as in the training that was interrupted.
+            # The moments must have the memory format of their parameter, as in the interrupted training.
             self.optimizer.state[parameter] = {
                 k: v if k == "step" else torch.empty_like(parameter).copy_(v) for k, v in found.items()
             }
         torch.set_rng_state(tensors["random"])
-        # A training that comes from another kind of device has none, and goes on from the seed's.
+        # A checkpoint from a CPU has no CUDA generator; the training then goes on with the seeded one.
         if self.device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
         return state.get("losses", [])
 
     def copy_average_to_modules(self) -> None:
-        """Put the averaged weights, if any are kept, into the modules."""
+        """Copy the averaged weights, if there are any, into the modules."""
         with torch.no_grad():
             for name, tensor in self.averaged_weights.items():
                 self.parameters[name].copy_(tensor)
@@ -331,30 +358,32 @@ def fit(
     overwrite: bool = False,
     description: str = "",
 ) -> list[LogEntry]:
-    """Train modules in place, and leave the averaged weights in them where an average is kept.
+    """Train modules in place.
+
+    If an average of the weights is kept, the modules hold the averaged weights afterwards.
 
     Args:
-        loss_fn: gives the loss of a step; data and noise must depend on the step (and a seed) alone, so that a
-            resumed training goes on exactly as it would have. What it has as `settings`, JSON by name, is kept in the
-            checkpoint, and must be the same when that is resumed.
-        modules: named modules, saved whole in checkpoints.
-        parameters: those of the modules' parameters to train.
-        config: how to train.
-        directory: where the checkpoint and `log.jsonl` go; None keeps neither.
-        resume: continue from the directory's checkpoint, also on another device than it was made on.
-        overwrite: start anew where the directory holds a checkpoint, which is deleted.
-        description: shown beside the progress bar.
+        loss_fn: computes the () loss of a step from the number of the step. Data and noise must depend on that number
+            (and a seed) alone, so that a resumed training goes on exactly as an uninterrupted one. If it has an
+            attribute `settings`, a dictionary of JSON values, a checkpoint can only be resumed with the same settings.
+        modules: the modules by name, which checkpoints save whole.
+        parameters: the parameters of the modules to train.
+        config: the settings of the training.
+        directory: the folder of the checkpoint and of `log.jsonl`; None: neither is written.
+        resume: whether to continue from the checkpoint in the directory. It may have been made on another device.
+        overwrite: whether to delete a checkpoint in the directory and start anew.
+        description: label of the progress bar.
 
     Returns:
         The logged losses, from the first step on.
 
     Raises:
-        FloatingPointError: The loss or a gradient is not finite; weights, averages and the checkpoint are those before
+        FloatingPointError: the loss or a gradient is not finite. Weights, averages and the checkpoint are those before
             that step.
-        FileExistsError: The directory holds a checkpoint, and neither resume nor overwrite is true.
-        FileNotFoundError: There is no checkpoint to resume from.
-        OSError: A file cannot be written, as on a full disk; the checkpoint before stays.
-        ValueError: The checkpoint is damaged or belongs to another training, or resume and overwrite are both true.
+        FileExistsError: the directory holds a checkpoint, and neither `resume` nor `overwrite` is true.
+        FileNotFoundError: there is no checkpoint to resume from.
+        OSError: a file cannot be written, for example on a full disk. The previous checkpoint stays.
+        ValueError: the checkpoint is damaged or belongs to another training, or `resume` and `overwrite` are both true.
     """
     if resume and directory is None:
         raise ValueError("fit: resume needs the directory that holds the checkpoint.")
@@ -384,7 +413,7 @@ def fit(
             training.optimizer_step(norm)
             training.seconds = time.monotonic() - started
             log.add_loss(value)
-            # Where the clock ends the training, the bar shows the clock.
+            # The progress bar shows seconds if the clock ends the training, else steps.
             bar.n = training.step if config.minutes is None else min(training.seconds, limit)
             bar.update(0)
             done = training.step == config.steps or training.seconds >= limit

@@ -1,4 +1,4 @@
-"""The losses of a training, as entries and as lines of a file."""
+"""The log of a training: its mean losses, as entries in memory and as lines of `log.jsonl`."""
 
 import json
 from collections.abc import Iterable
@@ -11,7 +11,14 @@ __all__ = ["LogEntry", "LossLog"]
 
 
 class LogEntry(NamedTuple):
-    """Mean loss of the steps since the previous entry, with the rate and the seconds of training so far."""
+    """One entry of the log of a training.
+
+    Attributes:
+        step: number of steps made so far.
+        loss: mean loss of the steps since the previous entry.
+        learning_rate: learning rate of the last step.
+        seconds: training time so far.
+    """
 
     step: int
     loss: float
@@ -20,13 +27,18 @@ class LogEntry(NamedTuple):
 
 
 class LossLog:
-    """The losses of a training: means over stretches of steps, also as lines of `log.jsonl`.
+    """Collects the losses of a training, and logs their mean from time to time.
 
     Args:
-        directory: where the file goes; None keeps none.
-        last_step: entries of an earlier run up to this step are taken over. Lines beyond it, or cut off by an
-            interruption, are dropped.
-        unlogged_losses: losses of an earlier run that no entry holds yet.
+        directory: the folder of `log.jsonl`; None: no file is written.
+        last_step: the last step whose entries of an earlier run are kept. Later entries are dropped, and so are lines
+            that an interruption has cut off.
+        unlogged_losses: losses of an earlier run that belong to the next entry.
+
+    Attributes:
+        entries: all entries so far.
+        smoothed_loss: exponential moving average of the losses, for the progress bar; None before the first.
+        unlogged_losses: losses since the last entry.
     """
 
     def __init__(self, directory: Path | None, last_step: int, unlogged_losses: Iterable[float] = ()) -> None:
@@ -46,12 +58,18 @@ class LossLog:
         write_text(self.path, "".join(json.dumps(entry._asdict()) + "\n" for entry in self.entries))
 
     def add_loss(self, loss: float) -> None:
-        """Take in the loss of one step."""
+        """Add the loss of one step."""
         self.unlogged_losses.append(loss)
         self.smoothed_loss = loss if self.smoothed_loss is None else 0.98 * self.smoothed_loss + 0.02 * loss
 
     def write_entry(self, step: int, learning_rate: float, seconds: float) -> None:
-        """Log the mean loss since the previous entry."""
+        """Write an entry with the mean of the losses since the previous entry.
+
+        Args:
+            step: number of steps made so far.
+            learning_rate: learning rate of the last step.
+            seconds: training time so far.
+        """
         entry = LogEntry(step, sum(self.unlogged_losses) / len(self.unlogged_losses), learning_rate, seconds)
         self.entries.append(entry)
         self.unlogged_losses.clear()

@@ -1,4 +1,7 @@
-"""The multi-task objective: noise prediction on all tasks at once, over latents encoded beforehand."""
+"""The multi-task objective: noise or velocity prediction on all tasks at once, over examples encoded beforehand.
+
+`encode_examples` runs the frozen VAE and text encoder once, and `MultiTaskLoss` trains the UNet on their outputs.
+"""
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,12 +44,12 @@ class TaskExample(Protocol):
 
     @property
     def image(self) -> Tensor | None:
-        """The condition, (3, h, w) in [−1, 1]; None for tasks without an image."""
+        """The condition image, (3, h, w) in [−1, 1]; None for tasks without an image."""
         ...
 
     @property
     def target(self) -> Tensor:
-        """(3, H, W) in [−1, 1]."""
+        """The image that the model should make, (3, H, W) in [−1, 1]."""
         ...
 
 
@@ -54,10 +57,10 @@ class TaskLatents(NamedTuple):
     """The encoded examples of one task.
 
     Args:
-        target: (n, 4, h, w) float32, scaled latents of the targets.
-        condition: (n, c, h, w) float32, unscaled latents of the conditions, c the task's `condition_channels`; None for
-            tasks without an image.
-        prompt_index: (n,) int64, rows of the table of prompt embeddings.
+        target: (n, 4, h, w) float32, scaled latents of the target images.
+        condition: (n, c, h, w) float32, unscaled latents of the condition images, where c is the task's
+            `condition_channels`; None for tasks without an image.
+        prompt_index: (n,) int64, the row of each example's prompt in `EncodedExamples.prompt_embeds`.
     """
 
     target: Tensor
@@ -66,7 +69,12 @@ class TaskLatents(NamedTuple):
 
 
 class EncodedExamples(NamedTuple):
-    """All tasks' latents, and the embeddings of all prompts: (P, L, D) float32, row 0 for the empty prompt."""
+    """The encoded examples of all tasks.
+
+    Args:
+        latents: the latents of each task, by its name.
+        prompt_embeds: (P, L, D) float32, the text embeddings of all P different prompts; row 0 is the empty prompt.
+    """
 
     latents: Mapping[str, TaskLatents]
     prompt_embeds: Tensor
@@ -74,18 +82,17 @@ class EncodedExamples(NamedTuple):
 
 @dataclass(frozen=True)
 class MultiTaskConfig:
-    """How batches are made.
+    """The settings of the multi-task loss.
 
     Args:
         batch_per_task: examples of each task in a step.
-        conditioning_dropout_prob: part of the examples that lose their prompt, and for dual guidance as large a part
-            each that loses prompt and image, so that the other branches of guidance are learned. Tasks without
-            guidance lose nothing.
-        snr_gamma, max_inverse_snr: weights of timesteps (see `timestep_loss_weights`); None and 0: plain mean squared
-            error.
+        conditioning_dropout_prob: fraction of the examples that lose their prompt, so that the model learns the other
+            branches of guidance. With dual guidance, a further fraction of the same size loses prompt and image. Tasks
+            without guidance lose nothing.
+        snr_gamma, max_inverse_snr: γ and κ of `timestep_loss_weights`; None and 0: the plain mean squared error.
         autocast_dtype: compute dtype; None: that of the parameters.
-        loss_threads: parts of the batch, each with its share of every task, computed by a thread of its own (see
-            `average_loss_in_threads`); must divide batch_per_task.
+        loss_threads: number of threads that compute equal parts of the batch (see `average_loss_in_threads`); must
+            divide `batch_per_task`.
         seed: with the step, determines examples, timesteps and noise.
     """
 
@@ -122,15 +129,18 @@ def encode_examples(
     """Encode examples once, with the pipeline's own VAE, text encoder and resizing.
 
     Args:
-        pipeline: its `vae`, `text_encoder` and `unet.tasks` are used.
+        pipeline: the pipeline whose `vae`, `text_encoder` and `unet.tasks` are used.
         examples: the examples of each task, by its name.
         autocast_dtype: compute dtype of the VAE; None: that of its parameters.
-        threads: batches in work at once; on a CPU with `intra_op_threads(1)`, one per core.
-        description: shown beside the progress bar.
+        threads: number of threads that encode batches; on a CPU with `intra_op_threads(1)`, one per core.
+        description: label of the progress bar.
+
+    Returns:
+        Latents and prompt embeddings, on the CPU.
 
     Raises:
-        ValueError: a task that the model does not have, that has no examples, or whose condition is no image's latents;
-            or an example that does not fit its task or is of another size.
+        ValueError: the model does not have a task, a task has no examples or a condition other than an image, or an
+            example does not fit its task or differs in size.
         FloatingPointError: the VAE gives latents that are not finite.
     """
     for name, items in examples.items():
@@ -161,17 +171,25 @@ def encode_examples(
 
 
 class MultiTaskLoss:
-    """The loss of a step: `Σ_task mean_samples ‖ε − ε_θ(x_t, t, prompt, condition; task)‖² / elements`.
+    """Computes the loss of a step, the sum over tasks of the mean squared error of the predicted noise.
+
+        Σ_task mean_samples weight(t) · ‖ε − ε_θ(x_t, t, prompt, condition; task)‖² / elements
+
+    Under velocity prediction, v takes the place of ε, and the weights make both types learn the same.
 
     Args:
-        pipeline: its UNet is trained; its scheduler's configuration gives the noise schedule and the prediction type.
-        data: what `encode_examples` returned.
-        config: how batches are made.
+        pipeline: the pipeline whose UNet is trained. The configuration of its scheduler determines the noise schedule
+            and the prediction type.
+        data: the examples that `encode_examples` returned.
+        config: the settings of the loss.
+
+    Attributes:
+        timestep_weights: (timesteps,) weight of each timestep.
 
     Raises:
-        ValueError: a prediction type that is neither "epsilon" nor "v_prediction", or "epsilon" on a schedule that ends
-            in noise alone; data without tasks or examples, or of other tasks or shapes than the model's; or a UNet that
-            is offloaded or under layerwise casting.
+        ValueError: the prediction type is neither "epsilon" nor "v_prediction", or is "epsilon" on a schedule that ends
+            in noise alone; the data lack tasks or examples, or do not fit the model; or the UNet is offloaded or under
+            layerwise casting.
 
     Source: MTU (arXiv 2503.11905) eq. 2; dropout of conditions: InstructPix2Pix (arXiv 2211.09800) §3.2.
     """
@@ -191,72 +209,79 @@ class MultiTaskLoss:
             )
         _check_data(self.unet.tasks, data)
         weights = timestep_loss_weights(signal, config.snr_gamma, config.max_inverse_snr)
-        # At a given x_t an error in v is that in the noise / √ᾱ; with its square taken out, both types learn the same.
-        # Without a signal the noise is given, and v, the picture, is all there is to learn: that error counts in full.
+        # At a given x_t, the error in v is the error in the noise divided by √ᾱ, so the factor ᾱ makes both types learn
+        # the same. Where ᾱ is 0, x_t is the noise itself and v is the negated picture, whose error counts in full.
         if self.prediction_type == "v_prediction":
             weights = weights * torch.where(signal > 0, signal, 1.0)
         self.timestep_weights = weights
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What determines the loss of a step; how it is computed, as the device may have it, is left out."""
+        """The settings that determine the loss of a step, without those that say how a device computes it."""
         config = {k: v for k, v in asdict(self.config).items() if k not in ("autocast_dtype", "loss_threads")}
-        # In their order, as the draws follow it.
+        # The random numbers depend on the order of the tasks, so the list keeps it.
         examples = [[name, len(latents.target)] for name, latents in self.data.latents.items()]
         return {**config, "examples": examples, "prediction_type": self.prediction_type}
 
     def __call__(self, step: int) -> Tensor:
+        """Compute the () loss of a step, whose batch depends on the step and the seed alone."""
+        batch = [tensor.to(self.unet.device) for tensor in self._draw_batch(step)]
+        threads, count = self.config.loss_threads, self.config.batch_per_task
+        if threads == 1:
+            return self._loss(*batch)
+        # Each thread gets an equal share of every task.
+        rows = torch.arange(len(batch[0])).view(-1, count).chunk(threads, dim=1)
+        losses = [functools.partial(self._loss, *(tensor[part.flatten()] for tensor in batch)) for part in rows]
+        return average_loss_in_threads(losses, self.unet.trainable_parameters())
+
+    def _draw_batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """UNet input, timesteps, prompt embeddings, task ids and targets of a step's batch, task by task."""
         rng = np.random.default_rng([self.config.seed, 7, step])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         count, names = self.config.batch_per_task, list(self.data.latents)
-        parts = [self._draw(rng, name) for name in names]
-        target, prompt = (torch.cat(column) for column in zip(*((part[0], part[2]) for part in parts), strict=True))
-        # As wide as the widest: the UNet ignores channels beyond a task's own.
-        width = max(part[1].shape[1] for part in parts)
-        condition = torch.cat([F.pad(part[1], (0, 0, 0, 0, 0, width - part[1].shape[1])) for part in parts])
-        noise = torch.randn(target.shape, generator=generator)
-        # One timestep from each of equal stretches, within each task: the loss varies less from step to step.
+        latents, conditions, prompts = zip(*(self._draw_examples(rng, name) for name in names), strict=True)
+        clean, prompt = torch.cat(latents), torch.cat(prompts)
+        # The UNet ignores channels beyond a task's own, so all tasks are padded to the widest one.
+        width = max(condition.shape[1] for condition in conditions)
+        condition = torch.cat([F.pad(part, (0, 0, 0, 0, 0, width - part.shape[1])) for part in conditions])
+        noise = torch.randn(clean.shape, generator=generator)
+        # Within each task, each of equal stretches of the schedule gives one timestep: the loss then varies less from
+        # step to step.
         fractions = (torch.rand(len(names), count, generator=generator) + torch.arange(count)) / count
         timesteps = timesteps_at_fractions(fractions.flatten(), len(self.timestep_weights))
-        noisy = self.scheduler.add_noise(target, noise, timesteps)
-        wanted = noise if self.prediction_type == "epsilon" else self.scheduler.get_velocity(target, noise, timesteps)
+        noisy = self.scheduler.add_noise(clean, noise, timesteps)
+        target = noise if self.prediction_type == "epsilon" else self.scheduler.get_velocity(clean, noise, timesteps)
         task_ids = self.unet.task_ids(names, "cpu").repeat_interleave(count)
-        batch = (torch.cat([noisy, condition], 1), timesteps, prompt, task_ids, wanted)
-        batch = [tensor.to(self.unet.device) for tensor in batch]
-        if self.config.loss_threads == 1:
-            return self._loss(*batch)
-        rows = torch.arange(len(names) * count).view(len(names), count).chunk(self.config.loss_threads, dim=1)
-        parts = [functools.partial(self._loss, *(tensor[part.flatten()] for tensor in batch)) for part in rows]
-        return average_loss_in_threads(parts, self.unet.trainable_parameters())
+        return torch.cat([noisy, condition], 1), timesteps, prompt, task_ids, target
 
-    def _loss(self, sample: Tensor, timesteps: Tensor, prompt: Tensor, task_ids: Tensor, wanted: Tensor) -> Tensor:
-        """The weighted loss of a batch that has equally many examples of each task, task by task."""
+    def _loss(self, sample: Tensor, timesteps: Tensor, prompt: Tensor, task_ids: Tensor, target: Tensor) -> Tensor:
+        """The weighted loss of a batch with equally many examples of each task, ordered by task."""
         with precision.autocast_to(
             sample.device.type, self.config.autocast_dtype, cache_weights=self.config.loss_threads == 1
         ):
             sample, prompt = sample.to(self.unet.dtype), prompt.to(self.unet.dtype)
             predicted = self.unet(sample, timesteps, prompt, task_ids=task_ids).sample
-        error = (predicted.float() - wanted).square().mean(dim=(1, 2, 3))
-        weighed = error * self.timestep_weights.to(error.device)[timesteps]
-        return weighed.view(len(self.data.latents), -1).mean(1).sum()
+        error = (predicted.float() - target).square().mean(dim=(1, 2, 3))
+        weighted = error * self.timestep_weights.to(error.device)[timesteps]
+        return weighted.view(len(self.data.latents), -1).mean(1).sum()
 
-    def _draw(self, rng: np.random.Generator, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Target latents, condition latents (no channels where there are none) and prompt embeddings of one task."""
+    def _draw_examples(self, rng: np.random.Generator, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Target latents, condition latents and prompt embeddings of one task; without an image, zero channels."""
         latents, count = self.data.latents[name], self.config.batch_per_task
         spec = self.unet.tasks[self.unet.task_index(name)]
         rows = torch.from_numpy(rng.integers(len(latents.target), size=count))
         condition = latents.target[rows][:, :0] if latents.condition is None else latents.condition[rows]
         prompt = latents.prompt_index[rows]
-        lot, part = torch.from_numpy(rng.random(count)), self.config.conditioning_dropout_prob
+        uniform, prob = torch.from_numpy(rng.random(count)), self.config.conditioning_dropout_prob
         if spec.guidance != "none":
-            prompt = torch.where(lot < (2 if spec.guidance == "dual" else 1) * part, 0, prompt)
+            prompt = torch.where(uniform < (2 if spec.guidance == "dual" else 1) * prob, 0, prompt)
         if spec.guidance == "dual":
-            condition = torch.where((lot < part)[:, None, None, None], 0.0, condition)
+            condition = torch.where((uniform < prob)[:, None, None, None], 0.0, condition)
         return latents.target[rows], condition, self.data.prompt_embeds[prompt]
 
 
 def _check_examples(pipeline: MTUPipeline, spec: TaskSpec, items: Sequence[TaskExample]) -> None:
-    """Raise a ValueError unless these are examples of a task, of one size."""
+    """Raise a ValueError unless the items are examples of the task and have one size."""
     if not items:
         raise ValueError(f"Task {spec.name!r} has no examples: give it some, or leave it out.")
     channels = pipeline.vae.config.latent_channels
@@ -276,7 +301,7 @@ def _check_examples(pipeline: MTUPipeline, spec: TaskSpec, items: Sequence[TaskE
 
 
 def _check_data(tasks: Sequence[TaskSpec], data: EncodedExamples) -> None:
-    """Raise a ValueError unless all tasks of the data are the model's, with examples of one size."""
+    """Raise a ValueError unless the model has all tasks of the data, and their latents have one size."""
     if not data.latents:
         raise ValueError("There is nothing to train on: expected encoded examples of at least one task.")
     specs, sizes = {spec.name: spec for spec in tasks}, {}
@@ -297,20 +322,20 @@ def _check_data(tasks: Sequence[TaskSpec], data: EncodedExamples) -> None:
         raise ValueError(f"Target latents must be of one shape for all tasks, but got {listed}.")
 
 
-@torch.no_grad()  # a thread has a grad mode of its own
+@torch.no_grad()  # the threads of `encode_examples` do not inherit its grad mode
 def _encode(
     pipeline: MTUPipeline, spec: TaskSpec, autocast_dtype: torch.dtype | None, chunk: Sequence[TaskExample]
 ) -> tuple[Tensor, Tensor | None]:
-    """Target latents, scaled, and condition latents, unscaled, of some examples."""
+    """Scaled target latents and unscaled condition latents of some examples."""
     vae = pipeline.vae
 
-    def latents(pictures: list[Tensor]) -> Tensor:
+    def encode(images: list[Tensor]) -> Tensor:
         with precision.autocast_to(vae.device.type, autocast_dtype, cache_weights=False):
-            pixels = torch.stack(pictures).to(vae.device, vae.dtype)
+            pixels = torch.stack(images).to(vae.device, vae.dtype)
             return vae.encode(pixels).latent_dist.mode().float().cpu()
 
-    target = latents([item.target for item in chunk]) * vae.config.scaling_factor
-    return target, latents([_condition(item, spec) for item in chunk]) if spec.takes_image else None
+    target = encode([item.target for item in chunk]) * vae.config.scaling_factor
+    return target, encode([_condition(item, spec) for item in chunk]) if spec.takes_image else None
 
 
 def _condition(example: TaskExample, spec: TaskSpec) -> Tensor:

@@ -1,4 +1,8 @@
-"""A loss whose batch is cut into shards, each computed forward and backward by its own thread on one core."""
+"""A loss on several CPU threads: each thread runs a part of the batch forward and backward on one core.
+
+Small models spend much time in operations that are too short to split over cores. It is faster to give each core its
+own part of the batch.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +15,7 @@ from torch.nn import Parameter
 
 
 class _Precomputed(torch.autograd.Function):
-    """A loss that was computed together with its gradients: backward hands them out."""
+    """A loss that was computed together with its gradients, which `backward` returns."""
 
     @staticmethod
     def forward(context: Any, loss: Tensor, gradients: list[Tensor], *parameters: Parameter) -> Tensor:
@@ -20,14 +24,14 @@ class _Precomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, on gradients that belong to no one else: backward runs once.
+        # The gradients may be scaled in place, because nothing else holds them and backward runs once.
         torch._foreach_mul_(context.gradients, grad_outputs[0])
         return None, None, *context.gradients
 
 
 @contextmanager
 def intra_op_threads(count: int) -> Iterator[None]:
-    """Split each operation over `count` threads, and over as many as before afterwards."""
+    """Split each operation over `count` threads within this context."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -37,27 +41,26 @@ def intra_op_threads(count: int) -> Iterator[None]:
 
 
 def average_loss_in_threads(partial_losses: Sequence[Callable[[], Tensor]], parameters: Sequence[Parameter]) -> Tensor:
-    """Return the mean of several losses, whose gradients are computed at once, one thread each.
+    """Compute the mean of several losses and its gradients, with one thread for each loss.
 
-    With `intra_op_threads(1)` this uses a CPU's cores better than splitting every operation over them: small
-    models spend much time in operations too short to share, and a core that another process takes away for a moment
-    stops one shard, not all cores at the next barrier.
+    Use it within `intra_op_threads(1)`, so that each thread keeps to one core. A core that another process takes away
+    for a moment then stops one thread, and not all cores at the next barrier.
 
     Args:
-        partial_losses: each gives the loss of a part of the batch; the parts are of equal size.
-        parameters: what the losses are differentiated by; every shard depends on all of them.
+        partial_losses: functions that compute the losses of equally large parts of the batch.
+        parameters: the parameters to differentiate by. Every loss depends on all of them.
 
     Returns:
-        () the mean loss, differentiable once, by the parameters alone.
+        () mean loss. It can be differentiated once, by the parameters alone.
     """
 
-    def compute(shard: Callable[[], Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        loss = shard()
+    def compute(partial_loss: Callable[[], Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        loss = partial_loss()
         return loss.detach(), torch.autograd.grad(loss, parameters)
 
     with ThreadPoolExecutor(len(partial_losses)) as pool:
         results = list(pool.map(compute, partial_losses))
-    # Summed in the order of the parts, whichever finished first.
+    # The order of the sum does not depend on which thread finished first, so that the result is reproducible.
     loss = torch.stack([loss for loss, _ in results]).mean()
     gradients = list(results[0][1])
     for _, others in results[1:]:

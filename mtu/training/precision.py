@@ -1,4 +1,4 @@
-"""Dtypes of training: those that parameters may have, and autocast as a setting."""
+"""Numerical precision of training: the check of parameters' dtypes, and autocast to a dtype or to none."""
 
 import warnings
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ __all__ = ["autocast_to", "check_parameter_dtypes"]
 
 
 def check_parameter_dtypes(trained: Mapping[str, Parameter]) -> None:
-    """Refuse float16 parameters, and warn of bfloat16 ones.
+    """Refuse to train float16 parameters, and warn of bfloat16 ones.
 
     Args:
         trained: the parameters to train, by name.
 
     Raises:
-        ValueError: float16 parameters: the squares of their gradients round to zero, as AdamW's ε does.
+        ValueError: some parameters are float16, in which the squares of gradients and AdamW's ε round to zero.
 
     Warns:
-        UserWarning: bfloat16 parameters, which round small updates away.
+        UserWarning: some parameters are bfloat16, in which small updates round to nothing.
     """
     for dtype in (torch.float16, torch.bfloat16):
         names = [name for name, parameter in trained.items() if parameter.dtype == dtype]
@@ -40,12 +40,13 @@ def check_parameter_dtypes(trained: Mapping[str, Parameter]) -> None:
 
 
 def autocast_to(device_type: str, dtype: torch.dtype | None, *, cache_weights: bool = True) -> AbstractContextManager:
-    """Compute in a dtype, or in that of the parameters.
+    """Return a context that autocasts to a dtype, or that turns autocast off.
 
     Args:
-        device_type: where: "cpu", "cuda", ….
-        dtype: None: whatever context surrounds this one, no autocast within.
-        cache_weights: keep converted weights until the end of the context. Threads would share them.
+        device_type: "cpu", "cuda", ….
+        dtype: the compute dtype; None: no autocast, whatever context surrounds this one.
+        cache_weights: whether converted weights are kept until the end of the context. Threads share that cache, so
+            contexts in several threads must not use it.
     """
     if dtype is None and not supports_autocast(device_type):
         return nullcontext()

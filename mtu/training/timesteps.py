@@ -1,4 +1,4 @@
-"""Loss weights of timesteps, for the squared error of the predicted noise."""
+"""Timesteps of a diffusion training: how they are drawn, and how much each one counts in the loss."""
 
 import torch
 from torch import Tensor
@@ -6,20 +6,27 @@ from torch import Tensor
 __all__ = ["timestep_loss_weights", "timesteps_at_fractions"]
 
 
-def timesteps_at_fractions(spread: Tensor, count: int) -> Tensor:
-    """The timestep `⌊spread · count⌋` of each number in [0, 1], as int64.
+def timesteps_at_fractions(fractions: Tensor, num_timesteps: int) -> Tensor:
+    """Turn fractions of the schedule into timesteps: `min(⌊fraction · num_timesteps⌋, num_timesteps − 1)`.
 
-    The last one is taken where `spread` is 1: a sum of a number below 1 and a whole one rounds up to the next.
+    Args:
+        fractions: (n,) numbers in [0, 1]. 1 itself occurs, because callers add stratum and offset in float32.
+        num_timesteps: timesteps of the schedule.
+
+    Returns:
+        (n,) int64.
     """
-    return (spread * count).long().clamp_max(count - 1)
+    return (fractions * num_timesteps).long().clamp_max(num_timesteps - 1)
 
 
 def timestep_loss_weights(alphas_cumprod: Tensor, snr_gamma: float | None, max_inverse_snr: float) -> Tensor:
-    """`min(SNR, γ) / SNR + min(1 / SNR, κ)`, with mean 1, where SNR = ᾱ / (1 − ᾱ).
+    """Compute the weight of each timestep for the squared error of the predicted noise.
 
-    The first term is min-SNR: it lowers timesteps of little noise, which are easy. The second is the weight of an error
-    in v up to a cap κ: without it the noisiest timesteps, where only text and condition tell what the picture is, count
-    for almost nothing in the predicted image.
+        min(SNR, γ) / SNR + min(1 / SNR, κ),  divided by its mean, where SNR = ᾱ / (1 − ᾱ)
+
+    The first term is min-SNR: it lowers the weight of timesteps with little noise, which are easy. The second term
+    weighs the error in v, up to the cap κ. Without it the noisiest timesteps hardly count, although only text and
+    condition tell there what the picture shows.
 
     Args:
         alphas_cumprod: (timesteps,) ᾱ, the signal's part of the variance.
@@ -27,12 +34,12 @@ def timestep_loss_weights(alphas_cumprod: Tensor, snr_gamma: float | None, max_i
         max_inverse_snr: κ; 0: no second term.
 
     Returns:
-        (timesteps,) in the dtype of ᾱ; where SNR is 0, the limit 1 + κ before the division by the mean.
+        (timesteps,) in the dtype of ᾱ. Where SNR is 0, the weight before the division is the limit 1 + κ.
 
     Source: Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy" (arXiv 2303.09556).
     """
     ratio = alphas_cumprod / (1 - alphas_cumprod)
-    # Not min(SNR, γ) / SNR: a schedule of zero terminal SNR ends in 0 / 0.
+    # min(γ / SNR, 1) equals min(SNR, γ) / SNR, which would be 0 / 0 where a schedule ends in zero terminal SNR.
     lowered = torch.ones_like(ratio) if snr_gamma is None else (snr_gamma / ratio).clamp_max(1)
     weights = lowered + (1 / ratio).clamp_max(max_inverse_snr)
     return weights / weights.mean()
