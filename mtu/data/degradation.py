@@ -1,4 +1,4 @@
-"""Degradation for super-resolution: the order of Real-ESRGAN's first stage, at the size of an icon."""
+"""The degradation for super-resolution: the first stage of Real-ESRGAN's, with ranges for images as small as icons."""
 
 import io
 
@@ -8,16 +8,19 @@ from PIL import Image
 BLUR_SIGMA_RANGE = (0.3, 1.0)
 NOISE_STD_RANGE = (2.0, 22.0)
 JPEG_QUALITY_RANGE = (40, 95)
-# PIL's reducing filters low-pass before they sample, whatever the kernel.
+# With each of these kernels, PIL filters out high frequencies before it samples.
 RESIZE_KERNELS = (Image.Resampling.BOX, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
 
 
 def gaussian_blur(image: np.ndarray, sigma: tuple[float, float]) -> np.ndarray:
-    """Blur with a separable, possibly anisotropic Gaussian; edges are repeated.
+    """Blur an image with a separable Gaussian kernel, and repeat its edges.
 
     Args:
         image: (h, w, 3) float32.
-        sigma: standard deviation down and across, in pixels.
+        sigma: standard deviations down and across, in pixels.
+
+    Returns:
+        (h, w, 3) float32.
     """
     reach = np.arange(-3, 4)
     for axis, width in enumerate(sigma):
@@ -33,12 +36,12 @@ def gaussian_blur(image: np.ndarray, sigma: tuple[float, float]) -> np.ndarray:
 
 
 def degrade(image: np.ndarray, rng: np.random.Generator, *, add_noise_and_jpeg: bool = True) -> np.ndarray:
-    """Blur, resize by half with a random kernel, add noise, and compress as JPEG.
+    """Blur an image, resize it by half with a random kernel, add noise, and compress it as JPEG.
 
     Args:
         image: (h, w, 3) uint8.
         rng: source of all random choices.
-        add_noise_and_jpeg: False leaves noise and JPEG out, which tells how much of the loss they make.
+        add_noise_and_jpeg: whether to add noise and compress. Without them, one sees what blur and resizing alone do.
 
     Returns:
         (h/2, w/2, 3) uint8.

@@ -1,4 +1,9 @@
-"""The icon font as four image tasks with true targets. It needs the extra `train`, which installs the font."""
+"""The icon data set: four image tasks with true targets, drawn with an icon font.
+
+- `examples`: `IconDataset`, and the painting of its images.
+- `catalogue`: names, colours and captions, and their split into training, validation and test.
+- `font`: the masks of all icons. The extra `train` installs the font.
+"""
 
 from mtu.data.icons.examples import IconDataset, IconExample
 

@@ -1,4 +1,4 @@
-"""What the icon data set consists of: names, colours, captions, and the split of both names and combinations.
+"""The names, colours and captions of the icon data set, and the split of names and of combinations.
 
 Names are split by their *base name*, the first word of the hyphenated name: `bell`, `bell-ring` and `bell-outline`
 are always in the same split, so image-to-image tasks are tested on icons never seen in any variant. Text-to-image
@@ -37,7 +37,7 @@ TEST_COMBINATIONS_FRACTION, VALIDATION_COMBINATIONS_FRACTION = 0.10, 0.03
 
 
 def hash_fraction(text: str) -> float:
-    """Return a number in [0, 1) that depends on the text alone, on every machine and in every process."""
+    """Return a number in [0, 1) that depends on the text alone, and so is the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
@@ -47,7 +47,7 @@ def base_name(name: str) -> str:
 
 
 def split_of_name(name: str) -> Split:
-    """Return the split of an icon name; all variants of one base name are in one split."""
+    """Return the split of an icon name, which all variants of its base name share."""
     fraction = hash_fraction(base_name(name))
     if fraction < TEST_FRACTION:
         return "test"
@@ -77,19 +77,19 @@ def icon_names(split: Split) -> tuple[str, ...]:
 
 @cache
 def names_with_variant(split: Split, suffix: str) -> tuple[str, ...]:
-    """Return the names X of a split for which the icon X + suffix exists too."""
+    """Return the names of a split for which the font also has the name with the suffix."""
     return tuple(name for name in icon_names(split) if name + suffix in glyph_code_points())
 
 
 @cache
 def one_word_names(split: Split) -> tuple[str, ...]:
-    """Return the names of a split that consist of a single word, the icons of the two-icon scenes."""
+    """Return the names of a split that are a single word, which scenes of two icons show."""
     return tuple(name for name in icon_names(split) if "-" not in name)
 
 
 @cache
 def text_to_image_names() -> tuple[str, ...]:
-    """Return the names that text-to-image knows: one word, with an outline, not in the validation or test split."""
+    """Return the names that text-to-image shows: those of one word in the train split that have an outlined variant."""
     return tuple(name for name in one_word_names("train") if name + OUTLINE_SUFFIX in glyph_code_points())
 
 
@@ -117,7 +117,7 @@ def scene_caption(names: tuple[str, str], colours: tuple[str, str], background: 
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Return every word that captions and instructions of one-word icons are made of, sorted."""
+    """Return the sorted words of all captions and instructions of icons with one-word names."""
     words = {word for split in SPLITS for word in one_word_names(split)}
     words |= {*ICON_COLOURS, *BACKGROUND_COLOURS}
     words |= {"a", "and", "on", "crossed", "out", "outlined"}

@@ -1,6 +1,6 @@
-"""`IconDataset`: four image tasks with true targets, made from the Material Design Icons font.
+"""`IconDataset`: examples of four image tasks with true targets, drawn with the Material Design Icons font.
 
-Every example is a pure function of (seed, split, task, index). Images are (3, 64, 64) float32 in [-1, 1]:
+Every example is a pure function of (seed, split, task, index). An image is (3, 64, 64) float32 in [-1, 1]. It shows
 one icon in one of 8 colours on one of 4 backgrounds, or a scene of two half-size icons in two quadrants.
 """
 
@@ -40,8 +40,8 @@ class IconExample(NamedTuple):
         task: a name out of `TASK_NAMES`.
         edit_kind: a name out of `EDIT_KINDS`; empty for the other tasks.
         prompt: the caption or instruction; empty for super-resolution.
-        image: the condition, (3, 64, 64), (3, 32, 32) for super-resolution, None for text-to-image.
-        target: (3, 64, 64) what the model should make.
+        image: the condition image, (3, 64, 64), or (3, 32, 32) for super-resolution; None for text-to-image.
+        target: (3, 64, 64), the image that the model should make.
     """
 
     task: str
@@ -68,7 +68,7 @@ def paint(mask: np.ndarray, colour: np.ndarray, background: np.ndarray) -> np.nd
 
 
 def paint_icon(name: str, colour: str, background: str) -> np.ndarray:
-    """Paint one named icon over the whole picture; returns (64, 64, 3) uint8."""
+    """Paint one icon over the whole image, (64, 64, 3) uint8."""
     mask = icon_masks(IMAGE_SIZE)[mask_indices()[name]]
     return paint(mask, np.array(ICON_COLOURS[colour]), np.array(BACKGROUND_COLOURS[background]))
 
@@ -95,21 +95,21 @@ def paint_scene(icons: Iterable[tuple[str, str, int]], background: str) -> np.nd
 
 
 def random_choice(rng: np.random.Generator, options: Sequence[str]) -> str:
-    """Draw one of the options, each with the same chance."""
+    """Draw one of the options with equal probabilities."""
     return options[int(rng.integers(len(options)))]
 
 
 class IconDataset:
-    """The icon data set: examples of four tasks with true targets.
+    """The icon data set: an endless number of examples of four tasks, with true targets.
 
     Args:
         split: "train", "validation" or "test". Image-to-image tasks show icons whose base name is in that split;
             text-to-image shows training names in combinations of icon, colour and background that are in that split.
             In the train split no image of any task is a held-out combination of a single icon.
-        seed: another seed gives other examples.
+        seed: seed of all random choices.
 
     Raises:
-        ValueError: The split is unknown.
+        ValueError: the split is unknown.
     """
 
     def __init__(self, split: Split = "train", seed: int = 0) -> None:
@@ -119,14 +119,14 @@ class IconDataset:
         self.seed = seed
 
     def get_example(self, task: str, index: int) -> IconExample:
-        """Return example number `index` of a task; the same arguments always give the same example.
+        """Return one example of a task. The same arguments always give the same example.
 
         Args:
             task: a name out of `TASK_NAMES`.
-            index: any number from 0 up; there is no last one.
+            index: number of the example, from 0 without end.
 
         Raises:
-            ValueError: The task is unknown or the index negative.
+            ValueError: the task is unknown, or the index is negative.
         """
         if task not in TASK_NAMES:
             raise ValueError(f"Unknown task {task!r}; choose one of {', '.join(TASK_NAMES)}.")
@@ -144,7 +144,7 @@ class IconDataset:
         return [self.get_example(task, index) for index in indices]
 
     def _allowed(self, name: str, colour: str, background: str) -> bool:
-        """Whether this split may show the combination: the train split shows none that is held out."""
+        """Whether this split may show the combination. Only the train split must not show held-out ones."""
         return self.split != "train" or combination_split(name, colour, background) == "train"
 
     def _colours(self, rng: np.random.Generator, names: Sequence[str]) -> tuple[str, str]:
@@ -174,7 +174,7 @@ class IconDataset:
             before = paint_icon(name, colour, background)
             after = paint_icon(name + suffix, colour, background)
             return IconExample("edit", kind, prompt, to_tensor(before), to_tensor(after))
-        # The whole draw is repeated, not its second half: of some sources every change is held out.
+        # A rejected draw is repeated from its start, because every change of some icons is held out.
         while True:
             name = random_choice(rng, icon_names(self.split))
             colour, background = self._colours(rng, (name,))

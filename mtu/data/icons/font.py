@@ -1,4 +1,4 @@
-"""Masks of the icons of the Material Design Icons font, rendered once and kept in memory."""
+"""The icons of the Material Design Icons font as masks, rendered once and kept in memory."""
 
 import importlib.util
 import logging
@@ -11,12 +11,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 FONT_PACKAGE = "fonticon_mdi7"
 FONT_FILE = "fonts/materialdesignicons-webfont.ttf"
-# The em square takes this part of the picture, so that strokes at the em's edge keep a margin of background.
+# The em square fills this fraction of the image, so that strokes at its edge keep a margin of background.
 EM_FRACTION = 7 / 8
 
 
 def font_path() -> Path:
-    """Return the path of the icon font, without importing the package that carries it.
+    """Find the icon font, without importing the package that carries it.
 
     Returns:
         The path of the TrueType file.
@@ -34,7 +34,7 @@ def font_path() -> Path:
 
 @lru_cache(maxsize=1)
 def glyph_code_points() -> dict[str, int]:
-    """Return every icon name of the font with its code point, sorted by name.
+    """Return the code point of every icon name of the font, sorted by name.
 
     Returns:
         A dictionary from icon name to Unicode code point; 7,279 entries in version 7 of the font.
@@ -48,7 +48,7 @@ def glyph_code_points() -> dict[str, int]:
             code_points = font.getBestCmap()
     finally:
         logger.setLevel(level)
-    # Some names have two code points; the smallest is taken, so that the choice does not depend on the font's order.
+    # Some names have two code points. The smallest one does not depend on the order within the font.
     names: dict[str, int] = {}
     for code_point, name in sorted(code_points.items()):
         names.setdefault(name, code_point)
@@ -57,7 +57,7 @@ def glyph_code_points() -> dict[str, int]:
 
 @lru_cache(maxsize=1)
 def mask_indices() -> dict[str, int]:
-    """Return the row of each icon name in the arrays of `icon_masks`."""
+    """Return the index of each icon name in the arrays of `icon_masks`."""
     return {name: row for row, name in enumerate(glyph_code_points())}
 
 
@@ -65,13 +65,13 @@ def mask_indices() -> dict[str, int]:
 def icon_masks(size: int) -> np.ndarray:
     """Render all icons as antialiased masks.
 
-    Icons sit where their em square puts them, so an icon and its outline lie exactly over one another.
+    The font places icons within their em square, so an icon and its outlined variant coincide exactly.
 
     Args:
         size: height and width in pixels.
 
     Returns:
-        (N, size, size) uint8, 0 outside the icon and 255 inside, rows in the order of `glyph_code_points`; read-only.
+        (N, size, size) uint8, read-only: 0 outside the icon and 255 inside, in the order of `glyph_code_points`.
     """
     em = round(size * EM_FRACTION)
     font = ImageFont.truetype(str(font_path()), em)
