@@ -1,1 +1,1 @@
-"""Recipes: complete trainings that anyone can run again."""
+"""Recipes: complete trainings, from data to a scored model, that anyone can run again."""

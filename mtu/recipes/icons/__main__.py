@@ -1,4 +1,4 @@
-"""`python -m mtu.recipes.icons`: everything about the icon models that can be run."""
+"""`python -m mtu.recipes.icons`: the command line that trains the base model and runs the demo."""
 
 import argparse
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def add_base_command(commands: "argparse._SubParsersAction[argparse.ArgumentPars
 
 
 def run_base_command(arguments: argparse.Namespace) -> None:
-    """Train, save, score and describe the base model; the model comes to `OUTPUT/model`."""
+    """Run the `base` command with parsed arguments."""
     command = f"python -m mtu.recipes.icons base --output DIR --seed {arguments.seed}"
     config = BaseModelConfig(seed=arguments.seed).with_limits(arguments.minutes, arguments.steps)
     if arguments.minutes is not None:
@@ -59,19 +59,19 @@ def make_base_model(
     overwrite: bool = False,
     device: str | torch.device = "cpu",
 ) -> None:
-    """Train, save, score and describe the base model.
+    """Train, save and score the base model, and write its model card.
 
     Args:
-        output: folder for checkpoints and logs; the model comes to `model` below it.
-        config: what to train, and how.
-        score: how to score.
-        command: what was run, for the model card.
-        resume: continue from the checkpoints in the output folder, whatever device they were made on.
-        overwrite: start anew, and delete the checkpoints in the output folder.
-        device: where to train and score.
+        output: folder for checkpoints and logs. The model is saved in `model` below it.
+        config: the settings of model and training.
+        score: the settings of the scores.
+        command: the command line, for the model card.
+        resume: whether to continue from the checkpoints in the output folder, which may come from another device.
+        overwrite: whether to delete the checkpoints in the output folder and start anew.
+        device: the device of training and scoring.
 
     Raises:
-        FileExistsError: there are checkpoints, and neither `resume` nor `overwrite` is true.
+        FileExistsError: the folder holds checkpoints, and neither `resume` nor `overwrite` is true.
         FileNotFoundError: `resume` is true, but there is no checkpoint.
         ValueError: the device cannot be used.
     """
@@ -119,7 +119,7 @@ def add_demo_command(commands: "argparse._SubParsersAction[argparse.ArgumentPars
 
 
 def run_demo_command(arguments: argparse.Namespace) -> None:
-    """Run the demo."""
+    """Run the `demo` command with parsed arguments."""
     config = DemoConfig(minutes=arguments.minutes, steps=arguments.steps, seed=arguments.seed)
     run_demo(arguments.base, arguments.output, config, arguments.device)
 

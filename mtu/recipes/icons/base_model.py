@@ -1,4 +1,4 @@
-"""The icon base model, from nothing: autoencoder, then UNet and text encoder, then a folder for diffusers."""
+"""The training of the icon base model from scratch: first the autoencoder, then UNet and text encoder together."""
 
 import json
 from dataclasses import dataclass, field, replace
@@ -18,21 +18,21 @@ from mtu.training import FitConfig, LogEntry, fit
 from mtu.training.checkpoint import check_no_checkpoint, has_checkpoint, remove_checkpoint
 from mtu.training.parallel_loss import intra_op_threads
 
-# Part of a limited training time that goes to the autoencoder.
+# The fraction of a limited training time that the autoencoder gets.
 VAE_TIME_FRACTION = 0.25
 
 
 @dataclass(frozen=True)
 class BaseModelConfig:
-    """Everything that determines the base model.
+    """All settings that determine the base model.
 
     Attributes:
-        vae: the autoencoder's size and loss.
-        text: the text encoder's size.
-        denoiser: the UNet's size and loss.
-        vae_fit: the autoencoder's training.
+        vae: size and loss of the autoencoder.
+        text: size of the text encoder.
+        denoiser: size and loss of the UNet.
+        vae_fit: the training of the autoencoder.
         denoiser_fit: the training of UNet and text encoder.
-        seed: of weights, data and noise.
+        seed: seed of weights, data and noise.
     """
 
     vae: VAEConfig = field(default_factory=VAEConfig)
@@ -47,9 +47,11 @@ class BaseModelConfig:
     seed: int = 0
 
     def with_limits(self, minutes: float | None = None, steps: int | None = None) -> "BaseModelConfig":
-        """Return this configuration with a wall-clock limit on both trainings together, or a limit of steps on each.
+        """Return this configuration with other limits of training.
 
-        None leaves a limit as it is.
+        Args:
+            minutes: wall-clock limit of both trainings together; None: the limit stays.
+            steps: limit of the steps of each training; None: the limit stays.
         """
         vae, denoiser = self.vae_fit, self.denoiser_fit
         if minutes is not None:
@@ -61,7 +63,7 @@ class BaseModelConfig:
 
 
 def build_untrained_pipeline(config: BaseModelConfig) -> StableDiffusionPipeline:
-    """Build the untrained base model; the seed determines its weights."""
+    """Build the base model with random weights, which the seed of the configuration determines."""
     torch.manual_seed(config.seed)
     tokenizer = build_tokenizer(config.text.max_length)
     schedule = {key: value for key, value in NOISE_SCHEDULE.items() if key != "clip_sample"}
@@ -88,12 +90,12 @@ def train_base_model(
     """Train the base model.
 
     Args:
-        directory: checkpoints and logs go to `vae/` and `denoiser/` below it.
-        config: what to train, and how.
-        resume: continue from the checkpoints in the directory, at whatever stage they are, and whatever device they
-            were made on.
-        overwrite: start anew, and delete the checkpoints in the directory.
-        device: where to train. Weights, data and noise start from the same numbers on every one.
+        directory: folder of checkpoints and logs, in `vae/` and `denoiser/` below it.
+        config: the settings of model and training.
+        resume: whether to continue from the checkpoints in the directory. They may be of either stage, and come from
+            another device.
+        overwrite: whether to delete the checkpoints in the directory and start anew.
+        device: the device of training. Every device starts from the same weights, data and noise.
 
     Returns:
         The trained pipeline in float32, on the device, and the logged losses of each stage.
@@ -109,7 +111,7 @@ def train_base_model(
     if resume and not started["vae"]:
         raise FileNotFoundError(f"There is no checkpoint in {stages['vae']} to resume from.")
     for folder in stages.values():
-        # Of both stages at once: the denoiser of an older autoencoder must not be resumed on a newer one.
+        # Both stages are treated alike, so that a denoiser is never resumed on another autoencoder than its own.
         if overwrite:
             remove_checkpoint(folder)
         elif not resume:
@@ -131,8 +133,8 @@ def train_base_model(
     data = LatentDataset(vae, config.denoiser.prompts, config.seed)
     unet.train()
     text_encoder.train()
-    # At these head widths two plain batched products are 2.5 times as fast on a CPU, backward included, as the fused
-    # attention that diffusers prefers. It is a run-time choice: the saved model does not know of it.
+    # At these head widths, two plain batched products with their backward are 2.5 times as fast on a CPU as the fused
+    # attention that diffusers prefers. The saved model does not record this choice.
     if device.type == "cpu":
         unet.set_attn_processor(AttnProcessor())
     loss = DenoiserLoss(unet, text_encoder, pipeline.tokenizer, data, config.denoiser, config.seed)
@@ -153,19 +155,19 @@ def train_base_model(
 
 
 def save_float16_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """Write the pipeline as float16 safetensors, in diffusers' layout; its modules are converted in place.
+    """Convert a pipeline to float16 in place, and save it as safetensors in diffusers' layout.
 
     Args:
         pipeline: the trained pipeline.
-        folder: where `model_index.json` will be.
+        folder: the folder of `model_index.json`.
     """
-    # Of the two half-size formats float16 has the finer steps, and no weight comes near its limits.
+    # float16 has finer steps than bfloat16, and no weight comes near its limits.
     for module in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
-        # Not `module.to`: diffusers' own version of it warns of an empty list of modules.
+        # `module.to` of diffusers would warn of an empty list of modules.
         nn.Module.to(module, dtype=torch.float16, memory_format=torch.contiguous_format)
     pipeline.save_pretrained(folder, safe_serialization=True)
-    # Without `dtype`, diffusers loads its own modules in float32 but transformers goes by this entry: a plain
-    # `from_pretrained(folder)` would end up with two dtypes.
+    # Without an argument `dtype`, diffusers loads its own modules in float32, but transformers loads its modules in the
+    # dtype of this entry. Both load in float32 if the entry says so.
     path = folder / "text_encoder" / "config.json"
     write_text(path, json.dumps({**json.loads(path.read_text()), "dtype": "float32"}, indent=2) + "\n")
     for weights in folder.rglob("*.safetensors"):

@@ -84,12 +84,12 @@ Free License (icons and font: Apache-2.0).
 
 
 def write_base_model_card(folder: Path, metrics: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
-    """Write the model card `README.md` into the model's folder, and keep the provenance beside the metrics.
+    """Write the model card `README.md`, and add the provenance to `metrics.json`.
 
     Args:
-        folder: the model's folder, in which `metrics.json` is completed.
-        metrics: what `score_model` returned.
-        provenance: how the model was made: the remaining fields of `CARD_TEMPLATE`.
+        folder: the folder of the model.
+        metrics: the metrics that `score_model` returned.
+        provenance: how the model was made, which fills the remaining fields of `CARD_TEMPLATE`.
     """
     parameters = {name: count / 1e6 for name, count in metrics["parameters"].items()}
     kinds = {kind: value for kind, value in metrics["vae_psnr"].items() if kind != "all"}

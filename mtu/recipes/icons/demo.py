@@ -1,4 +1,4 @@
-"""`python -m mtu.recipes.icons demo`: the main job of the library, start to end, in minutes on a CPU."""
+"""The demo: upcycle the base model, train it on four tasks and measure it, in minutes on a CPU."""
 
 import dataclasses
 import math
@@ -36,7 +36,7 @@ __all__ = ["ICON_TASKS", "SHIPPED_BASE_MODEL", "DemoConfig", "run_demo"]
 # The base model that the package ships, in Stable Diffusion's folder layout.
 SHIPPED_BASE_MODEL = Path(__file__).parents[2] / "assets" / "icons-base"
 
-# The paper's scales are those of a model of photographs; a small model of flat icons wants less.
+# The paper's guidance scales suit a model of photographs. A small model of flat icons works better with lower ones.
 ICON_TASKS: tuple[TaskSpec, ...] = (
     dataclasses.replace(TEXT_TO_IMAGE, guidance_scale=3.0),
     dataclasses.replace(EDIT, guidance_scale=2.0, image_guidance_scale=1.5),
@@ -47,18 +47,18 @@ ICON_TASKS: tuple[TaskSpec, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class DemoConfig:
-    """What the demo does.
+    """The settings of the demo.
 
     Args:
-        minutes: of training.
-        steps: at most. A CPU does not reach them; a GPU that trains for long needs more.
+        minutes: wall-clock limit of the training.
+        steps: limit of its optimizer steps. A CPU does not reach the default; a GPU that trains for long needs more.
         examples_per_task: training examples of each task.
         examples_per_row: held-out examples of each row of the metrics table.
         batch_per_task: training examples of each task in a step.
-        learning_rate: highest rate of Adam.
-        inference_steps: denoising steps; None: the tasks' own, 20.
-        snr_gamma, max_inverse_snr: weights of timesteps; None and 0: the paper's plain loss.
-        seed: of data, initialisation, noise and held-out examples.
+        learning_rate: highest learning rate.
+        inference_steps: denoising steps; None: the tasks' own number, 20.
+        snr_gamma, max_inverse_snr: γ and κ of `timestep_loss_weights`; None and 0: the paper's plain loss.
+        seed: seed of data, initialisation, noise and held-out examples.
     """
 
     minutes: float = 6.0
@@ -74,7 +74,13 @@ class DemoConfig:
 
 
 def run_demo(base: Path, output: Path, config: DemoConfig, device: str | torch.device = "cpu") -> None:
-    """Upcycle the model in `base`, train it on a device, and leave pictures, tables and the model in `output`.
+    """Upcycle a base model, train it on the icon tasks, and write images, tables and the model into a folder.
+
+    Args:
+        base: the folder of the base model.
+        output: the folder of the results.
+        config: the settings of the demo.
+        device: the device of training and generation.
 
     Raises:
         ValueError: `base` holds no Stable Diffusion pipeline, or the device cannot be used.
@@ -93,13 +99,13 @@ def run_demo(base: Path, output: Path, config: DemoConfig, device: str | torch.d
     pipeline = upcycle(stock, ICON_TASKS, num_experts=4, seed=config.seed).to(device)
     on_cpu = device.type == "cpu"
     if on_cpu:
-        # At these head widths two plain batched products are faster there than the fused attention, the default.
+        # At these head widths, two plain batched products are faster on a CPU than the fused attention, the default.
         pipeline.unet.set_attn_processor(AttnProcessor())
 
     examples = held_out_examples(config.examples_per_row, config.seed)
     before = generate_examples(pipeline, examples, config.seed, "held-out, before training", config.inference_steps)
     cores = torch.get_num_threads() if on_cpu else 1
-    # A small model's operations are too short to split over cores: each core gets its own part of the batch.
+    # The operations of a small model are too short to split over cores, so each core gets its own part of the batch.
     with intra_op_threads(1):
         train_on_icon_tasks(pipeline, config, output / "training", cores)
     after = generate_examples(pipeline, examples, config.seed, "held-out, after training", config.inference_steps)
@@ -123,7 +129,7 @@ def run_demo(base: Path, output: Path, config: DemoConfig, device: str | torch.d
 
 
 def _command(config: DemoConfig, device: torch.device) -> str:
-    """The command line that runs this demo."""
+    """The command line that runs the demo with these settings."""
     command = f"python -m mtu.recipes.icons demo --minutes {config.minutes:g} --seed {config.seed}"
     if config.steps != DemoConfig.steps:
         command += f" --steps {config.steps}"
@@ -131,7 +137,14 @@ def _command(config: DemoConfig, device: torch.device) -> str:
 
 
 def train_on_icon_tasks(pipeline: MTUPipeline, config: DemoConfig, directory: Path, cores: int) -> None:
-    """Train the upcycled parts of a pipeline on the four icon tasks, each batch in equal parts on several cores."""
+    """Train the upcycled parts of a pipeline on the four icon tasks.
+
+    Args:
+        pipeline: the upcycled pipeline, trained in place.
+        config: the settings of the demo.
+        directory: the folder of checkpoint and log.
+        cores: number of CPU cores that share each batch; 1 on a GPU.
+    """
     autocast = autocast_dtype(pipeline.unet.device)
     icons = IconDataset("train", config.seed)
     examples: dict[str, Sequence[IconExample]] = {
@@ -167,7 +180,7 @@ def train_on_icon_tasks(pipeline: MTUPipeline, config: DemoConfig, directory: Pa
         unet.trainable_parameters(),
         settings,
         directory=directory,
-        # The demo runs from start to end each time, and writes all its files anew.
+        # Each run of the demo starts anew and replaces all its files.
         overwrite=True,
         description="training",
     )

@@ -1,4 +1,4 @@
-"""The UNet and text encoder of the icon base model, trained together on cached latents."""
+"""The UNet of the icon base model, and the loss that trains it with the text encoder on latents encoded beforehand."""
 
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -39,18 +39,18 @@ NOISE_SCHEDULE = {
 
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """The UNet's size and loss.
+    """Size and loss of the UNet.
 
     Attributes:
-        block_out_channels: width of each resolution, finest first; every one has cross-attention.
+        block_out_channels: width of each resolution, finest first. Every resolution has cross-attention.
         layers_per_block: residual and transformer blocks per resolution.
         heads: attention heads of every transformer block.
         norm_num_groups: groups of each group norm.
         batch_size: pictures per step.
-        loss_threads: equal parts of the batch on a CPU, each computed by its own thread.
-        snr_gamma: cap of the signal-to-noise ratio in the loss weights.
-        max_inverse_snr: cap of the weight, one over the signal-to-noise ratio, that noisy timesteps get besides.
-        prompts: parts of the training examples.
+        loss_threads: number of threads that compute equal parts of the batch on a CPU.
+        snr_gamma: γ of `timestep_loss_weights`.
+        max_inverse_snr: κ of `timestep_loss_weights`.
+        prompts: fractions of the kinds of training examples.
     """
 
     block_out_channels: tuple[int, ...] = (64, 96, 160)
@@ -65,10 +65,10 @@ class DenoiserConfig:
 
 
 def build_unet(config: DenoiserConfig, text_width: int) -> UNet2DConditionModel:
-    """Build an untrained UNet in the shape of Stable Diffusion's, much smaller.
+    """Build an untrained UNet with the structure of Stable Diffusion's, but much smaller.
 
     Args:
-        config: sizes.
+        config: size of the UNet.
         text_width: width of the text encoder's output.
     """
     levels = len(config.block_out_channels)
@@ -78,7 +78,7 @@ def build_unet(config: DenoiserConfig, text_width: int) -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D",) * levels,
         block_out_channels=config.block_out_channels,
         layers_per_block=config.layers_per_block,
-        # diffusers' name for the number of heads.
+        # diffusers calls the number of heads so.
         attention_head_dim=config.heads,
         cross_attention_dim=text_width,
         norm_num_groups=config.norm_num_groups,
@@ -86,12 +86,12 @@ def build_unet(config: DenoiserConfig, text_width: int) -> UNet2DConditionModel:
 
 
 class LatentDataset:
-    """Every picture that the base model learns from, with its latents.
+    """All pictures that the base model learns from, with their latents.
 
     Args:
-        vae: the trained autoencoder, its scaling factor set.
-        config: how many scenes there are, and their parts.
-        seed: determines the scenes.
+        vae: the trained autoencoder, with its scaling factor.
+        config: the number of scenes, and the fractions of the kinds of examples.
+        seed: seed of the scenes.
     """
 
     def __init__(self, vae: AutoencoderKL, config: PromptConfig, seed: int) -> None:
@@ -106,7 +106,11 @@ class LatentDataset:
         self.config = config
 
     def draw_batch(self, rng: np.random.Generator, count: int) -> tuple[Tensor, list[str]]:
-        """Draw pictures and a prompt for each.
+        """Draw pictures, and a prompt for each.
+
+        Args:
+            rng: source of all random choices.
+            count: number of pictures.
 
         Returns:
             (count, 4, 16, 16) float32 scaled latents, and the prompts.
@@ -119,12 +123,12 @@ class LatentDataset:
 
 
 class DenoiserLoss:
-    """Noise-prediction loss of a step, weighted by the signal-to-noise ratio.
+    """Computes the noise-prediction loss of a step, weighted by `timestep_loss_weights`.
 
     Args:
-        unet: the UNet.
-        text_encoder: trained together with it.
-        tokenizer: of the prompts.
+        unet: the UNet to train.
+        text_encoder: the text encoder to train with it.
+        tokenizer: the tokenizer of the prompts.
         data: latents and prompts.
         config: batch size and weights.
         seed: with the step, determines pictures, prompts, timesteps and noise.
@@ -151,7 +155,7 @@ class DenoiserLoss:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What determines the loss of a step; parts of the batch only share its work out."""
+        """The settings that determine the loss of a step. The number of threads is not among them."""
         return {k: v for k, v in asdict(self.config).items() if k != "loss_threads"} | {"seed": self.seed}
 
     def __call__(self, step: int) -> Tensor:
@@ -159,7 +163,7 @@ class DenoiserLoss:
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         count = self.config.batch_size
         latents, prompts = self.data.draw_batch(rng, count)
-        # One timestep from each of `count` equal stretches: the loss varies less from step to step.
+        # Each of `count` equal stretches of the schedule gives one timestep: the loss varies less from step to step.
         spread = (torch.arange(count) + torch.rand(count, generator=generator)) / count
         timesteps = timesteps_at_fractions(spread, len(self.timestep_weights))[
             torch.randperm(count, generator=generator)
@@ -175,8 +179,8 @@ class DenoiserLoss:
         return average_loss_in_threads(losses, self.parameters)
 
     def _loss(self, noisy: Tensor, noise: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
-        """Return the weighted loss of a part of the batch."""
-        # Each weight is used once, so autocast's cache of converted weights, which threads would share, gains nothing.
+        """The weighted loss of a part of the batch."""
+        # autocast's cache of converted weights would gain nothing, because a forward uses each weight once.
         with mixed_precision(noisy.device, cache_weights=False):
             states = self.text_encoder(tokens)[0]
             predicted = self.unet(noisy, timesteps, states).sample

@@ -1,4 +1,4 @@
-"""Where the icon models are trained and run: on the CPU, or on an accelerator of this machine."""
+"""The device of the icon models: its check, its compute dtype, and its description."""
 
 import os
 from contextlib import AbstractContextManager
@@ -9,18 +9,18 @@ from mtu.training.precision import autocast_to
 
 
 def usable_device(name: str | torch.device) -> torch.device:
-    """Return a device, after a number has been there and come back.
+    """Return the device of a name, after a tensor has been copied to it and back.
 
     Args:
-        name: as PyTorch writes it: "cpu", "cuda", "cuda:1", …
+        name: a device of PyTorch: "cpu", "cuda", "cuda:1", …
 
     Raises:
-        ValueError: PyTorch knows no such device, or it is not there, or it holds no numbers.
+        ValueError: PyTorch does not know the device, this machine lacks it, or it holds no values (as "meta").
     """
     try:
         device = torch.device(name)
         torch.zeros((), device=device).item()
-    # Which one depends on the device: an assertion where PyTorch is built without it.
+    # The exception depends on the device. A PyTorch that is built without it raises an AssertionError.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ValueError(
@@ -31,9 +31,9 @@ def usable_device(name: str | torch.device) -> torch.device:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The compute dtype of training: bfloat16 on the CPU and on GPUs that have it; None elsewhere, for float32.
+    """Return the compute dtype of training: bfloat16 on CPUs and on GPUs that have it, else None for float32.
 
-    Float16, which older GPUs have, would need its loss scaled.
+    float16, which older GPUs have, would need a scaled loss.
     """
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return None
@@ -41,12 +41,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def mixed_precision(device: torch.device, *, cache_weights: bool = True) -> AbstractContextManager:
-    """Autocast to a device's compute dtype; see `autocast_to`."""
+    """Return a context that autocasts to the compute dtype of a device, as `autocast_to` does."""
     return autocast_to(device.type, autocast_dtype(device), cache_weights=cache_weights)
 
 
 def describe_device(device: torch.device) -> str:
-    """What a machine computes with, for a table's or a model's provenance."""
+    """Return the name of a GPU or the number of CPU cores, for the provenance of a table or model."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()} CPU cores" if device.type == "cpu" else device.type

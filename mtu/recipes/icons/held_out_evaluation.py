@@ -1,4 +1,4 @@
-"""Held-out examples of all four icon tasks: generated in mixed batches, measured, and shown."""
+"""The evaluation of the demo: held-out examples of all four icon tasks, generated in mixed batches and measured."""
 
 import csv
 import io
@@ -40,13 +40,13 @@ class Measurement(NamedTuple):
     """One row of the metrics table.
 
     Args:
-        task: task, and kind of edit.
-        metric: what is measured, with its unit.
-        examples: how many.
-        copy: of the condition image, given back as it is; None for tasks without one.
-        before: of the upcycled model before training.
-        after: of the trained model.
-        ceiling: of the target, put through the VAE and back.
+        task: the task, and the kind of edit.
+        metric: name and unit of the metric.
+        examples: number of examples.
+        copy: metric of the condition image itself, as if it were the output; None for tasks without one.
+        before: metric of the upcycled model before training.
+        after: metric of the trained model.
+        ceiling: metric of the target, encoded and decoded by the VAE.
     """
 
     task: str
@@ -59,9 +59,14 @@ class Measurement(NamedTuple):
 
 
 def held_out_examples(examples_per_row: int, seed: int) -> list[IconExample]:
-    """Test examples for every row of the table; the tasks take turns, so that every batch mixes them.
+    """Return test examples for every row of the table. The tasks take turns, so that every batch mixes them.
 
-    Image-to-image tasks show icons never seen in any variant; text-to-image seen names in unseen combinations.
+    Image-to-image tasks show icons that training never shows in any variant. Text-to-image shows names of the training
+    set in held-out combinations with colour and background.
+
+    Args:
+        examples_per_row: number of examples of each row.
+        seed: seed of the examples.
     """
     icons = IconDataset("test", seed)
     rows: dict[str, list[IconExample]] = {}
@@ -85,7 +90,14 @@ def generate_examples(
     description: str,
     steps: int | None = None,
 ) -> Tensor:
-    """Generate every example in batches that mix the tasks, with the tasks' own guidance and a seed per image.
+    """Generate an image for every example, in batches that mix the tasks.
+
+    Args:
+        pipeline: the multi-task pipeline.
+        examples: the examples.
+        seed: seed of the noise. Each image has its own generator.
+        description: label of the progress bar.
+        steps: denoising steps; None: the tasks' own number.
 
     Returns:
         (n, 3, 64, 64) float32 in [−1, 1].
@@ -117,7 +129,18 @@ def generate_examples(
 def measure_quality(
     pipeline: MTUPipeline, examples: Sequence[IconExample], before: Tensor, after: Tensor
 ) -> list[Measurement]:
-    """Compare generated images with the true targets: median PSNR, and for text-to-image what the caption names."""
+    """Compare images of the model before and after training with the true targets.
+
+    Image-to-image tasks are measured by median PSNR, and text-to-image by the icon and colours of its caption.
+
+    Args:
+        pipeline: the pipeline, whose VAE gives the ceiling.
+        examples: n held-out examples.
+        before, after: (n, 3, 64, 64) in [−1, 1], the images of the examples.
+
+    Returns:
+        The rows of the metrics table.
+    """
     targets = torch.stack([example.target for example in examples])
     vae = pipeline.vae
     latents = vae.encode(targets.to(vae.device, vae.dtype)).latent_dist.mode()
@@ -135,7 +158,7 @@ def measure_quality(
     for row in dict.fromkeys(_row_name(example) for example in examples):
         where = [i for i, example in enumerate(examples) if _row_name(example) == row]
         if row == "text-to-image":
-            shown = [_pictured(examples[i].prompt) for i in where]
+            shown = [_parse_caption(examples[i].prompt) for i in where]
             for metric, score in (("icon top-1 of 100 (%)", _retrieval), ("colours right (%)", _colours)):
                 values = [score(images[where], shown) for images in (before, after, ceiling)]
                 rows.append(Measurement(row, metric, len(where), None, *values))
@@ -149,7 +172,7 @@ def measure_quality(
 
 
 def format_measurements(rows: Sequence[Measurement]) -> str:
-    """The metrics as a Markdown table."""
+    """Format measurements as a Markdown table."""
     lines = [
         "| task | metric | examples | copying the input | before | after | VAE's ceiling |",
         "|---|---|---:|---:|---:|---:|---:|",
@@ -164,7 +187,7 @@ def format_measurements(rows: Sequence[Measurement]) -> str:
 
 
 def write_measurements_csv(path: Path, rows: Sequence[Measurement], provenance: dict[str, object]) -> None:
-    """Write the metrics with their provenance in every row."""
+    """Write measurements as CSV, with the provenance in every row."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow([*Measurement._fields, *provenance])
@@ -177,7 +200,13 @@ def write_measurements_csv(path: Path, rows: Sequence[Measurement], provenance: 
 def before_after_grid(
     examples: Sequence[IconExample], before: Tensor, after: Tensor, examples_per_row: int = 4
 ) -> Image.Image:
-    """Examples side by side: input, before, after and target, a block of columns per example, a line per row."""
+    """Arrange input, image before training, image after training and target of examples side by side.
+
+    Args:
+        examples: n examples.
+        before, after: (n, 3, 64, 64) in [−1, 1], the images of the examples.
+        examples_per_row: number of examples of each task or kind of edit, which form a row.
+    """
     cell, gap, label_height, names_width = IMAGE_SIZE, 6, 26, 112
     block = 4 * (cell + 2) + 2 * gap
     rows: dict[str, list[int]] = {}
@@ -208,8 +237,8 @@ def _row_name(example: IconExample) -> str:
     return f"{example.task}: {example.edit_kind}" if example.edit_kind else example.task
 
 
-def _pictured(prompt: str) -> IconPicture:
-    """The icon that a caption of the data set's grammar describes."""
+def _parse_caption(prompt: str) -> IconPicture:
+    """The icon that a caption of the data set describes."""
     words = prompt.removeprefix("a ").split()
     style = "-outline" if words[1] == "outlined" else ""
     name = words[-3]

@@ -1,8 +1,8 @@
-"""What the base model learns to draw, and the words it learns for it.
+"""The pictures that the base model learns to draw, and their prompts.
 
-Most captions follow the data set's grammar. The rest say the same through the instructions of the image tasks: the
+Most prompts are captions of the data set. Others describe a picture through the instructions of the image tasks: the
 picture of a red outlined bell on black is also "a blue bell on white, outline it, make it red, put it on black". The
-text encoder is frozen in later multi-task training, so this is where the instructions' words get their meaning.
+text encoder is frozen in later multi-task training, so it must learn the words of the instructions here.
 """
 
 from collections.abc import Sequence
@@ -28,14 +28,14 @@ from mtu.data.icons.font import glyph_code_points
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """Parts of the base model's training examples.
+    """The fractions of the kinds of training examples of the base model.
 
     Attributes:
-        scene_fraction: part of the examples that are scenes of two half-size icons.
-        scenes: how many different scenes there are.
-        removal_fraction: part of the scenes that show one icon, and whose prompt removes the other.
-        instruction_fraction: part of the single icons that are described through instructions.
-        prompt_dropout_prob: part of the prompts that are left empty, for classifier-free guidance.
+        scene_fraction: fraction of the examples that are scenes of two half-size icons.
+        scenes: number of different scenes.
+        removal_fraction: fraction of the scenes whose prompt removes one of the two icons.
+        instruction_fraction: fraction of the single icons that instructions describe.
+        prompt_dropout_prob: fraction of the prompts that are left empty, for classifier-free guidance.
     """
 
     scene_fraction: float = 0.12
@@ -46,19 +46,19 @@ class PromptConfig:
 
 
 class IconPicture(NamedTuple):
-    """One icon over the whole picture; the name carries the style."""
+    """A picture of one icon. Its name says whether it is plain, outlined or crossed out."""
 
     name: str
     colour: str
     background: str
 
     def paint(self) -> np.ndarray:
-        """Return the picture, (64, 64, 3) uint8."""
+        """Paint the picture, (64, 64, 3) uint8."""
         return paint_icon(self.name, self.colour, self.background)
 
 
 class ScenePicture(NamedTuple):
-    """Two half-size icons in two quadrants; the second is only spoken of where `removed` is true."""
+    """A picture of two half-size icons in two quadrants. If `removed` is true, only the prompt names the second."""
 
     names: tuple[str, str]
     colours: tuple[str, str]
@@ -67,19 +67,23 @@ class ScenePicture(NamedTuple):
     removed: bool
 
     def paint(self) -> np.ndarray:
-        """Return the picture, (64, 64, 3) uint8."""
+        """Paint the picture, (64, 64, 3) uint8."""
         icons = list(zip(self.names, self.colours, self.quadrants, strict=True))
         return paint_scene(icons[:1] if self.removed else icons, self.background)
 
     def prompt(self, swapped: bool) -> str:
-        """Return the scene's caption, with the removal as an instruction; swapped names the second icon first."""
+        """Return the caption of the scene, with the instruction of a removal.
+
+        Args:
+            swapped: whether the caption names the second icon first.
+        """
         order = -1 if swapped else 1
         text = scene_caption(self.names[::order], self.colours[::order], self.background)
         return f"{text}, remove the {self.colours[1]} {self.names[1]}" if self.removed else text
 
 
 def icon_pictures(split: Split) -> list[IconPicture]:
-    """Return all combinations of a split that text-to-image may show: plain, outlined and crossed-out icons."""
+    """Return all pictures of a split that text-to-image may show: plain, outlined and crossed-out icons."""
     named = [
         name + style
         for name in text_to_image_names()
@@ -96,7 +100,7 @@ def icon_pictures(split: Split) -> list[IconPicture]:
 
 
 def scene_pictures(rng: np.random.Generator, config: PromptConfig) -> list[ScenePicture]:
-    """Draw the scenes: two names, two colours, two quadrants and a background each."""
+    """Draw scenes, each with two names, two colours, two quadrants and a background."""
     names, colours, backgrounds = text_to_image_names(), tuple(ICON_COLOURS), tuple(BACKGROUND_COLOURS)
 
     def two(options: Sequence[str]) -> tuple[str, str]:
@@ -115,11 +119,13 @@ def scene_pictures(rng: np.random.Generator, config: PromptConfig) -> list[Scene
 
 
 def instruction_prompt(picture: IconPicture, rng: np.random.Generator) -> str:
-    """Describe one icon through instructions: a caption that leaves out or contradicts what they then change.
+    """Describe a picture of one icon by a caption and instructions that change what the caption says.
+
+    The caption lacks each property that an instruction sets, or names another one.
 
     Args:
-        picture: what is shown.
-        rng: decides which of colour, background and style are said by instructions, and their order.
+        picture: the picture to describe.
+        rng: chooses the properties (colour, background, style) that instructions set, and their order.
     """
     name, colour, background = picture
     instructions = []
@@ -133,14 +139,14 @@ def instruction_prompt(picture: IconPicture, rng: np.random.Generator) -> str:
         if name.endswith(style) and rng.random() < 0.7:
             instructions.append(instruction)
             name = name.removesuffix(style)
-    # Left-out words leave gaps in the caption's grammar, which are closed here.
+    # This removes the gaps that words left out have made in the caption.
     text = " ".join(caption(name, colour, background or "?").removesuffix(" on ?").split())
     order = rng.permutation(len(instructions))
     return ", ".join([text, *(instructions[i] for i in order)])
 
 
 def draw_prompt(picture: IconPicture | ScenePicture, rng: np.random.Generator, config: PromptConfig) -> str:
-    """Draw a prompt for a picture: empty, the data set's caption, or a caption with instructions."""
+    """Draw a prompt for a picture: an empty one, a caption, or a caption with instructions."""
     if rng.random() < config.prompt_dropout_prob:
         return ""
     if isinstance(picture, ScenePicture):

@@ -1,4 +1,4 @@
-"""How good the base model is, measured on held-out combinations and unseen icons."""
+"""The scores of the base model on held-out combinations of icon and colours, and on icons that it has never seen."""
 
 import json
 from collections.abc import Sequence
@@ -29,16 +29,16 @@ from mtu.storage import write_text
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """How to score.
+    """The settings of the scores.
 
     Attributes:
-        samples: pictures generated for the scores on the test split.
-        validation_samples: pictures per guidance scale when the scale is chosen, on the validation split.
-        guidance_scales: scales to choose from.
+        samples: number of pictures of the test split that are generated.
+        validation_samples: number of pictures of the validation split that are generated with each guidance scale.
+        guidance_scales: guidance scales to choose from.
         steps: denoising steps.
-        candidates: pictures among which retrieval looks for the right one.
-        reconstructions: pictures per kind for the autoencoder's PSNR.
-        seed: of the requests and of the noise.
+        candidates: number of icons among which retrieval looks for the right one.
+        reconstructions: number of pictures of each kind for the PSNR of the autoencoder.
+        seed: seed of the chosen pictures and of the noise.
     """
 
     samples: int = 256
@@ -51,7 +51,13 @@ class ScoreConfig:
 
 
 def sample_icon_pictures(split: Split, count: int, seed: int) -> list[IconPicture]:
-    """Draw plain and outlined icons, at equal rates, in combinations that are in a split, none twice."""
+    """Draw different pictures of a split, of plain and outlined icons.
+
+    Args:
+        split: the split of the combinations of icon, colour and background.
+        count: number of pictures.
+        seed: seed of the choice.
+    """
     rng = np.random.default_rng([seed, 5])
     pictures = [picture for picture in icon_pictures(split) if not picture.name.endswith(CROSSED_OUT_SUFFIX)]
     chosen = rng.permutation(len(pictures))[:count]
@@ -62,7 +68,14 @@ def sample_icon_pictures(split: Split, count: int, seed: int) -> list[IconPictur
 def generate_from_captions(
     pipeline: StableDiffusionPipeline, pictures: Sequence[IconPicture], scale: float, steps: int, seed: int
 ) -> np.ndarray:
-    """Generate a picture for the caption of each request.
+    """Generate an image from the caption of each picture.
+
+    Args:
+        pipeline: the base model.
+        pictures: n pictures.
+        scale: guidance scale.
+        steps: denoising steps.
+        seed: seed of the noise.
 
     Returns:
         (n, 64, 64, 3) float32 in 0 … 255.
@@ -80,23 +93,23 @@ def generate_from_captions(
 
 
 def nearest_colour_names(colours: np.ndarray, named: dict[str, tuple[int, int, int]]) -> list[str]:
-    """Return the name of the nearest named colour for each row of (n, 3)."""
+    """Return the name of the nearest named colour for each of (n, 3) colours."""
     table = np.array(list(named.values()), dtype=np.float64)
     distances = np.square(colours[:, None] - table).sum(-1)
     return [tuple(named)[i] for i in distances.argmin(1)]
 
 
 def classify_colours(images: np.ndarray) -> tuple[list[str], list[str]]:
-    """Read an icon's colour and background off pictures.
+    """Name the colour of the icon and the background of images.
 
-    The background is the median of the outermost two rows and columns, which no icon reaches. The icon's colour is
-    the mean over pixels at least half as far from that background as the farthest pixel is.
+    The background is the median of the outermost two rows and columns, which no icon reaches. The colour of the icon is
+    the mean over the pixels that differ from the background at least half as much as the most different pixel.
 
     Args:
         images: (n, h, w, 3) in 0 … 255.
 
     Returns:
-        Names of colours and names of backgrounds.
+        The names of the colours and the names of the backgrounds.
     """
     frame = np.ones(images.shape[1:3], dtype=bool)
     frame[2:-2, 2:-2] = False
@@ -108,20 +121,19 @@ def classify_colours(images: np.ndarray) -> tuple[list[str], list[str]]:
 
 
 def retrieval_hits(images: np.ndarray, pictures: Sequence[IconPicture], candidates: int, seed: int) -> np.ndarray:
-    """Tell for which pictures the requested icon is the nearest of many candidates.
+    """Tell for each image whether the right icon is the nearest of many candidates.
 
-    All candidates are painted in the requested colour and background, so only the shape decides. They are the
-    requested icon, the same name in the other style, and random other (name, style) pairs; the nearest is that of
-    the smallest mean squared pixel error.
+    The candidates are the right icon, the same name in the other style, and random other icons, all painted in the
+    right colour and background. The nearest one has the smallest mean squared pixel error.
 
     Args:
         images: (n, 64, 64, 3) in 0 … 255.
-        pictures: what was requested.
-        candidates: number of candidates, the right one included; all icons if there are fewer.
-        seed: of the random candidates.
+        pictures: the n pictures that the images should show.
+        candidates: number of candidates, including the right icon; all icons if there are fewer.
+        seed: seed of the random candidates.
 
     Returns:
-        (n,) bool.
+        (n,) bool, True for a hit.
     """
     rng = np.random.default_rng([seed, 6])
     pool = [name + style for name in text_to_image_names() for style in ("", OUTLINE_SUFFIX)]
@@ -139,10 +151,16 @@ def retrieval_hits(images: np.ndarray, pictures: Sequence[IconPicture], candidat
 def text_to_image_scores(
     pipeline: StableDiffusionPipeline, pictures: Sequence[IconPicture], scale: float, config: ScoreConfig
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Generate pictures for requests and score them.
+    """Generate images from the captions of pictures, and score them.
+
+    Args:
+        pipeline: the base model.
+        pictures: the pictures that the images should show.
+        scale: guidance scale.
+        config: the settings of the scores.
 
     Returns:
-        Rates in 0 … 1 and the median PSNR against the true pictures; and the generated pictures.
+        Rates in [0, 1] and the median PSNR against the true pictures, and the (n, 64, 64, 3) images.
     """
     images = generate_from_captions(pipeline, pictures, scale, config.steps, config.seed)
     colours, backgrounds = classify_colours(images)
@@ -163,7 +181,7 @@ def choose_guidance_scale(pipeline: StableDiffusionPipeline, config: ScoreConfig
     """Choose the guidance scale on the validation split, by retrieval and then by PSNR against the true pictures.
 
     Returns:
-        The scale, and the retrieval rate among all icons at each scale.
+        The best scale, and the retrieval rate among all icons at each scale.
     """
     pictures = sample_icon_pictures("validation", config.validation_samples, config.seed)
     scores = {scale: text_to_image_scores(pipeline, pictures, scale, config)[0] for scale in config.guidance_scales}
@@ -172,7 +190,7 @@ def choose_guidance_scale(pipeline: StableDiffusionPipeline, config: ScoreConfig
 
 
 def sample_grid(images: np.ndarray, pictures: Sequence[IconPicture], columns: int = 8, rows: int = 3) -> Image.Image:
-    """Arrange generated pictures, each above the true picture of the same request."""
+    """Arrange generated images, each above the true picture."""
     grid = Image.new("RGB", (columns * IMAGE_SIZE, 2 * rows * IMAGE_SIZE))
     for i in range(min(columns * rows, len(pictures))):
         left, top = i % columns * IMAGE_SIZE, i // columns * 2 * IMAGE_SIZE
@@ -183,15 +201,15 @@ def sample_grid(images: np.ndarray, pictures: Sequence[IconPicture], columns: in
 
 
 def score_model(folder: Path, config: ScoreConfig, device: str | torch.device = "cpu") -> dict[str, object]:
-    """Score the model in a folder; writes `metrics.json` and `samples.png` beside it.
+    """Score the model in a folder, and write `metrics.json` and `samples.png` into it.
 
     Args:
-        folder: a folder in diffusers' layout.
-        config: how to score.
-        device: where the model runs.
+        folder: the folder of a pipeline of diffusers.
+        config: the settings of the scores.
+        device: the device of the model.
 
     Returns:
-        What `metrics.json` holds.
+        The contents of `metrics.json`.
 
     Raises:
         ValueError: the device cannot be used.

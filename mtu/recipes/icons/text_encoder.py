@@ -18,13 +18,13 @@ BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """The text encoder's size.
+    """Size of the text encoder.
 
     Attributes:
-        width: of the embeddings and of what the UNet attends to.
-        layers: transformer layers.
-        heads: attention heads.
-        max_length: tokens per prompt, begin and end included.
+        width: width of the embeddings, which the UNet attends to.
+        layers: number of transformer layers.
+        heads: number of attention heads.
+        max_length: tokens per prompt, including begin and end.
     """
 
     width: int = 128
@@ -37,9 +37,9 @@ class TextEncoderConfig:
 def learn_bpe_merges(words: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """Learn byte-pair merges until every word is one token.
 
-    The most frequent pair is merged first, the alphabetically first one of equally frequent pairs. The trainer of the
-    `tokenizers` library breaks ties by the order of a randomly seeded hash table: another process gets other token
-    numbers, which a resumed training must not.
+    The most frequent pair is merged first, and of equally frequent pairs the alphabetically first. The trainer of the
+    `tokenizers` library breaks ties by a randomly seeded hash table, so that another process would get other token
+    numbers. A resumed training needs the same ones.
 
     Args:
         words: lower-case ASCII words, each counted once.
@@ -63,12 +63,12 @@ def build_tokenizer(max_length: int) -> CLIPTokenizer:
     Every byte is a token, alone and at a word's end, so that any text can be encoded without an unknown token.
 
     Args:
-        max_length: tokens per prompt, begin and end included.
+        max_length: tokens per prompt, including begin and end.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = learn_bpe_merges(vocabulary())
     tokens = [*alphabet, *(byte + WORD_END for byte in alphabet), *(left + right for left, right in merges)]
-    # Two pairs can merge to the same token; it keeps its first place.
+    # Two pairs may merge to the same token, which keeps its first place.
     ordered = dict.fromkeys([*tokens, BEGIN, END])
     identifiers = {token: number for number, token in enumerate(ordered)}
     return CLIPTokenizer(vocab=identifiers, merges=list(merges), model_max_length=max_length)
@@ -93,7 +93,7 @@ def build_text_encoder(config: TextEncoderConfig, tokenizer: CLIPTokenizer) -> C
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
-    """Return the (n, max_length) int64 token numbers of prompts, padded as StableDiffusionPipeline pads them."""
+    """Turn prompts into token numbers, (n, max_length) int64, padded as `StableDiffusionPipeline` pads them."""
     length = tokenizer.model_max_length
     return tokenizer(
         list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"

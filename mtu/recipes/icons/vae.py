@@ -21,7 +21,7 @@ from mtu.recipes.icons.device import mixed_precision
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The autoencoder's size and loss.
+    """Size and loss of the autoencoder.
 
     Attributes:
         block_out_channels: width of each resolution, finest first; each but the last halves the picture.
@@ -30,8 +30,8 @@ class VAEConfig:
         batch_size: pictures per step.
         l1_weight: weight of the absolute error beside the squared error.
         kl_weight: weight of the mean KL divergence per latent element.
-        scene_fraction: part of the pictures that show half-size icons.
-        degraded_fraction: part of the pictures that are super-resolution conditions.
+        scene_fraction: fraction of the pictures that show half-size icons.
+        degraded_fraction: fraction of the pictures that are enlarged condition images of super-resolution.
     """
 
     block_out_channels: tuple[int, ...] = (32, 32, 96)
@@ -45,7 +45,7 @@ class VAEConfig:
 
 
 def build_vae(config: VAEConfig) -> AutoencoderKL:
-    """Build an untrained autoencoder; its middle has no attention, which would cost time and hinder generalising."""
+    """Build an untrained autoencoder without attention in its middle, which would cost time and generalize worse."""
     levels = len(config.block_out_channels)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -63,7 +63,7 @@ def build_vae(config: VAEConfig) -> AutoencoderKL:
 
 @lru_cache(maxsize=1)
 def _drawable() -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows of the training icons, and which (icon, colour, background) may be shown: (n, 8, 4) bool."""
+    """Mask indices of the training icons, and whether training may show (icon, colour, background), (n, 8, 4) bool."""
     names = icon_names("train")
     rows = np.array([mask_indices()[name] for name in names])
     shown = [[[combination_split(n, c, b) == "train" for b in BACKGROUND_COLOURS] for c in ICON_COLOURS] for n in names]
@@ -71,11 +71,11 @@ def _drawable() -> tuple[np.ndarray, np.ndarray]:
 
 
 def training_pictures(rng: np.random.Generator, config: VAEConfig) -> Tensor:
-    """Draw pictures of every kind that any task shows, from the training icons, without held-out combinations.
+    """Draw pictures of every kind that the four tasks show, from the training icons, without held-out combinations.
 
     Args:
         rng: source of all random choices.
-        config: batch size and parts.
+        config: batch size and fractions of the kinds.
 
     Returns:
         (batch, 3, 64, 64) float32 in [-1, 1].
@@ -85,7 +85,7 @@ def training_pictures(rng: np.random.Generator, config: VAEConfig) -> Tensor:
     rows, shown = _drawable()
     pictures = np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     for picture in pictures:
-        # Mirrored icons are new shapes, for free.
+        # Mirrored icons add new shapes.
         mirror = slice(None, None, -1 if rng.random() < 0.5 else 1)
         if rng.random() < config.scene_fraction:
             behind = backgrounds[rng.integers(len(backgrounds))]
@@ -109,10 +109,12 @@ def training_pictures(rng: np.random.Generator, config: VAEConfig) -> Tensor:
 
 
 class VAELoss:
-    """Reconstruction loss of a step: squared error, some absolute error, and a small KL divergence.
+    """Computes the reconstruction loss of a step.
+
+        mean squared error + l1_weight · mean absolute error + kl_weight · mean KL divergence
 
     Args:
-        vae: the autoencoder.
+        vae: the autoencoder to train.
         config: batch and weights.
         seed: with the step, determines the pictures and the noise.
     """
@@ -122,7 +124,7 @@ class VAELoss:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What determines the loss of a step."""
+        """The settings that determine the loss of a step."""
         return {**asdict(self.config), "seed": self.seed}
 
     def __call__(self, step: int) -> Tensor:
@@ -140,7 +142,7 @@ class VAELoss:
 
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Return the unscaled latents of pictures: (n, 3, 64, 64) in [-1, 1] to (n, 4, 16, 16) float32, both on the CPU."""
+    """Encode pictures on the CPU, (n, 3, 64, 64) in [-1, 1], to unscaled latents on the CPU, (n, 4, 16, 16) float32."""
     batches = []
     for chunk in pictures.split(64):
         with mixed_precision(vae.device):
@@ -153,8 +155,8 @@ def set_scaling_factor(vae: AutoencoderKL, seed: int, pictures: int = 512) -> fl
 
     Args:
         vae: the trained autoencoder.
-        seed: determines the training pictures that are measured.
-        pictures: how many.
+        seed: seed of the training pictures whose latents are measured.
+        pictures: number of these pictures.
 
     Raises:
         FloatingPointError: all latents are equal, or some are not finite.
@@ -169,7 +171,11 @@ def set_scaling_factor(vae: AutoencoderKL, seed: int, pictures: int = 512) -> fl
 
 
 def reconstruction_examples(count: int) -> dict[str, list[IconExample]]:
-    """Return test examples by the kind of picture that they show: each kind of edit, scenes, and plain icons."""
+    """Return test examples by kind of picture: each kind of edit, scenes, and plain icons.
+
+    Args:
+        count: number of examples of each kind.
+    """
     icons = IconDataset("test")
     edits = icons.get_examples("edit", range(8 * count))
     kinds = {kind: [e for e in edits if e.edit_kind == kind][:count] for kind in EDIT_KINDS}
@@ -181,14 +187,14 @@ def reconstruction_examples(count: int) -> dict[str, list[IconExample]]:
 
 @torch.no_grad()
 def reconstruction_psnr(vae: AutoencoderKL, count: int = 48) -> Mapping[str, float]:
-    """Measure the reconstruction of pictures of test icons, never seen in training in any variant.
+    """Measure how well the autoencoder reconstructs pictures of test icons, which training never shows in any variant.
 
     Args:
-        vae: the trained autoencoder, in any dtype that its device runs.
-        count: pictures per kind.
+        vae: the trained autoencoder, in any dtype that its device supports.
+        count: number of pictures of each kind.
 
     Returns:
-        Median PSNR in dB by kind of picture, and "all", the median over all of them.
+        The median PSNR in dB of each kind of picture, and of all pictures under "all".
     """
     values = {}
     for kind, examples in reconstruction_examples(count).items():
