@@ -16,6 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtu
@@ -210,13 +211,16 @@ def _block(compiled: CompiledPart) -> tuple[Callable[..., Tensor], tuple[Tensor,
 
 def _whole_unet(compiled: CompiledPart) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
     model, dtype = compiled.model, DTYPES[compiled.dtype]
-    with torch.device("meta"):
+    # Fake tensors cannot take the place of parameters, which happens where routers are dropped.
+    with unset_fake_temporarily(), torch.device("meta"):
         unet = UNet2DConditionModel(**MODELS[model])
         if compiled.backend is not None:
             options = {"num_experts": default_experts(model), "init": "paper", "backend": compiled.backend}
             unet = mtu.upcycle(unet, tasks=tasks_of(model), **options)
             unet.drop_routers_()
     to_fake_gpu(unet, dtype)
+    if compiled.backend is not None:
+        unet.conv_in.update_channel_counts_()
     edge = default_size(model) // LATENT_FACTOR
     inputs = make_example_inputs(unet, _BATCH, height=edge, width=edge, channels=unet.conv_in.in_channels)
     inputs["timestep"] = _tensor(_BATCH, dtype=torch.float32)

@@ -44,6 +44,14 @@ def test_the_block():
         assert [("add" in name) for name in norms] == [False, True, True]
 
 
+@counted
+@pytest.mark.slow
+def test_a_whole_unet():
+    upcycled = count(CompiledPart("unet", "triton", DTYPE, model="tiny"))
+    # One kernel of this project in each of the four feed-forwards.
+    assert [name.startswith("expert_in") for name in upcycled.ours] == [True] * 4
+
+
 def test_an_operator_counts_as_what_it_launches():
     def empty(*shape, dtype=torch.bfloat16):
         return torch.empty(*shape, dtype=dtype, device="meta")
