@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_map
 
 from mtu.runtime.compiling import CompiledUNetCalls, ExecutionPlan
 
-from .tiny import SD, inputs, predict, upcycled_unet
+from .outputs import predict
+from .tiny import SD, inputs, upcycled_unet
 
 NAMES = ("remove", "text-to-image", "edit", "super-resolution", "edit")
 SMALL = {

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from .tiny import SD, assert_close, inputs, stock_unet, upcycled_unet
+from .outputs import assert_close
+from .tiny import SD, inputs, stock_unet, upcycled_unet
 
 # Exporting by torch.export takes seconds for each level of a UNet: this one has one level and one transformer block.
 SMALL = {**SD, "block_out_channels": (32,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}

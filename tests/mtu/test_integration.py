@@ -8,19 +8,8 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 
 import mtu
 
-from .tiny import (
-    SD,
-    SDXL,
-    TOLERANCE,
-    assert_close,
-    assert_differ,
-    inputs,
-    predict,
-    randomise_,
-    rows,
-    stock_unet,
-    upcycled_unet,
-)
+from .outputs import TOLERANCE, assert_close, assert_differ, predict, rows
+from .tiny import SD, SDXL, inputs, randomise_, stock_unet, upcycled_unet
 
 NAMES = ("remove", "text-to-image", "edit", "super-resolution", "edit")
 LORA = LoraConfig(r=4, lora_alpha=4, target_modules=["ff.net.2", "ff.net.0.proj", "to_q"], init_lora_weights=False)

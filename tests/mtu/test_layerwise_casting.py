@@ -7,7 +7,8 @@ import torch
 from diffusers.hooks import apply_layerwise_casting
 from torch import nn
 
-from .tiny import TOLERANCE, assert_close, inputs, predict, upcycled_unet
+from .outputs import TOLERANCE, assert_close, predict
+from .tiny import inputs, upcycled_unet
 
 NAMES = ("remove", "text-to-image", "edit", "super-resolution", "edit")
 TOP_2 = {"top_k": 2, "norm": "task_expert"}

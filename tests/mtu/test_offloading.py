@@ -8,7 +8,8 @@ from accelerate import cpu_offload, cpu_offload_with_hook, disk_offload
 
 import mtu
 
-from .tiny import assert_close, inputs, predict, upcycled_unet
+from .outputs import assert_close, predict
+from .tiny import inputs, upcycled_unet
 
 NAMES = ("remove", "text-to-image", "edit", "super-resolution", "edit")
 CPU = torch.device("cpu")

@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_map_only
 
 import mtu
 
-from .tiny import assert_close, assert_differ, inputs, predict, stock_unet, upcycled_unet
+from .outputs import assert_close, assert_differ, predict
+from .tiny import inputs, stock_unet, upcycled_unet
 
 NAMES = ("remove", "text-to-image", "edit", "super-resolution", "edit")
 LARGEST = torch.finfo(torch.float8_e4m3fn).max

@@ -18,6 +18,7 @@ import mtu
 from mtu.inspection import compare
 from mtu.training import FitConfig, fit
 
+from .outputs import TOLERANCE, predict
 from .states import (
     NAMES,
     PRECOMPUTED,
@@ -42,7 +43,7 @@ from .states import (
     without_values,
     wrapped_by_compiler,
 )
-from .tiny import TOLERANCE, predict, randomise_, stock_unet, upcycled_unet
+from .tiny import randomise_, stock_unet, upcycled_unet
 
 # Gradients go forward and backward, and the small ones of a deep network are sums of large ones that cancel.
 CLOSE = 10 * TOLERANCE

@@ -7,7 +7,8 @@ from peft import LoraConfig
 import mtu
 from mtu_kernels import available_backends
 
-from .tiny import FAMILIES, SD, SDXL, TOLERANCE, assert_close, inputs, predict, stock_unet, upcycled_unet
+from .outputs import TOLERANCE, assert_close, predict
+from .tiny import FAMILIES, SD, SDXL, inputs, stock_unet, upcycled_unet
 
 NAMES = ("remove", "text-to-image")
 SETTINGS = [

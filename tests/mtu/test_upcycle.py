@@ -11,20 +11,8 @@ from peft import LoraConfig, get_peft_model
 import mtu
 from mtu.tasks import SD_TASKS, SDXL_TASKS
 
-from .tiny import (
-    FAMILIES,
-    SD,
-    SDXL,
-    assert_close,
-    assert_differ,
-    assert_unchanged,
-    inputs,
-    predict,
-    rows,
-    snapshot,
-    stock_unet,
-    upcycled_unet,
-)
+from .outputs import assert_close, assert_differ, assert_unchanged, predict, rows, snapshot
+from .tiny import FAMILIES, SD, SDXL, inputs, stock_unet, upcycled_unet
 
 PRESERVED = [
     pytest.param({}, id="default"),

@@ -1,4 +1,4 @@
-"""Tiny stock UNets of both families, their inputs, and how outputs are compared."""
+"""Tiny stock and upcycled UNets of both families, and their inputs."""
 
 import copy
 import warnings
@@ -32,10 +32,6 @@ SDXL = {
     "projection_class_embeddings_input_dim": 40,  # 6 · 4 + a pooled text embedding of 16
 }
 FAMILIES = {"sd": SD, "sdxl": SDXL}
-
-# Relative to the largest output. These networks chain some 40 layers, each of which may round by about 2 ulp
-# (eps = 1.2e-7) of its largest output: 40 · 2 · 1.2e-7 = 1e-5, the bound that DESIGN §2 names, too.
-TOLERANCE = 1e-5
 
 
 def stock_unet(config: dict[str, Any] = SD, seed: int = 0, **changes: Any) -> UNet2DConditionModel:
@@ -89,46 +85,3 @@ def inputs(unet: UNet2DConditionModel, batch: int = 5, channels: int = 8, seed: 
     if unet.config.addition_embed_type == "text_time":
         given["added_cond_kwargs"] = {"text_embeds": random(batch, 16), "time_ids": random(batch, 6)}
     return given
-
-
-def rows(given: dict[str, Any], index: Any, channels: int | None = None) -> dict[str, Any]:
-    """The samples `index` of a batch, with `channels` of their channels."""
-    taken = {k: rows(v, index) if isinstance(v, dict) else v[index] for k, v in given.items()}
-    if channels is not None:
-        taken["sample"] = taken["sample"][:, :channels]
-    return taken
-
-
-@torch.no_grad()
-def predict(unet: UNet2DConditionModel, given: dict[str, Any], *names: str, **more: Any) -> Tensor:
-    """The output for a batch whose samples belong to the tasks `names`; none named: as a stock UNet is called."""
-    if names:
-        more["task_ids"] = unet.task_ids(names)
-    return unet(**given, **more).sample
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
-    """Raise unless the largest difference is within `tolerance` of the largest expected value."""
-    assert actual.shape == expected.shape
-    assert torch.isfinite(actual).all()
-    error, scale = (actual - expected).abs().max().item(), expected.abs().max().item()
-    assert error <= tolerance * scale, f"error {error:.3g} of {scale:.3g}, allowed {tolerance:.3g}"
-
-
-def assert_differ(first: Tensor, second: Tensor) -> None:
-    """Raise unless two outputs are so different that a test that they are close means something."""
-    assert (first - second).abs().max() > 1000 * TOLERANCE * second.abs().max()
-
-
-def snapshot(unet: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A copy of what an operation that fails must not change: the state dict and the configuration."""
-    return {k: v.clone() for k, v in unet.state_dict().items()}, dict(unet.config.items())
-
-
-def assert_unchanged(unet: torch.nn.Module, before: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
-    """Raise unless `unet` is bit for bit what it was at `snapshot`."""
-    state, config = before
-    assert dict(unet.config) == config
-    assert unet.state_dict().keys() == state.keys()
-    for name, tensor in unet.state_dict().items():
-        assert torch.equal(tensor, state[name]), name

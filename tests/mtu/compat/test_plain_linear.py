@@ -12,7 +12,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 from mtu.compat.plain_linear import is_plain_linear
 from mtu.models.ffn import why_not_upcyclable
 
-from ..tiny import assert_close, inputs, predict, upcycled_unet
+from ..outputs import assert_close, predict
+from ..tiny import inputs, upcycled_unet
 
 NAMES = ("remove", "text-to-image", "edit", "super-resolution", "edit")
 

@@ -14,7 +14,8 @@ from mtu.models.ffn import TASK_CONTEXT_KEY, RoutedTransformerBlock, why_not_upc
 from mtu.models.router import TaskContext
 from mtu_kernels import available_backends, dense_weights
 
-from ..tiny import TOLERANCE, assert_close, assert_differ, randomise_
+from ..outputs import TOLERANCE, assert_close, assert_differ
+from ..tiny import randomise_
 
 DIM, TASKS, EXPERTS, WIDTH = 16, 3, 4, 12
 IDS = torch.tensor([2, 0, 1, 2])

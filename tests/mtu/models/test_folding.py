@@ -9,19 +9,8 @@ from peft import LoraConfig
 
 from mtu import TaskSpec
 
-from ..tiny import (
-    FAMILIES,
-    SD,
-    assert_close,
-    assert_differ,
-    assert_unchanged,
-    inputs,
-    predict,
-    rows,
-    snapshot,
-    stock_unet,
-    upcycled_unet,
-)
+from ..outputs import assert_close, assert_differ, assert_unchanged, predict, rows, snapshot
+from ..tiny import FAMILIES, SD, inputs, stock_unet, upcycled_unet
 
 TASKS = ("text-to-image", "edit", "super-resolution", "remove")
 SETTINGS = [

@@ -17,7 +17,8 @@ from mtu.models.norm import TaskLayerNorm
 from mtu.models.router import TaskContext
 from mtu_kernels import NormAffine
 
-from ..tiny import SD, SDXL, assert_close, assert_differ, inputs, predict, randomise_, upcycled_unet
+from ..outputs import assert_close, assert_differ, predict
+from ..tiny import SD, SDXL, inputs, randomise_, upcycled_unet
 
 NAMES = ("remove", "text-to-image", "edit", "super-resolution", "edit")
 MIXES = (NAMES, ("edit",) * 5, ("text-to-image", "remove", "remove", "edit", "super-resolution"))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ..tiny import SDXL, TOLERANCE, inputs, stock_unet, upcycled_unet
+from ..outputs import TOLERANCE
+from ..tiny import SDXL, inputs, stock_unet, upcycled_unet
 
 NAMES = ("remove", "text-to-image", "remove", "super-resolution", "text-to-image")  # no "edit"
 SETTINGS = [

@@ -8,7 +8,8 @@ from mtu.experts import ExpertConfig
 from mtu.inspection import sweep
 from mtu.models.router import TaskContext
 
-from ..tiny import SD, assert_close, inputs, predict, randomise_, rows, stock_unet
+from ..outputs import assert_close, predict, rows
+from ..tiny import SD, inputs, randomise_, stock_unet
 
 # One feed-forward network in all.
 ONE_BLOCK = {

@@ -11,19 +11,8 @@ from mtu import TaskSpec
 from mtu.storage import _digest
 
 from ..file_operations import CUTS, count_operations, run_cut_off
-from ..tiny import (
-    FAMILIES,
-    SDXL,
-    assert_close,
-    assert_differ,
-    assert_unchanged,
-    inputs,
-    predict,
-    randomise_,
-    snapshot,
-    stock_unet,
-    upcycled_unet,
-)
+from ..outputs import assert_close, assert_differ, assert_unchanged, predict, snapshot
+from ..tiny import FAMILIES, SDXL, inputs, randomise_, stock_unet, upcycled_unet
 
 NAMES = ("remove", "text-to-image", "edit", "super-resolution", "edit")
 SETTINGS = [

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from mtu import MTUUNet2DConditionModel
 
 from ..file_operations import CUTS, count_operations, run_cut_off
-from ..tiny import FAMILIES, inputs, predict, stock_unet, upcycled_unet
+from ..outputs import predict
+from ..tiny import FAMILIES, inputs, stock_unet, upcycled_unet
 
 NAMES = ("remove", "text-to-image", "edit", "super-resolution", "edit")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -10,18 +10,8 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.utils.checkpoint import checkpoint
 
 import mtu
-from tests.mtu.tiny import (
-    SD,
-    assert_close,
-    assert_differ,
-    assert_unchanged,
-    inputs,
-    predict,
-    rows,
-    snapshot,
-    stock_unet,
-    upcycled_unet,
-)
+from tests.mtu.outputs import assert_close, assert_differ, assert_unchanged, predict, rows, snapshot
+from tests.mtu.tiny import SD, inputs, stock_unet, upcycled_unet
 
 
 class Louder(AttnProcessor2_0):

@@ -7,17 +7,8 @@ import torch
 
 from mtu import TaskSpec
 
-from ..tiny import (
-    FAMILIES,
-    assert_close,
-    assert_differ,
-    assert_unchanged,
-    inputs,
-    predict,
-    rows,
-    snapshot,
-    upcycled_unet,
-)
+from ..outputs import assert_close, assert_differ, assert_unchanged, predict, rows, snapshot
+from ..tiny import FAMILIES, inputs, upcycled_unet
 
 OLD = ("text-to-image", "edit", "super-resolution", "remove", "edit")
 SETTINGS = [

@@ -8,19 +8,8 @@ from diffusers import UNet2DConditionModel
 
 import mtu
 
-from ..tiny import (
-    FAMILIES,
-    SD,
-    assert_close,
-    assert_differ,
-    assert_unchanged,
-    inputs,
-    predict,
-    rows,
-    snapshot,
-    stock_unet,
-    upcycled_unet,
-)
+from ..outputs import assert_close, assert_differ, assert_unchanged, predict, rows, snapshot
+from ..tiny import FAMILIES, SD, inputs, stock_unet, upcycled_unet
 
 NAMES = ("remove", "text-to-image", "edit", "super-resolution", "edit")
 SETTINGS = [

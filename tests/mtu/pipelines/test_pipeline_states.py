@@ -14,6 +14,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 import mtu
+from tests.mtu.outputs import TOLERANCE
 from tests.mtu.pipelines.conftest import stock_pipeline
 from tests.mtu.states import (
     adapted,
@@ -26,7 +27,6 @@ from tests.mtu.states import (
     quantized,
     rounded_as_cast,
 )
-from tests.mtu.tiny import TOLERANCE
 
 CLOSE = 10 * TOLERANCE
 TASKS = ["edit", "text-to-image"]

@@ -4,8 +4,9 @@ import pytest
 
 from mtu.runtime.compiling import CompiledUNetCalls, ExecutionPlan
 
+from ..outputs import predict
 from ..recorded_graphs import RecordedGraphs
-from ..tiny import predict, randomise_
+from ..tiny import randomise_
 
 NAMES = ("remove", "text-to-image", "edit", "super-resolution", "edit")
 MIXES = (NAMES, ("edit",) * 5, ("text-to-image",) * 5, ("text-to-image", "remove", "remove", "edit", "edit"))

@@ -11,8 +11,9 @@ from peft import LoraConfig
 import mtu
 from mtu.runtime.compiling import CompiledUNetCalls
 
+from ..outputs import assert_close, assert_differ, predict
 from ..states import SMALL
-from ..tiny import assert_close, assert_differ, inputs, predict, upcycled_unet
+from ..tiny import inputs, upcycled_unet
 from .compiled_models import GRAPHS, NAMES, compiled, plain, replace_data, update_routers
 
 pytestmark = pytest.mark.usefixtures("dynamo")

@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mtu
 from mtu.runtime.graphs import CudaGraphCapture
 
+from ..outputs import assert_close, predict, rows
 from ..states import SMALL
-from ..tiny import assert_close, inputs, predict, rows, upcycled_unet
+from ..tiny import inputs, upcycled_unet
 from .compiled_models import GRAPHS, NAMES, compiled, plain, replace_data
 
 pytestmark = pytest.mark.usefixtures("dynamo")

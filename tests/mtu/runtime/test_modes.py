@@ -6,8 +6,9 @@ import torch
 
 import mtu
 
+from ..outputs import assert_close, assert_differ, predict, rows
 from ..states import SMALL
-from ..tiny import FAMILIES, assert_close, assert_differ, inputs, predict, rows, upcycled_unet
+from ..tiny import FAMILIES, inputs, upcycled_unet
 from .compiled_models import GRAPHS, MIXES, NAMES, SETTINGS, TRACED, compiled, plain, update_routers
 
 pytestmark = pytest.mark.usefixtures("dynamo")

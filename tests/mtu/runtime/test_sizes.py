@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from ..outputs import assert_close, assert_differ, predict, rows
 from ..recorded_graphs import RecordedGraphs
 from ..states import SMALL
-from ..tiny import FAMILIES, assert_close, assert_differ, inputs, predict, rows, stock_unet, upcycled_unet
+from ..tiny import FAMILIES, inputs, stock_unet, upcycled_unet
 from .compiled_models import BOTH, GRAPHS, MIXES, NAMES, SETTINGS, TRACED, compiled, plain
 
 pytestmark = pytest.mark.usefixtures("dynamo")

@@ -6,8 +6,9 @@ import pytest
 
 import mtu
 
+from ..outputs import predict, rows
 from ..states import SMALL
-from ..tiny import FAMILIES, inputs, predict, rows, stock_unet, upcycled_unet
+from ..tiny import FAMILIES, inputs, stock_unet, upcycled_unet
 from .compiled_models import GRAPHS, compiled
 
 pytestmark = pytest.mark.usefixtures("dynamo")
