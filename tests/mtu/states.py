@@ -6,6 +6,10 @@ Each takes a model in memory and a folder of its own, and returns the model in i
 import contextlib
 import copy
 import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import accelerate
 import torch
@@ -145,6 +149,24 @@ def with_precomputed_routing(unet, folder):
 
 def plain(unet, folder):
     return unet
+
+
+class State(NamedTuple):
+    """A state of a model.
+
+    Args:
+        put: brings a plain model into it.
+        like: a plain model that computes the same.
+        refuses: what a method says in it that cannot be right.
+        stock_fails: methods that stock models fail at, too.
+        only: the methods to look at; None: all.
+    """
+
+    put: Callable[[Any, Path], Any]
+    like: Callable[[Any, Path], Any] = plain
+    refuses: Mapping[str, str] = MappingProxyType({})
+    stock_fails: tuple[str, ...] = ()
+    only: tuple[str, ...] | None = None
 
 
 def given_for(unet):

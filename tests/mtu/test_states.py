@@ -3,10 +3,9 @@
 import copy
 import functools
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from .states import (
     NAMES,
     PRECOMPUTED,
     SMALL,
+    State,
     adapted,
     adapted_in_plain_weights,
     cast,
@@ -180,24 +180,6 @@ METHODS = {
 }
 
 # ----------------------------------------------------------------------------------------------------------- the table
-
-
-class State(NamedTuple):
-    """A state of a model.
-
-    Args:
-        put: brings a plain model into it.
-        like: a plain model that computes the same.
-        refuses: what a method says in it that cannot be right.
-        stock_fails: methods that stock models fail at, too.
-        only: the methods to look at; None: all.
-    """
-
-    put: Callable[[Any, Path], Any]
-    like: Callable[[Any, Path], Any] = plain
-    refuses: Mapping[str, str] = MappingProxyType({})
-    stock_fails: tuple[str, ...] = ()
-    only: tuple[str, ...] | None = None
 
 
 SURGERY = ("add_task", "remove_task", "load_task", "load_task_again")

@@ -1,5 +1,7 @@
 """Upcycled UNets on the backend "triton": what they compute, how they learn, and what they leave to the modules."""
 
+from typing import cast
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -66,7 +68,7 @@ def test_a_mixed_batch(config, settings, device):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["saved", "checkpointing"])
 def test_training(checkpointing, device):
     """Both families, dense and top-k, with and without checkpointing, in the fewest models: the interpreter is slow."""
-    config, settings = SETTINGS[2 if checkpointing else 0].values
+    config, settings = cast(tuple[dict, dict], SETTINGS[2 if checkpointing else 0].values)
     # Two transformer blocks.
     config = {**config, "up_block_types": ("UpBlock2D", "UpBlock2D"), "mid_block_type": None if checkpointing else MID}
     gradients = []

@@ -9,6 +9,7 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
 
 import mtu
+from mtu.inspection import BUILT_IN
 from mtu.tasks import SD_TASKS, SDXL_TASKS
 
 from .outputs import assert_close, assert_differ, assert_unchanged, predict, rows, snapshot
@@ -331,21 +332,6 @@ def test_a_pruned_export_raises():
 
 # ------------------------------------------------------------------------------------------- meta device, the paper
 
-SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-SDXL_BASE = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-
 
 def test_the_meta_device():
     with torch.device("meta"):
@@ -365,8 +351,8 @@ def test_the_meta_device():
 @pytest.mark.parametrize(
     ("config", "stock_millions", "blocks", "trained_billions", "ratio"),
     [
-        pytest.param(SD15, 859.5, 16, 0.1584, 1.011, id="sd15"),
-        pytest.param(SDXL_BASE, 2567.5, 70, 1.524, 1.115, id="sdxl", marks=pytest.mark.slow),
+        pytest.param(BUILT_IN["sd15"], 859.5, 16, 0.1584, 1.011, id="sd15"),
+        pytest.param(BUILT_IN["sdxl"], 2567.5, 70, 1.524, 1.115, id="sdxl", marks=pytest.mark.slow),
     ],
 )
 def test_the_papers_parameter_counts(config, stock_millions, blocks, trained_billions, ratio):

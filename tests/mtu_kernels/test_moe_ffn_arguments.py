@@ -28,6 +28,17 @@ def routing(weights=TOP_2.routing.weights, indices=TOP_2.routing.indices):
     return DENSE._replace(routing=DENSE.routing._replace(weights=weights, indices=indices))
 
 
+INDICES = {
+    "indices of another shape": (ZEROS(3, 1, dtype=torch.int32), "be (B, K) as routing.weights = (3, 2), got (3, 1)"),
+    "indices that are not integers": (TOP_2.routing.indices.float(), "be int32 or int64, got torch.float32"),
+    "indices of int16": (TOP_2.routing.indices.short(), "be int32 or int64, got torch.int16"),
+    "an index below zero": (torch.tensor([[0, 1], [-1, 2], [1, 2]]), "lie in [0, E = 4), got values from -1 to 2"),
+    "an index too large": (torch.tensor([[0, 1], [3, 4], [1, 2]]), "lie in [0, E = 4), got values from 0 to 4"),
+    "an expert twice": (
+        torch.tensor([[0, 1], [3, 3], [1, 2]]),
+        "name an expert at most once for each sample, got repeated indices",
+    ),
+}
 REFUSED = {
     "no bias": (experts(b_in=None), "experts.b_in must be a tensor, got NoneType."),
     "x of two dimensions": (DENSE._replace(x=DENSE.x[0]), "x must be (B, L, D) with D >= 1, got (13, 16)."),
@@ -84,30 +95,10 @@ REFUSED = {
         routing(ZEROS(2, 2)),
         "routing.weights must be (B, K) with B = 3 and 1 <= K <= E = 4, got (2, 2).",
     ),
-    "indices of another shape": (
-        routing(indices=ZEROS(3, 1, dtype=torch.int32)),
-        "routing.indices must be (B, K) as routing.weights = (3, 2), got (3, 1).",
-    ),
-    "indices that are not integers": (
-        routing(indices=TOP_2.routing.indices.float()),
-        "routing.indices must be int32 or int64, got torch.float32.",
-    ),
-    "indices of int16": (
-        routing(indices=TOP_2.routing.indices.short()),
-        "routing.indices must be int32 or int64, got torch.int16.",
-    ),
-    "an index below zero": (
-        routing(indices=torch.tensor([[0, 1], [-1, 2], [1, 2]])),
-        "routing.indices must lie in [0, E = 4), got values from -1 to 2.",
-    ),
-    "an index too large": (
-        routing(indices=torch.tensor([[0, 1], [3, 4], [1, 2]])),
-        "routing.indices must lie in [0, E = 4), got values from 0 to 4.",
-    ),
-    "an expert twice": (
-        routing(indices=torch.tensor([[0, 1], [3, 3], [1, 2]])),
-        "routing.indices must name an expert at most once for each sample, got repeated indices.",
-    ),
+    **{
+        name: (routing(indices=indices), f"routing.indices must {message}.")
+        for name, (indices, message) in INDICES.items()
+    },
     "integer experts": (
         experts(w_in=DENSE.experts.w_in.int()),
         "experts.w_in must be float32, bfloat16, float16 or float64, got torch.int32.",

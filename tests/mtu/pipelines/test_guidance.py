@@ -11,27 +11,20 @@ from mtu.tasks import EDIT, REMOVE, SUPER_RESOLUTION, TEXT_TO_IMAGE, TaskSpec
 GUIDED_BY_TEXT = TaskSpec("restyle", condition_channels=4, guidance="text")
 
 
-@pytest.mark.parametrize(
-    ("task", "text", "image", "count"),
-    [
-        (TEXT_TO_IMAGE, 7.5, 1.0, 2),
-        (TEXT_TO_IMAGE, 1.0, 1.0, 1),
-        (TEXT_TO_IMAGE, 0.0, 9.0, 1),
-        (GUIDED_BY_TEXT, 3.0, 1.0, 2),
-        (GUIDED_BY_TEXT, 0.5, 1.0, 1),
-        (EDIT, 7.5, 1.6, 3),
-        (EDIT, 1.0, 1.6, 3),
-        (EDIT, 7.5, 1.0, 3),
-        (EDIT, 7.5, 0.5, 3),
-        (EDIT, 0.0, 0.0, 3),
-        (EDIT, 1.0, 1.0, 1),
-        (SUPER_RESOLUTION, 7.5, 1.5, 1),
-        (SUPER_RESOLUTION, 1.0, 1.0, 1),
-    ],
-)
-def test_number_of_branches(task, text, image, count):
-    plan = plan_guidance([task], [text], [image])
-    assert len(plan.sample_index) == len(plan.use_prompt) == len(plan.use_image) == count
+# By task, and by the scales of text and image.
+BRANCHES = {
+    TEXT_TO_IMAGE: {(7.5, 1.0): 2, (1.0, 1.0): 1, (0.0, 9.0): 1},
+    GUIDED_BY_TEXT: {(3.0, 1.0): 2, (0.5, 1.0): 1},
+    EDIT: {(7.5, 1.6): 3, (1.0, 1.6): 3, (7.5, 1.0): 3, (7.5, 0.5): 3, (0.0, 0.0): 3, (1.0, 1.0): 1},
+    SUPER_RESOLUTION: {(7.5, 1.5): 1, (1.0, 1.0): 1},
+}
+
+
+@pytest.mark.parametrize("task", BRANCHES, ids=lambda task: task.name)
+def test_number_of_branches(task):
+    for (text, image), count in BRANCHES[task].items():
+        plan = plan_guidance([task], [text], [image])
+        assert len(plan.sample_index) == len(plan.use_prompt) == len(plan.use_image) == count, (text, image)
 
 
 def test_layout_of_a_mixed_batch():

@@ -157,19 +157,10 @@ def test_mixed_is_solo(pipe, mixed, picture):
         assert_same(together[i : i + 1], alone)
 
 
-def test_order_of_samples_is_that_of_the_call(mixed, picture):
-    order = [2, 0, 3, 1]
-    shuffled = mixed(
-        prompt=[PROMPTS[i] for i in order],
-        image=[images(picture)[i] for i in order],
-        task=[TASKS[i] for i in order],
-        latents=noise()[order],
-    )
-    assert_same(shuffled, mixed()[order])
-
-
-def test_many_samples_of_one_task_between_others(mixed, picture):
-    index = [1, 1, 0, 1, 2, 0, 3]
+@pytest.mark.parametrize(
+    "index", [pytest.param([2, 0, 3, 1], id="another_order"), pytest.param([1, 1, 0, 1, 2, 0, 3], id="repeated_tasks")]
+)
+def test_order_of_samples_is_that_of_the_call(mixed, picture, index):
     result = mixed(
         prompt=[PROMPTS[i] for i in index],
         image=[images(picture)[i] for i in index],

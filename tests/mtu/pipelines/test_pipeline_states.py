@@ -2,9 +2,8 @@
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ import mtu
 from tests.mtu.outputs import TOLERANCE
 from tests.mtu.pipelines.conftest import stock_pipeline
 from tests.mtu.states import (
+    State,
     adapted,
     adapted_in_plain_weights,
     cast,
@@ -30,22 +30,6 @@ from tests.mtu.states import (
 
 CLOSE = 10 * TOLERANCE
 TASKS = ["edit", "text-to-image"]
-
-
-class State(NamedTuple):
-    """A state of a pipeline's UNet.
-
-    Args:
-        put: brings a plain UNet into it.
-        like: a plain UNet that computes the same.
-        refuses: what a method says in it that cannot be right.
-        stock_fails: methods that stock pipelines fail at, too.
-    """
-
-    put: Callable
-    like: Callable = plain
-    refuses: Mapping[str, str] = MappingProxyType({})
-    stock_fails: tuple[str, ...] = ()
 
 
 def compiled(unet, folder):
