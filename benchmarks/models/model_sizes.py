@@ -2,7 +2,7 @@
 
 from benchmarks.harness.provenance import RESULTS, provenance
 from benchmarks.harness.rows import write_cells
-from mtu.inspection import BUILT_IN, compare
+from mtu.inspection import BUILT_IN_UNET_CONFIGS, compare_with_original
 
 _COLUMNS = ("original", "upcycled", "ratio", "routers_dropped", "ratio_routers_dropped")
 
@@ -10,10 +10,10 @@ _COLUMNS = ("original", "upcycled", "ratio", "routers_dropped", "ratio_routers_d
 def main() -> None:
     """Write `results/model_sizes.csv`."""
     rows = []
-    for name in BUILT_IN:
-        comparison = compare(name)
-        place = {"model": name, "num_experts": comparison.config.num_experts, "size": comparison.size}
-        for row in comparison.rows:
+    for name in BUILT_IN_UNET_CONFIGS:
+        comparison = compare_with_original(name)
+        place = {"model": name, "num_experts": comparison.expert_config.num_experts, "size": comparison.size}
+        for row in comparison.quantities:
             values = {column: getattr(row, column) for column in _COLUMNS}
             values |= {column: f"{value:.5f}" for column, value in values.items() if isinstance(value, float)}
             rows.append(place | {"quantity": row.key} | values)

@@ -15,7 +15,7 @@ from benchmarks.harness.correctness import check_close
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.workloads import Setting, Workload
 from mtu.example_inputs import make_example_inputs
-from mtu.inspection import BUILT_IN
+from mtu.inspection import BUILT_IN_UNET_CONFIGS
 from mtu.tasks import SD_TASKS, SDXL_TASKS, TaskSpec
 
 # For smoke tests: two levels of the published models, on a few channels.
@@ -34,10 +34,10 @@ _TINY_XL = {
 }
 # Arguments of the original's class. Weights are random, since their values make no difference to time.
 MODELS: dict[str, dict[str, Any]] = {
-    "sd15": BUILT_IN["sd15"],
-    "sdxl": BUILT_IN["sdxl"],
-    "tiny": BUILT_IN["sd15"] | _TINY | _TINY_SD,
-    "tiny-xl": BUILT_IN["sdxl"] | _TINY | _TINY_XL,
+    "sd15": BUILT_IN_UNET_CONFIGS["sd15"],
+    "sdxl": BUILT_IN_UNET_CONFIGS["sdxl"],
+    "tiny": BUILT_IN_UNET_CONFIGS["sd15"] | _TINY | _TINY_SD,
+    "tiny-xl": BUILT_IN_UNET_CONFIGS["sdxl"] | _TINY | _TINY_XL,
 }
 _SMOKE_TESTS = ("tiny", "tiny-xl")
 # Pixels per latent.

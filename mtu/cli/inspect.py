@@ -92,10 +92,10 @@ def inspect_model(
 
     common: dict[str, Any] = {"norm": norm, "size": size}
     if budget is None:
-        comparison = inspection.compare(model, **layout, **common)
+        comparison = inspection.compare_with_original(model, **layout, **common)
         result, report, left = comparison.to_dict(), inspection.format_comparison(comparison), 1
     else:
-        layouts = inspection.sweep(model, budget, **common)
+        layouts = inspection.sweep_layouts(model, budget, **common)
         result, report, left = layouts.to_dict(), inspection.format_sweep(layouts), 0
     if as_json:
         print(json.dumps(result, indent=2))

@@ -6,18 +6,18 @@ paper leaves out, are reported apart; so are the routers, which run once per cal
 are dropped.
 """
 
-from mtu.inspection.comparison import Comparison, Quantity, compare, format_comparison
-from mtu.inspection.inspected_model import BUILT_IN
-from mtu.inspection.sweep import Layout, Sweep, format_sweep, sweep
+from mtu.inspection.comparison import Comparison, Quantity, compare_with_original, format_comparison
+from mtu.inspection.inspected_model import BUILT_IN_UNET_CONFIGS
+from mtu.inspection.sweep import LayoutCost, LayoutSweep, format_sweep, sweep_layouts
 
 __all__ = [
-    "BUILT_IN",
+    "BUILT_IN_UNET_CONFIGS",
     "Comparison",
-    "Layout",
+    "LayoutCost",
+    "LayoutSweep",
     "Quantity",
-    "Sweep",
-    "compare",
+    "compare_with_original",
     "format_comparison",
     "format_sweep",
-    "sweep",
+    "sweep_layouts",
 ]

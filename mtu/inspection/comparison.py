@@ -10,16 +10,16 @@ from mtu.experts import ExpertConfig, NormMode
 from mtu.inspection.counting import (
     count_flops,
     count_parameters,
-    describe_flops,
+    describe_flop_count,
     format_count,
     format_flops,
     format_table,
 )
-from mtu.inspection.inspected_model import InspectedModel, read_model
+from mtu.inspection.inspected_model import InspectedModel, load_inspected_model
 from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.tasks import TaskSpec
 
-__all__ = ["Comparison", "Quantity", "compare", "format_comparison"]
+__all__ = ["Comparison", "Quantity", "compare_with_original", "format_comparison"]
 
 
 class Quantity(NamedTuple):
@@ -55,36 +55,36 @@ class Comparison(NamedTuple):
         name: of the model.
         size, latent_size: edge of the picture and of the latents that FLOPs are counted for.
         tasks: of the upcycled model.
-        config: its expert layout.
-        rows: the quantities.
+        expert_config: its expert layout.
+        quantities: the quantities.
     """
 
     name: str
     size: int
     latent_size: int
     tasks: tuple[TaskSpec, ...]
-    config: ExpertConfig
-    rows: tuple[Quantity, ...]
+    expert_config: ExpertConfig
+    quantities: tuple[Quantity, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        reason = self.config.why_output_not_preserved()
+        reason = self.expert_config.why_output_not_preserved()
         return {
             "model": self.name,
             "size": self.size,
             "latent_size": self.latent_size,
             "tasks": [task.name for task in self.tasks],
-            **{key: getattr(self.config, key) for key in ("num_experts", "top_k", "expert_ratio", "norm")},
+            **{key: getattr(self.expert_config, key) for key in ("num_experts", "top_k", "expert_ratio", "norm")},
             "preserved": reason is None,
             "why_not_preserved": reason,
             "rows": [
                 {**row._asdict(), "ratio": row.ratio, "ratio_routers_dropped": row.ratio_routers_dropped}
-                for row in self.rows
+                for row in self.quantities
             ],
         }
 
 
-def compare(
+def compare_with_original(
     model: str | os.PathLike | UNet2DConditionModel,
     num_experts: int | None = None,
     *,
@@ -92,7 +92,7 @@ def compare(
     expert_ratio: float | None = None,
     norm: NormMode | None = None,
     size: int = 512,
-    latent_factor: int | None = None,
+    vae_scale_factor: int | None = None,
 ) -> Comparison:
     """Count parameters and FLOPs of an upcycled model beside those of its original; no weights are read or made.
 
@@ -100,7 +100,7 @@ def compare(
         model: "sd15", "sdxl", a UNet (stock or upcycled, left as it is), or the folder of a UNet or a pipeline.
         num_experts, top_k, expert_ratio, norm: as in `upcycle`, for a stock model; an upcycled one has its own.
         size: edge of the picture in pixels.
-        latent_factor: pixels per latent; None: that of the pipeline's VAE where there is one, else 8.
+        vae_scale_factor: pixels per latent; None: that of the pipeline's VAE where there is one, else 8.
 
     Returns:
         The comparison, for `format_comparison`.
@@ -108,8 +108,8 @@ def compare(
     Raises:
         ValueError: no such folder, not that of a UNet, or arguments that `upcycle` refuses.
     """
-    inspected = read_model(model)
-    latent_size = inspected.latent_size(size, latent_factor)
+    inspected = load_inspected_model(model)
+    latent_size = inspected.latent_size(size, vae_scale_factor)
     settings = {"num_experts": num_experts, "top_k": top_k, "expert_ratio": expert_ratio, "norm": norm}
     settings = {key: value for key, value in settings.items() if value is not None}
     if inspected.upcycled is None:
@@ -151,12 +151,12 @@ def _quantities(inspected: InspectedModel, upcycled: MTUUNet2DConditionModel, la
 
 def format_comparison(comparison: Comparison) -> str:
     """The comparison as an aligned table, with what it means."""
-    config, tasks = comparison.config, ", ".join(task.name for task in comparison.tasks)
+    config, tasks = comparison.expert_config, ", ".join(task.name for task in comparison.tasks)
     experts = f"{config.num_experts} expert{'s' if config.num_experts > 1 else ''}"
     ratio = Fraction(config.expert_ratio).limit_denominator(4096)
     routing = "dense" if config.is_dense else f"top-{config.top_k}"
     lines = [["", "original", "upcycled", "ratio", "routers dropped", "ratio"]]
-    for row in comparison.rows:
+    for row in comparison.quantities:
         show = format_flops if row.key.startswith("flops") else format_count
         original = "-" if row.original is None else show(row.original)
         ratios = ["-" if r is None else f"{r:.3f}" for r in (row.ratio, row.ratio_routers_dropped)]
@@ -169,7 +169,7 @@ def format_comparison(comparison: Comparison) -> str:
             "",
             format_table(lines, left=1),
             "",
-            describe_flops(comparison.size, comparison.latent_size),
+            describe_flop_count(comparison.size, comparison.latent_size),
             "Routers run once per call, whatever the batch; drop_routers_() leaves only their output.",
             f"Output of the original preserved at initialisation: {'yes' if reason is None else f'no, {reason}'}.",
         ]

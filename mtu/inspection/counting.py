@@ -13,7 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from mtu.example_inputs import CLIP_TEXT_TOKENS, make_example_inputs
 from mtu.models.router import Router, routing_table_parameter_ids
 
-__all__ = ["Flops", "count_flops", "count_parameters", "describe_flops", "format_count", "format_flops", "format_table"]
+__all__ = [
+    "Flops",
+    "count_flops",
+    "count_parameters",
+    "describe_flop_count",
+    "format_count",
+    "format_flops",
+    "format_table",
+]
 
 
 class Flops(NamedTuple):
@@ -70,7 +78,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
 
 
-def describe_flops(size: int, latent_size: int) -> str:
+def describe_flop_count(size: int, latent_size: int) -> str:
     """What the FLOPs in a table are."""
     return (
         f"FLOPs: one forward of the UNet at {size} x {size} (latents {latent_size} x {latent_size}), batch 1, "

@@ -12,10 +12,10 @@ from mtu.experts import stock_config
 from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.upcycling import upcycle
 
-__all__ = ["BUILT_IN", "InspectedModel", "read_model"]
+__all__ = ["BUILT_IN_UNET_CONFIGS", "InspectedModel", "load_inspected_model"]
 
 # The UNets of the two published models, as arguments of UNet2DConditionModel.
-BUILT_IN: dict[str, dict[str, Any]] = {
+BUILT_IN_UNET_CONFIGS: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
     "sdxl": {
         "sample_size": 128,
@@ -46,13 +46,13 @@ class InspectedModel(NamedTuple):
         name: for people.
         config: of the stock UNet.
         upcycled: the upcycled model with its routers, on the meta device; None for a stock model.
-        latent_factor: pixels per latent.
+        vae_scale_factor: pixels per latent.
     """
 
     name: str
     config: dict[str, Any]
     upcycled: MTUUNet2DConditionModel | None
-    latent_factor: int
+    vae_scale_factor: int
 
     def build_stock(self) -> UNet2DConditionModel:
         """The stock UNet, on the meta device."""
@@ -69,19 +69,19 @@ class InspectedModel(NamedTuple):
         # Without values there is nothing to preserve, and init="paper" does not warn of that.
         return upcycle(self.build_stock(), tasks, init="paper", backend="eager", **settings)
 
-    def latent_size(self, size: int, latent_factor: int | None) -> int:
+    def latent_size(self, size: int, vae_scale_factor: int | None) -> int:
         """Edge of the latents of a picture of `size` pixels.
 
         Raises:
             ValueError: not a positive multiple of the latent factor.
         """
-        factor = latent_factor or self.latent_factor
+        factor = vae_scale_factor or self.vae_scale_factor
         if size < 1 or size % factor:
             raise ValueError(f"size must be a positive multiple of {factor}, the pixels per latent, but got {size}.")
         return size // factor
 
 
-def read_model(model: str | os.PathLike | UNet2DConditionModel) -> InspectedModel:
+def load_inspected_model(model: str | os.PathLike | UNet2DConditionModel) -> InspectedModel:
     """The model that a built-in name, a folder or a UNet stands for; of a folder only config.json is read.
 
     Raises:
@@ -90,8 +90,8 @@ def read_model(model: str | os.PathLike | UNet2DConditionModel) -> InspectedMode
     """
     if not isinstance(model, str | os.PathLike | UNet2DConditionModel):
         raise TypeError(f"A UNet or the folder of one is expected, but got a {type(model).__name__}.")
-    if isinstance(model, str) and model in BUILT_IN:
-        return InspectedModel(model, BUILT_IN[model], None, _LATENT_FACTOR)
+    if isinstance(model, str) and model in BUILT_IN_UNET_CONFIGS:
+        return InspectedModel(model, BUILT_IN_UNET_CONFIGS[model], None, _LATENT_FACTOR)
     if isinstance(model, UNet2DConditionModel):
         name, config, factor = f"this {type(model).__name__}", dict(model.config), _LATENT_FACTOR
         is_upcycled = isinstance(model, MTUUNet2DConditionModel)
@@ -120,7 +120,7 @@ def _read_folder(folder: Path) -> tuple[str, dict[str, Any], int]:
     """Name, configuration and latent factor of the UNet in a folder of its own or in that of a pipeline."""
     if not folder.is_dir():
         raise ValueError(
-            f"There is no folder {str(folder)!r}: expected {', '.join(BUILT_IN)} or the folder of a model."
+            f"There is no folder {str(folder)!r}: expected {', '.join(BUILT_IN_UNET_CONFIGS)} or the folder of a model."
         )
     path = next((p for p in (folder / "config.json", folder / "unet" / "config.json") if p.is_file()), None)
     if path is None:

@@ -13,15 +13,15 @@ from mtu.inspection.counting import (
     Flops,
     count_flops,
     count_parameters,
-    describe_flops,
+    describe_flop_count,
     format_count,
     format_flops,
     format_table,
 )
-from mtu.inspection.inspected_model import read_model
+from mtu.inspection.inspected_model import load_inspected_model
 from mtu.models.unet import MTUUNet2DConditionModel
 
-__all__ = ["Layout", "Sweep", "format_sweep", "sweep"]
+__all__ = ["LayoutCost", "LayoutSweep", "format_sweep", "sweep_layouts"]
 
 _EXPERTS = (1, 2, 4, 8, 16)
 _RATIOS = (Fraction(1, 4), Fraction(1, 2), Fraction(1))
@@ -36,7 +36,7 @@ _BUDGET = re.compile(r"(\d+(?:\.\d+)?)([KMBx]?)", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
-class Layout(NamedTuple):
+class LayoutCost(NamedTuple):
     """One expert layout of a sweep.
 
     Attributes:
@@ -69,7 +69,7 @@ class Layout(NamedTuple):
         return f"N = {self.num_experts} G = {self.expert_ratio}{routing} ({format_count(self.parameters)})"
 
 
-class Sweep(NamedTuple):
+class LayoutSweep(NamedTuple):
     """All layouts of one model, and the recipe for a budget.
 
     Attributes:
@@ -87,7 +87,7 @@ class Sweep(NamedTuple):
     budget: int
     original_parameters: int
     original_flops: int
-    layouts: tuple[Layout, ...]
+    layouts: tuple[LayoutCost, ...]
     recipe: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,14 +105,14 @@ class Sweep(NamedTuple):
         return {"model": fields.pop("name"), **fields}
 
 
-def sweep(
+def sweep_layouts(
     model: str | os.PathLike | UNet2DConditionModel,
     budget: str | int,
     *,
     norm: NormMode | None = None,
     size: int = 512,
-    latent_factor: int | None = None,
-) -> Sweep:
+    vae_scale_factor: int | None = None,
+) -> LayoutSweep:
     """Parameters and FLOPs of N ∈ {1, 2, 4, 8, 16} × G ∈ {1/N, 1/4, 1/2, 1}, and the paper's recipe for a budget.
 
     Routing is dense; where some K < N has K·G = 1, also top-k, with the active parameters and FLOPs of the original.
@@ -122,18 +122,18 @@ def sweep(
         model: "sd15", "sdxl", a UNet, or the folder of a UNet or a pipeline; of an upcycled one, its original.
         budget: parameters after `drop_routers_`: a number, "860M", "1.2B", or "1.05x", times the original's.
         norm: as in `upcycle`; None: that of an upcycled model, else "task".
-        size, latent_factor: as in `compare`.
+        size, vae_scale_factor: as in `compare_with_original`.
 
     Returns:
         The sweep, for `format_sweep`.
 
     Raises:
-        ValueError: as `compare`; a budget that is no number, or below the smallest layout.
+        ValueError: as `compare_with_original`; a budget that is no number, or below the smallest layout.
 
     Source: MTU (arXiv 2503.11905) §8.
     """
-    inspected = read_model(model)
-    latent_size = inspected.latent_size(size, latent_factor)
+    inspected = load_inspected_model(model)
+    latent_size = inspected.latent_size(size, vae_scale_factor)
     stock = inspected.build_stock()
     original = count_parameters(stock)
     limit = _parse_budget(budget, original)
@@ -146,7 +146,7 @@ def sweep(
         raise ValueError(f"No layout fits into {format_count(limit)} parameters: the smallest is {least}.")
     flops = count_flops(stock, stock.config.in_channels, latent_size).layers
     recipe = tuple(_recipe_line(step, layouts) for step in (1, 2, 3))
-    return Sweep(inspected.name, size, latent_size, limit, original, flops, layouts, recipe)
+    return LayoutSweep(inspected.name, size, latent_size, limit, original, flops, layouts, recipe)
 
 
 def _parse_budget(budget: str | int, original: int) -> int:
@@ -157,7 +157,7 @@ def _parse_budget(budget: str | int, original: int) -> int:
     return int(Fraction(match[1]) * (original if unit == "x" else _UNITS[unit]))
 
 
-def _layouts(one_expert: MTUUNet2DConditionModel, budget: int, flops: Flops) -> tuple[Layout, ...]:
+def _layouts(one_expert: MTUUNet2DConditionModel, budget: int, flops: Flops) -> tuple[LayoutCost, ...]:
     """The layouts that fit the widths of the model, derived from that of one full-size expert."""
     config, found = one_expert.expert_config, []
     for num_experts in _EXPERTS:
@@ -178,7 +178,7 @@ def _layouts(one_expert: MTUUNet2DConditionModel, budget: int, flops: Flops) -> 
         idle = max(0, layout.num_experts - layout.num_active_experts * len(one_expert.tasks))
         step = _step(layout.num_experts, ratio) if preserved and not idle else None
         placed = (preserved, idle, step, parameters <= budget)
-        layouts.append(Layout(layout.num_experts, ratio, layout.top_k, *counts, *costs, *placed))
+        layouts.append(LayoutCost(layout.num_experts, ratio, layout.top_k, *counts, *costs, *placed))
     return tuple(layouts)
 
 
@@ -210,7 +210,7 @@ def _step(num_experts: int, ratio: Fraction) -> int:
     return 2 if ratio < 1 else 3
 
 
-def _recipe_line(step: int, layouts: Sequence[Layout]) -> str:
+def _recipe_line(step: int, layouts: Sequence[LayoutCost]) -> str:
     own = [layout for layout in layouts if layout.step == step]
     fitting = [str(layout) for layout in own if layout.within_budget]
     if fitting:
@@ -219,7 +219,7 @@ def _recipe_line(step: int, layouts: Sequence[Layout]) -> str:
     return f"{_RECIPE[step - 1]}: nothing fits{'' if least is None else f'; the smallest is {least}'}."
 
 
-def format_sweep(result: Sweep) -> str:
+def format_sweep(result: LayoutSweep) -> str:
     """The layouts within the budget as an aligned table, and the recipe."""
     fitting = [layout for layout in result.layouts if layout.within_budget]
     beyond = [layout for layout in result.layouts if not layout.within_budget]
@@ -247,7 +247,7 @@ def format_sweep(result: Sweep) -> str:
             rest,
             "Preserved: training starts from the output of the original.",
             "Idle: experts that top-k routing leaves without a task, and so without a gradient.",
-            describe_flops(result.size, result.latent_size),
+            describe_flop_count(result.size, result.latent_size),
             "Routers, which run once per call whatever the batch, are left out.",
             "",
             "The paper's recipe (section 8) for this budget:",

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 import mtu
-from mtu.inspection import compare
+from mtu.inspection import compare_with_original
 from mtu.training import FitConfig, fit
 
 from .outputs import TOLERANCE, predict
@@ -136,8 +136,8 @@ def loaded(unet, folder):
 
 
 def compared(unet, folder):
-    comparison = compare(unet, size=64)
-    return [(row.key, row.original, row.upcycled, row.routers_dropped) for row in comparison.rows]
+    comparison = compare_with_original(unet, size=64)
+    return [(row.key, row.original, row.upcycled, row.routers_dropped) for row in comparison.quantities]
 
 
 METHODS = {

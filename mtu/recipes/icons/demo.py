@@ -13,7 +13,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 
 from mtu.data.icons.examples import TASK_NAMES, IconDataset, IconExample
-from mtu.inspection import compare, format_comparison
+from mtu.inspection import compare_with_original, format_comparison
 from mtu.pipelines import MTUPipeline
 from mtu.recipes.icons.device import autocast_dtype, describe_device, usable_device
 from mtu.recipes.icons.held_out_evaluation import (
@@ -93,7 +93,7 @@ def run_demo(base: Path, output: Path, config: DemoConfig, device: str | torch.d
     stock = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
     stock.scheduler = DPMSolverMultistepScheduler.from_config(stock.scheduler.config)
     print(f"One model of {len(TASK_NAMES)} tasks out of {base.name}:\n")
-    table = format_comparison(compare(base, num_experts=4, size=64))
+    table = format_comparison(compare_with_original(base, num_experts=4, size=64))
     print(table, flush=True)
     output.mkdir(parents=True, exist_ok=True)
     pipeline = upcycle(stock, ICON_TASKS, num_experts=4, seed=config.seed).to(device)

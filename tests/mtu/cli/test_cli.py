@@ -89,10 +89,10 @@ print([name for name in {("torch", "diffusers", "transformers", "numpy")} if nam
 
 
 def raise_in_inspect(monkeypatch, error: BaseException) -> None:
-    def compare(*args, **kwargs):
+    def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(mtu.inspection, "compare", compare)
+    monkeypatch.setattr(mtu.inspection, "compare_with_original", fail)
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import mtu
-from mtu.inspection import Comparison, compare, format_comparison, sweep
+from mtu.inspection import Comparison, compare_with_original, format_comparison, sweep_layouts
 
 from ..tiny import SD, SDXL, inputs, stock_unet, upcycled_unet
 
 
 @pytest.fixture(scope="module", params=["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def published(request) -> Comparison:
-    return compare(request.param)
+    return compare_with_original(request.param)
 
 
 def table(text: str) -> dict[str, list[str]]:
@@ -78,13 +78,13 @@ def test_paper_figures_are_printed(published):
 
 
 def test_without_routers_parameters_are_within_a_thousandth(published):
-    rows = {row.key: row for row in published.rows}
+    rows = {row.key: row for row in published.quantities}
     assert 1 < rows["parameters"].ratio_routers_dropped < 1.001
 
 
 def test_routers_are_counted_apart_and_once_per_call(published):
     # Per layer and task, a W×W and a W×N product, a multiply-add being two.
-    rows, config = {row.key: row for row in published.rows}, published.config
+    rows, config = {row.key: row for row in published.quantities}, published.expert_config
     per_task = 2 * config.router_width * (config.router_width + config.num_experts)
     expected = len(published.tasks) * rows["ffn_blocks"].upcycled * per_task
     assert rows["flops_routers_per_call"].upcycled == expected
@@ -119,7 +119,7 @@ def test_counts_are_those_of_the_model_itself(config, layout):
     given["encoder_hidden_states"] = torch.zeros(1, 77, 16)
     wide = {**given, "sample": torch.zeros(1, 8, 8, 8)}
 
-    rows = {row.key: row for row in compare(stock, **layout, size=64).rows}
+    rows = {row.key: row for row in compare_with_original(stock, **layout, size=64).quantities}
     assert rows["parameters"].original == sum(p.numel() for p in stock.parameters())
     assert rows["parameters"].upcycled == sum(p.numel() for p in upcycled.parameters())
     assert rows["trained_parameters"].upcycled == sum(p.numel() for p in upcycled.parameters() if p.requires_grad)
@@ -136,7 +136,7 @@ def test_counts_are_those_of_the_model_itself(config, layout):
 def test_attention_products_are_what_their_formula_says():
     # Per attention, with S queries and S' keys of width D: Q Kᵀ and its product with V, 2·2·S·S'·D.
     unet = stock_unet(SD)
-    rows = {row.key: row for row in compare(unet, size=64).rows}
+    rows = {row.key: row for row in compare_with_original(unet, size=64).quantities}
     tokens = {32: 8 * 8, 64: 4 * 4}  # by width: the 8×8 latents, and the middle block's 4×4
     widths = [module.to_q.in_features for name, module in unet.named_modules() if name.endswith("attn1")]
     assert rows["ffn_blocks"].original == len(widths)
@@ -149,7 +149,8 @@ def test_attention_products_are_what_their_formula_says():
 def test_top_k_costs_the_active_experts_only():
     unet = stock_unet(SD)
     flops = [
-        {row.key: row for row in compare(unet, 4, top_k=top_k, size=64).rows}["flops"].upcycled for top_k in (1, 2, 4)
+        {row.key: row for row in compare_with_original(unet, 4, top_k=top_k, size=64).quantities}["flops"].upcycled
+        for top_k in (1, 2, 4)
     ]
     assert flops[0] < flops[1] < flops[2]
     # Each expert costs the same.
@@ -159,7 +160,7 @@ def test_top_k_costs_the_active_experts_only():
 def test_inspecting_a_unet_leaves_it_alone():
     unet = upcycled_unet(SD)
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
-    compare(unet, size=64)
+    compare_with_original(unet, size=64)
     after = unet.state_dict()
     assert list(before) == list(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -174,12 +175,12 @@ def test_folder_of_a_unet_and_of_a_pipeline(tmp_path):
     unet = stock_unet(SD)
     unet.save_pretrained(tmp_path / "alone")
     save_pipeline_folder(tmp_path / "pipeline", unet)
-    own = compare(unet, size=64).rows
-    assert compare(tmp_path / "alone", size=64).rows == own
+    own = compare_with_original(unet, size=64).quantities
+    assert compare_with_original(tmp_path / "alone", size=64).quantities == own
     # The pipeline's VAE halves the picture once: 16 pixels are the 8×8 latents that 64 are at the usual factor.
-    piped = compare(str(tmp_path / "pipeline"), size=16)
+    piped = compare_with_original(str(tmp_path / "pipeline"), size=16)
     assert piped.latent_size == 8
-    assert piped.rows == own
+    assert piped.quantities == own
 
 
 @pytest.mark.slow
@@ -192,13 +193,15 @@ def test_folder_of_an_upcycled_unet_is_compared_with_its_stock_configuration(tmp
     if drop_routers:
         upcycled.drop_routers_()
     upcycled.save_pretrained(tmp_path / "unet")
-    result = compare(tmp_path, size=64)
-    rows = {row.key: row for row in result.rows}
+    result = compare_with_original(tmp_path, size=64)
+    rows = {row.key: row for row in result.quantities}
     assert [task.name for task in result.tasks] == ["text-to-image", "inpaint"]
     assert rows["parameters"].original == sum(p.numel() for p in stock_unet(SD).parameters())
     assert rows["parameters"].upcycled == with_routers
     assert "widest task, 9 channels" in format_comparison(result)
-    swept = {(row.num_experts, row.expert_ratio, row.top_k): row for row in sweep(tmp_path, "9x", size=64).layouts}
+    swept = {
+        (row.num_experts, row.expert_ratio, row.top_k): row for row in sweep_layouts(tmp_path, "9x", size=64).layouts
+    }
     assert swept[2, 1, None].parameters_with_routers == with_routers
 
 
@@ -209,13 +212,13 @@ def test_folder_of_an_upcycled_unet_is_compared_with_its_stock_configuration(tmp
 @pytest.mark.parametrize("norm", ["task", "task_expert"])
 def test_swept_numbers_are_those_of_comparisons(norm):
     stock = stock_unet(SD)
-    result = sweep(stock, "9x", norm=norm, size=64)
+    result = sweep_layouts(stock, "9x", norm=norm, size=64)
     assert len(result.layouts) == 26
     picked = result.layouts[5::6]
     assert any(layout.top_k for layout in picked)
     assert any(layout.top_k is None for layout in picked)
     for layout in picked:
-        one = compare(
+        one = compare_with_original(
             stock,
             layout.num_experts,
             top_k=layout.top_k,
@@ -223,17 +226,17 @@ def test_swept_numbers_are_those_of_comparisons(norm):
             norm=norm,
             size=64,
         )
-        rows = {row.key: row for row in one.rows}
+        rows = {row.key: row for row in one.quantities}
         assert layout.parameters == rows["parameters"].routers_dropped, layout
         assert layout.parameters_with_routers == rows["parameters"].upcycled, layout
         assert layout.trained_parameters == rows["trained_parameters"].upcycled, layout
         assert layout.flops == rows["flops"].upcycled, layout
         assert layout.flops_with_attention == rows["flops_with_attention"].upcycled, layout
-        assert layout.preserved == (one.config.why_output_not_preserved() is None), layout
+        assert layout.preserved == (one.expert_config.why_output_not_preserved() is None), layout
 
 
 def test_sweep_lists_every_layout_once_with_its_step():
-    layouts = sweep(stock_unet(SD), "1.05x", size=64).layouts
+    layouts = sweep_layouts(stock_unet(SD), "1.05x", size=64).layouts
     dense = {layout.num_experts: [] for layout in layouts}
     for layout in layouts:
         if layout.top_k is None:
@@ -257,4 +260,4 @@ def test_sweep_lists_every_layout_once_with_its_step():
 def test_numbers_of_experts_that_do_not_divide_the_ffn_are_left_out():
     # Widths 6 and 12, hence 24 and 48 hidden units: 16 does not divide 24.
     stock = stock_unet(SD, block_out_channels=(6, 12), norm_num_groups=2, attention_head_dim=2)
-    assert {layout.num_experts for layout in sweep(stock, "9x", size=64).layouts} == {1, 2, 4, 8}
+    assert {layout.num_experts for layout in sweep_layouts(stock, "9x", size=64).layouts} == {1, 2, 4, 8}

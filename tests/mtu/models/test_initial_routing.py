@@ -5,7 +5,7 @@ import torch
 
 import mtu
 from mtu.experts import ExpertConfig
-from mtu.inspection import sweep
+from mtu.inspection import sweep_layouts
 from mtu.models.router import TaskContext
 
 from ..outputs import assert_close, predict, rows
@@ -21,7 +21,7 @@ ONE_BLOCK = {
 }
 LAYOUTS = [
     pytest.param(layout.num_experts, layout.top_k, float(layout.expert_ratio), id=str(layout).partition(" (")[0])
-    for layout in sweep(stock_unet(ONE_BLOCK), "99x", size=64).layouts
+    for layout in sweep_layouts(stock_unet(ONE_BLOCK), "99x", size=64).layouts
     if layout.num_experts > 1
 ] + [
     pytest.param(4, None, 1.5, id="N = 4 G = 3/2"),
