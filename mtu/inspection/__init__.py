@@ -1,9 +1,13 @@
-"""What an upcycled model costs beside its original: parameters and FLOPs, counted on the meta device.
+"""Parameters and FLOPs of an upcycled model beside its original, counted on the meta device without any weights.
 
-FLOPs are those of one forward of the UNet at batch 1, a multiply-add counting as two: the paper's convention, found by
-computing (0.677 T for SD 1.5 at 512², where the paper says 0.67). The two matrix products inside attention, which the
-paper leaves out, are reported apart; so are the routers, which run once per call whatever the batch, or never once they
-are dropped.
+- `comparison`: one upcycled model beside its original.
+- `sweep`: all expert layouts within a budget of parameters, and the paper's recipe for choosing one.
+- `inspected_model`: the models to inspect, from a name, a folder or a UNet.
+- `counting`: the counting itself, and the formatting of numbers and tables.
+
+FLOPs are those of one forward of the UNet at batch 1, and a multiply-add counts as two. This is the paper's convention:
+its 0.67 TFLOPs for SD 1.5 at 512² are 0.677 here. The two matrix products inside attention, which the paper leaves out,
+are reported apart. So are the routers, which run once per call at any batch size, or not at all once they are dropped.
 """
 
 from mtu.inspection.comparison import Comparison, Quantity, compare_with_original, format_comparison

@@ -1,4 +1,4 @@
-"""An upcycled model beside its original."""
+"""The comparison of one upcycled model with its original: parameters and FLOPs, as numbers and as a report."""
 
 import os
 from fractions import Fraction
@@ -23,12 +23,14 @@ __all__ = ["Comparison", "Quantity", "compare_with_original", "format_comparison
 
 
 class Quantity(NamedTuple):
-    """One quantity of the original and of the upcycled model; None where a model has no such thing.
+    """One quantity of the original and of the upcycled model.
 
     Attributes:
-        key: name for machines; those of FLOPs start with "flops".
-        label: name for people.
-        original, upcycled, routers_dropped: the stock model, the upcycled one, and that one after `drop_routers_`.
+        key: name of the quantity in JSON; those of FLOPs start with "flops".
+        label: name of the quantity in reports.
+        original: value for the stock model; None if the quantity does not apply to it.
+        upcycled: value for the upcycled model.
+        routers_dropped: value for the upcycled model after `drop_routers_`.
     """
 
     key: str
@@ -39,12 +41,12 @@ class Quantity(NamedTuple):
 
     @property
     def ratio(self) -> float | None:
-        """Upcycled / original."""
+        """`upcycled / original`; None without an original."""
         return self.upcycled / self.original if self.original else None
 
     @property
     def ratio_routers_dropped(self) -> float | None:
-        """Upcycled and without routers / original."""
+        """`routers_dropped / original`; None without an original."""
         return self.routers_dropped / self.original if self.original else None
 
 
@@ -52,11 +54,11 @@ class Comparison(NamedTuple):
     """An upcycled model beside its original.
 
     Attributes:
-        name: of the model.
-        size, latent_size: edge of the picture and of the latents that FLOPs are counted for.
-        tasks: of the upcycled model.
-        expert_config: its expert layout.
-        quantities: the quantities.
+        name: name of the model.
+        size, latent_size: edges of the image and of the latents for which FLOPs are counted.
+        tasks: tasks of the upcycled model.
+        expert_config: expert layout of the upcycled model.
+        quantities: the compared quantities.
     """
 
     name: str
@@ -67,7 +69,7 @@ class Comparison(NamedTuple):
     quantities: tuple[Quantity, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the comparison as JSON values."""
         reason = self.expert_config.why_output_not_preserved()
         return {
             "model": self.name,
@@ -94,19 +96,20 @@ def compare_with_original(
     size: int = 512,
     vae_scale_factor: int | None = None,
 ) -> Comparison:
-    """Count parameters and FLOPs of an upcycled model beside those of its original; no weights are read or made.
+    """Count parameters and FLOPs of an upcycled model beside those of its original, without reading weights.
 
     Args:
         model: "sd15", "sdxl", a UNet (stock or upcycled, left as it is), or the folder of a UNet or a pipeline.
-        num_experts, top_k, expert_ratio, norm: as in `upcycle`, for a stock model; an upcycled one has its own.
-        size: edge of the picture in pixels.
-        vae_scale_factor: pixels per latent; None: that of the pipeline's VAE where there is one, else 8.
+        num_experts, top_k, expert_ratio, norm: the layout of a stock model, as in `upcycle`. An upcycled model has its
+            own layout.
+        size: edge of the image in pixels.
+        vae_scale_factor: pixels per latent; None: those of the pipeline's VAE if there is one, else 8.
 
     Returns:
-        The comparison, for `format_comparison`.
+        The comparison, which `format_comparison` turns into a report.
 
     Raises:
-        ValueError: no such folder, not that of a UNet, or arguments that `upcycle` refuses.
+        ValueError: the folder does not exist or does not hold a UNet, or `upcycle` refuses the arguments.
     """
     inspected = load_inspected_model(model)
     latent_size = inspected.latent_size(size, vae_scale_factor)
@@ -125,7 +128,7 @@ def compare_with_original(
 
 
 def _quantities(inspected: InspectedModel, upcycled: MTUUNet2DConditionModel, latent_size: int) -> tuple[Quantity, ...]:
-    """All quantities; `upcycled` loses its routers."""
+    """All quantities. This drops the routers of `upcycled`."""
     stock = inspected.build_stock()
     channels, widest = stock.config.in_channels, upcycled.conv_in.in_channels
     original = count_flops(stock, channels, latent_size)
@@ -150,7 +153,7 @@ def _quantities(inspected: InspectedModel, upcycled: MTUUNet2DConditionModel, la
 
 
 def format_comparison(comparison: Comparison) -> str:
-    """The comparison as an aligned table, with what it means."""
+    """Format a comparison as a report: an aligned table, with notes on its numbers."""
     config, tasks = comparison.expert_config, ", ".join(task.name for task in comparison.tasks)
     experts = f"{config.num_experts} expert{'s' if config.num_experts > 1 else ''}"
     ratio = Fraction(config.expert_ratio).limit_denominator(4096)

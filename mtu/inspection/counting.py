@@ -1,4 +1,4 @@
-"""Counting parameters and FLOPs of a model on the meta device, and writing such numbers down."""
+"""Counting parameters and FLOPs of a model on the meta device, and formatting the numbers for reports."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,13 +25,13 @@ __all__ = [
 
 
 class Flops(NamedTuple):
-    """FLOPs of one forward, a multiply-add being two.
+    """FLOPs of one forward by kind of operation. A multiply-add counts as two.
 
     Attributes:
-        layers: convolutions and linear layers, without the routers.
-        attention: the two matrix products inside attention.
-        routers: all routers, once per call whatever the batch.
-        ffn: the part of `layers` that lies in feed-forward networks.
+        layers: FLOPs of convolutions and linear layers, without the routers.
+        attention: FLOPs of the two matrix products inside attention.
+        routers: FLOPs of all routers, which run once per call at any batch size.
+        ffn: the share of `layers` in feed-forward networks.
     """
 
     layers: int
@@ -41,18 +41,18 @@ class Flops(NamedTuple):
 
 
 def count_flops(unet: UNet2DConditionModel, channels: int, latent_size: int) -> Flops:
-    """Run a UNet on the meta device at batch 1 and count.
+    """Count the FLOPs of one forward of a UNet at batch 1, as `torch.utils.flop_counter` counts them.
 
     Args:
-        unet: on the meta device.
-        channels: of the sample.
-        latent_size: its edge.
+        unet: a UNet on the meta device.
+        channels: channels of its sample.
+        latent_size: height and width of its sample.
 
     Returns:
-        The FLOPs, as `torch.utils.flop_counter` counts them: a multiply-add is two.
+        The FLOPs by kind of operation.
 
     Raises:
-        ValueError: a UNet that takes other inputs than text and, as SDXL, sizes.
+        ValueError: the UNet takes other inputs than text and the sizes of SDXL.
     """
     inputs = make_example_inputs(unet, height=latent_size, width=latent_size, channels=channels)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -63,7 +63,7 @@ def count_flops(unet: UNet2DConditionModel, channels: int, latent_size: int) -> 
     for name, module in unet.named_modules():
         count = total.get(f"{root}.{name}", 0)
         if isinstance(module, Attention):
-            # Whatever operator computes attention: it is what its linear layers do not.
+            # Several operators can compute attention, so its products are what remains without its linear layers.
             linears = [n for n, m in module.named_modules() if isinstance(m, nn.Linear)]
             count -= sum(total.get(f"{root}.{name}.{linear}", 0) for linear in linears)
         for kind in parts:
@@ -73,13 +73,18 @@ def count_flops(unet: UNet2DConditionModel, channels: int, latent_size: int) -> 
 
 
 def count_parameters(model: nn.Module) -> int:
-    """All parameters of a model but the tables that dropped routers leave, which are constants."""
+    """Count the parameters of a model, without the routing tables that dropped routers leave."""
     tables = routing_table_parameter_ids(model)
     return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
 
 
 def describe_flop_count(size: int, latent_size: int) -> str:
-    """What the FLOPs in a table are."""
+    """Explain the FLOPs of a table in two lines of text.
+
+    Args:
+        size: edge of the image in pixels.
+        latent_size: edge of its latents.
+    """
     return (
         f"FLOPs: one forward of the UNet at {size} x {size} (latents {latent_size} x {latent_size}), batch 1, "
         f"{CLIP_TEXT_TOKENS} text tokens.\nA multiply-add counts as two. Convolutions and linear layers; the two "
@@ -88,7 +93,7 @@ def describe_flop_count(size: int, latent_size: int) -> str:
 
 
 def format_count(count: int) -> str:
-    """A number of parameters: 1.524 B, 859.5 M, 12.3 K, 16."""
+    """Format a number of parameters: 1.524 B, 859.5 M, 12.3 K, 16."""
     for unit, symbol, digits in ((10**9, "B", 3), (10**6, "M", 1), (10**3, "K", 1)):
         if count >= unit:
             return f"{count / unit:.{digits}f} {symbol}"
@@ -96,16 +101,21 @@ def format_count(count: int) -> str:
 
 
 def format_flops(count: int) -> str:
-    """A number of FLOPs: 0.677 T, 2.350 G, 0.075 G."""
+    """Format a number of FLOPs: 0.677 T, 2.350 G, 0.075 G."""
     for unit, symbol in ((10**12, "T"), (10**9, "G"), (10**6, "M")):
-        # 0.677 T, as papers write it, not 677 G.
+        # Papers write 0.677 T instead of 677 G, so a unit serves from a tenth of it on.
         if count >= unit // 10:
             return f"{count / unit:.3f} {symbol}"
     return str(count)
 
 
 def format_table(lines: Sequence[Sequence[str]], left: int = 0) -> str:
-    """Aligned columns, the first `left` of them to the left, the others to the right."""
+    """Format lines of cells as aligned columns.
+
+    Args:
+        lines: the cells of each line.
+        left: number of columns that are aligned to the left. The others are aligned to the right.
+    """
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     sides = ["<" if i < left else ">" for i in range(len(widths))]
     aligned = ([f"{c:{s}{w}}" for c, s, w in zip(line, sides, widths, strict=True)] for line in lines)

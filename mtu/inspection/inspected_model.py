@@ -1,4 +1,4 @@
-"""The model to inspect: the configuration of a UNet, and the models that it describes, on the meta device."""
+"""The models to inspect: the configuration of a UNet, and the models that it describes, built on the meta device."""
 
 import json
 import os
@@ -32,10 +32,10 @@ BUILT_IN_UNET_CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Pixels per latent, where no VAE says otherwise.
+# Pixels per latent of a model without a VAE to ask.
 _LATENT_FACTOR = 8
 
-# What diffusers raises on a configuration that it cannot build.
+# The exceptions of diffusers for a configuration that it cannot build.
 _CONFIG_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
@@ -43,9 +43,9 @@ class InspectedModel(NamedTuple):
     """A model to inspect.
 
     Attributes:
-        name: for people.
-        config: of the stock UNet.
-        upcycled: the upcycled model with its routers, on the meta device; None for a stock model.
+        name: name of the model in reports and messages.
+        config: configuration of the stock UNet.
+        upcycled: the upcycled model with its routers, on the meta device; None if the model is a stock one.
         vae_scale_factor: pixels per latent.
     """
 
@@ -55,25 +55,32 @@ class InspectedModel(NamedTuple):
     vae_scale_factor: int
 
     def build_stock(self) -> UNet2DConditionModel:
-        """The stock UNet, on the meta device."""
+        """Build the stock UNet on the meta device."""
         with torch.device("meta"):
             return UNet2DConditionModel(**self.config).eval()
 
     def build_upcycled(self, **settings: Any) -> MTUUNet2DConditionModel:
-        """The stock UNet upcycled anew with these arguments of `upcycle`, for the model's tasks, on the meta device.
+        """Upcycle the stock UNet on the meta device, for the tasks of the model.
+
+        Args:
+            settings: arguments of `upcycle`.
 
         Raises:
-            ValueError: arguments that `upcycle` refuses.
+            ValueError: `upcycle` refuses the arguments.
         """
         tasks = None if self.upcycled is None else self.upcycled.tasks
-        # Without values there is nothing to preserve, and init="paper" does not warn of that.
+        # Meta tensors have no values to preserve, and only init="paper" does not warn of that.
         return upcycle(self.build_stock(), tasks, init="paper", backend="eager", **settings)
 
     def latent_size(self, size: int, vae_scale_factor: int | None) -> int:
-        """Edge of the latents of a picture of `size` pixels.
+        """Edge of the latents of an image.
+
+        Args:
+            size: edge of the image in pixels.
+            vae_scale_factor: pixels per latent; None: those of the model.
 
         Raises:
-            ValueError: not a positive multiple of the latent factor.
+            ValueError: the size is not a positive multiple of the pixels per latent.
         """
         factor = vae_scale_factor or self.vae_scale_factor
         if size < 1 or size % factor:
@@ -82,11 +89,14 @@ class InspectedModel(NamedTuple):
 
 
 def load_inspected_model(model: str | os.PathLike | UNet2DConditionModel) -> InspectedModel:
-    """The model that a built-in name, a folder or a UNet stands for; of a folder only config.json is read.
+    """Find the model to inspect, without reading weights.
+
+    Args:
+        model: a key of `BUILT_IN_UNET_CONFIGS`, a folder whose config.json is read, or a UNet.
 
     Raises:
-        TypeError: neither a UNet nor a name.
-        ValueError: no such folder, or not that of a UNet.
+        TypeError: the model is neither a UNet nor a name.
+        ValueError: the folder does not exist, or does not hold a UNet or a pipeline.
     """
     if not isinstance(model, str | os.PathLike | UNet2DConditionModel):
         raise TypeError(f"A UNet or the folder of one is expected, but got a {type(model).__name__}.")

@@ -37,18 +37,19 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
 class LayoutCost(NamedTuple):
-    """One expert layout of a sweep.
+    """One expert layout of a sweep, with its parameters and FLOPs.
 
     Attributes:
-        num_experts, expert_ratio, top_k: N, G and K; top_k None is dense routing.
-        parameters: after `drop_routers_`: what a budget bounds.
-        parameters_with_routers: in training.
-        trained_parameters: in training.
-        flops, flops_with_attention: of a task without condition channels, without routers.
-        preserved: whether initialisation can keep the original's output.
-        idle_experts: how many experts top-k routing must leave without a task, and so without a gradient.
-        step: of the paper's recipe, 1 to 3; None: not part of it.
-        within_budget: whether `parameters` fit.
+        num_experts, expert_ratio: N and G.
+        top_k: K; None for dense routing.
+        parameters: parameters after `drop_routers_`, which a budget bounds.
+        parameters_with_routers: parameters during training.
+        trained_parameters: parameters that training changes.
+        flops, flops_with_attention: FLOPs of a task without condition channels, without routers.
+        preserved: whether initialisation can preserve the output of the original.
+        idle_experts: number of experts that top-k routing must leave without a task, and so without a gradient.
+        step: step of the paper's recipe, 1 to 3, that the layout belongs to; None if it belongs to none.
+        within_budget: whether `parameters` fit the budget.
     """
 
     num_experts: int
@@ -70,15 +71,15 @@ class LayoutCost(NamedTuple):
 
 
 class LayoutSweep(NamedTuple):
-    """All layouts of one model, and the recipe for a budget.
+    """All expert layouts of one model, and the paper's recipe for a budget.
 
     Attributes:
-        name: of the model.
-        size, latent_size: edge of the picture and of the latents that FLOPs are counted for.
-        budget: in parameters.
-        original_parameters, original_flops: of the stock model.
-        layouts: by N, then G; those beyond the budget too.
-        recipe: its three steps, a line each.
+        name: name of the model.
+        size, latent_size: edges of the image and of the latents for which FLOPs are counted.
+        budget: highest number of parameters.
+        original_parameters, original_flops: parameters and FLOPs of the stock model.
+        layouts: the layouts by N, then G, including those beyond the budget.
+        recipe: the three steps of the recipe, a line each.
     """
 
     name: str
@@ -91,7 +92,7 @@ class LayoutSweep(NamedTuple):
     recipe: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the sweep as JSON values."""
         layouts = [
             {
                 **layout._asdict(),
@@ -113,22 +114,26 @@ def sweep_layouts(
     size: int = 512,
     vae_scale_factor: int | None = None,
 ) -> LayoutSweep:
-    """Parameters and FLOPs of N ∈ {1, 2, 4, 8, 16} × G ∈ {1/N, 1/4, 1/2, 1}, and the paper's recipe for a budget.
+    """Count parameters and FLOPs of all expert layouts, and fit the paper's recipe to a budget.
 
-    Routing is dense; where some K < N has K·G = 1, also top-k, with the active parameters and FLOPs of the original.
-    Hidden units all cost the same, so the model of one full-size expert is counted and the others follow from it.
+        N ∈ {1, 2, 4, 8, 16},  G ∈ {1/N, 1/4, 1/2, 1},  dense routing, and top-k routing with K·G = 1 where K < N
+
+    These top-k layouts have the active parameters and FLOPs of the original. Only the model of one full-size expert is
+    counted. The others follow from it, because all hidden units cost the same.
 
     Args:
-        model: "sd15", "sdxl", a UNet, or the folder of a UNet or a pipeline; of an upcycled one, its original.
-        budget: parameters after `drop_routers_`: a number, "860M", "1.2B", or "1.05x", times the original's.
-        norm: as in `upcycle`; None: that of an upcycled model, else "task".
+        model: "sd15", "sdxl", a UNet, or the folder of a UNet or a pipeline. The layouts of an upcycled model are those
+            of its original.
+        budget: highest number of parameters after `drop_routers_`: a number, "860M", "1.2B", or a multiple of the
+            original's, "1.05x".
+        norm: the norm mode, as in `upcycle`; None: the mode of an upcycled model, else "task".
         size, vae_scale_factor: as in `compare_with_original`.
 
     Returns:
-        The sweep, for `format_sweep`.
+        The sweep, which `format_sweep` turns into a report.
 
     Raises:
-        ValueError: as `compare_with_original`; a budget that is no number, or below the smallest layout.
+        ValueError: the folder does not exist or does not hold a UNet, the budget is no number, or no layout fits it.
 
     Source: MTU (arXiv 2503.11905) §8.
     """
@@ -158,28 +163,43 @@ def _parse_budget(budget: str | int, original: int) -> int:
 
 
 def _layouts(one_expert: MTUUNet2DConditionModel, budget: int, flops: Flops) -> tuple[LayoutCost, ...]:
-    """The layouts that fit the widths of the model, derived from that of one full-size expert."""
-    config, found = one_expert.expert_config, []
+    """The layouts whose experts divide the widths of the model, derived from the model with one full-size expert."""
+    config, layouts = one_expert.expert_config, []
     for num_experts in _EXPERTS:
         for ratio in sorted({*_RATIOS, Fraction(1, num_experts)}):
             active = ratio.denominator  # K with K·G = 1
             for top_k in (None, active) if active < num_experts else (None,):
                 layout = ExpertConfig(num_experts, top_k, float(ratio), config.norm, 1.0, config.router_width)
                 try:
-                    found.append((layout, ratio, _sizes(one_expert, layout)))
+                    sizes = _sizes(one_expert, layout)
                 except ValueError:
                     continue  # N does not divide some layer's hidden units
-    layouts = []
-    for layout, ratio, (parameters, routers, trained) in found:
-        # FLOPs of FFNs go with the active hidden units, K·G times the stock ones.
-        layers = flops.layers + int(flops.ffn * (layout.num_active_experts * ratio - 1))
-        preserved, costs = layout.why_output_not_preserved() is None, (layers, layers + flops.attention)
-        counts = (parameters, parameters + routers, trained)
-        idle = max(0, layout.num_experts - layout.num_active_experts * len(one_expert.tasks))
-        step = _step(layout.num_experts, ratio) if preserved and not idle else None
-        placed = (preserved, idle, step, parameters <= budget)
-        layouts.append(LayoutCost(layout.num_experts, ratio, layout.top_k, *counts, *costs, *placed))
+                layouts.append(_layout_cost(layout, ratio, sizes, flops, budget, len(one_expert.tasks)))
     return tuple(layouts)
+
+
+def _layout_cost(
+    layout: ExpertConfig, ratio: Fraction, sizes: tuple[int, int, int], flops: Flops, budget: int, num_tasks: int
+) -> LayoutCost:
+    parameters, routers, trained = sizes
+    # FLOPs of FFNs are proportional to the active hidden units, which are K·G times the stock ones.
+    layers = flops.layers + int(flops.ffn * (layout.num_active_experts * ratio - 1))
+    preserved = layout.why_output_not_preserved() is None
+    idle = max(0, layout.num_experts - layout.num_active_experts * num_tasks)
+    return LayoutCost(
+        num_experts=layout.num_experts,
+        expert_ratio=ratio,
+        top_k=layout.top_k,
+        parameters=parameters,
+        parameters_with_routers=parameters + routers,
+        trained_parameters=trained,
+        flops=layers,
+        flops_with_attention=layers + flops.attention,
+        preserved=preserved,
+        idle_experts=idle,
+        step=_step(layout.num_experts, ratio) if preserved and not idle else None,
+        within_budget=parameters <= budget,
+    )
 
 
 def _sizes(one_expert: MTUUNet2DConditionModel, layout: ExpertConfig) -> tuple[int, int, int]:
@@ -204,7 +224,7 @@ def _sizes(one_expert: MTUUNet2DConditionModel, layout: ExpertConfig) -> tuple[i
 
 
 def _step(num_experts: int, ratio: Fraction) -> int:
-    """The step of the recipe to which a layout belongs that keeps the original's output and trains all its experts."""
+    """The step of the recipe to which a layout belongs. It must preserve the output, and train all its experts."""
     if num_experts == 1:
         return 1
     return 2 if ratio < 1 else 3
@@ -220,7 +240,7 @@ def _recipe_line(step: int, layouts: Sequence[LayoutCost]) -> str:
 
 
 def format_sweep(result: LayoutSweep) -> str:
-    """The layouts within the budget as an aligned table, and the recipe."""
+    """Format a sweep as a report: a table of the layouts within the budget, and the recipe."""
     fitting = [layout for layout in result.layouts if layout.within_budget]
     beyond = [layout for layout in result.layouts if not layout.within_budget]
     lines = [["N", "G", "routing", "parameters", "ratio", "with routers", "trained", "FLOPs", "ratio", "+ attention"]]
