@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
 
 import mtu
-from mtu.inspection import BUILT_IN
+from mtu.inspection.inspected_model import BUILT_IN_UNET_CONFIGS
 from mtu.tasks import SD_TASKS, SDXL_TASKS
 
 from .outputs import assert_close, assert_differ, assert_unchanged, predict, rows, snapshot
@@ -351,8 +351,8 @@ def test_the_meta_device():
 @pytest.mark.parametrize(
     ("config", "stock_millions", "blocks", "trained_billions", "ratio"),
     [
-        pytest.param(BUILT_IN["sd15"], 859.5, 16, 0.1584, 1.011, id="sd15"),
-        pytest.param(BUILT_IN["sdxl"], 2567.5, 70, 1.524, 1.115, id="sdxl", marks=pytest.mark.slow),
+        pytest.param(BUILT_IN_UNET_CONFIGS["sd15"], 859.5, 16, 0.1584, 1.011, id="sd15"),
+        pytest.param(BUILT_IN_UNET_CONFIGS["sdxl"], 2567.5, 70, 1.524, 1.115, id="sdxl", marks=pytest.mark.slow),
     ],
 )
 def test_the_papers_parameter_counts(config, stock_millions, blocks, trained_billions, ratio):
