@@ -1,6 +1,6 @@
 """The command `mtu`: its options, its exit codes and how it reports errors.
 
-Each command lives in a module of its own and joins below by one line. A command imports what it needs when it runs, so
+Each command lives in a module of its own and joins below by one line. A command imports the library when it runs, so
 that `mtu --help` never waits for PyTorch.
 """
 

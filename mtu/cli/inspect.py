@@ -1,4 +1,4 @@
-"""`mtu inspect`: parameters and FLOPs of an upcycled model beside those of its original."""
+"""The command `mtu inspect`, which prints parameters and FLOPs of an upcycled model beside those of its original."""
 
 import json
 from fractions import Fraction
@@ -93,11 +93,11 @@ def inspect_model(
     common: dict[str, Any] = {"norm": norm, "size": size}
     if budget is None:
         comparison = inspection.compare_with_original(model, **layout, **common)
-        result, report, left = comparison.to_dict(), inspection.format_comparison(comparison), 1
+        result, report, left_aligned_columns = comparison.to_dict(), inspection.format_comparison(comparison), 1
     else:
         layouts = inspection.sweep_layouts(model, budget, **common)
-        result, report, left = layouts.to_dict(), inspection.format_sweep(layouts), 0
+        result, report, left_aligned_columns = layouts.to_dict(), inspection.format_sweep(layouts), 0
     if as_json:
         print(json.dumps(result, indent=2))
     else:
-        print_report(report, left)
+        print_report(report, left_aligned_columns)

@@ -1,7 +1,7 @@
-"""How commands write: reports that a terminal shows with rich, and errors.
+"""Writing reports and errors to the terminal, a file or a pipe.
 
-The library's reports are plain text, and go as they are into a file or a pipe. Only a terminal gets colours and tables
-that fit its width.
+The library's reports are plain text, which files and pipes get unchanged. Only a terminal gets colours, and tables that
+fit its width.
 """
 
 import re
@@ -18,12 +18,13 @@ __all__ = ["print_error", "print_report"]
 _UNBOUNDED = 10_000
 
 
-def print_report(report: str, left: int = 0) -> None:
+def print_report(report: str, left_aligned_columns: int = 0) -> None:
     """Print a report whose second paragraph is an aligned table, as `mtu.inspection` formats it.
 
     Args:
         report: The paragraphs, separated by blank lines. The first line of the table is its header.
-        left: How many of the table's first columns are aligned to the left. The others are aligned to the right.
+        left_aligned_columns: Number of the table's first columns that are aligned to the left. The others are aligned
+            to the right.
     """
     console = Console()
     if not console.is_terminal:
@@ -31,7 +32,7 @@ def print_report(report: str, left: int = 0) -> None:
         return
     summary, table, notes = report.split("\n\n", 2)
     console.print(Text(summary, style="bold"), soft_wrap=True)
-    drawn = _draw(_split_columns(table), left)
+    drawn = _draw(_split_columns(table), left_aligned_columns)
     if Measurement.get(console, console.options.update(width=_UNBOUNDED), drawn).maximum <= console.width:
         console.print(drawn)
     else:
@@ -41,7 +42,7 @@ def print_report(report: str, left: int = 0) -> None:
 
 
 def _split_columns(table: str) -> list[list[str]]:
-    """The cells of an aligned table: two or more spaces that stand below each other in all lines part two columns."""
+    """Split an aligned table into cells. Columns lie at least two spaces apart in all lines."""
     lines = table.splitlines()
     width = max(map(len, lines))
     lines = [line.ljust(width) for line in lines]
@@ -50,12 +51,14 @@ def _split_columns(table: str) -> list[list[str]]:
     return [[line[start:end] for start, end in columns] for line in lines]
 
 
-def _draw(rows: list[list[str]], left: int) -> Table:
+def _draw(rows: list[list[str]], left_aligned_columns: int) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(rows[0]):
-        table.add_column(Text(name.strip()), justify="left" if index < left else "right")
+        table.add_column(Text(name.strip()), justify="left" if index < left_aligned_columns else "right")
     for row in rows[1:]:
-        table.add_row(*(Text(cell.rstrip() if index < left else cell.strip()) for index, cell in enumerate(row)))
+        table.add_row(
+            *(Text(cell.rstrip() if index < left_aligned_columns else cell.strip()) for index, cell in enumerate(row))
+        )
     return table
 
 

@@ -170,7 +170,7 @@ def format_comparison(comparison: Comparison) -> str:
             f"{comparison.name}: {experts} of {ratio} of the FFN, {routing} routing, norm {config.norm!r}.",
             f"Tasks: {tasks}.",
             "",
-            format_table(lines, left=1),
+            format_table(lines, left_aligned_columns=1),
             "",
             describe_flop_count(comparison.size, comparison.latent_size),
             "Routers run once per call, whatever the batch; drop_routers_() leaves only their output.",

@@ -109,14 +109,14 @@ def format_flops(count: int) -> str:
     return str(count)
 
 
-def format_table(lines: Sequence[Sequence[str]], left: int = 0) -> str:
+def format_table(lines: Sequence[Sequence[str]], left_aligned_columns: int = 0) -> str:
     """Format lines of cells as aligned columns.
 
     Args:
         lines: the cells of each line.
-        left: number of columns that are aligned to the left. The others are aligned to the right.
+        left_aligned_columns: number of columns that are aligned to the left. The others are aligned to the right.
     """
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    sides = ["<" if i < left else ">" for i in range(len(widths))]
+    sides = ["<" if i < left_aligned_columns else ">" for i in range(len(widths))]
     aligned = ([f"{c:{s}{w}}" for c, s, w in zip(line, sides, widths, strict=True)] for line in lines)
     return "\n".join("  ".join(cells).rstrip() for cells in aligned)

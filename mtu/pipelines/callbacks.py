@@ -1,6 +1,6 @@
 """Callbacks of the user between two denoising steps, and the changes that they may make.
 
-A callback sees latents, prompt embeddings and guidance scales, and the following steps use what it makes of them.
+A callback may change latents, prompt embeddings and guidance scales, and the following steps use the changed ones.
 """
 
 import math

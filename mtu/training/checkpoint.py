@@ -1,7 +1,7 @@
 """Checkpoints of a training in a directory: named tensors, and a state as JSON.
 
-A checkpoint replaces the previous one atomically, so an interruption leaves one of the two whole. `fit` decides what
-goes into a checkpoint.
+A checkpoint replaces the previous one atomically, so an interruption leaves one of the two whole. `fit` chooses the
+contents.
 """
 
 from collections.abc import Mapping

@@ -44,7 +44,7 @@ def autocast_to(device_type: str, dtype: torch.dtype | None, *, cache_weights: b
 
     Args:
         device_type: "cpu", "cuda", ….
-        dtype: the compute dtype; None: no autocast, whatever context surrounds this one.
+        dtype: the compute dtype; None: no autocast, even if a surrounding context asks for it.
         cache_weights: whether converted weights are kept until the end of the context. Threads share that cache, so
             contexts in several threads must not use it.
     """
