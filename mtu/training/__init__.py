@@ -1,6 +1,8 @@
 """Training: one loop for every model of the library, and the multi-task objective.
 
-- `fit`: the loop, its configuration `FitConfig`, and the state that it saves and resumes.
+- `training_loop`: the loop, `fit`.
+- `fit_config`: its settings, `FitConfig`, and the learning rate.
+- `training_state`: the state that checkpoints save and restore.
 - `multitask`: the loss of the paper, over examples that are encoded once.
 - `timesteps`: stratified timesteps, and the weight of each timestep in the loss.
 - `precision`: autocast, and the check of parameters' dtypes.
@@ -11,7 +13,8 @@
 Data sets are in `mtu.data`, and complete trainings in `mtu.recipes`.
 """
 
-from mtu.training.fit import FitConfig, fit
+from mtu.training.fit_config import FitConfig
 from mtu.training.loss_log import LogEntry
+from mtu.training.training_loop import fit
 
 __all__ = ["FitConfig", "LogEntry", "fit"]

@@ -12,7 +12,8 @@ from mtu.experts import ExpertConfig
 from mtu.models.router import Router
 from mtu.training import FitConfig, LogEntry, fit
 from mtu.training.checkpoint import load_checkpoint, save_checkpoint
-from mtu.training.fit import TrainingState, learning_rate_at, parameter_groups
+from mtu.training.fit_config import learning_rate_at
+from mtu.training.training_state import TrainingState, parameter_groups
 
 from ..file_operations import CUTS, count_operations, run_cut_off
 

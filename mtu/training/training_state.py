@@ -1,94 +1,28 @@
-"""The training loop: AdamW, warm-up, cosine or constant rate, weight averaging, and exact resuming.
+"""The state of a training, which checkpoints save and restore so that resuming is exact.
 
-The loop knows nothing of diffusion: a loss function gives it the loss of each step.
+`TrainingState` makes single steps. The loop over them is in `training_loop`.
 """
 
 import json
 import math
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from tqdm import tqdm
 
-from mtu.compat import parameter_access
 from mtu.compat.plain_linear import RouterLinear
-from mtu.storage import make_folder
-from mtu.training.checkpoint import check_no_checkpoint, load_checkpoint, remove_checkpoint, save_checkpoint
-from mtu.training.loss_log import LogEntry, LossLog
+from mtu.training.checkpoint import load_checkpoint, save_checkpoint
+from mtu.training.fit_config import FitConfig, learning_rate_at
 from mtu.training.precision import check_parameter_dtypes
+
+__all__ = ["CHANGEABLE_ON_RESUME", "TrainingState", "parameter_groups"]
 
 # These settings may change when a checkpoint is resumed, because no step that was already made depends on them.
 CHANGEABLE_ON_RESUME = ("minutes", "checkpoint_every", "log_every")
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """The settings of a training.
-
-    Attributes:
-        steps: number of optimizer steps; an upper limit if `minutes` is given.
-        learning_rate: highest learning rate, reached after the warm-up.
-        warmup_steps: steps of linear warm-up.
-        schedule: "cosine" lets the rate fall to zero at the end of training; "constant" keeps it.
-        weight_decay: AdamW's weight decay, for the weights of linear layers and convolutions only.
-        max_grad_norm: norm to which larger gradients are scaled down; None: gradients stay as they are.
-        ema_decay: decay of the exponential moving average of the weights; None: no average is kept.
-        betas: AdamW's momentum coefficients.
-        checkpoint_every: steps from one checkpoint to the next.
-        log_every: steps from one logged loss to the next.
-        minutes: wall-clock limit. The cosine schedule then follows the clock, so that the rate still ends at zero.
-        seed: seed of torch's global generators, set before the first step.
-    """
-
-    steps: int
-    learning_rate: float = 1e-3
-    warmup_steps: int = 0
-    schedule: Literal["constant", "cosine"] = "cosine"
-    weight_decay: float = 0.01
-    max_grad_norm: float | None = 1.0
-    ema_decay: float | None = None
-    betas: tuple[float, float] = (0.9, 0.99)
-    checkpoint_every: int = 500
-    log_every: int = 50
-    minutes: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.checkpoint_every < 1 or self.log_every < 1:
-            raise ValueError("FitConfig: steps, checkpoint_every and log_every must each be at least 1.")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ValueError(f"FitConfig: minutes must be a positive number, got {self.minutes}.")
-        if self.schedule not in ("constant", "cosine"):
-            raise ValueError(f"FitConfig: unknown schedule {self.schedule!r}; choose constant or cosine.")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"FitConfig: ema_decay must lie in [0, 1), got {self.ema_decay}.")
-        if self.warmup_steps < 0:
-            raise ValueError(f"FitConfig: warmup_steps must be at least 0, got {self.warmup_steps}.")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"FitConfig: max_grad_norm must be a positive number or None, got {self.max_grad_norm}.")
-
-
-def learning_rate_at(step: int, seconds: float, config: FitConfig) -> float:
-    """Compute the learning rate of a step.
-
-    Args:
-        step: number of steps made before this one.
-        seconds: training time before this step. It has an effect only if the configuration limits the minutes.
-        config: the settings of the training.
-    """
-    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
-    if config.schedule == "constant":
-        return config.learning_rate * warmup
-    progress = step / config.steps
-    if config.minutes is not None:
-        progress = max(progress, seconds / (60 * config.minutes))
-    return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def parameter_groups(
@@ -336,92 +270,3 @@ def _within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-
-
-def _progress_bar(training: TrainingState, config: FitConfig, description: str) -> tqdm:
-    style: dict[str, Any] = {"desc": description, "mininterval": 5, "maxinterval": 60}
-    if config.minutes is None:
-        return tqdm(total=config.steps, initial=training.step, unit="step", **style)
-    layout = "{l_bar}{bar}| {n:.0f}/{total:.0f} s{postfix}"
-    total = 60 * config.minutes
-    return tqdm(total=total, initial=min(training.seconds, total), bar_format=layout, **style)
-
-
-def fit(
-    loss_fn: Callable[[int], Tensor],
-    modules: Mapping[str, nn.Module],
-    parameters: Iterable[Parameter],
-    config: FitConfig,
-    *,
-    directory: Path | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    description: str = "",
-) -> list[LogEntry]:
-    """Train modules in place.
-
-    If an average of the weights is kept, the modules hold the averaged weights afterwards.
-
-    Args:
-        loss_fn: computes the () loss of a step from the number of the step. Data and noise must depend on that number
-            (and a seed) alone, so that a resumed training goes on exactly as an uninterrupted one. If it has an
-            attribute `settings`, a dictionary of JSON values, a checkpoint can only be resumed with the same settings.
-        modules: the modules by name, which checkpoints save whole.
-        parameters: the parameters of the modules to train.
-        config: the settings of the training.
-        directory: the folder of the checkpoint and of `log.jsonl`; None: neither is written.
-        resume: whether to continue from the checkpoint in the directory. It may have been made on another device.
-        overwrite: whether to delete a checkpoint in the directory and start anew.
-        description: label of the progress bar.
-
-    Returns:
-        The logged losses, from the first step on.
-
-    Raises:
-        FloatingPointError: the loss or a gradient is not finite. Weights, averages and the checkpoint are those before
-            that step.
-        FileExistsError: the directory holds a checkpoint, and neither `resume` nor `overwrite` is true.
-        FileNotFoundError: there is no checkpoint to resume from.
-        OSError: a file cannot be written, for example on a full disk. The previous checkpoint stays.
-        ValueError: the checkpoint is damaged or belongs to another training, or `resume` and `overwrite` are both true.
-    """
-    if resume and directory is None:
-        raise ValueError("fit: resume needs the directory that holds the checkpoint.")
-    if resume and overwrite:
-        raise ValueError("fit: resume continues the checkpoint that overwrite deletes: expected one of them, got both.")
-    if directory is not None and not (resume or overwrite):
-        check_no_checkpoint(directory)
-    for module in modules.values():
-        parameter_access.check_trainable(module, "fit")
-        parameter_access.check_has_values(module, "fit")
-    torch.manual_seed(config.seed)
-    training, losses = TrainingState(modules, parameters, config, getattr(loss_fn, "settings", None)), []
-    if directory is not None:
-        make_folder(directory)
-        if overwrite:
-            remove_checkpoint(directory)
-        if resume:
-            losses = training.load(directory)
-    log = LossLog(directory, training.step, losses)
-    limit = math.inf if config.minutes is None else 60 * config.minutes
-    started = time.monotonic() - training.seconds
-    with _progress_bar(training, config, description) as bar:
-        while training.step < config.steps and training.seconds < limit:
-            loss = loss_fn(training.step)
-            norm = training.backward(loss)
-            value = training.check_finite(loss, norm)
-            training.optimizer_step(norm)
-            training.seconds = time.monotonic() - started
-            log.add_loss(value)
-            # The progress bar shows seconds if the clock ends the training, else steps.
-            bar.n = training.step if config.minutes is None else min(training.seconds, limit)
-            bar.update(0)
-            done = training.step == config.steps or training.seconds >= limit
-            if training.step % config.log_every == 0 or done:
-                rate = training.optimizer.param_groups[0]["lr"]
-                log.write_entry(training.step, rate, training.seconds)
-                bar.set_postfix(step=training.step, loss=f"{log.smoothed_loss:.4f}", rate=f"{rate:.1e}")
-            if directory is not None and (training.step % config.checkpoint_every == 0 or done):
-                training.save(directory, log.unlogged_losses)
-    training.copy_average_to_modules()
-    return log.entries
