@@ -35,10 +35,6 @@ class Inputs(NamedTuple):
     grad_y: Tensor
 
     @property
-    def arguments(self) -> tuple[Tensor, NormAffine, ExpertWeights, Routing]:
-        return self.x, self.norm, self.experts, self.routing
-
-    @property
     def named(self) -> dict[str, Tensor]:
         """Everything that the call reads."""
         names = ["x", "norm.weight", "norm.bias", *ExpertWeights._fields[:4], "routing.weights", "routing.indices"]
@@ -53,6 +49,10 @@ class Inputs(NamedTuple):
     @property
     def leaves(self) -> list[Tensor]:
         return [self.named[name] for name in self.leaf_names]
+
+    @property
+    def arguments(self) -> tuple[Tensor, NormAffine, ExpertWeights, Routing]:
+        return self.x, self.norm, self.experts, self.routing
 
 
 class Shared(NamedTuple):

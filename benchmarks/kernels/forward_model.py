@@ -31,7 +31,13 @@ _GATHERS = 3
 
 
 class Tokens(NamedTuple):
-    """A dense feed-forward: B·L rows of width D, 4·D hidden units."""
+    """The sizes of a dense feed-forward.
+
+    Attributes:
+        D: width of a token; there are 4·D hidden units.
+        L: tokens of a sample.
+        B: samples.
+    """
 
     D: int
     L: int
@@ -71,6 +77,7 @@ class Forward(NamedTuple):
 
     @property
     def total(self) -> float:
+        """The sum of all parts in µs."""
         return sum(self)
 
 

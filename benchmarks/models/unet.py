@@ -185,7 +185,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 if a contender was wrong or broke."""
     parser = _parser()
     argv, options = parse(parser, argv)
-    until = deadline(options.minutes)
     with usage_errors(parser):
         if options.report is not None:
             print("\n".join(report(TABLE.read(options.report), TARGETS, TESTED)))
@@ -197,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.kernels is not None:
             files.append(context._replace(table=step_kernels.TABLE, output=options.kernels))
             step_kernels.TABLE.check(options.kernels, context.source)
+    until = deadline(options.minutes)
     plan = MeasurementPlan(options.runs, options.seconds, not options.warm_caches)
     if options.kernels is not None:
         plan = plan._replace(after_timing=functools.partial(_record_kernels, files[1]))

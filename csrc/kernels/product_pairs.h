@@ -4,12 +4,8 @@
 // It works like FloatProduct, with two steps in k at a time. Weights are not copied.
 
 struct PairProduct : PairPanels {
-  static constexpr int kRows = 8;
-  static constexpr int kPanels = 3;
-  static constexpr int64_t kStep = 2;
-  static constexpr int64_t kDepth = 256;
-  static constexpr int64_t kGroup = 8;
-  static constexpr int64_t kBlockPanels = 12;
+  static constexpr int kRows = 8, kPanels = 3;
+  static constexpr int64_t kStep = 2, kDepth = 256, kGroup = 8, kBlockPanels = 12;
 
   static void begin() {}
   static void end() {}

@@ -4,12 +4,8 @@
 // sums. So each tile that is loaded serves two products.
 
 struct TileProduct : PairPanels {
-  static constexpr int kRows = 32;
-  static constexpr int kPanels = 2;
-  static constexpr int64_t kStep = 32;
-  static constexpr int64_t kDepth = 320;
-  static constexpr int64_t kGroup = 4;
-  static constexpr int64_t kBlockPanels = 16;
+  static constexpr int kRows = 32, kPanels = 2;
+  static constexpr int64_t kStep = 32, kDepth = 320, kGroup = 4, kBlockPanels = 16;
 
   // Sets tiles 0 to 7 to 16 rows of 64 bytes. The compiler's intrinsic declares that it reads 8 bytes only, so GCC may
   // leave the other bytes of a local variable unwritten. This statement declares that it reads the whole constant.

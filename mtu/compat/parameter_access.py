@@ -3,6 +3,8 @@
 Offloading keeps values in a map or on disk, layerwise casting keeps them in another dtype, and adapters and quantizers
 put other modules around them. The private attributes by which this is found out live in
 `mtu.compat.private_interfaces`.
+
+Each check takes the model and the name of the operation that needs it, which its message begins with.
 """
 
 from collections.abc import Container, Iterator, Mapping
@@ -46,12 +48,7 @@ Model = TypeVar("Model", bound=UNet2DConditionModel)
 
 
 def check_not_offloaded(module: nn.Module, action: str) -> None:
-    """Raise a ValueError if a module is offloaded, because its calls would not use values written to its parameters.
-
-    Args:
-        module: the model.
-        action: the name of the operation, for the message.
-    """
+    """Raise a ValueError if a module is offloaded, because its calls would not use values written to its parameters."""
     offloaded = [m for m in module.modules() if any(True for _ in offloaded_weight_maps(m))]
     if offloaded:
         way_back = "call accelerate.hooks.remove_hook_from_module(unet, recurse=True) first"
@@ -65,12 +62,7 @@ def check_not_offloaded(module: nn.Module, action: str) -> None:
 
 
 def check_not_group_offloaded(module: nn.Module, action: str) -> None:
-    """Raise a ValueError if a module is under group offloading, which keeps lists of the module's old parameters.
-
-    Args:
-        module: the model.
-        action: the name of the operation, for the message.
-    """
+    """Raise a ValueError if a module is under group offloading, which keeps lists of the module's old parameters."""
     grouped = sum(has_group_offloading_hook(m) for m in module.modules())
     if grouped:
         raise ValueError(
@@ -107,12 +99,7 @@ def check_loadable(module: nn.Module, values: Mapping[str, Tensor], action: str,
 
 
 def check_trainable(module: nn.Module, action: str) -> None:
-    """Raise a ValueError if calls would not use, or would round, the values that an optimizer writes to parameters.
-
-    Args:
-        module: the model.
-        action: the name of the operation, for the message.
-    """
+    """Raise a ValueError if calls would not use, or would round, the values that an optimizer writes to parameters."""
     check_not_offloaded(module, action)
     if uses_layerwise_casting(module):
         raise ValueError(
@@ -122,12 +109,7 @@ def check_trainable(module: nn.Module, action: str) -> None:
 
 
 def check_plain_layers(module: nn.Module, action: str) -> None:
-    """Raise a ValueError if layers are wrapped or replaced (adapters), or their tensors are not plain (quantization).
-
-    Args:
-        module: the model.
-        action: the name of the operation, for the message.
-    """
+    """Raise a ValueError if layers are wrapped or replaced (adapters), or hold no plain tensors (quantization)."""
     for name, layer in module.named_modules():
         if is_peft_wrapper(layer):
             raise ValueError(
@@ -151,12 +133,7 @@ def check_plain_layers(module: nn.Module, action: str) -> None:
 
 
 def check_has_values(module: nn.Module, action: str) -> None:
-    """Raise a ValueError if parameters are on the meta device and no offloading keeps their values.
-
-    Args:
-        module: the model.
-        action: the name of the operation, for the message.
-    """
+    """Raise a ValueError if parameters are on the meta device and no offloading keeps their values."""
     for name, tensor in module.state_dict(keep_vars=True).items():
         if tensor.is_meta and _offloaded_value(module, name) is None:
             raise ValueError(f"{action} needs parameters with values, but {name} is on the meta device: load it first.")

@@ -8,16 +8,9 @@ from diffusers.hooks import apply_layerwise_casting
 from torch import nn
 
 from .outputs import TOLERANCE, assert_close, predict
-from .tiny import inputs, upcycled_unet
+from .tiny import WITH_AND_WITHOUT_ROUTERS, inputs, upcycled_unet
 
 NAMES = ("remove", "text-to-image", "edit", "super-resolution", "edit")
-TOP_2 = {"top_k": 2, "norm": "task_expert"}
-MODELS = [
-    pytest.param({}, False, id="dense"),
-    pytest.param(TOP_2, False, id="top2"),
-    pytest.param({}, True, id="dense-dropped"),
-    pytest.param(TOP_2, True, id="top2-dropped"),
-]
 # The fast tier casts in `test_states.py`.
 pytestmark = pytest.mark.slow
 
@@ -48,7 +41,7 @@ def cast_every_layer(unet, storage, compute):
 
 @pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cast", [cast_by_the_model, cast_every_layer])
-@pytest.mark.parametrize(("settings", "dropped"), MODELS)
+@pytest.mark.parametrize(("settings", "dropped"), WITH_AND_WITHOUT_ROUTERS)
 def test_the_layers_of_the_stock_model_alone_are_rounded(settings, dropped, cast, storage):
     unet = model(settings, dropped)
     given, routing, twin = inputs(unet), unet.router_weights(), rounded(unet, storage)
@@ -61,7 +54,7 @@ def test_the_layers_of_the_stock_model_alone_are_rounded(settings, dropped, cast
 
 
 @pytest.mark.parametrize("own", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("settings", "dropped"), MODELS)
+@pytest.mark.parametrize(("settings", "dropped"), WITH_AND_WITHOUT_ROUTERS)
 def test_computing_in_low_precision(settings, dropped, own):
     """Rounding errors are at most twice those of the same weights in a bfloat16 model."""
     unet, dtype = model(settings, dropped).to(own), torch.bfloat16
@@ -77,7 +70,7 @@ def test_computing_in_low_precision(settings, dropped, own):
     assert_close(output.float(), expected, 2 * float(allowed) + TOLERANCE)
 
 
-@pytest.mark.parametrize(("settings", "dropped"), MODELS)
+@pytest.mark.parametrize(("settings", "dropped"), WITH_AND_WITHOUT_ROUTERS)
 def test_the_whole_model_at_once(settings, dropped):
     """What routes keeps its precision even then, and precomputed tables are not made from rounded values."""
     unet, dtype = model(settings, dropped), torch.float8_e4m3fn

@@ -9,19 +9,12 @@ from accelerate import cpu_offload, cpu_offload_with_hook, disk_offload
 import mtu
 
 from .outputs import assert_close, predict
-from .tiny import inputs, upcycled_unet
+from .tiny import WITH_AND_WITHOUT_ROUTERS, inputs, upcycled_unet
 
 NAMES = ("remove", "text-to-image", "edit", "super-resolution", "edit")
 CPU = torch.device("cpu")
-TOP_2 = {"top_k": 2, "norm": "task_expert"}
-MODELS = [
-    pytest.param({}, False, id="dense"),
-    pytest.param(TOP_2, False, id="top2"),
-    pytest.param({}, True, id="dense-dropped"),
-    pytest.param(TOP_2, True, id="top2-dropped"),
-]
 # The fast tier offloads in `test_states.py`.
-pytestmark = [pytest.mark.slow, pytest.mark.parametrize(("settings", "dropped"), MODELS)]
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize(("settings", "dropped"), WITH_AND_WITHOUT_ROUTERS)]
 
 
 def model(settings, dropped):

@@ -32,6 +32,14 @@ SDXL = {
     "projection_class_embeddings_input_dim": 40,  # 6 · 4 + a pooled text embedding of 16
 }
 FAMILIES = {"sd": SD, "sdxl": SDXL}
+# Values of the parameters `settings` (of an upcycled UNet) and `dropped` (whether its routers are).
+TOP_2 = {"top_k": 2, "norm": "task_expert"}
+WITH_AND_WITHOUT_ROUTERS = [
+    pytest.param({}, False, id="dense"),
+    pytest.param(TOP_2, False, id="top2"),
+    pytest.param({}, True, id="dense-dropped"),
+    pytest.param(TOP_2, True, id="top2-dropped"),
+]
 
 
 def stock_unet(config: dict[str, Any] = SD, seed: int = 0, **changes: Any) -> UNet2DConditionModel:

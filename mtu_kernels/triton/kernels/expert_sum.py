@@ -59,8 +59,8 @@ def select_expert(indices_ptr, experts_S, slot, SLOTS: tl.constexpr):
 def expert_sum_kernel(
     a_ptr, weight_ptr, bias_ptr, weights_ptr, indices_ptr, y_ptr, B, L, N, F, K, E, stride_k, stride_n,
     HALVES: tl.constexpr, SLOT_OUTPUTS: tl.constexpr, BIAS_PER_EXPERT: tl.constexpr, SLOTS: tl.constexpr,
-    EVEN_F: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    EVEN_F: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """In weight_ptr, hidden unit i of half j is at (j·H + i)·stride_k, and column n at n·stride_n."""
     tiles_m = tl.cdiv(L, BLOCK_M)

@@ -227,20 +227,20 @@ def test_the_library_has_no_product_by_expert():
         prepare("expert_sum", operands, LIBRARY)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--products", "norm"], "unknown product 'norm': expected some of expert_in, "),
-        (["--routing", "sparse"], "unknown routing 'sparse': expected some of dense, top-2."),
-        (["--batches", "0"], "expected positive whole numbers such as 1,8, got '0'."),
-        (["--shapes", "320"], "unknown shape '320': expected DxL as in 320x4096"),
-        (["--table", "table.csv"], "--table must be a Python file, got table.csv."),
-    ],
-)
-def test_arguments_are_refused_in_one_sentence(arguments, message, capsys):
+REFUSED = {
+    ("--products", "norm"): "unknown product 'norm': expected some of expert_in, ",
+    ("--routing", "sparse"): "unknown routing 'sparse': expected some of dense, top-2.",
+    ("--batches", "0"): "expected positive whole numbers such as 1,8, got '0'.",
+    ("--shapes", "320"): "unknown shape '320': expected DxL as in 320x4096",
+    ("--table", "table.csv"): "--table must be a Python file, got table.csv.",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_arguments_are_refused_in_one_sentence(arguments, capsys):
     with pytest.raises(SystemExit):
         tune.main(arguments)
-    assert message in capsys.readouterr().err
+    assert REFUSED[arguments] in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
