@@ -30,50 +30,37 @@ def _parse_ratio(text: str) -> float:
         raise typer.BadParameter(f"expected a number such as 0.25 or 1/4, but got {text!r}.") from None
 
 
+Model = Annotated[str, typer.Argument(help="sd15, sdxl, or the folder of a UNet or a pipeline, stock or upcycled.")]
+NumExperts = Annotated[
+    int | None, typer.Option(metavar="N", help="Experts per FFN (default: 4, for SDXL 1).", rich_help_panel=_LAYOUT)
+]
+TopK = Annotated[
+    int | None, typer.Option(metavar="K", help="Active experts per task (default: all).", rich_help_panel=_LAYOUT)
+]
+_RATIO_HELP = "Width of an expert / that of the FFN, such as 0.25 or 1/4 (default: 1/N)."
+ExpertRatio = Annotated[
+    float | None, typer.Option(metavar="G", parser=_parse_ratio, help=_RATIO_HELP, rich_help_panel=_LAYOUT)
+]
+_NORM_HELP = "One LayerNorm per task, or task_expert: one per task and expert (default: task)."
+Norm = Annotated[str | None, typer.Option(metavar="MODE", help=_NORM_HELP, rich_help_panel=_LAYOUT)]
+Size = Annotated[int, typer.Option(metavar="PIXELS", help="Edge of the picture.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_SWEEP_HELP = "List all layouts within a budget, with the paper's recipe."
+Sweep = Annotated[bool, typer.Option("--sweep", help=_SWEEP_HELP, rich_help_panel=_SWEEP)]
+_BUDGET_HELP = "Parameters without routers: 860M, 1.2B, or 1.05x for a multiple of the original's."
+Budget = Annotated[str | None, typer.Option(metavar="P", help=_BUDGET_HELP, rich_help_panel=_SWEEP)]
+
+
 def inspect_model(
-    model: Annotated[
-        str, typer.Argument(help="sd15, sdxl, or the folder of a UNet or a pipeline, stock or upcycled.")
-    ] = "sd15",
-    num_experts: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Experts per FFN (default: 4, for SDXL 1).", rich_help_panel=_LAYOUT),
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(metavar="K", help="Active experts per task (default: all).", rich_help_panel=_LAYOUT)
-    ] = None,
-    expert_ratio: Annotated[
-        float | None,
-        typer.Option(
-            metavar="G",
-            parser=_parse_ratio,
-            help="Width of an expert / that of the FFN, such as 0.25 or 1/4 (default: 1/N).",
-            rich_help_panel=_LAYOUT,
-        ),
-    ] = None,
-    norm: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODE",
-            help="One LayerNorm per task, or task_expert: one per task and expert (default: task).",
-            rich_help_panel=_LAYOUT,
-        ),
-    ] = None,
-    size: Annotated[int, typer.Option(metavar="PIXELS", help="Edge of the picture.")] = 512,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    sweep: Annotated[
-        bool,
-        typer.Option(
-            "--sweep", help="List all layouts within a budget, with the paper's recipe.", rich_help_panel=_SWEEP
-        ),
-    ] = False,
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            metavar="P",
-            help="Parameters without routers: 860M, 1.2B, or 1.05x for a multiple of the original's.",
-            rich_help_panel=_SWEEP,
-        ),
-    ] = None,
+    model: Model = "sd15",
+    num_experts: NumExperts = None,
+    top_k: TopK = None,
+    expert_ratio: ExpertRatio = None,
+    norm: Norm = None,
+    size: Size = 512,
+    as_json: AsJson = False,
+    sweep: Sweep = False,
+    budget: Budget = None,
 ) -> None:
     """Print parameters and FLOPs of an upcycled model beside its original.
 
@@ -92,12 +79,10 @@ def inspect_model(
 
     common: dict[str, Any] = {"norm": norm, "size": size}
     if budget is None:
-        comparison = inspection.compare_with_original(model, **layout, **common)
-        result, report, left_aligned_columns = comparison.to_dict(), inspection.format_comparison(comparison), 1
+        result = inspection.compare_with_original(model, **layout, **common)
     else:
-        layouts = inspection.sweep_layouts(model, budget, **common)
-        result, report, left_aligned_columns = layouts.to_dict(), inspection.format_sweep(layouts), 0
+        result = inspection.sweep_layouts(model, budget, **common)
     if as_json:
-        print(json.dumps(result, indent=2))
+        print(json.dumps(result.to_dict(), indent=2))
     else:
-        print_report(report, left_aligned_columns)
+        print_report(result.report())

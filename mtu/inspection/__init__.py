@@ -10,9 +10,10 @@ its 0.67 TFLOPs for SD 1.5 at 512² are 0.677 here. The two matrix products insi
 are reported apart. So are the routers, which run once per call at any batch size, or not at all once they are dropped.
 """
 
-from mtu.inspection.comparison import Comparison, Quantity, compare_with_original, format_comparison
+from mtu.inspection.comparison import Comparison, Quantity, compare_with_original
 from mtu.inspection.inspected_model import BUILT_IN_UNET_CONFIGS
-from mtu.inspection.sweep import LayoutCost, LayoutSweep, format_sweep, sweep_layouts
+from mtu.inspection.reports import Report
+from mtu.inspection.sweep import LayoutCost, LayoutSweep, sweep_layouts
 
 __all__ = [
     "BUILT_IN_UNET_CONFIGS",
@@ -20,8 +21,7 @@ __all__ = [
     "LayoutCost",
     "LayoutSweep",
     "Quantity",
+    "Report",
     "compare_with_original",
-    "format_comparison",
-    "format_sweep",
     "sweep_layouts",
 ]

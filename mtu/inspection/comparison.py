@@ -7,19 +7,13 @@ from typing import Any, NamedTuple
 from diffusers import UNet2DConditionModel
 
 from mtu.experts import ExpertConfig, NormMode
-from mtu.inspection.counting import (
-    count_flops,
-    count_parameters,
-    describe_flop_count,
-    format_count,
-    format_flops,
-    format_table,
-)
+from mtu.inspection.counting import count_flops, count_parameters
 from mtu.inspection.inspected_model import InspectedModel, load_inspected_model
+from mtu.inspection.reports import Report, describe_flop_count, format_count, format_flops
 from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.tasks import TaskSpec
 
-__all__ = ["Comparison", "Quantity", "compare_with_original", "format_comparison"]
+__all__ = ["Comparison", "Quantity", "compare_with_original"]
 
 
 class Quantity(NamedTuple):
@@ -85,6 +79,29 @@ class Comparison(NamedTuple):
             ],
         }
 
+    def report(self) -> Report:
+        """A table of the quantities, with notes on its numbers."""
+        config, tasks = self.expert_config, ", ".join(task.name for task in self.tasks)
+        experts = f"{config.num_experts} expert{'s' if config.num_experts > 1 else ''}"
+        ratio = Fraction(config.expert_ratio).limit_denominator(4096)
+        routing = "dense" if config.is_dense else f"top-{config.top_k}"
+        lines = [["", "original", "upcycled", "ratio", "routers dropped", "ratio"]]
+        for row in self.quantities:
+            show = format_flops if row.key.startswith("flops") else format_count
+            original = "-" if row.original is None else show(row.original)
+            ratios = ["-" if r is None else f"{r:.3f}" for r in (row.ratio, row.ratio_routers_dropped)]
+            lines.append([row.label, original, show(row.upcycled), ratios[0], show(row.routers_dropped), ratios[1]])
+        reason = config.why_output_not_preserved()
+        summary = (
+            f"{self.name}: {experts} of {ratio} of the FFN, {routing} routing, norm {config.norm!r}.\nTasks: {tasks}."
+        )
+        notes = [
+            describe_flop_count(self.size, self.latent_size),
+            "Routers run once per call, whatever the batch; drop_routers_() leaves only their output.",
+            f"Output of the original preserved at initialisation: {'yes' if reason is None else f'no, {reason}'}.",
+        ]
+        return Report(summary, lines, "\n".join(notes), left_aligned_columns=1)
+
 
 def compare_with_original(
     model: str | os.PathLike | UNet2DConditionModel,
@@ -106,7 +123,7 @@ def compare_with_original(
         vae_scale_factor: pixels per latent; None: those of the pipeline's VAE if there is one, else 8.
 
     Returns:
-        The comparison, which `format_comparison` turns into a report.
+        The comparison; `print(comparison.report())` shows it.
 
     Raises:
         ValueError: the folder does not exist or does not hold a UNet, or `upcycle` refuses the arguments.
@@ -150,30 +167,3 @@ def _quantities(inspected: InspectedModel, upcycled: MTUUNet2DConditionModel, la
         rows.append(Quantity(f"flops{key}_with_attention", "  with attention products", total, both, both))
     rows.append(Quantity("flops_routers_per_call", "FLOPs of the routers, per call", None, own.routers, 0))
     return tuple(rows)
-
-
-def format_comparison(comparison: Comparison) -> str:
-    """Format a comparison as a report: an aligned table, with notes on its numbers."""
-    config, tasks = comparison.expert_config, ", ".join(task.name for task in comparison.tasks)
-    experts = f"{config.num_experts} expert{'s' if config.num_experts > 1 else ''}"
-    ratio = Fraction(config.expert_ratio).limit_denominator(4096)
-    routing = "dense" if config.is_dense else f"top-{config.top_k}"
-    lines = [["", "original", "upcycled", "ratio", "routers dropped", "ratio"]]
-    for row in comparison.quantities:
-        show = format_flops if row.key.startswith("flops") else format_count
-        original = "-" if row.original is None else show(row.original)
-        ratios = ["-" if r is None else f"{r:.3f}" for r in (row.ratio, row.ratio_routers_dropped)]
-        lines.append([row.label, original, show(row.upcycled), ratios[0], show(row.routers_dropped), ratios[1]])
-    reason = config.why_output_not_preserved()
-    return "\n".join(
-        [
-            f"{comparison.name}: {experts} of {ratio} of the FFN, {routing} routing, norm {config.norm!r}.",
-            f"Tasks: {tasks}.",
-            "",
-            format_table(lines, left_aligned_columns=1),
-            "",
-            describe_flop_count(comparison.size, comparison.latent_size),
-            "Routers run once per call, whatever the batch; drop_routers_() leaves only their output.",
-            f"Output of the original preserved at initialisation: {'yes' if reason is None else f'no, {reason}'}.",
-        ]
-    )

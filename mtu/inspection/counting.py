@@ -1,6 +1,5 @@
-"""Counting parameters and FLOPs of a model on the meta device, and formatting the numbers for reports."""
+"""Counting parameters and FLOPs of a model on the meta device."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,18 +9,10 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtu.example_inputs import CLIP_TEXT_TOKENS, make_example_inputs
+from mtu.example_inputs import make_example_inputs
 from mtu.models.router import Router, routing_table_parameter_ids
 
-__all__ = [
-    "Flops",
-    "count_flops",
-    "count_parameters",
-    "describe_flop_count",
-    "format_count",
-    "format_flops",
-    "format_table",
-]
+__all__ = ["Flops", "count_flops", "count_parameters"]
 
 
 class Flops(NamedTuple):
@@ -76,47 +67,3 @@ def count_parameters(model: nn.Module) -> int:
     """Count the parameters of a model, without the routing tables that dropped routers leave."""
     tables = routing_table_parameter_ids(model)
     return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
-
-
-def describe_flop_count(size: int, latent_size: int) -> str:
-    """Explain the FLOPs of a table in two lines of text.
-
-    Args:
-        size: edge of the image in pixels.
-        latent_size: edge of its latents.
-    """
-    return (
-        f"FLOPs: one forward of the UNet at {size} x {size} (latents {latent_size} x {latent_size}), batch 1, "
-        f"{CLIP_TEXT_TOKENS} text tokens.\nA multiply-add counts as two. Convolutions and linear layers; the two "
-        "products inside attention only where named."
-    )
-
-
-def format_count(count: int) -> str:
-    """Format a number of parameters: 1.524 B, 859.5 M, 12.3 K, 16."""
-    for unit, symbol, digits in ((10**9, "B", 3), (10**6, "M", 1), (10**3, "K", 1)):
-        if count >= unit:
-            return f"{count / unit:.{digits}f} {symbol}"
-    return str(count)
-
-
-def format_flops(count: int) -> str:
-    """Format a number of FLOPs: 0.677 T, 2.350 G, 0.075 G."""
-    for unit, symbol in ((10**12, "T"), (10**9, "G"), (10**6, "M")):
-        # Papers write 0.677 T instead of 677 G, so a unit serves from a tenth of it on.
-        if count >= unit // 10:
-            return f"{count / unit:.3f} {symbol}"
-    return str(count)
-
-
-def format_table(lines: Sequence[Sequence[str]], left_aligned_columns: int = 0) -> str:
-    """Format lines of cells as aligned columns.
-
-    Args:
-        lines: the cells of each line.
-        left_aligned_columns: number of columns that are aligned to the left. The others are aligned to the right.
-    """
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    sides = ["<" if i < left_aligned_columns else ">" for i in range(len(widths))]
-    aligned = ([f"{c:{s}{w}}" for c, s, w in zip(line, sides, widths, strict=True)] for line in lines)
-    return "\n".join("  ".join(cells).rstrip() for cells in aligned)

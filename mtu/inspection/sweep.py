@@ -9,19 +9,12 @@ from typing import Any, NamedTuple
 from diffusers import UNet2DConditionModel
 
 from mtu.experts import ExpertConfig, NormMode
-from mtu.inspection.counting import (
-    Flops,
-    count_flops,
-    count_parameters,
-    describe_flop_count,
-    format_count,
-    format_flops,
-    format_table,
-)
+from mtu.inspection.counting import Flops, count_flops, count_parameters
 from mtu.inspection.inspected_model import load_inspected_model
+from mtu.inspection.reports import Report, describe_flop_count, format_count, format_flops
 from mtu.models.unet import MTUUNet2DConditionModel
 
-__all__ = ["LayoutCost", "LayoutSweep", "format_sweep", "sweep_layouts"]
+__all__ = ["LayoutCost", "LayoutSweep", "sweep_layouts"]
 
 _EXPERTS = (1, 2, 4, 8, 16)
 _RATIOS = (Fraction(1, 4), Fraction(1, 2), Fraction(1))
@@ -105,6 +98,51 @@ class LayoutSweep(NamedTuple):
         fields = {**self._asdict(), "layouts": layouts, "recipe": list(self.recipe)}
         return {"model": fields.pop("name"), **fields}
 
+    def report(self) -> Report:
+        """A table of the layouts within the budget, with notes on its numbers and the recipe."""
+        fitting = [layout for layout in self.layouts if layout.within_budget]
+        beyond = [layout for layout in self.layouts if not layout.within_budget]
+        header = [
+            "N",
+            "G",
+            "routing",
+            "parameters",
+            "ratio",
+            "with routers",
+            "trained",
+            "FLOPs",
+            "ratio",
+            "+ attention",
+        ]
+        lines = [[*header, "preserved", "idle", "step"]]
+        for layout in fitting:
+            cells = [str(layout.num_experts), str(layout.expert_ratio)]
+            cells += ["dense" if layout.top_k is None else f"top-{layout.top_k}"]
+            cells += [format_count(layout.parameters), f"{layout.parameters / self.original_parameters:.3f}"]
+            cells += [format_count(layout.parameters_with_routers), format_count(layout.trained_parameters)]
+            cells += [format_flops(layout.flops), f"{layout.flops / self.original_flops:.3f}"]
+            cells += [format_flops(layout.flops_with_attention), "yes" if layout.preserved else "no"]
+            lines.append([*cells, str(layout.idle_experts or "-"), str(layout.step or "-")])
+        rest = "No layout goes beyond the budget."
+        if beyond:
+            least = min(beyond, key=lambda layout: layout.parameters)
+            rest = f"{len(beyond)} more layouts go beyond the budget, from {least} on."
+        summary = (
+            f"{self.name}: N experts of G times the FFN within {format_count(self.budget)} parameters once routers "
+            f"are dropped (original: {format_count(self.original_parameters)})."
+        )
+        notes = [
+            rest,
+            "Preserved: training starts from the output of the original.",
+            "Idle: experts that top-k routing leaves without a task, and so without a gradient.",
+            describe_flop_count(self.size, self.latent_size),
+            "Routers, which run once per call whatever the batch, are left out.",
+            "",
+            "The paper's recipe (section 8) for this budget:",
+            *self.recipe,
+        ]
+        return Report(summary, lines, "\n".join(notes))
+
 
 def sweep_layouts(
     model: str | os.PathLike | UNet2DConditionModel,
@@ -130,7 +168,7 @@ def sweep_layouts(
         size, vae_scale_factor: as in `compare_with_original`.
 
     Returns:
-        The sweep, which `format_sweep` turns into a report.
+        The sweep; `print(sweep.report())` shows it.
 
     Raises:
         ValueError: the folder does not exist or does not hold a UNet, the budget is no number, or no layout fits it.
@@ -237,40 +275,3 @@ def _recipe_line(step: int, layouts: Sequence[LayoutCost]) -> str:
         return f"{_RECIPE[step - 1]}: {', '.join(fitting)}."
     least = min(own, key=lambda layout: layout.parameters, default=None)
     return f"{_RECIPE[step - 1]}: nothing fits{'' if least is None else f'; the smallest is {least}'}."
-
-
-def format_sweep(result: LayoutSweep) -> str:
-    """Format a sweep as a report: a table of the layouts within the budget, and the recipe."""
-    fitting = [layout for layout in result.layouts if layout.within_budget]
-    beyond = [layout for layout in result.layouts if not layout.within_budget]
-    lines = [["N", "G", "routing", "parameters", "ratio", "with routers", "trained", "FLOPs", "ratio", "+ attention"]]
-    lines[0] += ["preserved", "idle", "step"]
-    for layout in fitting:
-        cells = [str(layout.num_experts), str(layout.expert_ratio)]
-        cells += ["dense" if layout.top_k is None else f"top-{layout.top_k}"]
-        cells += [format_count(layout.parameters), f"{layout.parameters / result.original_parameters:.3f}"]
-        cells += [format_count(layout.parameters_with_routers), format_count(layout.trained_parameters)]
-        cells += [format_flops(layout.flops), f"{layout.flops / result.original_flops:.3f}"]
-        cells += [format_flops(layout.flops_with_attention), "yes" if layout.preserved else "no"]
-        lines.append([*cells, str(layout.idle_experts or "-"), str(layout.step or "-")])
-    rest = "No layout goes beyond the budget."
-    if beyond:
-        least = min(beyond, key=lambda layout: layout.parameters)
-        rest = f"{len(beyond)} more layouts go beyond the budget, from {least} on."
-    return "\n".join(
-        [
-            f"{result.name}: N experts of G times the FFN within {format_count(result.budget)} parameters once routers "
-            f"are dropped (original: {format_count(result.original_parameters)}).",
-            "",
-            format_table(lines),
-            "",
-            rest,
-            "Preserved: training starts from the output of the original.",
-            "Idle: experts that top-k routing leaves without a task, and so without a gradient.",
-            describe_flop_count(result.size, result.latent_size),
-            "Routers, which run once per call whatever the batch, are left out.",
-            "",
-            "The paper's recipe (section 8) for this budget:",
-            *result.recipe,
-        ]
-    )

@@ -4,6 +4,7 @@ import copy
 import warnings
 from typing import Any
 
+import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor

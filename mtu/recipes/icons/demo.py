@@ -1,7 +1,6 @@
 """The demo: upcycle the base model, train it on four tasks and measure it, in minutes on a CPU."""
 
 import dataclasses
-import math
 import platform
 import time
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 
 from mtu.data.icons.examples import TASK_NAMES, IconDataset, IconExample
-from mtu.inspection import compare_with_original, format_comparison
+from mtu.inspection import compare_with_original
 from mtu.pipelines import MTUPipeline
 from mtu.recipes.icons.device import autocast_dtype, describe_device, usable_device
 from mtu.recipes.icons.held_out_evaluation import (
@@ -93,7 +92,7 @@ def run_demo(base: Path, output: Path, config: DemoConfig, device: str | torch.d
     stock = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
     stock.scheduler = DPMSolverMultistepScheduler.from_config(stock.scheduler.config)
     print(f"One model of {len(TASK_NAMES)} tasks out of {base.name}:\n")
-    table = format_comparison(compare_with_original(base, num_experts=4, size=64))
+    table = str(compare_with_original(base, num_experts=4, size=64).report())
     print(table, flush=True)
     output.mkdir(parents=True, exist_ok=True)
     pipeline = upcycle(stock, ICON_TASKS, num_experts=4, seed=config.seed).to(device)
@@ -161,7 +160,7 @@ def train_on_icon_tasks(pipeline: MTUPipeline, config: DemoConfig, directory: Pa
             snr_gamma=config.snr_gamma,
             max_inverse_snr=config.max_inverse_snr,
             autocast_dtype=autocast,
-            loss_threads=math.gcd(cores, config.batch_per_task),
+            loss_threads=_largest_divisor(config.batch_per_task, cores),
             seed=config.seed,
         ),
     )
@@ -185,3 +184,8 @@ def train_on_icon_tasks(pipeline: MTUPipeline, config: DemoConfig, directory: Pa
         description="training",
     )
     unet.eval()
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of a number within a limit: into how many equal parts as many threads can share it."""
+    return max(divisor for divisor in range(1, min(number, limit) + 1) if number % divisor == 0)

@@ -11,15 +11,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from mtu.data.icons.catalogue import (
-    BACKGROUND_COLOURS,
-    CROSSED_OUT_SUFFIX,
-    ICON_COLOURS,
-    OUTLINE_SUFFIX,
-    Split,
-    caption,
-    text_to_image_names,
-)
+from mtu.data.icons import catalogue
 from mtu.data.icons.examples import IMAGE_SIZE, paint_icon
 from mtu.recipes.icons.device import usable_device
 from mtu.recipes.icons.prompts import IconPicture, icon_pictures
@@ -50,7 +42,7 @@ class ScoreConfig:
     seed: int = 0
 
 
-def sample_icon_pictures(split: Split, count: int, seed: int) -> list[IconPicture]:
+def sample_icon_pictures(split: catalogue.Split, count: int, seed: int) -> list[IconPicture]:
     """Draw different pictures of a split, of plain and outlined icons.
 
     Args:
@@ -59,7 +51,7 @@ def sample_icon_pictures(split: Split, count: int, seed: int) -> list[IconPictur
         seed: seed of the choice.
     """
     rng = np.random.default_rng([seed, 5])
-    pictures = [picture for picture in icon_pictures(split) if not picture.name.endswith(CROSSED_OUT_SUFFIX)]
+    pictures = [picture for picture in icon_pictures(split) if not picture.name.endswith(catalogue.CROSSED_OUT_SUFFIX)]
     chosen = rng.permutation(len(pictures))[:count]
     return [pictures[i] for i in chosen]
 
@@ -84,7 +76,7 @@ def generate_from_captions(
     generator = torch.Generator().manual_seed(seed)
     images: list[Tensor] = []
     for start in range(0, len(pictures), 64):
-        prompts = [caption(*picture) for picture in pictures[start : start + 64]]
+        prompts = [catalogue.caption(*picture) for picture in pictures[start : start + 64]]
         output = pipeline(
             prompts, num_inference_steps=steps, guidance_scale=scale, generator=generator, output_type="pt"
         )
@@ -117,7 +109,8 @@ def classify_colours(images: np.ndarray) -> tuple[list[str], list[str]]:
     distance = np.sqrt(np.square(images - behind[:, None, None]).sum(-1))
     inside = distance >= 0.5 * distance.max(axis=(1, 2), keepdims=True)
     colours = (images * inside[..., None]).sum((1, 2)) / inside.sum((1, 2))[:, None]
-    return nearest_colour_names(colours, ICON_COLOURS), nearest_colour_names(behind, BACKGROUND_COLOURS)
+    icon_colours = nearest_colour_names(colours, catalogue.ICON_COLOURS)
+    return icon_colours, nearest_colour_names(behind, catalogue.BACKGROUND_COLOURS)
 
 
 def retrieval_hits(images: np.ndarray, pictures: Sequence[IconPicture], candidates: int, seed: int) -> np.ndarray:
@@ -136,10 +129,11 @@ def retrieval_hits(images: np.ndarray, pictures: Sequence[IconPicture], candidat
         (n,) bool, True for a hit.
     """
     rng = np.random.default_rng([seed, 6])
-    pool = [name + style for name in text_to_image_names() for style in ("", OUTLINE_SUFFIX)]
+    outline = catalogue.OUTLINE_SUFFIX
+    pool = [name + style for name in catalogue.text_to_image_names() for style in ("", outline)]
     hits = []
     for image, (name, colour, background) in zip(images, pictures, strict=True):
-        other = name.removesuffix(OUTLINE_SUFFIX) if name.endswith(OUTLINE_SUFFIX) else name + OUTLINE_SUFFIX
+        other = name.removesuffix(outline) if name.endswith(outline) else name + outline
         rest = [candidate for candidate in pool if candidate not in (name, other)]
         drawn = [rest[i] for i in rng.permutation(len(rest))[: candidates - 2]]
         painted = np.stack([paint_icon(candidate, colour, background) for candidate in (name, other, *drawn)])

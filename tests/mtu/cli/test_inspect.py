@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mtu.inspection import format_sweep, sweep_layouts
+from mtu.inspection import sweep_layouts
 from tests.mtu.tiny import SD, stock_unet, upcycled_unet
 
 ANSI = "\x1b["
@@ -160,7 +160,7 @@ def test_a_pipe_gets_the_plain_report_whatever_the_width(run_mtu, monkeypatch, t
     stock_unet(SD).save_config(tmp_path)
     monkeypatch.setenv("COLUMNS", "40")
     ended = run_mtu("inspect", str(tmp_path), "--size", "64", "--sweep", "--budget", "2x")
-    assert ended.out == format_sweep(sweep_layouts(tmp_path, "2x", size=64)) + "\n"
+    assert ended.out == f"{sweep_layouts(tmp_path, '2x', size=64).report()}\n"
 
 
 @pytest.mark.parametrize("swept", [False, True], ids=["comparison", "sweep"])

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import mtu
-from mtu.inspection import Comparison, compare_with_original, format_comparison, sweep_layouts
+from mtu.inspection import Comparison, compare_with_original, sweep_layouts
 
 from ..tiny import SD, SDXL, inputs, stock_unet, upcycled_unet
 
@@ -73,7 +73,7 @@ def test_paper_figures_are_printed(published):
             "FLOPs, widest task, 8 channels": ["1.534 T", "1.534 T", "1.000", "1.534 T", "1.000"],
         },
     }[published.name]
-    printed = table(format_comparison(published))
+    printed = table(str(published.report()))
     assert {label: printed[label] for label in expected} == expected
 
 
@@ -92,7 +92,7 @@ def test_routers_are_counted_apart_and_once_per_call(published):
 
 
 def test_text_names_the_convention_and_the_tasks(published):
-    text = format_comparison(published)
+    text = str(published.report())
     assert "A multiply-add counts as two." in text
     assert "512 x 512 (latents 64 x 64), batch 1, 77 text tokens" in text
     assert "text-to-image, edit, super-resolution, remove" in text
@@ -198,7 +198,7 @@ def test_folder_of_an_upcycled_unet_is_compared_with_its_stock_configuration(tmp
     assert [task.name for task in result.tasks] == ["text-to-image", "inpaint"]
     assert rows["parameters"].original == sum(p.numel() for p in stock_unet(SD).parameters())
     assert rows["parameters"].upcycled == with_routers
-    assert "widest task, 9 channels" in format_comparison(result)
+    assert "widest task, 9 channels" in str(result.report())
     swept = {
         (row.num_experts, row.expert_ratio, row.top_k): row for row in sweep_layouts(tmp_path, "9x", size=64).layouts
     }

@@ -11,7 +11,7 @@ import mtu
 from mtu.data.icons.examples import EDIT_KINDS, TASK_NAMES
 from mtu.data.images import psnr
 from mtu.recipes.icons.base_model import BaseModelConfig, build_untrained_pipeline, save_float16_pipeline
-from mtu.recipes.icons.demo import ICON_TASKS, DemoConfig, run_demo
+from mtu.recipes.icons.demo import ICON_TASKS, DemoConfig, _largest_divisor, run_demo
 from mtu.recipes.icons.denoiser import DenoiserConfig
 from mtu.recipes.icons.held_out_evaluation import (
     Measurement,
@@ -122,3 +122,8 @@ def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no model_index\.json"):
         run_demo(tmp_path, tmp_path / "out", DemoConfig())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 2), (5, 4), (7, 6), (11, 6), (64, 12)])
+def test_a_batch_is_shared_by_as_many_threads_as_divide_it(cores, threads):
+    assert _largest_divisor(12, cores) == threads
