@@ -73,7 +73,7 @@ class Forward(NamedTuple):
     norm: float
     first: float
     second: float
-    others: float = 0.0
+    others: float
 
     @property
     def total(self) -> float:
@@ -119,13 +119,13 @@ class FirstProduct(NamedTuple):
     early: bool = False
 
 
-def before(tokens: Tokens, rates: Rates) -> FirstProduct:
+def first_product_before_tuning(tokens: Tokens, rates: Rates) -> FirstProduct:
     """The first product as it was: tiles of 128 rows within a sample; of 64 on an A100 at width 320."""
     rows = 64 if tokens.L <= 64 or (rates.arch == "sm_80" and tokens.D == 320) else 128
     return _first(tokens, _BEFORE[rates.arch][rows], tokens.B * math.ceil(tokens.L / rows))
 
 
-def ping_pong(tokens: Tokens) -> FirstProduct:
+def ping_pong_first_product(tokens: Tokens) -> FirstProduct:
     """The first product by the kernel in Gluon."""
     return _first(tokens, _PING_PONG, math.ceil(tokens.rows / _PING_PONG.rows))
 
@@ -134,29 +134,29 @@ def _first(tokens: Tokens, tile: CompiledTile, tiles_of_rows: int) -> FirstProdu
     return FirstProduct(tile.program(tokens.D), tiles_of_rows * math.ceil(tokens.hidden * 2 / tile.columns))
 
 
-def op(tokens: Tokens, first: FirstProduct, rates: Rates) -> Forward:
+def predict_moe_ffn(tokens: Tokens, first: FirstProduct, rates: Rates) -> Forward:
     """A call of `mtu_kernels.moe_ffn`."""
     reads = rates.missing(tokens.x_bytes) + 2 * tokens.w_out_bytes
     time = product_us(first.program, first.programs, reads + tokens.h_bytes, rates)
     # The launch and the first loads of weights pass while LayerNorm runs: the kernel waits for the rows alone.
     hidden = rates.edge_us + rates.microseconds(LATENCY_CYCLES) if first.early else 0.0
-    return Forward(pass_us(2 * tokens.x_bytes, rates), time - hidden, _second(tokens, rates))
+    return Forward(pass_us(2 * tokens.x_bytes, rates), time - hidden, _second(tokens, rates), 0.0)
 
 
-def compiled(tokens: Tokens, first: FirstProduct, rates: Rates, *, opaque: bool) -> Forward:
+def predict_compiled_moe_ffn(tokens: Tokens, first: FirstProduct, rates: Rates, *, opaque: bool) -> Forward:
     """A call between a compiler's kernels, with the residual before it, since LayerNorm may be the compiler's kernel.
 
     With `opaque` the operator is the whole feed-forward, so that the residual and the gathers of this layer's norm
     affines and routing weights are kernels of their own. Otherwise the compiler's LayerNorm contains both.
     """
     first = first._replace(early=first.early and opaque)
-    alone = op(tokens, first, rates)
+    alone = predict_moe_ffn(tokens, first, rates)
     if not opaque:
         return alone._replace(norm=pass_us(4 * tokens.x_bytes, rates))
     return alone._replace(others=pass_us(3 * tokens.x_bytes, rates) + _GATHERS * pass_us(0, rates))
 
 
-def stock(tokens: Tokens, rates: Rates) -> Forward:
+def predict_compiled_stock_ffn(tokens: Tokens, rates: Rates) -> Forward:
     """The original feed-forward, compiled, with the residual before it."""
     z_bytes = 2 * tokens.h_bytes
     reads = rates.missing(tokens.x_bytes) + 2 * tokens.w_out_bytes
@@ -165,15 +165,15 @@ def stock(tokens: Tokens, rates: Rates) -> Forward:
     return Forward(pass_us(4 * tokens.x_bytes, rates), first, _second(tokens, rates), geglu)
 
 
-def products(tokens: Tokens, rates: Rates) -> Forward:
+def predict_plain_products(tokens: Tokens, rates: Rates) -> Forward:
     """The two plain products."""
     rows, hidden, D = tokens.rows, tokens.hidden, tokens.D
     first = library_us(rows, 2 * hidden, D, tokens.x_bytes + 2 * tokens.w_out_bytes + 2 * tokens.h_bytes, rates)
     second = library_us(rows, D, hidden, tokens.h_bytes + tokens.w_out_bytes + tokens.x_bytes, rates)
-    return Forward(0.0, first, second)
+    return Forward(0.0, first, second, 0.0)
 
 
-def time_share(unet: UNet, rates: Rates) -> float:
+def feed_forward_time_share(unet: UNet, rates: Rates) -> float:
     """The share of a step's time that the stock feed-forwards take."""
     rest = (1 - unet.flop_share) / unet.flop_share
     slowness = (1 / unet.time_share - 1) / rest
@@ -181,9 +181,9 @@ def time_share(unet: UNet, rates: Rates) -> float:
     return 1 / (1 + rest * (1 + (slowness - 1) * memory))
 
 
-def unet_ratio(unet: UNet, ours: float, theirs: float, rates: Rates) -> float:
+def predict_step_ratio(unet: UNet, ours: float, theirs: float, rates: Rates) -> float:
     """Time of a step over the stock step's, from the times of all feed-forwards."""
-    return 1 + time_share(unet, rates) * (ours / theirs - 1)
+    return 1 + feed_forward_time_share(unet, rates) * (ours / theirs - 1)
 
 
 def _second(tokens: Tokens, rates: Rates) -> float:

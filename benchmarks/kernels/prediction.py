@@ -22,13 +22,13 @@ from benchmarks.kernels.forward_model import (
     FirstProduct,
     Forward,
     Tokens,
-    before,
-    compiled,
-    op,
-    ping_pong,
-    products,
-    stock,
-    unet_ratio,
+    first_product_before_tuning,
+    ping_pong_first_product,
+    predict_compiled_moe_ffn,
+    predict_compiled_stock_ffn,
+    predict_moe_ffn,
+    predict_plain_products,
+    predict_step_ratio,
 )
 from benchmarks.kernels.kernel_calls import SD_SHAPES, Call, dense, record, top_2
 from benchmarks.kernels.kernel_model import GPUS, Program, Rates, grid_us, read_tile
@@ -125,13 +125,13 @@ def kernel_cells(kernel: Kernel, rates: Rates) -> dict[str, str]:
 def variants(rates: Rates, shipped: Firsts) -> Iterator[Variant]:
     """Forward passes at all shapes, for each set of leads; `shipped` are the first products as the package has them."""
     late = {tokens: first._replace(early=False) for tokens, first in shipped.items()}
-    old = {tokens: before(tokens, rates) for tokens in shipped}
+    old = {tokens: first_product_before_tuning(tokens, rates) for tokens in shipped}
     yield _ops("before", old, rates)
     yield _ops("lead 2: first product rewritten", late, rates)
     if rates.arch == "sm_90":
         early = {tokens: first._replace(early=True) for tokens, first in late.items()}
         yield _ops("leads 2 and 4: and launched early", early, rates)
-        turns = {tokens: ping_pong(tokens)._replace(early=True) for tokens in shipped}
+        turns = {tokens: ping_pong_first_product(tokens)._replace(early=True) for tokens in shipped}
         yield _ops("leads 3 and 4: ping-pong in Gluon; launched early", turns, rates)
     yield _ops("shipped defaults", shipped, rates)
     yield _compiled("before", old, rates, opaque=True)
@@ -140,14 +140,16 @@ def variants(rates: Rates, shipped: Firsts) -> Iterator[Variant]:
 
 
 def _ops(name: str, firsts: Firsts, rates: Rates) -> Variant:
-    forwards = {tokens: op(tokens, first, rates) for tokens, first in firsts.items()}
-    floors = {tokens: products(tokens, rates).total for tokens in firsts}
+    forwards = {tokens: predict_moe_ffn(tokens, first, rates) for tokens, first in firsts.items()}
+    floors = {tokens: predict_plain_products(tokens, rates).total for tokens in firsts}
     return Variant("op", name, firsts, forwards, floors)
 
 
 def _compiled(name: str, firsts: Firsts, rates: Rates, *, opaque: bool) -> Variant:
-    forwards = {tokens: compiled(tokens, first, rates, opaque=opaque) for tokens, first in firsts.items()}
-    others = {tokens: stock(tokens, rates).total for tokens in firsts}
+    forwards = {
+        tokens: predict_compiled_moe_ffn(tokens, first, rates, opaque=opaque) for tokens, first in firsts.items()
+    }
+    others = {tokens: predict_compiled_stock_ffn(tokens, rates).total for tokens in firsts}
     return Variant("compiled", name, firsts, forwards, others)
 
 
@@ -159,7 +161,7 @@ def forward_cells(variant: Variant, rates: Rates) -> Iterator[dict[str, str]]:
         program, programs, _ = variant.firsts[tokens]
         flops = 4 * tokens.rows * tokens.hidden * tokens.D
         loaded = program.bytes * programs
-        old = before(tokens, rates)
+        old = first_product_before_tuning(tokens, rates)
         ratios.append(forward.total / variant.references[tokens])
         row = head | {"subject": str(tokens)}
         row |= {f"{name}_us": f"{time:.1f}" for name, time in forward._asdict().items()}
@@ -173,7 +175,7 @@ def forward_cells(variant: Variant, rates: Rates) -> Iterator[dict[str, str]]:
         number = {Tokens(D, L, BATCH): count for (D, L), count in unet.blocks.items()}
         ours = math.fsum(count * variant.forwards[tokens].total for tokens, count in number.items())
         theirs = math.fsum(count * variant.references[tokens] for tokens, count in number.items())
-        ratio = unet_ratio(unet, ours, theirs, rates)
+        ratio = predict_step_ratio(unet, ours, theirs, rates)
         yield dict.fromkeys(COLUMNS, "") | head | {"subject": f"UNet of {unet.name}", "ratio": f"{ratio:.3f}"}
 
 

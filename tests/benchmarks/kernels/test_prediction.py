@@ -5,20 +5,9 @@ import csv
 import pytest
 
 from benchmarks.harness.rows import write_cells
+from benchmarks.kernels import forward_model
 from benchmarks.kernels.compiled_kernels import rows_of_others
-from benchmarks.kernels.forward_model import (
-    UNETS,
-    FirstProduct,
-    Tokens,
-    before,
-    compiled,
-    op,
-    ping_pong,
-    products,
-    stock,
-    time_share,
-    unet_ratio,
-)
+from benchmarks.kernels.forward_model import UNETS, FirstProduct, Tokens
 from benchmarks.kernels.kernel_model import A100, H100, CompiledTile, grid_us, library_us, overlapped, product_us
 from benchmarks.kernels.prediction import COLUMNS, MEAN, STATUS, forward_cells, variants
 
@@ -41,8 +30,8 @@ SHAPES = tuple(Tokens(D, L, 2) for unet in UNETS for D, L in unet.blocks)
 )
 def test_the_model_agrees_with_arithmetic_on_what_there_was(D, L, two, first, second, norm):
     tokens = Tokens(D, L, 2)
-    now = op(tokens, before(tokens, H100), H100)
-    floor = products(tokens, H100).total
+    now = forward_model.predict_moe_ffn(tokens, forward_model.first_product_before_tuning(tokens, H100), H100)
+    floor = forward_model.predict_plain_products(tokens, H100).total
     assert floor == pytest.approx(two, rel=0.15)
     assert now.total == pytest.approx(first + second + norm, rel=0.15)
     assert now.total / floor == pytest.approx((first + second + norm) / two, rel=0.15)
@@ -53,8 +42,15 @@ def test_the_model_agrees_with_arithmetic_on_what_there_was(D, L, two, first, se
 def test_nothing_is_faster_than_the_chip(rates, tokens):
     flops = 2 * tokens.rows * tokens.hidden * tokens.D
     weights_us = tokens.w_out_bytes / rates.memory_tbs / 1e6
-    firsts = [before(tokens, rates)._replace(early=True), ping_pong(tokens)]
-    for forward in (*(op(tokens, first, rates) for first in firsts), products(tokens, rates), stock(tokens, rates)):
+    firsts = [
+        forward_model.first_product_before_tuning(tokens, rates)._replace(early=True),
+        forward_model.ping_pong_first_product(tokens),
+    ]
+    for forward in (
+        *(forward_model.predict_moe_ffn(tokens, first, rates) for first in firsts),
+        forward_model.predict_plain_products(tokens, rates),
+        forward_model.predict_compiled_stock_ffn(tokens, rates),
+    ):
         assert forward.first > max(2 * flops / rates.tflops / 1e6, 2 * weights_us) - rates.edge_us
         assert forward.second > max(flops / rates.tflops / 1e6, weights_us) + rates.edge_us
 
@@ -101,10 +97,10 @@ def test_a_library_splits_the_depth_where_there_are_few_tiles(rates):
 @GPUS
 @pytest.mark.parametrize("unet", UNETS, ids=lambda unet: unet.name)
 def test_a_unet_changes_by_the_share_of_its_feed_forwards(rates, unet):
-    share = time_share(unet, rates)
+    share = forward_model.feed_forward_time_share(unet, rates)
     assert share == pytest.approx(unet.time_share) if rates is H100 else unet.time_share < share < unet.flop_share
-    assert unet_ratio(unet, 3.0, 3.0, rates) == 1
-    assert unet_ratio(unet, 0.0, 3.0, rates) == pytest.approx(1 - share)
+    assert forward_model.predict_step_ratio(unet, 3.0, 3.0, rates) == 1
+    assert forward_model.predict_step_ratio(unet, 0.0, 3.0, rates) == pytest.approx(1 - share)
 
 
 @GPUS
@@ -138,9 +134,12 @@ def test_leads_pay_and_every_row_says_that_it_is_predicted(rates):
 
 def test_a_compiler_s_norm_starts_nothing_early_and_saves_kernels():
     tokens = Tokens(1280, 1024, 2)
-    first = before(tokens, H100)
-    apart, whole = (compiled(tokens, first._replace(early=True), H100, opaque=opaque) for opaque in (False, True))
-    assert apart == compiled(tokens, first, H100, opaque=False)
+    first = forward_model.first_product_before_tuning(tokens, H100)
+    apart, whole = (
+        forward_model.predict_compiled_moe_ffn(tokens, first._replace(early=True), H100, opaque=opaque)
+        for opaque in (False, True)
+    )
+    assert apart == forward_model.predict_compiled_moe_ffn(tokens, first, H100, opaque=False)
     assert whole.first < apart.first
     assert whole.others > 4 * H100.edge_us
     assert apart.others == 0
