@@ -100,6 +100,7 @@ def test_without_a_compiler_it_installs_and_says_so(build, tmp_path):
     assert set(contents(wheel)) >= TYPED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("version", "compiler", "expected"),
     [
@@ -131,6 +132,7 @@ def test_it_compiles_for_the_torch_that_is_installed_and_for_no_processor_in_par
     assert f"-L{build.site_packages}/torch/lib -ltorch_cpu" in linked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
 def test_what_cannot_be_built_again_is_not_left_from_before(build, hook):
     build.install_torch("2.10.0")

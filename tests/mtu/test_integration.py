@@ -48,6 +48,7 @@ def test_a_stock_lora_acts_at_stock_strength(config, settings):
     assert_close(predict(unet, given, *names), predict(stock, latents))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_an_adapted_mixed_batch_gives_each_sample_what_it_gets_alone(settings):
     unet = with_adapter(upcycled_unet(**settings))
@@ -97,6 +98,7 @@ BLOCK_SCALES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scales", BLOCK_SCALES.values(), ids=BLOCK_SCALES)
 def test_scales_by_block_are_those_of_the_stock_unet(scales):
     def scaled(unet):

@@ -80,6 +80,7 @@ def round_weights(unet):
 WAYS = [quantize_tensors, replace_layers]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", WAYS)
 def test_a_new_model_quantized_is_the_stock_one_quantized(quantize):
     stock, unet = stock_unet(), mtu.upcycle(stock_unet())

@@ -52,6 +52,7 @@ def on(device, given):
     return {k: on(device, v) if isinstance(v, dict) else v.to(device) for k, v in given.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "settings"), SETTINGS)
 def test_a_mixed_batch(config, settings, device):
     unet = upcycled_unet(config, **settings)

@@ -100,7 +100,8 @@ ADDING_PLACES = [param for param in PLACES if param.values[0].adds_residual]
 def cases(*precisions, places=SLOW_IF_INTERPRETED, halved=False):
     """Parameters place, dtype and expert_norm: all combinations, but for what takes the interpreter too long.
 
-    All but the first precision are slow, and so is the backend "reference": they rarely find a fault of their own.
+    The fast tests run the first precision of the fused backends, in the interpreter with one form of the norm. Other
+    cases rarely find a fault of their own. The backend "eager" is fast where `places` are PLACES.
 
     Args:
         precisions: names of dtypes, or "low" for that of the place.
@@ -115,7 +116,9 @@ def cases(*precisions, places=SLOW_IF_INTERPRETED, halved=False):
             if halved and place.is_interpreter and expert_norm != (i > 0):
                 continue
             name = f"{param.id}-{str(dtype).removeprefix('torch.')}-{'expert_norm' if expert_norm else 'norm'}"
-            marks = (*param.marks, *[pytest.mark.slow] * (i > 0 or place.backend == "reference"))
+            is_slow = i > 0 or place.backend == "reference" or (place.is_interpreter and expert_norm)
+            is_slow = is_slow or (place.backend == "eager" and places is not PLACES)
+            marks = (*param.marks, *[pytest.mark.slow] * is_slow)
             params.append(pytest.param(place, dtype, expert_norm, id=name, marks=marks))
     return pytest.mark.parametrize(("place", "dtype", "expert_norm"), params)
 

@@ -65,6 +65,7 @@ def test_every_level_is_as_exact_as_eager(dtype, sizes, form):
     assert_all_as_exact_as_eager(AT_EACH_LEVEL, problems)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["dense", "top2_per_expert"])
 @pytest.mark.parametrize("sizes", ["whole", "rests", "single"])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -215,6 +216,7 @@ def strided(tensor: Tensor) -> Tensor:
     return inner.copy_(tensor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lay_out", [unaligned, strided])
 @pytest.mark.parametrize("sizes", ["rests", "odd_experts"])
 @pytest.mark.parametrize("form", FORMS)

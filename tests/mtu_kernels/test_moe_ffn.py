@@ -168,6 +168,7 @@ def right_index(dtype):
     return torch.finfo(dtype).eps ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", SLOW_IF_INTERPRETED)
 def test_every_shape(place):
     @settings(max_examples=16 if place.is_interpreter else 40, deadline=None, derandomize=True)
@@ -321,6 +322,7 @@ def test_compiles(place, sizes):
         assert_as_exact_as_eager(compiled, problems)
 
 
+@pytest.mark.slow
 def test_traces_under_autocast(place, op):
     problem = make_problem(0)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")

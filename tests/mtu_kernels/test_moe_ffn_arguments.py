@@ -200,6 +200,7 @@ def test_maps_over_routings():
     torch.testing.assert_close(torch.func.vmap(call)(several), expected)
 
 
+@pytest.mark.slow
 def test_imports_without_triton_and_without_diffusers():
     code = (
         "import sys; sys.modules['triton'] = sys.modules['diffusers'] = sys.modules['mtu'] = None; import mtu_kernels; "

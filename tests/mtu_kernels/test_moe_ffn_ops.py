@@ -106,6 +106,7 @@ def test_the_residual_is_a_matter_of_the_operator_or_of_pytorch(place):
         assert has_sum(p) == (not place.adds_residual)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True], ids=["save", "recompute"])
 @pytest.mark.parametrize("place", OP_PLACES)
 def test_a_second_derivative_is_refused_not_zero(place, recompute):

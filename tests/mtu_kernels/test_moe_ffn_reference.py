@@ -22,6 +22,7 @@ def flat(function, problem):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expert_bias", [False, True], ids=["bias", "expert_bias"])
 @pytest.mark.parametrize("expert_norm", [False, True], ids=["norm", "expert_norm"])
 @pytest.mark.parametrize("sizes", [SMALL, SMALL._replace(K=2)], ids=["dense", "top2"])
@@ -31,6 +32,7 @@ def test_gradients_against_finite_differences(sizes, expert_norm, expert_bias):
     assert torch.autograd.gradcheck(flat(reference.moe_ffn, problem), problem.tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [SMALL, SMALL._replace(K=2)], ids=["dense", "top2"])
 def test_eager_has_second_derivatives(sizes):
     problem = make_problem(0, sizes, dtype=torch.float64, expert_norm=True, expert_bias=True).requires_grad()

@@ -39,6 +39,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lay_out", LAYOUTS.values(), ids=LAYOUTS.keys())
 @cases("low", places=ADDING_PLACES)
 def test_residual_of_any_layout(place, dtype, expert_norm, lay_out):
@@ -47,6 +48,7 @@ def test_residual_of_any_layout(place, dtype, expert_norm, lay_out):
     assert_as_exact_as_eager(place.op, problems, residual=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_residual_of_float32_keeps_its_precision(place):
     """As PyTorch's own sum of x and a y of low precision does."""
@@ -59,6 +61,7 @@ def test_residual_of_float32_keeps_its_precision(place):
             assert place.op(*p.arguments, residual=True).dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_residual_is_the_same_however_gradients_are_prepared(place):
     op = place.op
@@ -74,6 +77,7 @@ def test_residual_is_the_same_however_gradients_are_prepared(place):
     assert torch.equal(problem.x, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_residual_passes_no_gradient_to_a_frozen_x(place):
     problem = make_problem(0, dtype=place.exact).requires_grad()

@@ -39,6 +39,7 @@ def test_ties_go_to_the_lower_index(num_experts):
         assert top_k_routing(torch.zeros(2, num_experts), k).indices.tolist() == [list(range(k))] * 2
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     rows=st.integers(1, 8).flatmap(

@@ -73,6 +73,7 @@ def test_exported_top_k_is_the_stable_sort_to_the_bit(num_experts, k):
         torch.testing.assert_close(weights, expected.weights, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
 def test_ties_go_to_the_lower_index_in_onnx(dynamo):

@@ -38,6 +38,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 def test_only_the_first_call_imports_the_kernels():
     code = "import sys, mtu_kernels; assert 'mtu_kernels.triton.launch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -163,6 +164,7 @@ def run_amid_a_pattern(launch):
         original.copy_(inner)
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("form", ["dense", "top2_per_expert"])
 @pytest.mark.parametrize(("arch", "dtype"), [("interpreter", torch.float32), ("sm_80", torch.float16)], ids=str)
@@ -188,6 +190,7 @@ def test_descriptors_are_used_where_strides_allow_them():
     assert kernels(36) == ["layer_norm_kernel", "expert_in_kernel", "expert_sum_kernel"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", TRITON_PLACES)
 def test_the_same_bits_every_time(place):
     problem = place.move(make_problem(0, Sizes(K=2), dtype=place.low, expert_norm=True, expert_bias=True))
@@ -205,6 +208,7 @@ def test_several_tiles_in_every_direction(place, expert_norm):
     assert_exact_to_rounding(place, Sizes(2, 37, 20, 3, 33, 2), expert_norm=expert_norm, expert_bias=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", TRITON_PLACES)
 def test_samples_longer_than_a_partial_sum(place):
     """Where a sample has more rows than one program of LayerNorm sums, or than one part of a weight's gradient has."""
@@ -220,6 +224,7 @@ def assert_exact_to_rounding(place, sizes, **options):
         assert (a - e).abs().max() <= sizes.B * sizes.L * 2**-24 * max(1.0, e.abs().max().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", TRITON_PLACES)
 def test_wrong_indices_are_clamped(place):
     """On a GPU the assertion about indices comes later than the kernels: these must not read out of bounds."""
@@ -251,6 +256,7 @@ def test_indices_are_checked_on_the_device(place, check):
     assert not is_valid([[0, 1, 2]] * 99 + [[3, 0, 3]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", TRITON_PLACES)
 def test_saved_tensors_may_come_back_with_other_strides(place):
     problem = place.move(make_problem(0)).requires_grad()

@@ -83,6 +83,7 @@ def test_which_operator_runs(place):
         assert runs(place.move(make_problem(0, sizes, dtype=place.low, **options))) == ["moe_ffn_triton"]
 
 
+@pytest.mark.slow
 def test_the_log_says_once_which_path_runs(place, caplog):
     torch_compile._log_once.cache_clear()
     dense = place.move(make_problem(0, dtype=place.low))

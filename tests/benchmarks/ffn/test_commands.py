@@ -148,6 +148,7 @@ def test_arguments_choose_between_the_default_sweep_and_all_combinations():
     assert sweep.batches == (1,)
 
 
+@pytest.mark.slow
 def test_measuring_needs_neither_diffusers_nor_matplotlib_nor_the_installed_package():
     code = (
         "import sys; sys.modules['diffusers'] = sys.modules['matplotlib'] = sys.modules['mtu'] = None; "

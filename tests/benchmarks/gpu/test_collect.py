@@ -124,6 +124,7 @@ def _with_a_broken_table(folder):
         archive.writestr(f"again/{TABLE}", "ROWS = (")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [

@@ -107,6 +107,7 @@ def test_steps_that_fill_the_time_come_after_failed_ones_and_tuning_is_the_last_
     assert [step.name for step in STEPS if step.fills] == ["icons"]
 
 
+@pytest.mark.slow
 def test_the_run_ends_in_time_and_the_next_call_goes_on(folders):
     steps = [
         shell("long", "echo x >> rows.csv; test $(wc -l < rows.csv) = 2 || sleep 60"),
@@ -120,6 +121,7 @@ def test_the_run_ends_in_time_and_the_next_call_goes_on(folders):
     assert folders.packed()["long/rows.csv"] == "x\nx\n"
 
 
+@pytest.mark.slow
 def test_steps_that_do_not_stop_are_waited_for_together(folders, monkeypatch):
     monkeypatch.setattr("benchmarks.gpu.process.GRACE_SECONDS", 1.0)
     steps = [shell(name, "trap '' TERM; sleep 60; sleep 60", alone=False) for name in "abcde"]
@@ -150,6 +152,7 @@ def test_nothing_is_measured_before_the_first_step_is_right(folders, capsys):
     assert folders.call(steps[0]._replace(command=lambda place: ["true"]), steps[1]) == {"smoke": DONE, "other": DONE}
 
 
+@pytest.mark.slow
 def test_steps_that_compile_do_so_beside_others_and_are_timed_alone(folders):
     clock = "date +%s%N >"
     hold = f"touch {GO}.ready; while ! test -e {GO}; do sleep 0.02; done; {clock} begin.txt; sleep 0.2; {clock} end.txt"
@@ -182,6 +185,7 @@ def test_the_times_of_steps_that_are_timed_alone_add_up():
     ]
 
 
+@pytest.mark.slow
 def test_compiling_leaves_time_for_timing(folders):
     hold = f"touch {GO}.ready; while ! test -e {GO}; do sleep 0.02; done; sleep 0.5; echo x > rows.csv"
     steps = shell("one", hold, alone=False, timed=1), shell("stuck", "sleep 60", alone=False, timed=1)
@@ -205,6 +209,7 @@ def interrupted_steps():
     return first, shell("second", "echo $$ > process.txt; echo x >> rows.csv; test $(wc -l < rows.csv) = 2 || sleep 60")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_loses_nothing_and_what_it_left_is_ended(folders):
     runner = subprocess.Popen([sys.executable, "-c", RUNNER, str(folders.state.parent)], cwd=ROOT)
     file = folders.state / f"commit-{COMMIT}" / "steps" / "second" / "rows.csv"

@@ -206,6 +206,7 @@ def test_tiles_that_spill_or_do_not_fit_or_are_serialised_are_not_measured(stack
     assert why_refused(compiled._replace(shared=0, code=None), "gfx942") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("K", [None, 2])
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_products_are_checked_against_their_reference(product, K):
@@ -268,6 +269,7 @@ def test_tiles_are_timed_on_a_gpu_unless_they_do_not_fit(product):
     assert_timed(product, shape, fits, TileConfig(128, 128, 128, 8, 8), device)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not interpreted(), reason="kernels are not interpreted here")
 def test_tiles_are_timed_unless_they_do_not_run():
     # Blocks are powers of two.

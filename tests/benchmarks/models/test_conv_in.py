@@ -2,12 +2,14 @@
 
 import csv
 
+import pytest
 import torch
 
 from benchmarks.harness.provenance import provenance
 from benchmarks.models import conv_in
 
 
+@pytest.mark.slow
 def test_rows_and_ratios(tmp_path, capsys):
     output = tmp_path / "rows.csv"
     assert conv_in.main(["--device", "cpu", "--batches", "1,2", "--seconds", "0", "--output", str(output)]) == 0

@@ -19,6 +19,7 @@ def counts(part):
     return [count(CompiledPart(part, contender, DTYPE, 640, 1024)) for contender in ("stock", "triton")]
 
 
+@pytest.mark.slow
 @counted
 def test_the_feed_forward():
     stock, upcycled = counts("feed-forward")

@@ -97,6 +97,7 @@ def test_a_run_from_start_to_report(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == report(rows, TARGETS, TESTED)
 
 
+@pytest.mark.slow
 def test_settings_branches_and_the_larger_model(tmp_path):
     output = tmp_path / "rows.csv"
     arguments = ["--model", "tiny-xl", "--top-k", "dense,2", "--experts", "8", "--dtype", "fp32"]

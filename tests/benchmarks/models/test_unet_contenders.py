@@ -58,6 +58,7 @@ def test_the_original_is_the_same_at_every_call():
     assert first.mid_block.resnets[0].norm1.weight.float().mean() == pytest.approx(1, abs=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "size", "experts", "steps"), [("sd15", 512, 4, 20), ("sdxl", 1024, 1, 50)])
 def test_models_are_measured_as_the_paper_has_them(model, size, experts, steps):
     assert (default_size(model), default_experts(model)) == (size, experts)
@@ -94,6 +95,7 @@ def test_copies_share_memory_but_not_what_is_done_to_them():
 # --------------------------------------------------------------------------------------------------------- contenders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HERE)
 def test_contenders_compute_what_the_original_does(name):
     setting = CONTENDERS[name].relevant(DENSE)
@@ -111,6 +113,7 @@ def test_contenders_compute_what_the_original_does(name):
         deployment.switch()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PEERS)
 def test_peers_give_each_sample_its_task(name):
     peer = build(CONTENDERS[name], fine_tuned := Family("tiny", "fp32", CPU), Setting(tasks=4))

@@ -68,6 +68,7 @@ def test_deployed_are_four_tasks_or_the_largest_batch():
     assert B == 8
 
 
+@pytest.mark.slow
 def test_pictures_of_each_kind(tmp_path):
     places = [{"model": model, "B": B} for model in ("sd15", "sdxl") for B in (1, 4)]
     steps = [make_step(name, time * place["B"], **place) for place in places for name, time in STEPS.items()]

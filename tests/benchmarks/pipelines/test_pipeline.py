@@ -80,6 +80,7 @@ def run_quickly(module, folder, output, *arguments):
 # ------------------------------------------------------------------------------------------------------ the command
 
 
+@pytest.mark.slow
 def test_a_run_from_start_to_report(folder, tmp_path, capsys):
     output = tmp_path / "pipeline_cpu.csv"
     status, arguments = run_quickly(pipeline, folder, output, "--steps", "1", "--contenders", "stock-each,mtu")
@@ -125,6 +126,7 @@ def test_compiled_contenders_are_warmed_up_and_graphs_refused_off_gpus(folder, t
     assert not new_sizes, "the warm-up must know them all"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("loaded")
 def test_wrong_images_end_in_an_error(folder, tmp_path, capsys, monkeypatch):
     right = pipeline.stock_images
@@ -282,6 +284,7 @@ def test_contenders_are_compared_with_the_stock_pipelines_run_in_the_same_way():
 # ---------------------------------------------------------------------------------------------------------- PSNR
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("loaded", "no_compiler")
 def test_a_run_of_all_paths_from_start_to_table(folder, tmp_path, capsys):
     output = tmp_path / "image_psnr_cpu.csv"
@@ -304,6 +307,7 @@ def test_a_run_of_all_paths_from_start_to_table(folder, tmp_path, capsys):
             assert 20 < float(row["psnr_db"]) < 80
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("loaded")
 def test_paths_that_cannot_run_are_skipped_and_wrong_ones_end_in_an_error(folder, tmp_path, capsys, monkeypatch):
     def refuse(*arguments):

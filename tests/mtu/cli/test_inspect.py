@@ -12,12 +12,14 @@ from tests.mtu.tiny import SD, stock_unet, upcycled_unet
 ANSI = "\x1b["
 
 
+@pytest.mark.slow
 def test_weights_are_not_needed(run_mtu, tmp_path):
     stock_unet(SD).save_config(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     assert run_mtu("inspect", str(tmp_path), "--size", "64").code == 0
 
 
+@pytest.mark.slow
 def test_json_holds_the_rows(run_mtu, tmp_path):
     stock_unet(SD).save_config(tmp_path)
     layout = ["--num-experts", "2", "--expert-ratio", "1/4"]
@@ -31,6 +33,7 @@ def test_json_holds_the_rows(run_mtu, tmp_path):
     assert rows["flops"]["ratio"] < 1
 
 
+@pytest.mark.slow
 def test_text_says_why_the_output_is_not_preserved(run_mtu, tmp_path):
     stock_unet(SD).save_config(tmp_path)
     ended = run_mtu("inspect", str(tmp_path), "--size", "64", "--top-k", "2")
@@ -156,6 +159,7 @@ def test_command_lines_that_make_no_sense_exit_with_2(run_mtu, arguments, messag
 # ------------------------------------------------------------------------------------------------- pipe and terminal
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_the_plain_report_whatever_the_width(run_mtu, monkeypatch, tmp_path):
     stock_unet(SD).save_config(tmp_path)
     monkeypatch.setenv("COLUMNS", "40")
@@ -163,6 +167,7 @@ def test_a_pipe_gets_the_plain_report_whatever_the_width(run_mtu, monkeypatch, t
     assert ended.out == f"{sweep_layouts(tmp_path, '2x', size=64).report()}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("swept", [False, True], ids=["comparison", "sweep"])
 @pytest.mark.parametrize("columns", [200, 60])
 def test_a_terminal_gets_the_same_cells_and_sentences(run_mtu, monkeypatch, tmp_path, swept, columns):

@@ -48,6 +48,7 @@ def test_export_equals_routed(config, settings, dropped):
     assert_export_equals_routed(unet)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [*SETTINGS, *WIDE])
 def test_a_pruned_export_equals_routed_and_holds_active_experts_only(settings):
     unet = upcycled_unet(**settings)

@@ -206,6 +206,7 @@ def test_nothing_is_gathered_in_a_traced_program():
     assert found == [None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "twin_of", [copy.deepcopy, lambda unet: pickle.loads(pickle.dumps(unet))], ids=["copy", "pickle"]
 )

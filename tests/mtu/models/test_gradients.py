@@ -148,6 +148,7 @@ def test_gradients_reach_the_sample():
     assert (sample.grad[0].abs().amax((1, 2)) > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_autocast_trains(settings):
     unet = upcycled_unet(**settings).train()

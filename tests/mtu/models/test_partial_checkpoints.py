@@ -107,6 +107,7 @@ def test_a_task_with_other_channels_and_settings(tmp_path):
     assert_close(predict(unet, given, "depth", *NAMES[1:]), predict(source, given, "depth", *NAMES[1:]))
 
 
+@pytest.mark.slow
 def test_a_float32_task_fits_a_bfloat16_model(tmp_path):
     upcycled_unet().save_task(tmp_path, "edit")
     unet = upcycled_unet().to(torch.bfloat16)

@@ -63,6 +63,7 @@ def test_demo_from_end_to_end(base: Path, tmp_path: Path, capsys: pytest.Capture
     assert model.unet.tasks == ICON_TASKS
 
 
+@pytest.mark.slow
 def test_every_batch_mixes_the_tasks_and_examples_are_held_out() -> None:
     examples = held_out_examples(3, seed=0)
     assert len(examples) == 3 * (3 + len(EDIT_KINDS))

@@ -64,6 +64,7 @@ def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mtu.recipes.icons.denoiser.icon_pictures", lambda split: icon_pictures(split)[::100])
 
 
+@pytest.mark.slow
 def test_every_word_is_one_token_and_any_text_can_be_encoded() -> None:
     tokenizer = build_tokenizer(24)
     for word in vocabulary():
@@ -92,6 +93,7 @@ def test_training_combinations_are_all_there_and_none_is_held_out() -> None:
     assert set(asked) <= held_out
 
 
+@pytest.mark.slow
 def test_the_autoencoder_never_sees_held_out_combinations(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, shown = vae_module._drawable()
     painted = Counter()

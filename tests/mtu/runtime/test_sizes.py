@@ -43,6 +43,7 @@ def test_a_compiled_step_can_be_captured():
     assert_close(predict(unet, given, *NAMES), plain(unet, given, *NAMES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", [TRACED, GRAPHS], ids=["compiled", "graphs"])
 def test_schedulers_channels_and_layouts_make_no_new_size(plan):
     unet, _ = compiled(upcycled_unet(SMALL), plan)
@@ -69,6 +70,7 @@ def test_schedulers_channels_and_layouts_make_no_new_size(plan):
     assert len(unet._compiled_call_impl._sizes) == 1
 
 
+@pytest.mark.slow
 def test_sizes_are_announced_and_the_least_recently_used_goes_first(caplog):
     unet, captures = compiled(upcycled_unet(SMALL), GRAPHS, max_cached_sizes=2)
     given = inputs(unet)
@@ -143,6 +145,7 @@ def test_inference_mode_and_no_grad_are_told_apart():
     assert captures.count == 2
 
 
+@pytest.mark.slow
 def test_stock_unets_are_compiled_as_well():
     unet, captures = compiled(stock_unet(FAMILIES["sdxl"]), GRAPHS)
     given = inputs(unet, channels=4)

@@ -122,6 +122,7 @@ def test_the_directory_holds_one_checkpoint_and_no_pickle(tmp_path: Path) -> Non
     assert names == [tensors_of(tmp_path).name, "checkpoint.json", "log.jsonl"]
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_averaged_weights_are_left_in_the_modules(tmp_path: Path) -> None:
     model, history = train(replace(CONFIG, steps=200, learning_rate=3e-2), tmp_path)
     assert history[-1].loss < 0.5 * history[0].loss
