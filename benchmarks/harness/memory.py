@@ -25,7 +25,9 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         results = call()
     del results
     held = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+    # Torch declares these results as optional, but they are always there after the block.
+    events = profile.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    for event in sorted(events, key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)

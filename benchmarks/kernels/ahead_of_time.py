@@ -64,6 +64,12 @@ class Compiled(NamedTuple):
     tensor_memory: int
     code: MachineCode | None
 
+    def require_code(self) -> MachineCode:
+        """The machine code. Raises ValueError for an AMD architecture, whose code nothing here reads."""
+        if self.code is None:
+            raise ValueError("This needs code for an NVIDIA architecture, got a kernel compiled for AMD.")
+        return self.code
+
 
 class Source(NamedTuple):
     """The compiler's input for a launch. Launches of equal keys are one kernel."""
@@ -130,7 +136,7 @@ def programs_per_processor(compiled: Compiled, chip: Chip) -> int:
     Registers go to warps in units of 256, and warps to the four quarters of the processor.
     """
     warps = compiled.launch.num_warps
-    per_warp = -(-compiled.code.registers * 32 // 256) * 256
+    per_warp = -(-compiled.require_code().registers * 32 // 256) * 256
     limits = [
         _REGISTERS // 4 // per_warp * 4 // warps,
         chip.shared // (-(-(compiled.shared - chip.static + _KB) // 128) * 128),

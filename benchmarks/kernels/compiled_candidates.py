@@ -95,7 +95,7 @@ def lines(found: Sequence[Candidate], arch: str, shapes: Sequence[Shape]) -> Ite
         if candidate.compiled is None:
             yield f"{name:38}{'; '.join(candidate.wrong)}"
             continue
-        code, compiled = candidate.compiled.code, candidate.compiled
+        code, compiled = candidate.compiled.require_code(), candidate.compiled
         resident = programs_per_processor(compiled, CHIPS[arch])
         cells = (
             f"{code.registers:>10}{compiled.shared:>8}{resident:>6}{len(code.main_loop):>6}"

@@ -112,11 +112,10 @@ def violations(result: Result) -> Iterator[str]:
     elif programs_per_processor(result.compiled, chip) == 0:
         yield f"a program must fit on a multiprocessor, got {code.registers} registers in {launch.num_warps} warps"
     if is_product(launch) and code.instructions and result.named.dtype != "fp32":
-        yield from _product_violations(result, code.main_loop)
+        yield from _product_violations(result, launch, code.main_loop)
 
 
-def _product_violations(result: Result, loop: Sequence) -> Iterator[str]:
-    launch = result.compiled.launch
+def _product_violations(result: Result, launch: Launch, loop: Sequence) -> Iterator[str]:
     bases = {instruction.base for instruction in loop}
     wanted = "HMMA"
     if launch.constants["BLOCK_M"] >= 64 and launch.num_warps >= 4:

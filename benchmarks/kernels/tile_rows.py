@@ -1,6 +1,6 @@
 """The file of the table of tiles: reads and writes its rows, and merges new rows with old ones."""
 
-import importlib.util
+import runpy
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -43,10 +43,7 @@ def read(path: Path) -> tuple[TableRow, ...]:
     """The rows of a file that `render` made; none if there is no such file."""
     if not path.exists():
         return ()
-    spec = importlib.util.spec_from_file_location("read_tile_table", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.ROWS
+    return runpy.run_path(str(path))["ROWS"]
 
 
 def write(path: Path, rows: Iterable[TableRow]) -> None:

@@ -28,12 +28,13 @@ def build(contender: Contender, family: Family, setting: Setting) -> Deployment:
         raise ValueError(f"CUDA graphs need a CUDA device, got the device {str(family.device)!r}.")
     unets = contender.implementation
     deployment = BUILDERS[unets.source](family, setting, contender)
-    for unet in deployment.unets if contender.run is not None else ():
-        if unets.by_user:
-            # Each size is compiled by itself: a second one would bring dynamic shapes, which are slower.
-            unet.compile(mode=contender.run.mode, fullgraph=True, dynamic=False)
-        else:
-            mtu.compile(unet, contender.run.mode)
+    if contender.run is not None:
+        for unet in deployment.unets:
+            if unets.by_user:
+                # Each size is compiled by itself: a second one would bring dynamic shapes, which are slower.
+                unet.compile(mode=contender.run.mode, fullgraph=True, dynamic=False)
+            else:
+                mtu.compile(unet, contender.run.mode)
     # The next replay of a user's graph overwrites the outputs of this one.
     return deployment._replace(parts=_cloned(deployment.parts)) if contender.graphs and unets.by_user else deployment
 

@@ -174,7 +174,9 @@ class GroupMeasurement:
     def _row(self, prepared: Prepared, timing: Timing) -> dict[str, Any]:
         graphs, deployment, warm_up = CONTENDERS[prepared.entry.contender].graphs, prepared.deployment, prepared.warm_up
         steps = tasks_of(self._workload.model)[0].num_inference_steps
-        peak = warm_up.peak_bytes if graphs else peak_bytes(prepared.steps[0], self._device)
+        # A replay allocates nothing, so the memory of graphs is that of their capture.
+        captured = warm_up if graphs else None
+        peak = peak_bytes(prepared.steps[0], self._device) if captured is None else captured.peak_bytes
         switch = deployment.switch
         return timing._asdict() | {
             "peak_bytes": peak,

@@ -228,7 +228,7 @@ def can_restore_offloaded_weights(module: nn.Module) -> bool:
 def _offloading_hooks(module: nn.Module) -> Iterator[Any]:
     hook = getattr(module, "_hf_hook", None)
     for one in getattr(hook, "hooks", (hook,)):
-        if getattr(one, "offload", False) is True and one.weights_map is not None:
+        if one is not None and getattr(one, "offload", False) is True and one.weights_map is not None:
             yield one
 
 

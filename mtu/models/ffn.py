@@ -166,11 +166,19 @@ class RoutedTransformerBlock(BasicTransformerBlock):
         config: expert layout.
         num_tasks: T.
         routers_dropped: build routing tables in the place of routers.
+
+    Raises:
+        TypeError: the block's `norm3` is no LayerNorm, see `why_not_upcyclable`.
     """
 
     def __init__(
         self, stock: BasicTransformerBlock, config: ExpertConfig, num_tasks: int, routers_dropped: bool
     ) -> None:
+        stock_norm = stock.norm3
+        if not isinstance(stock_norm, nn.LayerNorm):
+            raise TypeError(
+                f"A routed transformer block needs a LayerNorm as norm3, but got {type(stock_norm).__name__}."
+            )
         # The constructor of BasicTransformerBlock would build new layers, but this block takes over the stock ones.
         nn.Module.__init__(self)
         # It also takes over the plain attributes (sizes, flags), and registers the modules in their stock order.
@@ -187,8 +195,9 @@ class RoutedTransformerBlock(BasicTransformerBlock):
             stock.ff.net[2] = nn.Linear(width * config.num_experts, self.dim)
         router = RoutingTable(config, num_tasks) if routers_dropped else Router(config)
         num_norms = config.num_experts if config.norm == "task_expert" else None
-        self.norm3 = TaskLayerNorm(num_tasks, self.dim, num_norms, stock.norm3.eps)
-        self.ff = RoutedFeedForward(stock.ff, router, config, stock.norm3.eps)
+        eps = stock_norm.eps
+        self.norm3 = TaskLayerNorm(num_tasks, self.dim, num_norms, eps)
+        self.ff = RoutedFeedForward(stock.ff, router, config, eps)
 
     def set_chunk_feed_forward(self, chunk_size: int | None, dim: int = 0) -> None:
         """Run the feed-forward network over slices of `chunk_size` tokens.

@@ -155,7 +155,7 @@ def _open_layers(group: ConsecutiveBlocks, device: torch.device) -> Iterator[_La
     for block in group.blocks:
         # Access by attribute takes five times as long, and every step looks at up to seventy blocks.
         norm, feed_forward = block._modules["norm3"], block._modules["ff"]
-        router = feed_forward._modules.get("router")
+        router = None if feed_forward is None else feed_forward._modules.get("router")
         if (
             type(norm) is TaskLayerNorm
             # A wrapper of the network (a compiler's or an adapter's) has no router of its own.

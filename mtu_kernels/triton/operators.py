@@ -126,7 +126,8 @@ def backward(
     is_summed = expert_grads or call.experts.b_out.dim() == 2
     grad_y_sum = grad_y.sum(dim=1, dtype=torch.float32) if is_summed else None
     d_weights = _routing_gradient(call, outputs.d_weights, grad_y_sum)
-    if not expert_grads:
+    if outputs.h is None:
+        # Experts are not trained.
         d_experts = [call.empty(0) for _ in range(4)]
         d_x_hat = _input_gradient(call, outputs.dz)
         del outputs

@@ -38,6 +38,9 @@ def glyph_code_points() -> dict[str, int]:
 
     Returns:
         A dictionary from icon name to Unicode code point; 7,279 entries in version 7 of the font.
+
+    Raises:
+        ValueError: The font maps no Unicode code points.
     """
     # The font's `post` table ends in two stray bytes; fontTools warns of them at every opening.
     logger = logging.getLogger("fontTools.ttLib.tables._p_o_s_t")
@@ -48,6 +51,8 @@ def glyph_code_points() -> dict[str, int]:
             code_points = font.getBestCmap()
     finally:
         logger.setLevel(level)
+    if code_points is None:
+        raise ValueError(f"The icon font must map Unicode code points to icons, but {font_path()} maps none.")
     # Some names have two code points. The smallest one does not depend on the order within the font.
     names: dict[str, int] = {}
     for code_point, name in sorted(code_points.items()):
