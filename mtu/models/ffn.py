@@ -4,7 +4,7 @@ The fused computation lives in `mtu_kernels`, routers in `mtu.models.router`.
 """
 
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -26,6 +26,7 @@ __all__ = [
     "RoutedFeedForward",
     "RoutedTransformerBlock",
     "check_upcyclable",
+    "projections",
     "why_not_upcyclable",
 ]
 
@@ -52,6 +53,11 @@ def why_not_upcyclable(block: BasicTransformerBlock) -> str | None:
             kind = f"{type(linear).__module__.partition('.')[0]} {type(linear).__name__}"
             return f"{name} is a {kind}, not a plain nn.Linear (unload or fuse adapters; offload, quantize afterwards)"
     return None
+
+
+def projections(feed_forward: FeedForward) -> tuple[nn.Linear, nn.Linear]:
+    """The projections `net.0.proj` and `net.2` of a GEGLU feed-forward network without adapters."""
+    return cast(GEGLU, feed_forward.net[0]).proj, cast(nn.Linear, feed_forward.net[2])
 
 
 def check_upcyclable(unet: UNet2DConditionModel) -> None:
@@ -170,6 +176,9 @@ class RoutedTransformerBlock(BasicTransformerBlock):
     Raises:
         TypeError: the block's `norm3` is no LayerNorm, see `why_not_upcyclable`.
     """
+
+    ff: RoutedFeedForward
+    norm3: TaskLayerNorm
 
     def __init__(
         self, stock: BasicTransformerBlock, config: ExpertConfig, num_tasks: int, routers_dropped: bool

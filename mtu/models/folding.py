@@ -3,13 +3,17 @@
 This is arithmetic on tensors alone; `MTUUNet2DConditionModel.export_task` also carries settings over.
 """
 
+from typing import cast
+
 import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from mtu.experts import stock_config
-from mtu.models.ffn import RoutedTransformerBlock
+from mtu.models.conv_in import TaskConvIn
+from mtu.models.ffn import RoutedTransformerBlock, projections
 from mtu.models.settings import unfused_state_dict
 from mtu_kernels import Routing, dense_weights
 
@@ -43,7 +47,7 @@ def fold_task(
     """
     blocks = {name: block for name, block in unet.named_modules() if isinstance(block, RoutedTransformerBlock)}
     for name, block in blocks.items():
-        hidden, stock = block.ff.net[2].in_features, 4 * block.dim
+        hidden, stock = projections(block.ff)[1].in_features, 4 * block.dim
         if hidden != stock and not prune:
             raise ValueError(
                 f"{name} has {hidden} hidden units, but a stock configuration holds {stock}: pass prune=True for a "
@@ -52,7 +56,7 @@ def fold_task(
     state = unfused_state_dict(unet)
     for name in [key for key in state if ".ff.router." in key or key.startswith("task_embedding.")]:
         del state[name]
-    channels = unet.conv_in.channels_per_task[task_id]
+    channels = cast(TaskConvIn, unet.conv_in).channels_per_task[task_id]
     state["conv_in.weight"] = state["conv_in.weight"][task_id, :, :channels]
     state["conv_in.bias"] = state["conv_in.bias"][task_id]
     for name, block in blocks.items():
@@ -62,10 +66,11 @@ def fold_task(
     with init_empty_weights():
         folded = UNet2DConditionModel(**{**stock_config(unet), "in_channels": channels})
         for name in blocks:
-            feed_forward, width = folded.get_submodule(name).ff, state[f"{name}.ff.net.2.weight"].shape[1]
-            if width != feed_forward.net[2].in_features:
-                feed_forward.net[0].proj = nn.Linear(feed_forward.net[0].proj.in_features, 2 * width)
-                feed_forward.net[2] = nn.Linear(width, feed_forward.net[2].out_features)
+            feed_forward = cast(BasicTransformerBlock, folded.get_submodule(name)).ff
+            width, (project_in, project_out) = state[f"{name}.ff.net.2.weight"].shape[1], projections(feed_forward)
+            if width != project_out.in_features:
+                feed_forward.net[0].proj = nn.Linear(project_in.in_features, 2 * width)
+                feed_forward.net[2] = nn.Linear(width, project_out.out_features)
     different = folded.state_dict().keys() ^ state.keys()
     if different:
         raise ValueError(
@@ -82,7 +87,8 @@ def _folded_block(
     routing = Routing(
         table.weights[task_id : task_id + 1], None if table.indices is None else table.indices[task_id : task_id + 1]
     )
-    w_in, b_in, w_out = block.ff.net[0].proj.weight, block.ff.net[0].proj.bias, block.ff.net[2].weight
+    project_in, project_out = projections(block.ff)
+    w_in, b_in, w_out = project_in.weight, project_in.bias, project_out.weight
     experts, dtype = block.ff.num_experts, w_out.dtype
     hidden = w_out.shape[1]
     columns = dense_weights(routing, experts)[0].repeat_interleave(hidden // experts)

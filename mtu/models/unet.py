@@ -8,7 +8,7 @@ import functools
 import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -64,6 +64,9 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
     Source: MTU (arXiv 2503.11905).
     """
 
+    conv_in: TaskConvIn
+    task_embedding: TaskEmbedding | None
+
     # diffusers compares these with the names of classes.
     _repeated_blocks: ClassVar = ["RoutedTransformerBlock"]
     # `from_pretrained(torch_dtype=…)` must not round routing tables (`RoutingTable.weights`).
@@ -95,11 +98,12 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
                     transformer.transformer_blocks[index] = RoutedTransformerBlock(
                         block, config, len(specs), routers_dropped
                     )
+        stock_conv_in = cast(nn.Conv2d, self.get_submodule("conv_in"))
         self.conv_in = TaskConvIn(
             [spec.condition_channels for spec in specs],
-            self.conv_in.in_channels,
-            self.conv_in.out_channels,
-            self.conv_in.kernel_size[0],
+            stock_conv_in.in_channels,
+            stock_conv_in.out_channels,
+            stock_conv_in.kernel_size[0],
         )
         self.task_embedding = None if routers_dropped else TaskEmbedding(len(specs), router_width)
         # The blocks are found once, as a search through thousands of modules takes longer than gathering. A block that

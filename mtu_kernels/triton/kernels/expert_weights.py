@@ -5,6 +5,9 @@
 A program computes one tile of one expert's gradient and writes it once. If no sample uses the expert, it writes zeros.
 """
 
+# Triton declares that a sum may be a tuple, but the sum of one tensor is a tensor.
+# pyright: reportOperatorIssue=false
+
 from __future__ import annotations
 
 import triton

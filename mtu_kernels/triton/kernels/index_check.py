@@ -1,5 +1,8 @@
 """The check of expert indices on the device: one kernel tests that they are in range and distinct."""
 
+# Triton declares that a sum may be a tuple, but the sum of one tensor is a tensor.
+# pyright: reportOperatorIssue=false
+
 from __future__ import annotations
 
 import torch
