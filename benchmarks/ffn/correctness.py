@@ -52,7 +52,7 @@ def check(function: FFN, inputs: Inputs, residual: bool = False) -> None:
     dtypes = (inputs.x.dtype, *(leaf.dtype for leaf in inputs.leaves))
     ulp = torch.finfo(inputs.x.dtype).eps
     for label, dtype, *tensors in zip(labels, dtypes, actual, user, exact, strict=True):
-        check_close(label, *tensors, dtype, ulp)
+        check_close(label, *tensors, dtype=dtype, ulp=ulp)
 
 
 def _outputs(function: FFN, inputs: Inputs, leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -90,5 +90,5 @@ def _widened(inputs: Inputs) -> Inputs:
         return tensor.detach().double().requires_grad_(tensor.requires_grad)
 
     x, norm, experts, routing, grad_y = inputs
-    experts = ExpertWeights(*map(widen, experts[:4]), experts.num_experts)
+    experts = ExpertWeights(*map(widen, experts[:4]), num_experts=experts.num_experts)
     return Inputs(widen(x), NormAffine(*map(widen, norm)), experts, Routing(*map(widen, routing)), widen(grad_y))

@@ -96,7 +96,8 @@ def route(shared: Shared, setting: Setting, seed: int) -> Inputs:
     gamma, beta, weighing = 0.5 + uniform(D), uniform(D) - 0.5, 0.5 + uniform(K or E)
     indices = uniform(E).argsort(dim=1)[:, :K].to(torch.int32)[tasks_B] if K else None
     gamma, beta, weighing = (t[tasks_B].requires_grad_(x.requires_grad) for t in (gamma, beta, weighing))
-    return Inputs(x, NormAffine(gamma, beta), ExpertWeights(*weights, E), Routing(weighing, indices), grad_y)
+    experts = ExpertWeights(*weights, num_experts=E)
+    return Inputs(x, NormAffine(gamma, beta), experts, Routing(weighing, indices), grad_y)
 
 
 def number_of_sets(shared: Shared, workload: Workload) -> int:

@@ -219,7 +219,7 @@ def _whole_unet(compiled: CompiledPart) -> tuple[Callable[..., Tensor], tuple[An
             unet = mtu.upcycle(unet, tasks=tasks_of(model), **options)
             unet.drop_routers_()
     to_fake_gpu(unet, dtype)
-    if compiled.backend is not None:
+    if isinstance(unet, mtu.MTUUNet2DConditionModel):
         unet.conv_in.update_channel_counts_()
     edge = default_size(model) // LATENT_FACTOR
     inputs = make_example_inputs(unet, _BATCH, height=edge, width=edge, channels=unet.conv_in.in_channels)

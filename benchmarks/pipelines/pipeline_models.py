@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 
 import mtu
@@ -28,6 +28,9 @@ from mtu.tasks import TaskSpec
 _NORM_STD = 0.02
 _ROUTER_STD = 0.02
 _CONDITION_STD = 0.1
+
+# The pipelines that `export_task` makes.
+StockPipeline = StableDiffusionPipeline | StableDiffusionInstructPix2PixPipeline
 
 
 class Sample(NamedTuple):
@@ -163,7 +166,7 @@ def cast(pipe: mtu.MTUPipeline, dtype: torch.dtype, device: torch.device, backen
     return copied
 
 
-def export(pipe: mtu.MTUPipeline, name: str, parts: mtu.MTUPipeline) -> DiffusionPipeline:
+def export(pipe: mtu.MTUPipeline, name: str, parts: mtu.MTUPipeline) -> StockPipeline:
     """The stock pipeline of one task: folded in the precision of `pipe`, with the dtype and the device of `parts`.
 
     `parts` is a pipeline of the same model, which shares all its modules but the UNet.
@@ -196,7 +199,7 @@ def upcycled_images(pipe: mtu.MTUPipeline, samples: Sequence[Sample], steps: int
     return output.images
 
 
-def stock_images(pipe: DiffusionPipeline, samples: Sequence[Sample], steps: int) -> Tensor:
+def stock_images(pipe: StockPipeline, samples: Sequence[Sample], steps: int) -> Tensor:
     """Images of one task from one call of its exported pipeline: (n, 3, H, W) in [0, 1], in the pipeline's dtype."""
     spec = samples[0].spec
     given: dict[str, Any] = {"guidance_scale": spec.guidance_scale}

@@ -258,6 +258,9 @@ class RoutingTable(PerTaskModule):
     # `mtu.compat.parameter_access` reads this; it takes integers in other modules for those of a quantizer.
     has_integer_parameters = True
 
+    weights: nn.Parameter
+    indices: nn.Parameter | None
+
     def __init__(self, config: ExpertConfig, num_tasks: int) -> None:
         super().__init__()
         shape = (num_tasks, config.num_active_experts)

@@ -39,7 +39,7 @@ from mtu.models.router import (
     routing_table_parameter_ids,
 )
 from mtu.models.settings import copy_settings_
-from mtu.models.task_rows import check_per_task_modules, read_task_rows, write_task_rows_
+from mtu.models.task_rows import PerTaskModule, check_per_task_modules, read_task_rows, write_task_rows_
 from mtu.tasks import TaskSpec, as_task_specs
 
 __all__ = ["MTUUNet2DConditionModel"]
@@ -211,9 +211,9 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
     def _select_tasks_(self, specs: tuple[TaskSpec, ...], rows: Sequence[int]) -> None:
         """Make `specs` the tasks; the new task i starts from the old row `rows[i]`."""
         for module in self.per_task_modules().values():
-            if module is self.conv_in:
+            if isinstance(module, TaskConvIn):
                 module.select_tasks_(rows, [spec.condition_channels for spec in specs])
-            else:
+            elif isinstance(module, PerTaskModule):
                 module.select_tasks_(rows)
         self._set_task_specs_(specs)
 
@@ -568,7 +568,10 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         exported, state = fold_task(source, index, embedding, prune=prune)
         copy_settings_(self, exported)
         exported.load_state_dict({key: tensor.clone() for key, tensor in state.items()}, assign=True)
-        return exported.to(memory_format=torch.channels_last) if self.is_channels_last else exported
+        if self.is_channels_last:
+            # Neither torch nor diffusers declares this argument.
+            exported.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        return exported
 
     def _architecture(self) -> partial_checkpoints.ModelArchitecture:
         return partial_checkpoints.ModelArchitecture(

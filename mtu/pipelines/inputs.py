@@ -111,7 +111,7 @@ def parse_pipeline_inputs(
         _steps(num_inference_steps, tasks),
     )
     repeated = [[value for value in column for _ in range(num_images_per_prompt)] for column in inputs[:-1]]
-    return PipelineInputs(*repeated, inputs.num_inference_steps)
+    return PipelineInputs(*repeated, num_inference_steps=inputs.num_inference_steps)
 
 
 def output_size(

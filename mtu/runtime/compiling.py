@@ -110,7 +110,8 @@ def compile(model: Model, mode: str = "auto", *, max_cached_sizes: int = 8) -> M
     if plan.cuda_graphs and not on_cuda:
         raise ValueError(f"mode={mode!r} needs a UNet on a CUDA device, but this one is on {unet.device}.")
     if not is_offloaded:
-        unet.to(memory_format=torch.channels_last)
+        # Neither torch nor diffusers declares this argument.
+        unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     # `nn.Module.__call__` calls this attribute, which `nn.Module.compile` sets in the same way.
     unet._compiled_call_impl = None if plan == _MODES["eager"] else CompiledUNetCalls(unet, plan, max_cached_sizes)
     return model

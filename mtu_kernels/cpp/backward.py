@@ -72,7 +72,7 @@ def _gradients(level: int, grad_y: Tensor, *args) -> tuple[Tensor, ...]:
     call = _Call(
         x.contiguous(),
         NormAffine(*(_by_slot(affine, indices) for affine in (gamma, beta))),
-        ExpertWeights(*(t.contiguous() for t in (w_in, b_in, w_out, b_out)), num_experts),
+        ExpertWeights(*(t.contiguous() for t in (w_in, b_in, w_out, b_out)), num_experts=num_experts),
         weights.float().contiguous(),
         None if indices is None else indices.tolist(),
         mean.contiguous(),

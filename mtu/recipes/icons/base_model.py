@@ -163,8 +163,10 @@ def save_float16_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> No
     """
     # float16 has finer steps than bfloat16, and no weight comes near its limits.
     for module in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
-        # `module.to` of diffusers would warn of an empty list of modules.
-        nn.Module.to(module, dtype=torch.float16, memory_format=torch.contiguous_format)
+        # `module.to` of diffusers would warn of an empty list of modules. Torch does not declare `memory_format`.
+        nn.Module.to(  # pyright: ignore[reportCallIssue]
+            module, dtype=torch.float16, memory_format=torch.contiguous_format
+        )
     pipeline.save_pretrained(folder, safe_serialization=True)
     # Without an argument `dtype`, diffusers loads its own modules in float32, but transformers loads its modules in the
     # dtype of this entry. Both load in float32 if the entry says so.
