@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from mtu_kernels.routing import Routing
 
@@ -163,7 +164,7 @@ def has_values(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.is_meta:
         return False
     # Subclasses of Tensor, such as FakeTensor, FunctionalTensor and DTensor, hold no values that can be read here.
-    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not is_functorch_wrapped_tensor(tensor)
 
 
 def indices_are_valid(indices: Tensor, num_experts: int) -> Tensor:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
@@ -130,7 +131,7 @@ def _refuse_transforms(ops: Ops, tensors: tuple[Tensor | None, ...]) -> None:
     """Raises where torch would return zero derivatives, or fail with a message that names no remedy."""
     if torch.compiler.is_compiling() or not in_function_transform():
         return
-    transform = torch._C._functorch.peek_interpreter_stack()
+    transform = peek_interpreter_stack()
     if transform is None:
         if not any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
             return

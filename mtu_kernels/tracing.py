@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 Result = TypeVar("Result")
@@ -48,7 +49,7 @@ def is_exporting_to_onnx() -> bool:
 
 def in_function_transform() -> bool:
     """Whether a function transform (`torch.func`, `torch.vmap`) or forward-mode differentiation is under way."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def supports_autocast(device_type: str) -> bool:

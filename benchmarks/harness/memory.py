@@ -25,11 +25,11 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         results = call()
     del results
     held = peak = 0
-    # Torch declares these results as optional, but they are always there after the block.
+    # Torch declares these results as optional, but they are there after the block; it does not declare `nbytes`.
     events = profile.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
     for event in sorted(events, key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
-            held += event.nbytes()
+            held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
             peak = max(peak, held)
     return peak
 

@@ -182,8 +182,10 @@ def uncovered(arch: str, results: Iterable[Result], rows: Sequence[TableRow] = R
 
 
 def _shows(result: Result, row: TableRow) -> bool:
-    launch = result.named.launch
-    return tile_of(launch) == table_tile(row.tile) and by_descriptor(launch) == row.tile.descriptors
+    launch, tile = result.named.launch, row.tile
+    if not isinstance(tile, TileConfig):
+        return False
+    return tile_of(launch) == table_tile(tile) and by_descriptor(launch) == tile.descriptors
 
 
 def cells(result: Result) -> dict[str, str]:

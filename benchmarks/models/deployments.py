@@ -104,4 +104,4 @@ def by_task(batch: Batch) -> list[Rows]:
 
 def stock_part(unet: UNet2DConditionModel, batch: Batch, rows: Rows) -> Part:
     """A call of an original, which reads the noisy latents alone."""
-    return Part(functools.partial(call, unet), select_rows(batch, rows, unet.config.in_channels), rows)
+    return Part(functools.partial(call, unet), select_rows(batch, rows, unet.config["in_channels"]), rows)

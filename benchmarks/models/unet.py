@@ -88,7 +88,9 @@ def _reference_outputs(family: Family, workload: Workload, setting: Setting) -> 
 @contextmanager
 def _compiler_caches(cold: bool) -> Iterator[None]:
     """Where cold, torch reuses nothing that it compiled before; Triton still has kernels of the same text."""
-    with torch.compiler.config.patch(force_disable_caches=cold), warnings.catch_warnings():
+    # Torch adds this function to its configuration modules when they are loaded.
+    patch = torch.compiler.config.patch  # pyright: ignore[reportAttributeAccessIssue]
+    with patch(force_disable_caches=cold), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "dynamo_pgo force disabled", UserWarning)
         yield
 

@@ -149,12 +149,12 @@ def one_expert(unet: mtu.MTUUNet2DConditionModel, name: str) -> mtu.MTUUNet2DCon
     """One task folded into its weights, as a model of that task alone with one expert, which the fused kernels run."""
     exported = unet.export_task(name)
     alone = mtu.MTUUNet2DConditionModel(
-        **(stock_config(exported) | {"in_channels": unet.config.in_channels}),
+        **(stock_config(exported) | {"in_channels": unet.config["in_channels"]}),
         tasks=[unet.tasks[unet.task_index(name)]],
         num_experts=1,
         expert_ratio=1.0,
         routing_scale=1.0,
-        router_width=unet.config.router_width,
+        router_width=unet.expert_config.router_width,
         routers_dropped=True,
     )
     state = exported.state_dict()

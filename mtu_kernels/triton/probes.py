@@ -10,6 +10,7 @@ import sys
 import warnings
 
 import triton
+from triton import knobs
 
 
 @functools.cache
@@ -21,7 +22,8 @@ def why_not_launchable() -> str | None:
     """
     try:
         driver = triton.runtime.driver.active
-        loaded = driver.utils
+        # Triton declares this attribute in the classes of its drivers alone.
+        loaded = driver.utils  # pyright: ignore[reportAttributeAccessIssue]
     except Exception as error:  # the compiler, the linker and the operating system raise their own errors
         found = _why_no_compiler() or f"it could not do so ({_first_line(error)})"
         return f"Triton builds its driver with a C compiler and Python's headers, and {found}"
@@ -37,7 +39,7 @@ def builds_launchers(driver: type) -> bool:
 
 def _why_no_compiler() -> str | None:
     # Triton searches in this order, and does not check CC. Its builds for other systems include a compiler.
-    if sys.platform != "linux" or triton.knobs.build.impl is not None:
+    if sys.platform != "linux" or knobs.build.impl is not None:
         return None
     named = os.environ.get("CC")
     if named is not None:

@@ -1,7 +1,7 @@
 """The check of expert indices on the device: one kernel tests that they are in range and distinct."""
 
-# Triton declares that a sum may be a tuple, but the sum of one tensor is a tensor.
-# pyright: reportOperatorIssue=false
+# Triton declares that a sum may be a tuple, and that a comparison is a bool, but both are tensors here.
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
