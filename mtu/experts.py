@@ -68,7 +68,7 @@ class ExpertConfig:
                 raise ValueError(f"{name} must be a positive number, but got {value!r}.")
 
     @property
-    def is_dense(self) -> bool:
+    def has_dense_routing(self) -> bool:
         """Whether every expert is active for every task."""
         return self.top_k is None or self.top_k == self.num_experts
 
@@ -125,7 +125,7 @@ class ExpertConfig:
             starts = stock_hidden_width // self.num_experts * torch.arange(self.num_experts)
         return ((starts[:, None] + torch.arange(width)) % stock_hidden_width).flatten()
 
-    def output_column_scale(self, stock_hidden_width: int) -> Tensor | None:
+    def output_column_scales(self, stock_hidden_width: int) -> Tensor | None:
         """The factor of each slot's output column that preserves the function of the stock FFN.
 
         With G ≥ 1, every expert holds the whole FFN. If expert e has n_ej copies of unit j, the factor `1 / (n_ej ·
@@ -153,7 +153,7 @@ class ExpertConfig:
 
     def why_output_not_preserved(self) -> str | None:
         """The reason why no initialisation can preserve the original's output, as a clause; None if one can."""
-        if not self.is_dense and not self.experts_hold_whole_ffn:
+        if not self.has_dense_routing and not self.experts_hold_whole_ffn:
             return f"top_k = {self.top_k} of {self.num_experts} experts with expert_ratio = {self.expert_ratio:g} < 1"
         if self.expert_ratio * self.num_experts < 1 - 1e-9:
             return f"expert_ratio = {self.expert_ratio:g} < 1/num_experts drops hidden units"

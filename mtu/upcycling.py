@@ -178,10 +178,10 @@ def load_trained(
     unet = unet_or_pipeline if pipeline is None else _unet_of(pipeline, "load_trained")
     mtu_kernels.check_backend(backend)
     _check_stock(unet)
-    specs, config, tensors = partial_checkpoints.read_trained_parameters(directory, stock_config(unet))
+    specs, config, tensors = partial_checkpoints.read_tasks_layout_and_trained_parameters(directory, stock_config(unet))
     # A model without memory tells whether the tensors fit, before the UNet changes.
     expected = {name: p.shape for name, p in _skeleton(unet, specs, config).named_trainable_parameters()}
-    partial_checkpoints.check_tensor_shapes(expected, tensors, directory)
+    partial_checkpoints.check_tensor_names_and_shapes(expected, tensors, directory)
     upcycled = _convert(unet, specs, config, preserve=False, seed=0)
     upcycled.load_state_dict({k: v.to(unet.device, unet.dtype) for k, v in tensors.items()}, strict=False)
     upcycled.set_backend(backend)
@@ -301,7 +301,7 @@ def _new_state(
     conv[:, :, : like.shape[1]] = like
     new["conv_in.weight"] = conv
     new["conv_in.bias"] = state["conv_in.bias"].repeat(num_tasks, 1)
-    for name, block in upcycled.routed_blocks().items():
+    for name, block in upcycled.routed_blocks_by_name().items():
         for key in ("weight", "bias"):
             shape = getattr(block.norm3, key).shape
             new[f"{name}.norm3.{key}"] = state[f"{name}.norm3.{key}"].expand(shape).clone()
@@ -317,7 +317,7 @@ def _resized_experts(name: str, state: dict[str, Tensor], config: ExpertConfig, 
     stock_hidden_width = state[out_weight].shape[1]
     units, scale = config.stock_unit_indices(stock_hidden_width), None
     if preserve:
-        scale = config.output_column_scale(stock_hidden_width)
+        scale = config.output_column_scales(stock_hidden_width)
     if units is None and scale is None:
         return {}
     units = torch.arange(stock_hidden_width) if units is None else units
@@ -331,7 +331,7 @@ def _resized_experts(name: str, state: dict[str, Tensor], config: ExpertConfig, 
 
 def _warn_of_wasted_experts(upcycled: MTUUNet2DConditionModel) -> None:
     config, num_tasks = upcycled.expert_config, len(upcycled.tasks)
-    if config.num_experts == 1 or (config.is_dense and not config.experts_hold_whole_ffn):
+    if config.num_experts == 1 or (config.has_dense_routing and not config.experts_hold_whole_ffn):
         return
     if num_tasks * config.num_active_experts < config.num_experts or upcycled.conv_in.weight.is_meta:
         return  # The model is made for more tasks than it has yet, or it has no values.

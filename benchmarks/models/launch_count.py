@@ -220,7 +220,7 @@ def _whole_unet(compiled: CompiledPart) -> tuple[Callable[..., Tensor], tuple[An
             unet.drop_routers_()
     to_fake_gpu(unet, dtype)
     if isinstance(unet, mtu.MTUUNet2DConditionModel):
-        unet.conv_in.update_channel_counts_()
+        unet.conv_in.move_channel_counts_to_own_device_()
     edge = default_size(model) // LATENT_FACTOR
     inputs = make_example_inputs(unet, _BATCH, height=edge, width=edge, channels=unet.conv_in.in_channels)
     inputs["timestep"] = _tensor(_BATCH, dtype=torch.float32)

@@ -119,7 +119,7 @@ class PipelineBenchmark:
     def group(self, names: Sequence[str], workload: Workload) -> Group:
         """The contenders in the setting of the upcycled model, which all make the same images."""
         config = self.upcycled.unet.expert_config
-        setting = Setting(config.num_experts, DENSE if config.is_dense else config.top_k)
+        setting = Setting(config.num_experts, DENSE if config.has_dense_routing else config.top_k)
         tasks = {name: 1 if CONTENDERS[name].implementation.each else len(self.samples) for name in names}
         entries = (
             Entry(name, CONTENDERS[name].relevant(setting._replace(tasks=number))) for name, number in tasks.items()

@@ -101,7 +101,7 @@ def separate_tasks_(unet: mtu.MTUUNet2DConditionModel) -> None:
         return std * torch.randn(tensor.shape, generator=generator).to(tensor)
 
     with torch.no_grad():
-        for block in unet.routed_blocks().values():
+        for block in unet.routed_blocks_by_name().values():
             for parameter in block.norm3.parameters():
                 parameter.add_(noise(parameter, _NORM_STD))
             last = getattr(block.ff.router, "linear_2", None)
@@ -111,7 +111,7 @@ def separate_tasks_(unet: mtu.MTUUNet2DConditionModel) -> None:
         scale = _CONDITION_STD * float(conv.weight[:, :, :latent].std())
         for row, channels in zip(conv.weight, conv.channels_per_task, strict=True):
             row[:, latent:channels].add_(noise(row[:, latent:channels], scale))
-    unet.invalidate_routing_cache()
+    unet.clear_routing_cache()
 
 
 def draw_samples(pipe: mtu.MTUPipeline, per_task: int) -> list[Sample]:
@@ -248,7 +248,7 @@ def _modules(pipe: DiffusionPipeline) -> list[nn.Module]:
 
 
 def _tasks_are_equal(unet: mtu.MTUUNet2DConditionModel) -> bool:
-    rows = [parameter for block in unet.routed_blocks().values() for parameter in block.norm3.parameters()]
+    rows = [parameter for block in unet.routed_blocks_by_name().values() for parameter in block.norm3.parameters()]
     return len(unet.tasks) > 1 and all(torch.equal(row, row[:1].expand_as(row)) for row in rows)
 
 

@@ -84,7 +84,7 @@ class Comparison(NamedTuple):
         config, tasks = self.expert_config, ", ".join(task.name for task in self.tasks)
         experts = f"{config.num_experts} expert{'s' if config.num_experts > 1 else ''}"
         ratio = Fraction(config.expert_ratio).limit_denominator(4096)
-        routing = "dense" if config.is_dense else f"top-{config.top_k}"
+        routing = "dense" if config.has_dense_routing else f"top-{config.top_k}"
         lines = [["", "original", "upcycled", "ratio", "routers dropped", "ratio"]]
         for row in self.quantities:
             show = format_flops if row.key.startswith("flops") else format_count

@@ -66,7 +66,7 @@ class TaskConvIn(PerTaskModule):
         if task_ids is None:
             return sample
         _, given, height, width = sample.shape
-        self.check_channels(given)
+        self.check_channel_count(given)
         # A product with zero would keep infinite values of ignored channels as NaN, but `where` does not.
         channels = self._channels_on(sample.device)
         own = torch.arange(given, device=sample.device) < channels[task_ids][:, None]
@@ -81,7 +81,7 @@ class TaskConvIn(PerTaskModule):
             return output.view(-1, height, width, bias.shape[1]).permute(0, 3, 1, 2)
         return torch.baddbmm(bias[:, :, None], kernels, patches).view(-1, bias.shape[1], height, width)
 
-    def check_channels(self, num_channels: int) -> None:
+    def check_channel_count(self, num_channels: int) -> None:
         """Raise a ValueError unless a sample may have this many channels."""
         if not self.latent_channels <= num_channels <= self.in_channels:
             raise ValueError(
@@ -98,14 +98,14 @@ class TaskConvIn(PerTaskModule):
             return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2]).contiguous()
 
         super()._apply(by_kernel, recurse)
-        self.update_channel_counts_()
+        self.move_channel_counts_to_own_device_()
         return self
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.update_channel_counts_()
+        self.move_channel_counts_to_own_device_()
 
-    def update_channel_counts_(self) -> None:
+    def move_channel_counts_to_own_device_(self) -> None:
         """Move the channel counts to the parameters' device; needed only after parameters were set one by one."""
         # Parameters on the meta device are offloaded or have no values yet, so the counts stay where they are.
         device = self.channel_counts.device if self.weight.is_meta else self.weight.device
@@ -132,7 +132,7 @@ class TaskConvIn(PerTaskModule):
             return torch.tensor(self.channels_per_task, device=device)
 
     @torch.no_grad()
-    def select_tasks_(self, old_task_ids: Sequence[int], condition_channels: Sequence[int] | None = None) -> None:
+    def select_task_rows_(self, old_task_ids: Sequence[int], condition_channels: Sequence[int] | None = None) -> None:
         """Make the old row `old_task_ids[i]` the new row i, in new parameters.
 
         Args:
@@ -144,11 +144,11 @@ class TaskConvIn(PerTaskModule):
         channels = old_channels
         if condition_channels is not None:
             channels = [self.latent_channels + count for count in condition_channels]
-        super().select_tasks_(old_task_ids)
+        super().select_task_rows_(old_task_ids)
         old = self.weight
         weight = old.new_zeros(*old.shape[:2], max(channels), *old.shape[3:])
         for i, counts in enumerate(zip(channels, old_channels, strict=True)):
             weight[i, :, : min(counts)] = old[i, :, : min(counts)]
         self.weight = nn.Parameter(weight, old.requires_grad)
         self.channels_per_task = tuple(channels)
-        self.update_channel_counts_()
+        self.move_channel_counts_to_own_device_()

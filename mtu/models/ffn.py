@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from mtu.compat.plain_linear import is_plain_linear
 from mtu.experts import ExpertConfig
-from mtu.models.norm import TaskLayerNorm
+from mtu.models.norm import TaskNormAffine
 from mtu.models.router import Router, RoutingTable, TaskContext
 from mtu_kernels import ExpertWeights, NormAffine, Routing, dense_weights, moe_ffn
 from mtu_kernels.tracing import static_size
@@ -117,7 +117,7 @@ class RoutedFeedForward(FeedForward):
         Returns:
             (B, L, D).
         """
-        routing = context.routing(self.router)
+        routing = context.routing_per_sample(self.router)
         if self._is_plain(hidden_states):
             return self._fused(hidden_states, affine, routing, residual)
         output = self._by_modules(hidden_states, affine, routing)
@@ -205,7 +205,7 @@ class RoutedTransformerBlock(BasicTransformerBlock):
         router = RoutingTable(config, num_tasks) if routers_dropped else Router(config)
         num_norms = config.num_experts if config.norm == "task_expert" else None
         eps = stock_norm.eps
-        self.norm3 = TaskLayerNorm(num_tasks, self.dim, num_norms, eps)
+        self.norm3 = TaskNormAffine(num_tasks, self.dim, num_norms, eps)
         self.ff = RoutedFeedForward(stock.ff, router, config, eps)
 
     def set_chunk_feed_forward(self, chunk_size: int | None, dim: int = 0) -> None:
@@ -262,7 +262,7 @@ class RoutedTransformerBlock(BasicTransformerBlock):
                 attention_mask=encoder_attention_mask,
                 **attention_kwargs,
             )
-        feed_forward = functools.partial(self.ff, affine=context.affine(self.norm3), context=context)
+        feed_forward = functools.partial(self.ff, affine=context.affine_per_sample(self.norm3), context=context)
         if self._chunk_size is not None:
             chunks = [feed_forward(part) for part in hidden_states.split(self._chunk_size, dim=1)]
             return hidden_states + torch.cat(chunks, dim=1)

@@ -17,11 +17,11 @@ from mtu.models.ffn import RoutedTransformerBlock, projections
 from mtu.models.settings import unfused_state_dict
 from mtu_kernels import Routing, dense_weights
 
-__all__ = ["fold_task"]
+__all__ = ["stock_unet_and_folded_tensors"]
 
 
 @torch.no_grad()
-def fold_task(
+def stock_unet_and_folded_tensors(
     unet: UNet2DConditionModel, task_id: int, embedding: Tensor | None, *, prune: bool = False
 ) -> tuple[UNet2DConditionModel, dict[str, Tensor]]:
     """Fold task `task_id` of an upcycled UNet into a stock UNet with the same output.

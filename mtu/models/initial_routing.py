@@ -53,7 +53,7 @@ def initial_router_state_dict(config: ExpertConfig, embedding: Tensor, generator
         hidden = F.relu(F.linear(embedding, state["linear_1.weight"], state["linear_1.bias"]))
         logits = _spread_logits(config, len(embedding), generator)
         state["linear_2.weight"] = _last_layer(hidden.double(), logits.double()).float()
-    elif not config.is_dense:
+    elif not config.has_dense_routing:
         state["linear_2.weight"].normal_(0.0, 0.02, generator=generator)
     return state
 
@@ -82,7 +82,7 @@ def _spread_logits(config: ExpertConfig, num_tasks: int, generator: torch.Genera
     E, ranks = config.num_experts, torch.arange(config.num_experts)
     values = _DEVIATION * math.sqrt(2) * torch.cos(math.pi * (ranks + 0.5) / E)
     draws = values[torch.rand(_DRAWS, num_tasks, E, generator=generator).argsort(dim=-1)]
-    if config.is_dense:
+    if config.has_dense_routing:
         weights = draws.softmax(dim=-1)
     else:
         weights = dense_weights(top_k_routing(draws.flatten(0, 1), config.num_active_experts), E).view_as(draws)

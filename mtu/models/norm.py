@@ -1,4 +1,4 @@
-"""The task LayerNorm: the per-task affines of the normalisation before a feed-forward network.
+"""The task norm: the per-task affines of the normalisation before a feed-forward network.
 
 The normalisation itself is part of the fused feed-forward network (`mtu_kernels`).
 """
@@ -10,10 +10,10 @@ from mtu.models.router import select_rows
 from mtu.models.task_rows import PerTaskModule
 from mtu_kernels import NormAffine
 
-__all__ = ["TaskLayerNorm"]
+__all__ = ["TaskNormAffine"]
 
 
-class TaskLayerNorm(PerTaskModule):
+class TaskNormAffine(PerTaskModule):
     """γ and β of every task: a call selects those of each sample, and the feed-forward network normalises.
 
     Args:

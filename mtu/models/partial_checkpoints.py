@@ -20,11 +20,11 @@ from mtu.tasks import TaskSpec, as_task_specs
 
 __all__ = [
     "ModelArchitecture",
-    "check_tensor_shapes",
+    "check_tensor_names_and_shapes",
     "read_task_checkpoint",
-    "read_trained_parameters",
+    "read_tasks_layout_and_trained_parameters",
     "write_task_checkpoint",
-    "write_trained_parameters",
+    "write_tasks_layout_and_trained_parameters",
 ]
 
 # The file names begin with these. A dot and the task's name follow the first one; earlier versions left them out.
@@ -119,7 +119,7 @@ def _task_stem(directory: str | os.PathLike, name: str | None) -> str:
     return stems[name] if name is not None else next(iter(stems.values()), _TASK)
 
 
-def write_trained_parameters(
+def write_tasks_layout_and_trained_parameters(
     directory: str | os.PathLike,
     specs: tuple[TaskSpec, ...],
     config: ExpertConfig,
@@ -143,10 +143,14 @@ def write_trained_parameters(
     storage.write_tensors(directory, _TRAINED, tensors, description)
 
 
-def read_trained_parameters(
+def read_tasks_layout_and_trained_parameters(
     directory: str | os.PathLike, base_config: Mapping[str, Any]
 ) -> tuple[tuple[TaskSpec, ...], ExpertConfig, dict[str, Tensor]]:
-    """Read what `write_trained_parameters` wrote, for a base UNet of the stock configuration `base_config`.
+    """Read what `write_tasks_layout_and_trained_parameters` wrote.
+
+    Args:
+        directory: the folder that it wrote into.
+        base_config: the stock configuration of the base UNet.
 
     Returns:
         The tasks, the expert layout, and the parameters by name.
@@ -191,7 +195,7 @@ def _check_equal_config(saved: Mapping[str, Any], own: Mapping[str, Any], direct
             )
 
 
-def check_tensor_shapes(
+def check_tensor_names_and_shapes(
     expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], directory: str | os.PathLike
 ) -> None:
     """Raise a ValueError unless the tensors of a folder have these names and shapes."""

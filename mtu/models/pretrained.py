@@ -108,7 +108,7 @@ def load_strictly(cls: type, load: Callable[..., Any], path: str | os.PathLike, 
             )
     if any(parameter.is_meta for parameter in model.parameters()) and "device_map" not in kwargs:
         raise ValueError(f"{path} lacks parameters of the architecture in its config.json.")
-    model.conv_in.update_channel_counts_()
+    model.conv_in.move_channel_counts_to_own_device_()
     model.freeze_stock_parameters_()
     return (model, info) if output_loading_info else model
 

@@ -23,7 +23,7 @@ __all__ = [
     "RoutingTable",
     "TaskContext",
     "TaskEmbedding",
-    "precomputed_tables",
+    "precomputed_tables_context",
     "routing_table_parameter_ids",
     "select_rows",
 ]
@@ -39,13 +39,13 @@ class GatheredTaskValues(NamedTuple):
     `mtu.models.gathering` makes them.
 
     Args:
-        affines: the result of each task LayerNorm.
-        routings: the routing of each sample, by router.
+        affines_by_norm: the affine of each sample, by task norm.
+        routings_by_router: the routing of each sample, by router.
         gathered_while_tracing: whether they were gathered while the whole UNet was traced.
     """
 
-    affines: dict[nn.Module, NormAffine]
-    routings: dict[nn.Module, Routing]
+    affines_by_norm: dict[nn.Module, NormAffine]
+    routings_by_router: dict[nn.Module, Routing]
     gathered_while_tracing: bool
 
 
@@ -54,27 +54,27 @@ class TaskContext(NamedTuple):
 
     Args:
         task_ids: (B,) int64, the task of each sample.
-        embedding: (T, W) the task embedding shared by all routers; None once the routers are dropped.
+        embeddings_of_all_tasks: (T, W) the task embedding shared by all routers; None once the routers are dropped.
         gathered: the values that were gathered before the blocks run; None: each layer gathers its own.
     """
 
     task_ids: Tensor
-    embedding: Tensor | None
+    embeddings_of_all_tasks: Tensor | None
     gathered: GatheredTaskValues | None = None
 
-    def affine(self, norm: nn.Module) -> NormAffine:
+    def affine_per_sample(self, norm: nn.Module) -> NormAffine:
         """The affine of each sample: γ and β, (B, D) or (B, E, D) float32."""
         gathered = self._gathered_here()
-        affine = None if gathered is None else gathered.affines.get(norm)
+        affine = None if gathered is None else gathered.affines_by_norm.get(norm)
         return norm(self.task_ids) if affine is None else affine
 
-    def routing(self, router: nn.Module) -> Routing:
+    def routing_per_sample(self, router: nn.Module) -> Routing:
         """The routing of each sample: weights (B, K) float32 and indices (B, K) int32, or None for dense routing."""
         gathered = self._gathered_here()
-        routing = None if gathered is None else gathered.routings.get(router)
+        routing = None if gathered is None else gathered.routings_by_router.get(router)
         if routing is not None:
             return routing
-        table = router(self.embedding)
+        table = router(self.embeddings_of_all_tasks)
         indices = None if table.indices is None else select_rows(table.indices, self.task_ids)
         return Routing(select_rows(table.weights, self.task_ids), indices)
 
@@ -147,7 +147,7 @@ class Router(nn.Module):
 
     def __init__(self, config: ExpertConfig) -> None:
         super().__init__()
-        self.top_k = None if config.is_dense else config.top_k
+        self.top_k = None if config.has_dense_routing else config.top_k
         self.routing_scale = config.routing_scale
         self.linear_1 = RouterLinear(config.router_width, config.router_width)
         self.linear_2 = RouterLinear(config.router_width, config.num_experts)
@@ -266,7 +266,7 @@ class RoutingTable(PerTaskModule):
         shape = (num_tasks, config.num_active_experts)
         self.weights = _constant(torch.zeros(shape, dtype=torch.float32))
         self.register_parameter(
-            "indices", None if config.is_dense else _constant(torch.zeros(shape, dtype=torch.int32))
+            "indices", None if config.has_dense_routing else _constant(torch.zeros(shape, dtype=torch.int32))
         )
 
     @classmethod
@@ -301,7 +301,7 @@ def routing_table_parameter_ids(module: nn.Module) -> set[int]:
 
 
 @contextlib.contextmanager
-def precomputed_tables(routers: Iterable[Router], embedding: Tensor | None) -> Iterator[None]:
+def precomputed_tables_context(routers: Iterable[Router], embedding: Tensor | None) -> Iterator[None]:
     """Run routers once, now, instead of at each call within this context; see `Router.precompute`.
 
     Args:

@@ -17,7 +17,7 @@ class PerTaskModule(nn.Module):
     """A module each of whose parameters has the shape (T, …): one row per task."""
 
     @torch.no_grad()
-    def select_tasks_(self, old_task_ids: Sequence[int]) -> None:
+    def select_task_rows_(self, old_task_ids: Sequence[int]) -> None:
         """Make the old row `old_task_ids[i]` the new row i, in new parameters.
 
         Args:

@@ -27,15 +27,15 @@ from mtu.experts import ExpertConfig, NormMode, stock_config
 from mtu.models import partial_checkpoints, pretrained
 from mtu.models.conv_in import TaskConvIn
 from mtu.models.ffn import TASK_CONTEXT_KEY, Backend, RoutedFeedForward, RoutedTransformerBlock, check_upcyclable
-from mtu.models.folding import fold_task
+from mtu.models.folding import stock_unet_and_folded_tensors
 from mtu.models.gathering import can_precompute_routing, find_consecutive_blocks, gather_task_values
-from mtu.models.norm import TaskLayerNorm
+from mtu.models.norm import TaskNormAffine
 from mtu.models.router import (
     Router,
     RoutingTable,
     TaskContext,
     TaskEmbedding,
-    precomputed_tables,
+    precomputed_tables_context,
     routing_table_parameter_ids,
 )
 from mtu.models.settings import copy_settings_
@@ -108,7 +108,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         self.task_embedding = None if routers_dropped else TaskEmbedding(len(specs), router_width)
         # The blocks are found once, as a search through thousands of modules takes longer than gathering. A block that
         # is put in later gathers its own values.
-        self._consecutive_blocks = find_consecutive_blocks(self, self.routed_blocks())
+        self._consecutive_blocks = find_consecutive_blocks(self, self.routed_blocks_by_name())
         # Routing tables keep their dtype by themselves. With this attribute, diffusers' `.to` would warn at each call.
         self._keep_in_fp32_modules = None
         self.freeze_stock_parameters_()
@@ -190,36 +190,39 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         kept = [i for i in range(len(specs)) if i != index]
         self._select_tasks_(tuple(specs[i] for i in kept), kept)
 
-    def per_task_modules(self) -> dict[str, nn.Module]:
+    def per_task_modules_by_name(self) -> dict[str, nn.Module]:
         """The modules whose parameters hold one row per task, by name.
 
         A router has no rows of its own: its per-task part is the task embedding.
         """
-        modules: dict[str, nn.Module] = {f"{name}.norm3": block.norm3 for name, block in self.routed_blocks().items()}
+        modules: dict[str, nn.Module] = {
+            f"{name}.norm3": block.norm3 for name, block in self.routed_blocks_by_name().items()
+        }
         modules["conv_in"] = self.conv_in
         if self.task_embedding is not None:
             modules["task_embedding"] = self.task_embedding
         else:
-            modules |= {f"{name}.ff.router": block.ff.router for name, block in self.routed_blocks().items()}
+            modules |= {f"{name}.ff.router": block.ff.router for name, block in self.routed_blocks_by_name().items()}
         return modules
 
     def _check_changeable(self, action: str) -> None:
         """Raise a ValueError unless new per-task tensors would reach the calls of this model."""
         parameter_access.check_not_offloaded(self, action)
-        check_per_task_modules(self.per_task_modules(), action)
+        check_per_task_modules(self.per_task_modules_by_name(), action)
 
     def _select_tasks_(self, specs: tuple[TaskSpec, ...], rows: Sequence[int]) -> None:
         """Make `specs` the tasks; the new task i starts from the old row `rows[i]`."""
-        for module in self.per_task_modules().values():
+        for module in self.per_task_modules_by_name().values():
             if isinstance(module, TaskConvIn):
-                module.select_tasks_(rows, [spec.condition_channels for spec in specs])
+                module.select_task_rows_(rows, [spec.condition_channels for spec in specs])
             elif isinstance(module, PerTaskModule):
-                module.select_tasks_(rows)
+                module.select_task_rows_(rows)
         self._set_task_specs_(specs)
 
     def _set_task_specs_(self, specs: Iterable[TaskSpec]) -> None:
         self.register_to_config(tasks=[spec.to_dict() for spec in specs])
-        # Precomputed and cached tables belong to the old tasks, so routers run again, also in `precomputed_routing`.
+        # Precomputed and cached tables belong to the old tasks, so routers run again, also within
+        # `precomputed_routing_context`.
         for router in self.routers():
             router.discard_precomputed()
             router.clear_cache()
@@ -323,13 +326,13 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
 
     # ------------------------------------------------------------------------------- parameters, routers, backend
 
-    def routed_blocks(self) -> dict[str, RoutedTransformerBlock]:
+    def routed_blocks_by_name(self) -> dict[str, RoutedTransformerBlock]:
         """The transformer blocks with a routed feed-forward network, by name, in the order of the state dict."""
         return {name: module for name, module in self.named_modules() if isinstance(module, RoutedTransformerBlock)}
 
     def routed_feed_forwards(self) -> list[RoutedFeedForward]:
         """The routed feed-forward networks, in the order of the state dict."""
-        return [block.ff for block in self.routed_blocks().values()]
+        return [block.ff for block in self.routed_blocks_by_name().values()]
 
     def routers(self) -> list[Router]:
         """The routers, in the order of the state dict; none once they are dropped."""
@@ -341,7 +344,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
 
     def named_trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """`trainable_parameters` with their names."""
-        owners = (RoutedFeedForward, TaskLayerNorm, TaskConvIn, TaskEmbedding)
+        owners = (RoutedFeedForward, TaskNormAffine, TaskConvIn, TaskEmbedding)
         trainable = {
             id(p) for m in self.modules() if isinstance(m, owners) for p in m.parameters()
         } - routing_table_parameter_ids(self)
@@ -388,7 +391,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         self.task_embedding = None
         self.register_to_config(routers_dropped=True)
 
-    def invalidate_routing_cache(self) -> None:
+    def clear_routing_cache(self) -> None:
         """Clear the cached routing tables.
 
         The cache notices changes by version counters and samples of the values. Call this after changes that neither
@@ -398,23 +401,23 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             router.clear_cache()
 
     @contextlib.contextmanager
-    def precomputed_routing(self) -> Iterator[None]:
+    def precomputed_routing_context(self) -> Iterator[None]:
         """Run the routers once, now, instead of at each call within this context.
 
         This serves calls without gradients in eval mode. Other calls run the routers themselves, and so do models that
         offloading moves meanwhile. Changes to routers and task embedding take effect in the next context.
 
         Example:
-            >>> with torch.no_grad(), unet.precomputed_routing():
+            >>> with torch.no_grad(), unet.precomputed_routing_context():
             ...     for timestep in scheduler.timesteps:
             ...         noise = unet(latents, timestep, text, task_ids=task_ids).sample
         """
-        blocks = {} if self.training or torch.is_grad_enabled() else self.routed_blocks()
+        blocks = {} if self.training or torch.is_grad_enabled() else self.routed_blocks_by_name()
         routers = [block.ff.router for block in blocks.values() if isinstance(block.ff.router, Router)]
         if not routers or not can_precompute_routing(self, blocks):
             yield
             return
-        with precomputed_tables(routers, self.task_embedding_weight(self.task_ids_device)):
+        with precomputed_tables_context(routers, self.task_embedding_weight(self.task_ids_device)):
             yield
 
     def set_backend(self, backend: Backend) -> None:
@@ -506,7 +509,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         width = self.conv_in.latent_channels + spec.condition_channels
         conv_shape = expected["conv_in.weight"]
         expected["conv_in.weight"] = torch.Size((conv_shape[0], width, *conv_shape[2:]))
-        partial_checkpoints.check_tensor_shapes(expected, rows, directory)
+        partial_checkpoints.check_tensor_names_and_shapes(expected, rows, directory)
         own = {task.name: task for task in self.tasks}
         if spec.name not in own:
             index = self.add_task(spec)
@@ -519,7 +522,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             )
         else:
             index = self.task_index(spec.name)
-        write_task_rows_(self.per_task_modules(), index, rows)
+        write_task_rows_(self.per_task_modules_by_name(), index, rows)
         self._set_task_specs_({**own, spec.name: spec}.values())
         return index
 
@@ -539,7 +542,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         parameter_access.check_plain_layers(self, "save_trained")
         parameter_access.check_has_values(self, "save_trained")
         tensors = parameter_access.read_state_dict(self, {name for name, _ in self.named_trainable_parameters()})
-        partial_checkpoints.write_trained_parameters(
+        partial_checkpoints.write_tasks_layout_and_trained_parameters(
             directory, self.tasks, self.expert_config, stock_config(self), tensors
         )
 
@@ -565,7 +568,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         parameter_access.check_plain_layers(self, "export_task")
         source = parameter_access.copy_in_memory(self, in_compute_dtype=True)
         embedding = None if source.task_embedding is None else source.task_embedding.weight
-        exported, state = fold_task(source, index, embedding, prune=prune)
+        exported, state = stock_unet_and_folded_tensors(source, index, embedding, prune=prune)
         copy_settings_(self, exported)
         exported.load_state_dict({key: tensor.clone() for key, tensor in state.items()}, assign=True)
         if self.is_channels_last:
@@ -580,7 +583,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
 
     def _task_rows(self, index: int) -> dict[str, Tensor]:
         """The tensors that belong to task id `index` alone, by the names of the parameters of all tasks."""
-        modules = self.per_task_modules()
+        modules = self.per_task_modules_by_name()
         check_per_task_modules(modules, "reading a task's rows")
         parameter_access.check_has_values(self, "Reading a task's rows")
         return read_task_rows(self, modules, index)

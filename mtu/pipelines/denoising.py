@@ -147,7 +147,7 @@ def denoise(
     timesteps, order = scheduler.timesteps, scheduler.order
     # Some schedulers (PNDM) have more timesteps than steps. As in diffusers, the progress bar skips the first ones.
     warmup = len(timesteps) - num_inference_steps * order
-    with pipeline.unet.precomputed_routing(), pipeline.progress_bar(total=num_inference_steps) as progress_bar:
+    with pipeline.unet.precomputed_routing_context(), pipeline.progress_bar(total=num_inference_steps) as progress_bar:
         for i, t in enumerate(timesteps):
             if pipeline.interrupt:
                 continue

@@ -58,7 +58,7 @@ def _digest(card: str) -> str:
 
 def _card(unet: "MTUUNet2DConditionModel") -> str:
     config = unet.expert_config
-    active = "all active" if config.is_dense else f"{config.num_active_experts} active per task"
+    active = "all active" if config.has_dense_routing else f"{config.num_active_experts} active per task"
     tasks = "\n".join(
         f"- `{spec.name}`: {' and '.join(_inputs(spec))}; {spec.guidance} guidance, {spec.num_inference_steps} steps"
         for spec in unet.tasks

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from mtu.compat.plain_linear import has_replaced_forward
 from mtu.example_inputs import CLIP_TEXT_TOKENS, default_latent_size, make_example_inputs
-from mtu.models.router import precomputed_tables
+from mtu.models.router import precomputed_tables_context
 from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.runtime.graphs import CapturedCall, CudaGraphCapture, GraphCapture, ModelSnapshot, UNetCall, UNetInputs
 
@@ -72,7 +72,7 @@ def compile(model: Model, mode: str = "auto", *, max_cached_sizes: int = 8) -> M
     (offloading, caching) run uncompiled. If parameters, buffers, modules, attention processors, backends or FreeU's
     strengths are replaced, each size is prepared anew at its next call. If other Python attributes change, call
     `mtu.compile` again. A pipeline runs the routers once for each pipeline call. Your own loop runs them at each step,
-    unless it is within `unet.precomputed_routing()` or the routers are dropped.
+    unless it is within `unet.precomputed_routing_context()` or the routers are dropped.
 
     Args:
         model: an upcycled or a stock UNet, or a pipeline with one; changed in place. Its weights become channels-last,
@@ -235,7 +235,7 @@ class CompiledUNetCalls:
             # Graphs also read the routing tables, so those are written within the exclusive use.
             with (
                 contextlib.nullcontext() if capture is None else capture.exclusive_use(),
-                precomputed_tables(snapshot.routers, embedding),
+                precomputed_tables_context(snapshot.routers, embedding),
             ):
                 sample = self._run(inputs, capture)
         return UNet2DConditionOutput(sample=sample) if return_dict else (sample,)
@@ -325,7 +325,7 @@ def _plain_inputs(unet: UNet2DConditionModel, given: UNetInputs) -> UNetInputs:
         n: value for n, value in given.items() if value is not None and not (isinstance(value, dict) and not value)
     }
     if isinstance(unet, MTUUNet2DConditionModel):
-        unet.conv_in.check_channels(channels)
+        unet.conv_in.check_channel_count(channels)
         inputs["sample"] = F.pad(sample, (0, 0, 0, 0, 0, unet.conv_in.in_channels - channels))
         inputs["task_ids"] = unet.prepare_task_ids(given.get("task_ids"), sample)
     timestep = given["timestep"]

@@ -140,9 +140,9 @@ def without_values(unet, folder):
 
 
 def with_precomputed_routing(unet, folder):
-    """Within `precomputed_routing`, for as long as the test runs."""
+    """Within `precomputed_routing_context`, for as long as the test runs."""
     PRECOMPUTED.enter_context(torch.no_grad())
-    PRECOMPUTED.enter_context(unet.precomputed_routing())
+    PRECOMPUTED.enter_context(unet.precomputed_routing_context())
     outputs(unet)
     return unet
 

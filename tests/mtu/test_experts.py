@@ -65,7 +65,7 @@ def test_no_two_experts_below_the_whole_hold_the_same_units(num_experts, width):
 def test_dense_columns_of_each_unit_add_up_to_one(num_experts, quarters, routing_scale):
     """The law behind preservation: Σ over the copies of a unit of w_e · scale is 1, whatever the routing scale."""
     config, hidden = layout(num_experts, expert_ratio=quarters / 4, routing_scale=routing_scale), 24
-    units, scale = config.stock_unit_indices(hidden), config.output_column_scale(hidden)
+    units, scale = config.stock_unit_indices(hidden), config.output_column_scales(hidden)
     units = torch.arange(hidden) if units is None else units
     scale = torch.ones(len(units)).double() if scale is None else scale
     total = torch.zeros(hidden).double().index_add(0, units, config.routing_scale / num_experts * scale)
@@ -85,7 +85,7 @@ def test_columns_of_whole_experts_add_up_to_one_anywhere_on_the_simplex(
     num_experts, idle, quarters, routing_scale, seed
 ):
     config, hidden = layout(num_experts, num_experts - idle, quarters / 4, routing_scale=routing_scale), 24
-    units, scale = config.stock_unit_indices(hidden), config.output_column_scale(hidden)
+    units, scale = config.stock_unit_indices(hidden), config.output_column_scales(hidden)
     scale = torch.ones(len(units)).double() if scale is None else scale
     logits = torch.randn(num_experts, generator=torch.Generator().manual_seed(seed)).double()
     logits[seed % num_experts] = -math.inf
@@ -113,7 +113,7 @@ def test_what_cannot_be_preserved(settings, reason):
 
 @pytest.mark.parametrize(("top_k", "dense", "active"), [(None, True, 4), (4, True, 4), (3, False, 3), (1, False, 1)])
 def test_dense_and_active(top_k, dense, active):
-    assert (layout(top_k=top_k).is_dense, layout(top_k=top_k).num_active_experts) == (dense, active)
+    assert (layout(top_k=top_k).has_dense_routing, layout(top_k=top_k).num_active_experts) == (dense, active)
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ MIXES = (NAMES, ("edit",) * 5, ("text-to-image", "remove", "remove", "edit", "su
 def test_one_compilation_serves_all_task_mixes_and_follows_updates(dynamo, settings):
     unet = upcycled_unet(**settings)
     given = inputs(unet)
-    unet.invalidate_routing_cache()
+    unet.clear_routing_cache()
     graphs = []
 
     def keep(graph, example):

@@ -49,7 +49,7 @@ def test_the_layers_of_the_stock_model_alone_are_rounded(settings, dropped, cast
     assert torch.equal(unet.router_weights(), routing)
     for _ in range(2):
         assert_close(predict(unet, given, *NAMES), predict(twin, given, *NAMES))
-    with torch.no_grad(), unet.precomputed_routing():
+    with torch.no_grad(), unet.precomputed_routing_context():
         assert_close(predict(unet, given, *NAMES), predict(twin, given, *NAMES))
 
 
@@ -77,7 +77,7 @@ def test_the_whole_model_at_once(settings, dropped):
     given = inputs(unet)
     apply_layerwise_casting(unet, dtype, torch.float32, skip_modules_pattern=None)
     output = predict(unet, given, *NAMES)
-    with torch.no_grad(), unet.precomputed_routing():
+    with torch.no_grad(), unet.precomputed_routing_context():
         assert torch.equal(predict(unet, given, *NAMES), output)
     twin = model(settings, dropped)
     routing = twin.router_weights()

@@ -28,7 +28,7 @@ def assert_computes(unet, given, expected):
     """A call, a later call, one with precomputed routing as in pipelines, and one that records gradients."""
     for _ in range(2):
         assert_close(predict(unet, given, *NAMES), expected)
-    with torch.no_grad(), unet.precomputed_routing():
+    with torch.no_grad(), unet.precomputed_routing_context():
         assert_close(predict(unet, given, *NAMES), expected)
     assert_close(unet(**given, task_ids=unet.task_ids(NAMES)).sample, expected)
     with torch.inference_mode():

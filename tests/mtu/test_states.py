@@ -151,8 +151,8 @@ METHODS = {
     "load_task_again": load_again,
     "router_weights": lambda unet, folder: unet.router_weights(),
     "drop_routers_": lambda unet, folder: (unet.drop_routers_(), outputs(unet), unet.router_weights()),
-    "precomputed_routing": lambda unet, folder: outputs(with_precomputed_routing(unet, folder)),
-    "invalidate_routing_cache": lambda unet, folder: (unet.invalidate_routing_cache(), outputs(unet)),
+    "precomputed_routing_context": lambda unet, folder: outputs(with_precomputed_routing(unet, folder)),
+    "clear_routing_cache": lambda unet, folder: (unet.clear_routing_cache(), outputs(unet)),
     "set_backend": lambda unet, folder: (unet.set_backend("eager"), outputs(unet)),
     "named_trainable_parameters": lambda unet, folder: [
         (name.replace(".base_layer", ""), parameter.shape) for name, parameter in unet.named_trainable_parameters()
@@ -208,7 +208,7 @@ SOME = (
     *SURGERY,
     "drop_routers_",
     "router_weights",
-    "precomputed_routing",
+    "precomputed_routing_context",
     *FILES,
     "export_task",
     "warmup",
@@ -219,7 +219,7 @@ UNROUNDED = tuple(name for name in METHODS if name != "to_bfloat16")
 
 STATES = {
     "plain": State(plain),
-    "precomputed": State(with_precomputed_routing, plain, only=(*SURGERY, "drop_routers_", "invalidate_routing_cache")),
+    "precomputed": State(with_precomputed_routing, plain, only=(*SURGERY, "drop_routers_", "clear_routing_cache")),
     "cpu_offload": State(cpu_offloaded, plain, OFFLOADED, ("pickle", "training", "to_bfloat16")),
     "disk_offload": State(disk_offloaded, plain, OFFLOADED, only=SOME),
     "dispatched": State(dispatched, plain, OFFLOADED, only=SOME),

@@ -64,7 +64,7 @@ def upcycled_unet(config: dict[str, Any] = SD, randomised: bool = True, **settin
             unet = mtu.upcycle(stock_unet(config), **settings)
         if randomised:
             randomise_(unet.trainable_parameters(), seed=1)
-        unet.invalidate_routing_cache()
+        unet.clear_routing_cache()
         _UPCYCLED[key] = unet
     return copy.deepcopy(_UPCYCLED[key])
 

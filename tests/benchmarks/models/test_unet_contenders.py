@@ -155,7 +155,7 @@ def _no_bias(upcycled):
 
 
 def _no_affine_of_one_task(upcycled):
-    for block in upcycled.routed_blocks().values():
+    for block in upcycled.routed_blocks_by_name().values():
         block.norm3.weight.data = block.norm3.weight.clone()
         block.norm3.bias.data = block.norm3.bias.clone()
         block.norm3.weight[3], block.norm3.bias[3] = 1, 0

@@ -67,7 +67,7 @@ def test_a_linear_that_is_more_than_its_tensors_is_not_plain(change):
     assert is_plain_linear(linear)
     change(linear)
     assert not is_plain_linear(linear)
-    block = next(iter(upcycled_unet().routed_blocks().values()))
+    block = next(iter(upcycled_unet().routed_blocks_by_name().values()))
     change(block.ff.net[2])
     block.norm3 = nn.LayerNorm(32)
     assert "ff.net.2 is a " in why_not_upcyclable(block)

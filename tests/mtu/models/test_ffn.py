@@ -52,7 +52,7 @@ def tokens(dtype=torch.float32):
 
 def by_formula(ffn, norm, x, context):
     """DESIGN §2, one sample and one expert at a time, in float64."""
-    table = ffn.router(context.embedding)
+    table = ffn.router(context.embeddings_of_all_tasks)
     weights = dense_weights(table, EXPERTS).double()
     w_in, b_in = ffn.net[0].proj.weight.double(), ffn.net[0].proj.bias.double()
     w_out, b_out = ffn.net[2].weight.double(), ffn.net[2].bias.double()

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtu
 from mtu.models.gathering import gather_task_values
-from mtu.models.norm import TaskLayerNorm
+from mtu.models.norm import TaskNormAffine
 from mtu.models.router import TaskContext
 from mtu_kernels import NormAffine
 
@@ -47,7 +47,7 @@ class Count(TorchDispatchMode):
 
 
 def blocks_of(unet):
-    return list(unet.routed_blocks().values())
+    return list(unet.routed_blocks_by_name().values())
 
 
 def gathered_by(unet, task_ids):
@@ -69,7 +69,7 @@ def test_more_layers_take_no_more_gathers(settings, dropped):
         if dropped:
             unet.drop_routers_()
         given = inputs(unet)
-        with unet.precomputed_routing() if dropped else torch.no_grad():
+        with unet.precomputed_routing_context() if dropped else torch.no_grad():
             predict(unet, given, *NAMES)
             with Count() as count:
                 predict(unet, given, *NAMES)
@@ -99,7 +99,7 @@ def test_compiled_layers_read_what_was_gathered_once():
         return [b.ff(x, b.norm3(task_ids), context) for b, x in zip(blocks, samples, strict=True)]
 
     samples = [torch.randn(5, 6, block.dim) for block in blocks]
-    with torch.no_grad(), unet.precomputed_routing():
+    with torch.no_grad(), unet.precomputed_routing_context():
         outputs, (code,) = run_and_get_code(torch.compile(call, fullgraph=True), task_ids, samples)
         for actual, expected in zip(outputs, call(task_ids, samples), strict=True):
             assert_close(actual, expected)
@@ -146,7 +146,7 @@ def test_blocks_beside_a_compiled_one(dynamo):
     first.compile(backend="eager", fullgraph=True)
     for names, output in zip(MIXES, expected, strict=True):
         assert_close(predict(unet, given, *names), output)
-    assert gathered_by(unet, unet.task_ids(NAMES)).affines.keys() == {block.norm3 for block in others}
+    assert gathered_by(unet, unet.task_ids(NAMES)).affines_by_norm.keys() == {block.norm3 for block in others}
 
 
 # --------------------------------------------------------------------------------------------------------- the values
@@ -163,8 +163,8 @@ def test_each_layer_gets_what_it_would_gather(settings, dtype, batch):
     context = TaskContext(task_ids, embedding)
     with torch.no_grad():
         for block in blocks_of(unet):
-            own = (*context.affine(block.norm3), *context.routing(block.ff.router))
-            once = (*gathered.affines[block.norm3], *gathered.routings[block.ff.router])
+            own = (*context.affine_per_sample(block.norm3), *context.routing_per_sample(block.ff.router))
+            once = (*gathered.affines_by_norm[block.norm3], *gathered.routings_by_router[block.ff.router])
             for actual, expected in zip(once, own, strict=True):
                 if expected is None:
                     assert actual is None
@@ -180,10 +180,10 @@ def test_one_id_for_all_samples_and_none():
     unet = upcycled_unet()
     task_ids = unet.task_ids("edit")
     gathered, expected = gathered_by(unet, task_ids.expand(3)), gathered_by(unet, task_ids)
-    for norm, affine in gathered.affines.items():
-        assert torch.equal(affine.weight, expected.affines[norm].weight.expand_as(affine.weight))
+    for norm, affine in gathered.affines_by_norm.items():
+        assert torch.equal(affine.weight, expected.affines_by_norm[norm].weight.expand_as(affine.weight))
     empty = gathered_by(unet, task_ids[:0])
-    assert {tuple(affine.bias.shape) for affine in empty.affines.values()} == {(0, 32), (0, 64)}
+    assert {tuple(affine.bias.shape) for affine in empty.affines_by_norm.values()} == {(0, 32), (0, 64)}
 
 
 def test_nothing_is_gathered_where_gradients_are_wanted():
@@ -215,7 +215,7 @@ def test_a_copy_gathers_from_its_own_layers(twin_of):
     given = inputs(unet)
     expected = predict(unet, given, *NAMES)
     twin = twin_of(unet)
-    assert gathered_by(twin, twin.task_ids(NAMES)).affines.keys() == {block.norm3 for block in blocks_of(twin)}
+    assert gathered_by(twin, twin.task_ids(NAMES)).affines_by_norm.keys() == {block.norm3 for block in blocks_of(twin)}
     randomise_([block.norm3.weight for block in blocks_of(twin)], seed=4)
     assert_differ(predict(twin, given, *NAMES), expected)
     assert torch.equal(predict(unet, given, *NAMES), expected)
@@ -224,7 +224,7 @@ def test_a_copy_gathers_from_its_own_layers(twin_of):
 # ------------------------------------------------------------------------------------- layers that gather themselves
 
 
-class LouderNorm(TaskLayerNorm):
+class LouderNorm(TaskNormAffine):
     def forward(self, task_ids):
         return louder(super().forward(task_ids))
 
@@ -302,7 +302,7 @@ def test_a_layer_whose_call_means_more_is_called(change):
     change(changed)
     after = predict(unet, given, *NAMES)
     assert_differ(after, before)
-    assert gathered_by(unet, unet.task_ids(NAMES)).routings.keys() == {block.ff.router for block in others}
+    assert gathered_by(unet, unet.task_ids(NAMES)).routings_by_router.keys() == {block.ff.router for block in others}
     # With gradients, every layer gathers for itself.
     assert torch.equal(unet(**given, task_ids=unet.task_ids(NAMES)).sample, after)
 
@@ -324,7 +324,7 @@ def test_a_wrapped_network_gathers_for_itself():
     wrapped, *others = blocks_of(unet)
     wrapped.ff = Wrapper(wrapped.ff)
     assert torch.equal(predict(unet, given, *NAMES), before)
-    assert gathered_by(unet, unet.task_ids(NAMES)).routings.keys() == {block.ff.router for block in others}
+    assert gathered_by(unet, unet.task_ids(NAMES)).routings_by_router.keys() == {block.ff.router for block in others}
 
 
 def test_hooks_of_all_modules_see_every_layer():
@@ -353,7 +353,7 @@ def test_a_layer_whose_tensors_are_not_at_hand_is_left_out(hide):
     unet = upcycled_unet()
     hidden, *others = blocks_of(unet)
     hide(hidden)
-    assert gathered_by(unet, unet.task_ids(NAMES)).affines.keys() == {block.norm3 for block in others}
+    assert gathered_by(unet, unet.task_ids(NAMES)).affines_by_norm.keys() == {block.norm3 for block in others}
 
 
 @pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])

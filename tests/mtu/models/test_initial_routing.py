@@ -44,7 +44,7 @@ def train_the_ffn(unet, steps):
     Returns its output weights by expert before and after, (E, D, F), which experts got gradients, and the largest
     gradient of the router.
     """
-    block, generator = next(iter(unet.routed_blocks().values())), torch.Generator().manual_seed(5)
+    block, generator = next(iter(unet.routed_blocks_by_name().values())), torch.Generator().manual_seed(5)
     x, target = torch.randn(2, 4, 6, 32, generator=generator)
     context = TaskContext(torch.arange(4) % len(unet.tasks), unet.task_embedding.weight)
     trained = [*block.ff.parameters(), *block.norm3.parameters(), unet.task_embedding.weight]
@@ -52,7 +52,7 @@ def train_the_ffn(unet, steps):
     by_expert = lambda tensor: torch.stack(tensor.detach().clone().chunk(unet.config.num_experts, dim=1))  # noqa: E731
     before, used, largest = by_expert(weight), torch.zeros(unet.config.num_experts, dtype=torch.bool), 0.0
     for _ in range(steps):
-        (block.ff(x, context.affine(block.norm3), context) - target).square().mean().backward()
+        (block.ff(x, context.affine_per_sample(block.norm3), context) - target).square().mean().backward()
         used |= by_expert(weight.grad).flatten(1).any(dim=1)
         largest = max([largest, *(float(p.grad.abs().max()) for p in block.ff.router.parameters())])
         optimizer.step()

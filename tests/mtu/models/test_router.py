@@ -8,7 +8,7 @@ from torch import nn
 
 from mtu.experts import ExpertConfig
 from mtu.models.initial_routing import initial_router_state_dict
-from mtu.models.router import Router, RoutingTable, precomputed_tables, select_rows
+from mtu.models.router import Router, RoutingTable, precomputed_tables_context, select_rows
 from mtu_kernels import dense_weights
 
 from ..tiny import randomise_, upcycled_unet
@@ -331,10 +331,10 @@ def test_a_storage_dtype_is_not_that_of_the_embedding(embedding):
 @torch.no_grad()
 def test_a_held_table_is_computed_once_and_let_go(trained, embedding, computed):
     before = trained(embedding).weights.clone()
-    with precomputed_tables([trained], embedding):
+    with precomputed_tables_context([trained], embedding):
         kept = trained(embedding)
         trained.linear_2.bias.add_(torch.arange(4.0))
-        with precomputed_tables([trained], embedding):  # as a compiled UNet within a pipeline
+        with precomputed_tables_context([trained], embedding):  # as a compiled UNet within a pipeline
             pass
         assert trained(embedding) is kept
         assert torch.equal(kept.weights, before)
@@ -351,7 +351,7 @@ def test_a_held_table_stays_where_it_is(embedding, top_k):
         with context:
             fresh = router._route(embedding)
             router(embedding)  # fills the cache with tensors of its own
-            with precomputed_tables([router], embedding):
+            with precomputed_tables_context([router], embedding):
                 table = router(embedding)
                 assert torch.equal(table.weights, fresh.weights)
                 assert top_k is None or torch.equal(table.indices, fresh.indices)
@@ -364,14 +364,14 @@ def test_a_held_table_stays_where_it_is(embedding, top_k):
 def test_a_router_that_fails_lets_the_others_go(embedding):
     first, second = new_router(), new_router()
     second._route = None
-    with torch.no_grad(), pytest.raises(TypeError), precomputed_tables([first, second], embedding):
+    with torch.no_grad(), pytest.raises(TypeError), precomputed_tables_context([first, second], embedding):
         pass
     assert not first.is_precomputed
 
 
 @torch.no_grad()
 def test_a_copy_of_a_held_router_is_free(trained, embedding):
-    with precomputed_tables([trained], embedding):
+    with precomputed_tables_context([trained], embedding):
         twin = copy.deepcopy(trained)
     before = twin(embedding).weights.clone()
     twin.linear_2.bias.add_(torch.arange(4.0))
@@ -379,15 +379,15 @@ def test_a_copy_of_a_held_router_is_free(trained, embedding):
 
 
 def test_training_and_gradients_do_not_read_a_held_table(trained, embedding, computed):
-    with torch.no_grad(), precomputed_tables([trained], embedding), torch.enable_grad():
+    with torch.no_grad(), precomputed_tables_context([trained], embedding), torch.enable_grad():
         trained(embedding).weights[:, 0].sum().backward()
     assert embedding.grad.abs().sum() > 0
-    with torch.no_grad(), precomputed_tables([trained], embedding):
+    with torch.no_grad(), precomputed_tables_context([trained], embedding):
         trained.train()(embedding)
     assert len(computed) == 3
 
 
 @torch.no_grad()
 def test_a_model_that_was_moved_meanwhile_routes_itself(trained, embedding):
-    with precomputed_tables([trained], embedding):
+    with precomputed_tables_context([trained], embedding):
         assert trained.to("meta")(embedding.to("meta")).weights.is_meta

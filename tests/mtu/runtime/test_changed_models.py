@@ -25,7 +25,7 @@ def load_in_place(unet):
 
 def write_through_data(unet):
     unet.task_embedding.weight.data.mul_(-2)
-    unet.invalidate_routing_cache()
+    unet.clear_routing_cache()
 
 
 @pytest.mark.parametrize("change", [update_routers, load_in_place, write_through_data])

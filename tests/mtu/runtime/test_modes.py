@@ -102,7 +102,7 @@ def test_cuda_graphs(family, settings, mode):
     for count in (1, 2, 3, 1):
         part = rows(given, slice(0, count))
         assert_close(predict(unet, part, *NAMES[:count]), plain(unet, part, *NAMES[:count]))
-    if unet.expert_config.is_dense and family == "sd":
+    if unet.expert_config.has_dense_routing and family == "sd":
         update_routers(unet)
         assert_close(predict(unet, given, *NAMES), plain(unet, given, *NAMES))
         assert_differ(predict(unet, given, *NAMES), expected[0])
