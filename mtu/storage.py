@@ -1,8 +1,8 @@
 """Atomic writing and checked reading of files: after a crash, the old state or the new one is there, never a mixture.
 
-`write_tensors` saves tensors as safetensors and their description as JSON. The file of tensors carries its digest in
-its name, and the JSON file names it. The rename of the JSON file replaces the old state at one moment. Only then is the
-old file of tensors deleted.
+`write_description_and_tensors` saves tensors as safetensors and their description as JSON. The file of tensors carries
+its digest in its name, and the JSON file names it. The rename of the JSON file replaces the old state at one moment.
+Only then is the old file of tensors deleted.
 
 `atomic_replacement` serves files whose names are prescribed, such as those of diffusers. It collects them in a folder
 beside their destination and renames that folder at one moment. From then on, the first reader moves the files to their
@@ -34,11 +34,11 @@ except ImportError:  # Windows
 
 __all__ = [
     "atomic_replacement",
+    "delete_tensor_files",
     "finish_replacement",
     "make_folder",
-    "read_tensors",
-    "remove_tensors",
-    "write_tensors",
+    "read_description_and_tensors",
+    "write_description_and_tensors",
     "write_text",
 ]
 
@@ -58,7 +58,7 @@ def make_folder(directory: str | os.PathLike) -> Path:
     return folder
 
 
-def write_tensors(
+def write_description_and_tensors(
     directory: str | os.PathLike, stem: str, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
 ) -> None:
     """Write `STEM.json` and the file of tensors that it names, and delete the earlier files of this stem.
@@ -93,10 +93,10 @@ def write_tensors(
         _delete_files(folder, stem, keep=name)
 
 
-def read_tensors(
+def read_description_and_tensors(
     directory: str | os.PathLike, stem: str, *, requires_digest: bool = True
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read files of `write_tensors`, and check that they are complete and unaltered.
+    """Read files of `write_description_and_tensors`, and check that they are complete and unaltered.
 
     Args:
         directory: the folder.
@@ -137,8 +137,8 @@ def read_tensors(
         raise ValueError(f"{tensor_path} is not a safetensors file: {error}.") from None
 
 
-def remove_tensors(directory: str | os.PathLike, stem: str) -> None:
-    """Delete the files that `write_tensors` wrote for a stem, if there are any."""
+def delete_tensor_files(directory: str | os.PathLike, stem: str) -> None:
+    """Delete the files that `write_description_and_tensors` wrote for a stem, if there are any."""
     folder = Path(directory)
     (folder / f"{stem}.json").unlink(missing_ok=True)
     _delete_files(folder, stem, keep=None)

@@ -19,14 +19,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from mtu.compat import private_interfaces
 from mtu.compat.plain_linear import has_replaced_forward
 from mtu.compat.private_interfaces import (
-    can_restore_offloaded_weights,
-    disk_locations_of_offloaded_tensors,
+    accelerate_offloaded_weight_maps,
+    disk_locations_of_group_offloaded_tensors,
+    does_hook_removal_restore_weights,
     has_accelerate_hook,
     has_diffusers_hook,
     has_group_offloading_hook,
     is_adapter_parameter,
     is_peft_wrapper,
-    offloaded_weight_maps,
 )
 
 __all__ = [
@@ -37,10 +37,10 @@ __all__ = [
     "check_plain_layers",
     "check_saveable",
     "check_trainable",
-    "copy_in_memory",
+    "copy_unless_in_memory",
     "is_group_offloaded_to_disk",
     "named_parameters_without_adapters",
-    "read_state_dict",
+    "state_dict_with_offloaded_values",
     "uses_layerwise_casting",
 ]
 
@@ -49,10 +49,10 @@ Model = TypeVar("Model", bound=UNet2DConditionModel)
 
 def check_not_offloaded(module: nn.Module, action: str) -> None:
     """Raise a ValueError if a module is offloaded, because its calls would not use values written to its parameters."""
-    offloaded = [m for m in module.modules() if any(True for _ in offloaded_weight_maps(m))]
+    offloaded = [m for m in module.modules() if any(True for _ in accelerate_offloaded_weight_maps(m))]
     if offloaded:
         way_back = "call accelerate.hooks.remove_hook_from_module(unet, recurse=True) first"
-        if not all(map(can_restore_offloaded_weights, offloaded)):
+        if not all(map(does_hook_removal_restore_weights, offloaded)):
             way_back = "load the model without a device_map"
         raise ValueError(
             f"{action} needs a model that is wholly in memory, but accelerate offloads {len(offloaded)} modules: call "
@@ -80,7 +80,7 @@ def check_loadable(module: nn.Module, values: Mapping[str, Tensor], action: str,
         action: the name of the operation, for the message.
         assign: whether the values replace the tensors, or are written to them.
     """
-    elsewhere = disk_locations_of_offloaded_tensors(module)
+    elsewhere = disk_locations_of_group_offloaded_tensors(module)
     lost = 0
     for name, tensor in module.state_dict(keep_vars=True).items():
         if name not in values:
@@ -146,10 +146,10 @@ def uses_layerwise_casting(module: nn.Module) -> bool:
 
 def is_group_offloaded_to_disk(module: nn.Module) -> bool:
     """Whether group offloading keeps values of a model on disk, and none in its parameters between calls."""
-    return bool(disk_locations_of_offloaded_tensors(module))
+    return bool(disk_locations_of_group_offloaded_tensors(module))
 
 
-def read_state_dict(module: nn.Module, names: Container[str] | None = None) -> dict[str, Tensor]:
+def state_dict_with_offloaded_values(module: nn.Module, names: Container[str] | None = None) -> dict[str, Tensor]:
     """Read the state dict, also values that offloading keeps elsewhere, in the dtypes that they are stored in.
 
     Args:
@@ -159,7 +159,7 @@ def read_state_dict(module: nn.Module, names: Container[str] | None = None) -> d
     Returns:
         The tensors, by name.
     """
-    on_disk, files = disk_locations_of_offloaded_tensors(module), {}
+    on_disk, files = disk_locations_of_group_offloaded_tensors(module), {}
     tensors = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if names is not None and name not in names:
@@ -176,7 +176,7 @@ def read_state_dict(module: nn.Module, names: Container[str] | None = None) -> d
     return tensors
 
 
-def copy_in_memory(unet: Model, *, in_compute_dtype: bool = False) -> Model:
+def copy_unless_in_memory(unet: Model, *, in_compute_dtype: bool = False) -> Model:
     """Return the model itself if its values are in its parameters, else a copy with values.
 
     The copy has no hooks, and shares memory with the tensors that are in memory. A model on the meta device that is not
@@ -193,14 +193,14 @@ def copy_in_memory(unet: Model, *, in_compute_dtype: bool = False) -> Model:
         ValueError: the offloaded model has adapters or fused projections.
     """
     is_offloaded = is_group_offloaded_to_disk(unet) or any(
-        True for module in unet.modules() for _ in offloaded_weight_maps(module)
+        True for module in unet.modules() for _ in accelerate_offloaded_weight_maps(module)
     )
     to_cast = in_compute_dtype and uses_layerwise_casting(unet)
     if not (is_offloaded or to_cast):
         return unet
     with init_empty_weights():
         copy = type(unet)(**{key: value for key, value in unet.config.items() if not key.startswith("_")})
-    tensors = read_state_dict(unet)
+    tensors = state_dict_with_offloaded_values(unet)
     different = copy.state_dict().keys() ^ tensors.keys()
     if different:
         raise ValueError(
@@ -239,7 +239,7 @@ def _offloaded_value(module: nn.Module, name: str) -> Tensor | None:
     parts = name.split(".")
     # The hook is on the module of the tensor, or on a module around that.
     for depth in reversed(range(len(parts))):
-        for weights in offloaded_weight_maps(module.get_submodule(".".join(parts[:depth]))):
+        for weights in accelerate_offloaded_weight_maps(module.get_submodule(".".join(parts[:depth]))):
             try:
                 return weights[".".join(parts[depth:])]
             except KeyError:

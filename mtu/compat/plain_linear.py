@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["RouterLinear", "has_replaced_forward", "has_unmodified_call", "is_plain_linear", "skip_8bit_casts"]
+__all__ = ["RouterLinear", "has_replaced_forward", "has_unmodified_call", "is_plain_linear", "wrap_to_skip_8bit_casts"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,10 +39,10 @@ class RouterLinear(nn.Module):
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
     def _apply(self, fn, recurse: bool = True):
-        return super()._apply(skip_8bit_casts(fn), recurse)
+        return super()._apply(wrap_to_skip_8bit_casts(fn), recurse)
 
 
-def skip_8bit_casts(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def wrap_to_skip_8bit_casts(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Wrap an argument of `nn.Module._apply` so that it does not cast to dtypes of eight bits.
 
     Layerwise casting can store whole models in eight bits. Routers that are rounded so pick other experts with top-k.

@@ -68,9 +68,9 @@ def write_task_checkpoint(
         architecture: of the model that the rows are from.
     """
     description = {"task": spec.to_dict(), "architecture": architecture.to_dict()}
-    storage.write_tensors(directory, f"{_TASK}.{spec.name}", rows, description)
+    storage.write_description_and_tensors(directory, f"{_TASK}.{spec.name}", rows, description)
     if _saved_tasks(directory, named=False).get(spec.name) == _TASK:
-        storage.remove_tensors(directory, _TASK)
+        storage.delete_tensor_files(directory, _TASK)
 
 
 def read_task_checkpoint(
@@ -89,7 +89,7 @@ def read_task_checkpoint(
     Raises:
         ValueError: the rows are from another architecture, a file is truncated or altered, or the task is not there.
     """
-    description, rows = storage.read_tensors(directory, _task_stem(directory, name))
+    description, rows = storage.read_description_and_tensors(directory, _task_stem(directory, name))
     spec = TaskSpec.from_dict(_entry(description, "task", directory))
     _check_architecture(description, architecture.to_dict(), directory)
     return spec, rows
@@ -140,7 +140,7 @@ def write_tasks_layout_and_trained_parameters(
         "experts": dataclasses.asdict(config),
         "base": _json_config(base_config),
     }
-    storage.write_tensors(directory, _TRAINED, tensors, description)
+    storage.write_description_and_tensors(directory, _TRAINED, tensors, description)
 
 
 def read_tasks_layout_and_trained_parameters(
@@ -158,7 +158,7 @@ def read_tasks_layout_and_trained_parameters(
     Raises:
         ValueError: the parameters are of another base UNet, or a file is truncated or altered.
     """
-    description, tensors = storage.read_tensors(directory, _TRAINED)
+    description, tensors = storage.read_description_and_tensors(directory, _TRAINED)
     _check_equal_config(_entry(description, "base", directory), _json_config(base_config), directory)
     specs = as_task_specs(_entry(description, "tasks", directory))
     try:

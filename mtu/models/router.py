@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtu.compat.plain_linear import RouterLinear, has_replaced_forward, is_plain_linear, skip_8bit_casts
+from mtu.compat.plain_linear import RouterLinear, has_replaced_forward, is_plain_linear, wrap_to_skip_8bit_casts
 from mtu.experts import ExpertConfig
 from mtu.models.task_rows import PerTaskModule
 from mtu_kernels import NormAffine, Routing, top_k_routing
@@ -130,7 +130,7 @@ class TaskEmbedding(PerTaskModule):
         return self.weight.view_as(self.weight)
 
     def _apply(self, fn, recurse: bool = True):
-        return super()._apply(skip_8bit_casts(fn), recurse)
+        return super()._apply(wrap_to_skip_8bit_casts(fn), recurse)
 
 
 class Router(nn.Module):

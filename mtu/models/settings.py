@@ -20,7 +20,7 @@ from mtu.compat.private_interfaces import (
     FUSED_PROJECTION_NAMES,
     MODEL_CLASS_ATTRIBUTES,
     RUNTIME_ATTRIBUTES,
-    feed_forward_chunk_settings,
+    feed_forward_chunk_size_and_dim,
 )
 from mtu.models.conv_in import TaskConvIn
 from mtu.models.ffn import RoutedFeedForward, RoutedTransformerBlock
@@ -159,7 +159,7 @@ def _are_equal(value: Any, other: Any) -> bool:
 
 def _chunk_size(name: str, block: BasicTransformerBlock) -> int | None:
     """The number of tokens in each chunk that a block's feed-forward network runs on; None: all at once."""
-    size, dim = feed_forward_chunk_settings(block)
+    size, dim = feed_forward_chunk_size_and_dim(block)
     if size is not None and dim != 1:
         raise ValueError(
             f"A routed feed-forward network can be chunked over tokens (dim=1) only, but {name} has {dim}."

@@ -51,7 +51,7 @@ def read_task_rows(root: nn.Module, modules: Mapping[str, nn.Module], task_id: i
     Returns:
         The rows, by the names of the parameters that they belong to.
     """
-    tensors = parameter_access.read_state_dict(root, _parameters(modules))
+    tensors = parameter_access.state_dict_with_offloaded_values(root, _parameters(modules))
     return {name: tensor[task_id] for name, tensor in tensors.items()}
 
 

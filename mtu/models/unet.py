@@ -367,7 +367,9 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
     def router_weights(self) -> Tensor:
         """The routing weights (layers, T, E) float32, with zeros for inactive experts."""
         # Under group offloading to disk, only calls of whole blocks load the parameters of routers.
-        unet = parameter_access.copy_in_memory(self) if parameter_access.is_group_offloaded_to_disk(self) else self
+        unet = (
+            parameter_access.copy_unless_in_memory(self) if parameter_access.is_group_offloaded_to_disk(self) else self
+        )
         embedding = unet.task_embedding_weight(unet.task_ids_device)
         tables = [layer.router(embedding) for layer in unet.routed_feed_forwards()]
         return torch.stack([mtu_kernels.dense_weights(table, self.config.num_experts) for table in tables]).clone()
@@ -462,7 +464,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(super().save_pretrained).bind(*args, **kwargs).arguments
         parameter_access.check_saveable(self, "save_pretrained")
-        save = functools.partial(UNet2DConditionModel.save_pretrained, parameter_access.copy_in_memory(self))
+        save = functools.partial(UNet2DConditionModel.save_pretrained, parameter_access.copy_unless_in_memory(self))
         pretrained.save_atomically(save, given)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
@@ -541,7 +543,9 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             )
         parameter_access.check_plain_layers(self, "save_trained")
         parameter_access.check_has_values(self, "save_trained")
-        tensors = parameter_access.read_state_dict(self, {name for name, _ in self.named_trainable_parameters()})
+        tensors = parameter_access.state_dict_with_offloaded_values(
+            self, {name for name, _ in self.named_trainable_parameters()}
+        )
         partial_checkpoints.write_tasks_layout_and_trained_parameters(
             directory, self.tasks, self.expert_config, stock_config(self), tensors
         )
@@ -566,7 +570,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         """
         index = self.task_index(name)
         parameter_access.check_plain_layers(self, "export_task")
-        source = parameter_access.copy_in_memory(self, in_compute_dtype=True)
+        source = parameter_access.copy_unless_in_memory(self, in_compute_dtype=True)
         embedding = None if source.task_embedding is None else source.task_embedding.weight
         exported, state = stock_unet_and_folded_tensors(source, index, embedding, prune=prune)
         copy_settings_(self, exported)

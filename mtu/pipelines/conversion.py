@@ -8,7 +8,11 @@ from typing import TypeVar
 
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from mtu.compat.private_interfaces import CONFIG_METADATA_KEYS, is_pipeline_offloaded, pipeline_settings
+from mtu.compat.private_interfaces import (
+    CONFIG_METADATA_KEYS,
+    is_pipeline_offloaded,
+    pipeline_attributes_outside_config,
+)
 
 __all__ = ["check_not_offloaded", "convert_pipeline"]
 
@@ -44,7 +48,7 @@ def convert_pipeline(
         "requires_safety_checker": pipeline.config.requires_safety_checker,
     }
     converted = pipeline_class(**{name: value for name, value in arguments.items() if name in accepted})
-    vars(converted).update(pipeline_settings(pipeline))
+    vars(converted).update(pipeline_attributes_outside_config(pipeline))
     known = {*CONFIG_METADATA_KEYS, *converted.config}
     converted.register_to_config(**{name: value for name, value in pipeline.config.items() if name not in known})
     return converted

@@ -42,7 +42,7 @@ def save_checkpoint(directory: Path, tensors: Mapping[str, Tensor], state: Mappi
     Raises:
         OSError: the checkpoint cannot be written. The previous one stays.
     """
-    storage.write_tensors(directory, _STEM, tensors, state)
+    storage.write_description_and_tensors(directory, _STEM, tensors, state)
 
 
 def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -61,7 +61,7 @@ def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     if not has_checkpoint(directory):
         raise FileNotFoundError(f"There is no checkpoint in {directory} to resume from.")
     try:
-        state, tensors = storage.read_tensors(directory, _STEM, requires_digest=False)
+        state, tensors = storage.read_description_and_tensors(directory, _STEM, requires_digest=False)
     except ValueError as error:
         raise ValueError(f"The checkpoint is damaged: {error}") from error
     return tensors, state
@@ -69,4 +69,4 @@ def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 def remove_checkpoint(directory: Path) -> None:
     """Delete the checkpoint of a directory, if there is one."""
-    storage.remove_tensors(directory, _STEM)
+    storage.delete_tensor_files(directory, _STEM)

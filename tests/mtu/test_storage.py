@@ -17,7 +17,7 @@ OLD, NEW = ({"a": torch.full((3,), value), "b": torch.full((2,), -value)} for va
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    storage.write_tensors(folder, "part", tensors, {"is": float(tensors["a"][0])})
+    storage.write_description_and_tensors(folder, "part", tensors, {"is": float(tensors["a"][0])})
 
 
 def operations(monkeypatch: pytest.MonkeyPatch, folder: Path) -> int:
@@ -33,14 +33,14 @@ def test_cut_off_anywhere_the_older_or_the_newer_loads(tmp_path, monkeypatch, cu
         folder = tmp_path / str(operation)
         write(folder, OLD)
         run_cut_off(monkeypatch, lambda folder=folder: write(folder, NEW), operation, cut)
-        description, tensors = storage.read_tensors(folder, "part")
+        description, tensors = storage.read_description_and_tensors(folder, "part")
         expected = OLD if description["is"] == 1.0 else NEW
         assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
         found.append(description["is"])
         # What the cut left behind is gone after the next time.
         write(folder, NEW)
         assert len(list(folder.iterdir())) == 2
-        assert storage.read_tensors(folder, "part")[0]["is"] == 2.0
+        assert storage.read_description_and_tensors(folder, "part")[0]["is"] == 2.0
     assert found == sorted(found)
     assert set(found) == {1.0, 2.0}
 
@@ -99,7 +99,7 @@ def test_a_full_disk_says_so_and_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"cannot be written to: I/O error: No space left on device"):
         write(tmp_path, NEW)
     assert len(list(tmp_path.iterdir())) == 2
-    assert storage.read_tensors(tmp_path, "part")[0]["is"] == 1.0
+    assert storage.read_description_and_tensors(tmp_path, "part")[0]["is"] == 1.0
 
 
 def test_tensors_come_back_whatever_memory_they_are_in(tmp_path):
@@ -112,8 +112,8 @@ def test_tensors_come_back_whatever_memory_they_are_in(tmp_path):
         "none": torch.empty(0),
         "half": torch.ones(2, dtype=torch.bfloat16, requires_grad=True),
     }
-    storage.write_tensors(tmp_path, "part", tensors, {})
-    _, found = storage.read_tensors(tmp_path, "part")
+    storage.write_description_and_tensors(tmp_path, "part", tensors, {})
+    _, found = storage.read_description_and_tensors(tmp_path, "part")
     assert found.keys() == tensors.keys()
     assert all(
         torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
@@ -129,7 +129,7 @@ def test_a_description_cannot_name_a_file_elsewhere(tmp_path, name):
     path = tmp_path / "part.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "file": name}))
     with pytest.raises(ValueError, match="must name a safetensors file in its own folder"):
-        storage.read_tensors(tmp_path, "part")
+        storage.read_description_and_tensors(tmp_path, "part")
 
 
 def test_a_replacement_from_elsewhere_cannot_reach_out_of_its_folder(tmp_path):
@@ -147,10 +147,10 @@ def test_a_replacement_from_elsewhere_cannot_reach_out_of_its_folder(tmp_path):
 
 def test_removing_leaves_what_others_wrote(tmp_path):
     for stem in ("part", "part.a"):
-        storage.write_tensors(tmp_path, stem, OLD, {})
-    storage.remove_tensors(tmp_path, "part")
+        storage.write_description_and_tensors(tmp_path, stem, OLD, {})
+    storage.delete_tensor_files(tmp_path, "part")
     assert {path.name.split(".")[1] for path in tmp_path.iterdir()} == {"a"}
-    assert storage.read_tensors(tmp_path, "part.a")[1].keys() == OLD.keys()
+    assert storage.read_description_and_tensors(tmp_path, "part.a")[1].keys() == OLD.keys()
 
 
 @pytest.mark.parametrize("way", ["write", "write_files", "write_text"])
