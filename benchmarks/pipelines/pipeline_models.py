@@ -123,7 +123,7 @@ def draw_samples(pipe: mtu.MTUPipeline, per_task: int) -> list[Sample]:
         for position, spec in enumerate(pipe.unet.tasks):
             example = data.get_example(_icon_task(spec), number)
             generator = torch.Generator().manual_seed(len(pipe.unet.tasks) * number + position)
-            image = example.image if spec.takes_image else None
+            image = example.condition_image if spec.takes_image else None
             if image is not None:
                 image = prepare_condition_image(image / 2 + 0.5, spec, size, size) / 2 + 0.5
             prompt = example.prompt if spec.uses_prompt else ""

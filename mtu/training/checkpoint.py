@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtu import storage
 
-__all__ = ["check_no_checkpoint", "has_checkpoint", "load_checkpoint", "remove_checkpoint", "save_checkpoint"]
+__all__ = ["check_no_checkpoint", "delete_checkpoint_in", "has_checkpoint", "read_checkpoint", "write_checkpoint"]
 
 _STEM = "checkpoint"
 
@@ -31,7 +31,7 @@ def check_no_checkpoint(directory: Path) -> None:
         )
 
 
-def save_checkpoint(directory: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+def write_checkpoint(directory: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write a checkpoint and delete the previous one.
 
     Args:
@@ -45,11 +45,11 @@ def save_checkpoint(directory: Path, tensors: Mapping[str, Tensor], state: Mappi
     storage.write_description_and_tensors(directory, _STEM, tensors, state)
 
 
-def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the checkpoint of a directory.
 
     Args:
-        directory: the folder that `save_checkpoint` wrote into.
+        directory: the folder that `write_checkpoint` wrote into.
 
     Returns:
         The tensors by name, and the state.
@@ -67,6 +67,6 @@ def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     return tensors, state
 
 
-def remove_checkpoint(directory: Path) -> None:
+def delete_checkpoint_in(directory: Path) -> None:
     """Delete the checkpoint of a directory, if there is one."""
     storage.delete_tensor_files(directory, _STEM)

@@ -21,10 +21,10 @@ from mtu.pipelines import MTUPipeline
 from mtu.pipelines.inputs import prepare_condition_image
 from mtu.tasks import TaskSpec
 from mtu.training import precision
-from mtu.training.parallel_loss import average_loss_in_threads
+from mtu.training.parallel_loss import average_and_differentiate_losses_in_threads
 from mtu.training.timesteps import timestep_loss_weights, timesteps_at_fractions
 
-__all__ = ["MultiTaskConfig", "MultiTaskLoss", "TaskExample", "TaskLatents", "encode_examples"]
+__all__ = ["EncodedTask", "MultiTaskConfig", "MultiTaskLoss", "TaskExample", "encode_examples"]
 
 _ENCODE_BATCH = 64
 
@@ -33,7 +33,7 @@ class TaskExample(Protocol):
     """One training example of a task."""
 
     @property
-    def task(self) -> str:
+    def task_name(self) -> str:
         """The task's name."""
         ...
 
@@ -43,40 +43,40 @@ class TaskExample(Protocol):
         ...
 
     @property
-    def image(self) -> Tensor | None:
+    def condition_image(self) -> Tensor | None:
         """The condition image, (3, h, w) in [−1, 1]; None for tasks without an image."""
         ...
 
     @property
-    def target(self) -> Tensor:
+    def target_image(self) -> Tensor:
         """The image that the model should make, (3, H, W) in [−1, 1]."""
         ...
 
 
-class TaskLatents(NamedTuple):
+class EncodedTask(NamedTuple):
     """The encoded examples of one task.
 
     Args:
-        target: (n, 4, h, w) float32, scaled latents of the target images.
-        condition: (n, c, h, w) float32, unscaled latents of the condition images, where c is the task's
+        target_latents: (n, 4, h, w) float32, scaled latents of the target images.
+        condition_latents: (n, c, h, w) float32, unscaled latents of the condition images, where c is the task's
             `condition_channels`; None for tasks without an image.
-        prompt_index: (n,) int64, the row of each example's prompt in `EncodedExamples.prompt_embeds`.
+        prompt_indices: (n,) int64, the row of each example's prompt in `EncodedExamples.prompt_embeds`.
     """
 
-    target: Tensor
-    condition: Tensor | None
-    prompt_index: Tensor
+    target_latents: Tensor
+    condition_latents: Tensor | None
+    prompt_indices: Tensor
 
 
 class EncodedExamples(NamedTuple):
     """The encoded examples of all tasks.
 
     Args:
-        latents: the latents of each task, by its name.
+        by_task: the encoded examples of each task, by its name.
         prompt_embeds: (P, L, D) float32, the text embeddings of all P different prompts; row 0 is the empty prompt.
     """
 
-    latents: Mapping[str, TaskLatents]
+    by_task: Mapping[str, EncodedTask]
     prompt_embeds: Tensor
 
 
@@ -91,8 +91,8 @@ class MultiTaskConfig:
             without guidance lose nothing.
         snr_gamma, max_inverse_snr: γ and κ of `timestep_loss_weights`; None and 0: the plain mean squared error.
         autocast_dtype: compute dtype; None: that of the parameters.
-        loss_threads: number of threads that compute equal parts of the batch (see `average_loss_in_threads`); must
-            divide `batch_per_task`.
+        loss_threads: number of threads that compute equal parts of the batch (see
+            `average_and_differentiate_losses_in_threads`); must divide `batch_per_task`.
         seed: with the step, determines examples, timesteps and noise.
     """
 
@@ -132,7 +132,7 @@ def encode_examples(
         pipeline: the pipeline whose `vae`, `text_encoder` and `unet.tasks` are used.
         examples: the examples of each task, by its name.
         autocast_dtype: compute dtype of the VAE; None: that of its parameters.
-        threads: number of threads that encode batches; on a CPU with `intra_op_threads(1)`, one per core.
+        threads: number of threads that encode batches; on a CPU with `intra_op_threads_context(1)`, one per core.
         description: label of the progress bar.
 
     Returns:
@@ -164,7 +164,7 @@ def encode_examples(
                 conditions.append(condition)
                 bar.update(len(target))
             prompts = torch.tensor([rows.setdefault(item.prompt, len(rows)) for item in items])
-            encoded[name] = TaskLatents(
+            encoded[name] = EncodedTask(
                 torch.cat(targets), torch.cat(conditions) if spec.takes_image else None, prompts
             )
     return EncodedExamples(encoded, _embed(pipeline, list(rows)))
@@ -220,7 +220,7 @@ class MultiTaskLoss:
         """The settings that determine the loss of a step, without those that say how a device computes it."""
         config = {k: v for k, v in asdict(self.config).items() if k not in ("autocast_dtype", "loss_threads")}
         # The random numbers depend on the order of the tasks, so the list keeps it.
-        examples = [[name, len(latents.target)] for name, latents in self.data.latents.items()]
+        examples = [[name, len(task.target_latents)] for name, task in self.data.by_task.items()]
         return {**config, "examples": examples, "prediction_type": self.prediction_type}
 
     def __call__(self, step: int) -> Tensor:
@@ -232,13 +232,13 @@ class MultiTaskLoss:
         # Each thread gets an equal share of every task.
         rows = torch.arange(len(batch[0])).view(-1, count).chunk(threads, dim=1)
         losses = [functools.partial(self._loss, *(tensor[part.flatten()] for tensor in batch)) for part in rows]
-        return average_loss_in_threads(losses, self.unet.trainable_parameters())
+        return average_and_differentiate_losses_in_threads(losses, self.unet.trainable_parameters())
 
     def _draw_batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """UNet input, timesteps, prompt embeddings, task ids and targets of a step's batch, task by task."""
         rng = np.random.default_rng([self.config.seed, 7, step])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        count, names = self.config.batch_per_task, list(self.data.latents)
+        count, names = self.config.batch_per_task, list(self.data.by_task)
         latents, conditions, prompts = zip(*(self._draw_examples(rng, name) for name in names), strict=True)
         clean, prompt = torch.cat(latents), torch.cat(prompts)
         # The UNet ignores channels beyond a task's own, so all tasks are padded to the widest one.
@@ -263,21 +263,25 @@ class MultiTaskLoss:
             predicted = self.unet(sample, timesteps, prompt, task_ids=task_ids).sample
         error = (predicted.float() - target).square().mean(dim=(1, 2, 3))
         weighted = error * self.timestep_weights.to(error.device)[timesteps]
-        return weighted.view(len(self.data.latents), -1).mean(1).sum()
+        return weighted.view(len(self.data.by_task), -1).mean(1).sum()
 
     def _draw_examples(self, rng: np.random.Generator, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """Target latents, condition latents and prompt embeddings of one task; without an image, zero channels."""
-        latents, count = self.data.latents[name], self.config.batch_per_task
+        encoded, count = self.data.by_task[name], self.config.batch_per_task
         spec = self.unet.tasks[self.unet.task_index(name)]
-        rows = torch.from_numpy(rng.integers(len(latents.target), size=count))
-        condition = latents.target[rows][:, :0] if latents.condition is None else latents.condition[rows]
-        prompt = latents.prompt_index[rows]
+        rows = torch.from_numpy(rng.integers(len(encoded.target_latents), size=count))
+        condition = (
+            encoded.target_latents[rows][:, :0]
+            if encoded.condition_latents is None
+            else encoded.condition_latents[rows]
+        )
+        prompt = encoded.prompt_indices[rows]
         uniform, prob = torch.from_numpy(rng.random(count)), self.config.conditioning_dropout_prob
         if spec.guidance != "none":
             prompt = torch.where(uniform < (2 if spec.guidance == "dual" else 1) * prob, 0, prompt)
         if spec.guidance == "dual":
             condition = torch.where((uniform < prob)[:, None, None, None], 0.0, condition)
-        return latents.target[rows], condition, self.data.prompt_embeds[prompt]
+        return encoded.target_latents[rows], condition, self.data.prompt_embeds[prompt]
 
 
 def _check_examples(pipeline: MTUPipeline, spec: TaskSpec, items: Sequence[TaskExample]) -> None:
@@ -291,32 +295,32 @@ def _check_examples(pipeline: MTUPipeline, spec: TaskSpec, items: Sequence[TaskE
             "latent channels: encode its examples by other means."
         )
     for item in items:
-        if (item.image is None) == spec.takes_image or item.task != spec.name:
-            raise ValueError(f"An example of {item.task!r} does not fit task {spec.name!r}: {spec}.")
-        if item.target.shape != items[0].target.shape:
+        if (item.condition_image is None) == spec.takes_image or item.task_name != spec.name:
+            raise ValueError(f"An example of {item.task_name!r} does not fit task {spec.name!r}: {spec}.")
+        if item.target_image.shape != items[0].target_image.shape:
             raise ValueError(
-                f"Targets of task {spec.name!r} must be of one size, but got {tuple(items[0].target.shape)} and "
-                f"{tuple(item.target.shape)}."
+                f"Targets of task {spec.name!r} must be of one size, but got {tuple(items[0].target_image.shape)} and "
+                f"{tuple(item.target_image.shape)}."
             )
 
 
 def _check_data(tasks: Sequence[TaskSpec], data: EncodedExamples) -> None:
     """Raise a ValueError unless the model has all tasks of the data, and their latents have one size."""
-    if not data.latents:
+    if not data.by_task:
         raise ValueError("There is nothing to train on: expected encoded examples of at least one task.")
     specs, sizes = {spec.name: spec for spec in tasks}, {}
-    for name, latents in data.latents.items():
+    for name, encoded in data.by_task.items():
         if name not in specs:
             raise ValueError(f"Unknown task {name!r}: this model has {list(specs)}.")
-        if len(latents.target) == 0:
+        if len(encoded.target_latents) == 0:
             raise ValueError(f"Task {name!r} has no examples: give it some, or leave it out.")
-        channels = 0 if latents.condition is None else latents.condition.shape[1]
+        channels = 0 if encoded.condition_latents is None else encoded.condition_latents.shape[1]
         if channels != specs[name].condition_channels:
             raise ValueError(
                 f"Task {name!r} reads {specs[name].condition_channels} condition channels, but its examples have "
                 f"{channels}."
             )
-        sizes.setdefault(latents.target.shape[1:], name)
+        sizes.setdefault(encoded.target_latents.shape[1:], name)
     if len(sizes) > 1:
         listed = " and ".join(f"{tuple(size)} for {name!r}" for size, name in sizes.items())
         raise ValueError(f"Target latents must be of one shape for all tasks, but got {listed}.")
@@ -334,15 +338,15 @@ def _encode(
             pixels = torch.stack(images).to(vae.device, vae.dtype)
             return vae.encode(pixels).latent_dist.mode().float().cpu()
 
-    target = encode([item.target for item in chunk]) * vae.config.scaling_factor
+    target = encode([item.target_image for item in chunk]) * vae.config.scaling_factor
     return target, encode([_condition(item, spec) for item in chunk]) if spec.takes_image else None
 
 
 def _condition(example: TaskExample, spec: TaskSpec) -> Tensor:
-    if example.image is None:
+    if example.condition_image is None:
         raise ValueError(f"An example of {spec.name!r} needs a condition image, but has none.")
-    height, width = example.target.shape[1:]
-    return prepare_condition_image(example.image / 2 + 0.5, spec, height, width)
+    height, width = example.target_image.shape[1:]
+    return prepare_condition_image(example.condition_image / 2 + 0.5, spec, height, width)
 
 
 def _embed(pipeline: MTUPipeline, prompts: Iterable[str]) -> Tensor:

@@ -30,7 +30,7 @@ class _Precomputed(torch.autograd.Function):
 
 
 @contextmanager
-def intra_op_threads(count: int) -> Iterator[None]:
+def intra_op_threads_context(count: int) -> Iterator[None]:
     """Split each operation over `count` threads within this context."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -40,11 +40,13 @@ def intra_op_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def average_loss_in_threads(partial_losses: Sequence[Callable[[], Tensor]], parameters: Sequence[Parameter]) -> Tensor:
+def average_and_differentiate_losses_in_threads(
+    partial_losses: Sequence[Callable[[], Tensor]], parameters: Sequence[Parameter]
+) -> Tensor:
     """Compute the mean of several losses and its gradients, with one thread for each loss.
 
-    Use it within `intra_op_threads(1)`, so that each thread keeps to one core. A core that another process takes away
-    for a moment then stops one thread, and not all cores at the next barrier.
+    Use it within `intra_op_threads_context(1)`, so that each thread keeps to one core. A core that another process
+    takes away for a moment then stops one thread, and not all cores at the next barrier.
 
     Args:
         partial_losses: functions that compute the losses of equally large parts of the batch.

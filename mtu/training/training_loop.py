@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mtu.compat import parameter_access
 from mtu.storage import make_folder
-from mtu.training.checkpoint import check_no_checkpoint, remove_checkpoint
+from mtu.training.checkpoint import check_no_checkpoint, delete_checkpoint_in
 from mtu.training.fit_config import FitConfig
 from mtu.training.loss_log import LogEntry, LossLog
 from mtu.training.training_state import TrainingState
@@ -85,7 +85,7 @@ def fit(
     if directory is not None:
         make_folder(directory)
         if overwrite:
-            remove_checkpoint(directory)
+            delete_checkpoint_in(directory)
         if resume:
             losses = training.load(directory)
     log = LossLog(directory, training.step, losses)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from mtu.compat.plain_linear import RouterLinear
-from mtu.training.checkpoint import load_checkpoint, save_checkpoint
+from mtu.training.checkpoint import read_checkpoint, write_checkpoint
 from mtu.training.fit_config import FitConfig, learning_rate_at
 from mtu.training.precision import check_parameter_dtypes
 
@@ -208,7 +208,7 @@ class TrainingState:
             "trained": list(self.parameters),
             "losses": list(losses),
         }
-        save_checkpoint(directory, held, state)
+        write_checkpoint(directory, held, state)
 
     def load(self, directory: Path) -> list[float]:
         """Restore the state from the checkpoint in a directory.
@@ -223,7 +223,7 @@ class TrainingState:
             FileNotFoundError: the directory holds no checkpoint.
             ValueError: the checkpoint is damaged, or belongs to another training.
         """
-        tensors, state = load_checkpoint(directory)
+        tensors, state = read_checkpoint(directory)
         # Settings go through JSON, so that tuples equal the lists that they became in the file.
         config, settings = json.loads(json.dumps([asdict(self.config), self.loss_settings]))
         changed = [k for k, v in config.items() if k not in CHANGEABLE_ON_RESUME and state["config"].get(k) != v]

@@ -37,18 +37,18 @@ class IconExample(NamedTuple):
     """One example of one task.
 
     Attributes:
-        task: a name out of `TASK_NAMES`.
+        task_name: a name out of `TASK_NAMES`.
         edit_kind: a name out of `EDIT_KINDS`; empty for the other tasks.
         prompt: the caption or instruction; empty for super-resolution.
-        image: the condition image, (3, 64, 64), or (3, 32, 32) for super-resolution; None for text-to-image.
-        target: (3, 64, 64), the image that the model should make.
+        condition_image: the condition image, (3, 64, 64), or (3, 32, 32) for super-resolution; None for text-to-image.
+        target_image: (3, 64, 64), the image that the model should make.
     """
 
-    task: str
+    task_name: str
     edit_kind: str
     prompt: str
-    image: Tensor | None
-    target: Tensor
+    condition_image: Tensor | None
+    target_image: Tensor
 
 
 def paint(mask: np.ndarray, colour: np.ndarray, background: np.ndarray) -> np.ndarray:

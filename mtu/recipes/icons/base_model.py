@@ -15,8 +15,8 @@ from mtu.recipes.icons.text_encoder import TextEncoderConfig, build_text_encoder
 from mtu.recipes.icons.vae import VAEConfig, VAELoss, build_vae, set_scaling_factor
 from mtu.storage import write_text
 from mtu.training import FitConfig, LogEntry, fit
-from mtu.training.checkpoint import check_no_checkpoint, has_checkpoint, remove_checkpoint
-from mtu.training.parallel_loss import intra_op_threads
+from mtu.training.checkpoint import check_no_checkpoint, delete_checkpoint_in, has_checkpoint
+from mtu.training.parallel_loss import intra_op_threads_context
 
 # The fraction of a limited training time that the autoencoder gets.
 VAE_TIME_FRACTION = 0.25
@@ -113,7 +113,7 @@ def train_base_model(
     for folder in stages.values():
         # Both stages are treated alike, so that a denoiser is never resumed on another autoencoder than its own.
         if overwrite:
-            remove_checkpoint(folder)
+            delete_checkpoint_in(folder)
         elif not resume:
             check_no_checkpoint(folder)
     pipeline = build_untrained_pipeline(config).to(device)
@@ -139,7 +139,7 @@ def train_base_model(
         unet.set_attn_processor(AttnProcessor())
     loss = DenoiserLoss(unet, text_encoder, pipeline.tokenizer, data, config.denoiser, config.seed)
     threads = config.denoiser.loss_threads if device.type == "cpu" else 1
-    with intra_op_threads(max(1, torch.get_num_threads() // threads)):
+    with intra_op_threads_context(max(1, torch.get_num_threads() // threads)):
         history["denoiser"] = fit(
             loss,
             {"unet": unet, "text_encoder": text_encoder},

@@ -27,7 +27,7 @@ from mtu.storage import write_text
 from mtu.tasks import EDIT, REMOVE, SUPER_RESOLUTION, TEXT_TO_IMAGE, TaskSpec
 from mtu.training import FitConfig, fit
 from mtu.training.multitask import MultiTaskConfig, MultiTaskLoss, encode_examples
-from mtu.training.parallel_loss import intra_op_threads
+from mtu.training.parallel_loss import intra_op_threads_context
 from mtu.upcycling import upcycle
 
 __all__ = ["ICON_TASKS", "SHIPPED_BASE_MODEL", "DemoConfig", "run_demo"]
@@ -105,7 +105,7 @@ def run_demo(base: Path, output: Path, config: DemoConfig, device: str | torch.d
     before = generate_examples(pipeline, examples, config.seed, "held-out, before training", config.inference_steps)
     cores = torch.get_num_threads() if on_cpu else 1
     # The operations of a small model are too short to split over cores, so each core gets its own part of the batch.
-    with intra_op_threads(1):
+    with intra_op_threads_context(1):
         train_on_icon_tasks(pipeline, config, output / "training", cores)
     after = generate_examples(pipeline, examples, config.seed, "held-out, after training", config.inference_steps)
 

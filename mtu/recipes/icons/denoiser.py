@@ -22,7 +22,7 @@ from mtu.recipes.icons.prompts import (
 )
 from mtu.recipes.icons.text_encoder import tokenize
 from mtu.recipes.icons.vae import encode_pictures
-from mtu.training.parallel_loss import average_loss_in_threads
+from mtu.training.parallel_loss import average_and_differentiate_losses_in_threads
 from mtu.training.timesteps import timestep_loss_weights, timesteps_at_fractions
 
 LATENT_SIZE = 16
@@ -176,7 +176,7 @@ class DenoiserLoss:
             return self._loss(*batch)
         rows = torch.arange(count).chunk(self.config.loss_threads)
         losses = [partial(self._loss, *(tensor[part] for tensor in batch)) for part in rows]
-        return average_loss_in_threads(losses, self.parameters)
+        return average_and_differentiate_losses_in_threads(losses, self.parameters)
 
     def _loss(self, noisy: Tensor, noise: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
         """The weighted loss of a part of the batch."""

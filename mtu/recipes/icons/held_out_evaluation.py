@@ -111,8 +111,8 @@ def generate_examples(
             numbers = range(start, start + len(chunk))
             output = pipeline(
                 [example.prompt for example in chunk],
-                [None if example.image is None else example.image / 2 + 0.5 for example in chunk],
-                [example.task for example in chunk],
+                [None if example.condition_image is None else example.condition_image / 2 + 0.5 for example in chunk],
+                [example.task_name for example in chunk],
                 height=IMAGE_SIZE,
                 width=IMAGE_SIZE,
                 num_inference_steps=steps,
@@ -141,16 +141,18 @@ def measure_quality(
     Returns:
         The rows of the metrics table.
     """
-    targets = torch.stack([example.target for example in examples])
+    targets = torch.stack([example.target_image for example in examples])
     vae = pipeline.vae
     latents = vae.encode(targets.to(vae.device, vae.dtype)).latent_dist.mode()
     ceiling = vae.decode(latents).sample.float().cpu().clamp(-1, 1)
     specs = {spec.name: spec for spec in pipeline.unet.tasks}
     copies = torch.stack(
         [
-            torch.zeros_like(example.target)
-            if example.image is None
-            else prepare_condition_image(example.image / 2 + 0.5, specs[example.task], IMAGE_SIZE, IMAGE_SIZE)
+            torch.zeros_like(example.target_image)
+            if example.condition_image is None
+            else prepare_condition_image(
+                example.condition_image / 2 + 0.5, specs[example.task_name], IMAGE_SIZE, IMAGE_SIZE
+            )
             for example in examples
         ]
     )
@@ -225,7 +227,7 @@ def before_after_grid(
         draw.text((4, top + cell // 2 - 6), row, "black", font)
         for column, i in enumerate(where[:examples_per_row]):
             left = names_width + column * block
-            shown = (examples[i].image, before[i], after[i], examples[i].target)
+            shown = (examples[i].condition_image, before[i], after[i], examples[i].target_image)
             for k, image in enumerate(shown):
                 if image is not None:
                     grid.paste(_picture(image, cell), (left + k * (cell + 2), top))
@@ -234,7 +236,7 @@ def before_after_grid(
 
 
 def _row_name(example: IconExample) -> str:
-    return f"{example.task}: {example.edit_kind}" if example.edit_kind else example.task
+    return f"{example.task_name}: {example.edit_kind}" if example.edit_kind else example.task_name
 
 
 def _parse_caption(prompt: str) -> IconPicture:

@@ -180,7 +180,11 @@ def reconstruction_examples(count: int) -> dict[str, list[IconExample]]:
     edits = icons.get_examples("edit", range(8 * count))
     kinds = {kind: [e for e in edits if e.edit_kind == kind][:count] for kind in EDIT_KINDS}
     indices = range(count)
-    kinds["scene"] = [e._replace(target=e.image) for e in icons.get_examples("remove", indices) if e.image is not None]
+    kinds["scene"] = [
+        e._replace(target_image=e.condition_image)
+        for e in icons.get_examples("remove", indices)
+        if e.condition_image is not None
+    ]
     kinds["super-resolution"] = icons.get_examples("super-resolution", indices)
     return kinds
 
@@ -198,7 +202,7 @@ def reconstruction_psnr(vae: AutoencoderKL, count: int = 48) -> Mapping[str, flo
     """
     values = {}
     for kind, examples in reconstruction_examples(count).items():
-        pictures = torch.stack([example.target for example in examples]).to(vae.device, vae.dtype)
+        pictures = torch.stack([example.target_image for example in examples]).to(vae.device, vae.dtype)
         decoded = vae.decode(vae.encode(pictures).latent_dist.mode()).sample
         values[kind] = psnr(decoded.float(), pictures.float()).cpu()
     medians = {kind: float(value.median()) for kind, value in values.items()}

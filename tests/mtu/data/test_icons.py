@@ -64,31 +64,33 @@ def test_examples_depend_on_seed_split_task_and_index_alone(task: str) -> None:
     for index in (5, 0, 3):
         repeated = again.get_example(task, index)
         assert repeated.prompt == examples[index].prompt
-        assert torch.equal(repeated.target, examples[index].target)
-        image, before = repeated.image, examples[index].image
+        assert torch.equal(repeated.target_image, examples[index].target_image)
+        image, before = repeated.condition_image, examples[index].condition_image
         assert (image is None and before is None) or torch.equal(image, before)  # type: ignore[arg-type]
     others = IconDataset("train", seed=4).get_examples(task, range(6)) + IconDataset("test", seed=3).get_examples(
         task, range(6)
     )
-    assert not any(torch.equal(a.target, b.target) for a, b in zip(examples + examples, others, strict=True))
+    assert not any(
+        torch.equal(a.target_image, b.target_image) for a, b in zip(examples + examples, others, strict=True)
+    )
 
 
 @pytest.mark.parametrize("task", TASK_NAMES)
 @pytest.mark.parametrize("split", SPLITS)
 def test_shapes_and_ranges(task: str, split: str) -> None:
     for example in IconDataset(split).get_examples(task, range(20)):  # type: ignore[arg-type]
-        assert example.task == task
+        assert example.task_name == task
         assert example.edit_kind in (EDIT_KINDS if task == "edit" else ("",))
-        assert example.target.shape == (3, 64, 64)
-        assert example.target.dtype == torch.float32
-        assert example.target.min() >= -1
-        assert example.target.max() <= 1
+        assert example.target_image.shape == (3, 64, 64)
+        assert example.target_image.dtype == torch.float32
+        assert example.target_image.min() >= -1
+        assert example.target_image.max() <= 1
         if task == "text-to-image":
-            assert example.image is None
+            assert example.condition_image is None
         else:
             size = 32 if task == "super-resolution" else 64
-            assert example.image is not None
-            assert example.image.shape == (3, size, size)
+            assert example.condition_image is not None
+            assert example.condition_image.shape == (3, size, size)
         assert (example.prompt == "") == (task == "super-resolution")
 
 
@@ -102,7 +104,7 @@ def test_text_to_image_shows_the_captions_icon_in_the_splits_combinations(split:
         full = name + (OUTLINE_SUFFIX if style else "")
         assert name in text_to_image_names()
         assert combination_split(full, colour, background) == split
-        np.testing.assert_array_equal(pixels(example.target), paint_icon(full, colour, background))
+        np.testing.assert_array_equal(pixels(example.target_image), paint_icon(full, colour, background))
         styles[style] += 1
     assert min(styles["outlined "], styles[None]) > 60
 
@@ -139,7 +141,7 @@ def test_target_is_the_other_variant_of_the_same_icon(kind: str, suffix: str, pr
     names = names_with_variant("test", suffix)
     for example in edits("test")[kind]:
         assert example.prompt == prompt
-        before, after = pixels(example.image), pixels(example.target)
+        before, after = pixels(example.condition_image), pixels(example.target_image)
         colour, (_, background) = colour_of(before), mask_of(before)
         pairs = [(paint_icon(n, colour, background), paint_icon(n + suffix, colour, background)) for n in names]
         assert any(np.array_equal(a, before) and np.array_equal(b, after) for a, b in pairs)
@@ -147,7 +149,7 @@ def test_target_is_the_other_variant_of_the_same_icon(kind: str, suffix: str, pr
 
 def test_recolouring_changes_the_colour_to_the_one_asked_for_and_nothing_else() -> None:
     for example in edits("test")["recolour"]:
-        before, after = pixels(example.image), pixels(example.target)
+        before, after = pixels(example.condition_image), pixels(example.target_image)
         colour = example.prompt.removeprefix("make it ")
         assert colour_of(after) == colour != colour_of(before)
         (old_mask, old_background), (new_mask, new_background) = mask_of(before), mask_of(after)
@@ -157,7 +159,7 @@ def test_recolouring_changes_the_colour_to_the_one_asked_for_and_nothing_else() 
 
 def test_new_background_is_the_one_asked_for_and_the_icon_stays() -> None:
     for example in edits("test")["background"]:
-        before, after = pixels(example.image), pixels(example.target)
+        before, after = pixels(example.condition_image), pixels(example.target_image)
         background = example.prompt.removeprefix("put it on ")
         assert mask_of(after)[1] == background != mask_of(before)[1]
         assert colour_of(before) == colour_of(after)
@@ -171,7 +173,7 @@ def test_removal_clears_the_named_icon_and_leaves_the_other() -> None:
         assert match is not None
         colour, name = match.groups()
         assert name in pool
-        before, after = pixels(example.image), pixels(example.target)
+        before, after = pixels(example.condition_image), pixels(example.target_image)
         changed = (before != after).any(-1)
         # What changed is one icon of the named colour and shape in one quadrant, and is plain background now.
         assert (after[changed] == after[0, 0]).all()
@@ -204,12 +206,12 @@ def test_copying_the_input_scores_what_it_should() -> None:
     icons = IconDataset("test")
     for task in ("edit", "super-resolution", "remove"):
         for index, example in enumerate(icons.get_examples(task, range(300))):
-            assert example.image is not None
-            copy = upsample_bicubic(example.image, 64)
-            values[example.edit_kind or task].append(float(psnr(copy, example.target)))
+            assert example.condition_image is not None
+            copy = upsample_bicubic(example.condition_image, 64)
+            values[example.edit_kind or task].append(float(psnr(copy, example.target_image)))
             if task == "super-resolution":
-                clean = degrade(pixels(example.target), np.random.default_rng(index), add_noise_and_jpeg=False)
-                values["no noise"].append(float(psnr(upsample_bicubic(to_tensor(clean), 64), example.target)))
+                clean = degrade(pixels(example.target_image), np.random.default_rng(index), add_noise_and_jpeg=False)
+                values["no noise"].append(float(psnr(upsample_bicubic(to_tensor(clean), 64), example.target_image)))
     medians = {kind: float(np.median(values[kind])) for kind in expected}
     print(medians)
     assert medians == pytest.approx(expected, abs=1.2)

@@ -23,7 +23,7 @@ from mtu.recipes.icons.held_out_evaluation import (
 )
 from mtu.recipes.icons.text_encoder import TextEncoderConfig
 from mtu.recipes.icons.vae import VAEConfig
-from mtu.training.checkpoint import load_checkpoint, save_checkpoint
+from mtu.training.checkpoint import read_checkpoint, write_checkpoint
 
 from ..file_operations import CUTS, count_operations, run_cut_off
 
@@ -48,9 +48,9 @@ def test_demo_from_end_to_end(base: Path, tmp_path: Path, capsys: pytest.Capture
         minutes=5, steps=3, examples_per_task=4, examples_per_row=1, batch_per_task=1, inference_steps=2
     )
     # Over what an earlier run left.
-    save_checkpoint(tmp_path / "out" / "training", {"a": torch.ones(1)}, {"step": 1})
+    write_checkpoint(tmp_path / "out" / "training", {"a": torch.ones(1)}, {"step": 1})
     run_demo(base, tmp_path / "out", config)
-    assert load_checkpoint(tmp_path / "out" / "training")[1]["step"] == 3
+    assert read_checkpoint(tmp_path / "out" / "training")[1]["step"] == 3
     printed = capsys.readouterr().out
     for words in ("trained parameters", "FLOPs", "copying the input", "before", "after", "VAE's ceiling"):
         assert words in printed
@@ -67,16 +67,19 @@ def test_demo_from_end_to_end(base: Path, tmp_path: Path, capsys: pytest.Capture
 def test_every_batch_mixes_the_tasks_and_examples_are_held_out() -> None:
     examples = held_out_examples(3, seed=0)
     assert len(examples) == 3 * (3 + len(EDIT_KINDS))
-    assert {example.task for example in examples[: 3 + len(EDIT_KINDS)]} == set(TASK_NAMES)
+    assert {example.task_name for example in examples[: 3 + len(EDIT_KINDS)]} == set(TASK_NAMES)
     again = held_out_examples(3, seed=0)
-    assert all(torch.equal(a.target, b.target) and a.prompt == b.prompt for a, b in zip(examples, again, strict=True))
+    assert all(
+        torch.equal(a.target_image, b.target_image) and a.prompt == b.prompt
+        for a, b in zip(examples, again, strict=True)
+    )
 
 
 @pytest.mark.slow
 def test_measures_are_right_for_images_that_are_known(base: Path) -> None:
     pipeline = mtu.upcycle(StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32), ICON_TASKS)
     examples = held_out_examples(2, seed=0)
-    targets = torch.stack([example.target for example in examples])
+    targets = torch.stack([example.target_image for example in examples])
     noisy = (targets + 0.1 * torch.randn(targets.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
     rows = {(row.task, row.metric): row for row in measure_quality(pipeline, examples, noisy, targets)}
     for (task, metric), row in rows.items():
@@ -85,7 +88,7 @@ def test_measures_are_right_for_images_that_are_known(base: Path) -> None:
             assert row.after == 100.0, metric
         else:
             assert row.after == pytest.approx(100, abs=0.1)  # PSNR of equal images is capped at 100 dB
-            where = [i for i, e in enumerate(examples) if task in (e.task, f"{e.task}: {e.edit_kind}")]
+            where = [i for i, e in enumerate(examples) if task in (e.task_name, f"{e.task_name}: {e.edit_kind}")]
             expected = psnr(noisy[where], targets[where]).mean()  # of two examples the mean is the median
             assert row.before == pytest.approx(float(expected), abs=1e-3)
             assert row.copy is not None

@@ -40,7 +40,7 @@ from mtu.recipes.icons.score import ScoreConfig, classify_colours, retrieval_hit
 from mtu.recipes.icons.text_encoder import TextEncoderConfig, build_tokenizer
 from mtu.recipes.icons.vae import VAEConfig, training_pictures
 from mtu.training import FitConfig
-from mtu.training.checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
+from mtu.training.checkpoint import delete_checkpoint_in, read_checkpoint, write_checkpoint
 
 ASSET = Path(__file__).parents[3] / "mtu" / "assets" / "icons-base"
 
@@ -191,11 +191,11 @@ def test_miniature_run_from_end_to_end_resumes_and_describes_itself(tmp_path: Pa
     make_base_model(tmp_path, MINIATURE, SCORE, command="the command", resume=True, device="cpu:0")
     assert {path.name: path.read_bytes() for path in model.rglob("*.safetensors")} == first
     # Without --resume the checkpoints are not destroyed, also where only the second stage has one.
-    remove_checkpoint(tmp_path / "vae")
-    denoiser = load_checkpoint(tmp_path / "denoiser")[1]
+    delete_checkpoint_in(tmp_path / "vae")
+    denoiser = read_checkpoint(tmp_path / "denoiser")[1]
     with pytest.raises(FileExistsError, match="denoiser holds the checkpoint of a training: continue it with resume"):
         make_base_model(tmp_path, MINIATURE, SCORE, command="the command")
-    assert load_checkpoint(tmp_path / "denoiser")[1] == denoiser
+    assert read_checkpoint(tmp_path / "denoiser")[1] == denoiser
     pipeline = StableDiffusionPipeline.from_pretrained(model)
     assert {m.dtype for m in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
     assert pipeline.unet.config.cross_attention_dim == 16
@@ -212,7 +212,7 @@ def test_resuming_from_an_empty_folder_says_so(tmp_path: Path, capsys: pytest.Ca
 def test_overwriting_leaves_no_stage_of_the_older_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a resume would put the older denoiser over the newer autoencoder."""
     for stage in ("vae", "denoiser"):
-        save_checkpoint(tmp_path / stage, {"a": torch.ones(1)}, {"step": 1})
+        write_checkpoint(tmp_path / stage, {"a": torch.ones(1)}, {"step": 1})
 
     def stop(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
@@ -224,7 +224,7 @@ def test_overwriting_leaves_no_stage_of_the_older_training(tmp_path: Path, monke
 
 
 def test_the_command_does_not_destroy_a_training_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_checkpoint(tmp_path / "vae", {"a": torch.ones(1)}, {"step": 1})
+    write_checkpoint(tmp_path / "vae", {"a": torch.ones(1)}, {"step": 1})
     with pytest.raises(SystemExit, match="2"):
         main(["base", "--output", str(tmp_path), "--minutes", "0.01"])
     assert "holds the checkpoint of a training" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mtu.experts import ExpertConfig
 from mtu.models.router import Router
 from mtu.training import FitConfig, LogEntry, fit
-from mtu.training.checkpoint import load_checkpoint, save_checkpoint
+from mtu.training.checkpoint import read_checkpoint, write_checkpoint
 from mtu.training.fit_config import learning_rate_at
 from mtu.training.training_state import TrainingState, parameter_groups
 
@@ -75,7 +75,7 @@ def test_resumed_training_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> No
     assert [(e.step, e.loss, e.learning_rate) for e in history] == [
         (e.step, e.loss, e.learning_rate) for e in resumed_history
     ]
-    tensors = [load_checkpoint(tmp_path / name)[0] for name in ("straight", "broken")]
+    tensors = [read_checkpoint(tmp_path / name)[0] for name in ("straight", "broken")]
     assert tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
     lines = (tmp_path / "broken" / "log.jsonl").read_text().splitlines()
@@ -126,7 +126,7 @@ def test_the_directory_holds_one_checkpoint_and_no_pickle(tmp_path: Path) -> Non
 def test_the_loss_falls_and_averaged_weights_are_left_in_the_modules(tmp_path: Path) -> None:
     model, history = train(replace(CONFIG, steps=200, learning_rate=3e-2), tmp_path)
     assert history[-1].loss < 0.5 * history[0].loss
-    tensors, _ = load_checkpoint(tmp_path)
+    tensors, _ = read_checkpoint(tmp_path)
     assert torch.equal(model.linear.weight, tensors["average.model.linear.weight"])
     assert not torch.equal(model.linear.weight, tensors["module.model.linear.weight"])
 
@@ -164,7 +164,7 @@ def test_a_time_limit_ends_the_training_with_a_checkpoint(tmp_path: Path) -> Non
     _, history = train(config, tmp_path)
     assert 0 < history[-1].step < 10**6
     assert history[-1].seconds >= 0.2
-    assert load_checkpoint(tmp_path)[1]["step"] == history[-1].step
+    assert read_checkpoint(tmp_path)[1]["step"] == history[-1].step
     # Already over: resuming makes no step, unless more time is given.
     assert train(config, tmp_path, resume=True)[1] == history
     longer = train(replace(config, minutes=0.4 / 60), tmp_path, resume=True)[1]
@@ -225,7 +225,7 @@ def test_a_gradient_that_is_not_finite_spares_weights_and_checkpoint(
     with pytest.raises(FloatingPointError, match=message):
         run(model, tmp_path / "stopped", 3)
     assert model.bad.grad is None
-    tensors, state = load_checkpoint(tmp_path / "stopped")
+    tensors, state = read_checkpoint(tmp_path / "stopped")
     assert state["step"] == 3
     assert torch.equal(tensors["module.model.bad"], model.bad)
     assert all(tensor.isfinite().all() for tensor in tensors.values())
@@ -264,7 +264,7 @@ def test_what_a_step_spoilt_is_not_saved(tmp_path: Path, rate: float, scale: flo
         FloatingPointError, match=rf"^Step \d+ left numbers that are not finite in {what}, so no"
     ) as caught:
         fit(loss_fn, {"m": model}, model.parameters(), config, directory=tmp_path)
-    tensors, state = load_checkpoint(tmp_path)
+    tensors, state = read_checkpoint(tmp_path)
     assert f"Step {state['step']} " in str(caught.value)
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
@@ -299,13 +299,13 @@ def test_the_average_of_bfloat16_weights_moves_by_less_than_they_can(tmp_path: P
         1.5 - 0.5 * 0.999**5000, abs=5000 * 2**-24
     )
     training.save(tmp_path)
-    tensors, _ = load_checkpoint(tmp_path)
+    tensors, _ = read_checkpoint(tmp_path)
     assert tensors["average.m.weight"].dtype == torch.float32
     # Earlier versions kept it in the parameters' dtype.
     with pytest.warns(UserWarning, match="bfloat16"):
         again = TrainingState({"m": model}, model.parameters(), config)
     state = {"step": 0, "seconds": 0.0, "config": asdict(config)}
-    save_checkpoint(tmp_path, {**tensors, "average.m.weight": tensors["average.m.weight"].bfloat16()}, state)
+    write_checkpoint(tmp_path, {**tensors, "average.m.weight": tensors["average.m.weight"].bfloat16()}, state)
     again.load(tmp_path)
     assert again.averaged_weights["m.weight"].dtype == torch.float32
     again.copy_average_to_modules()

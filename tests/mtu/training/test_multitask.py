@@ -39,19 +39,22 @@ def data(pipeline):
 
 def test_latents_are_those_of_the_pipeline(pipeline, data) -> None:
     example = IconDataset("train").get_example("edit", 2)
-    assert example.image is not None
+    assert example.condition_image is not None
     with torch.no_grad():
-        target = pipeline.vae.encode(example.target[None]).latent_dist.mode() * pipeline.vae.config.scaling_factor
-        condition = pipeline.vae.encode(example.image[None]).latent_dist.mode()
+        target = pipeline.vae.encode(example.target_image[None]).latent_dist.mode() * pipeline.vae.config.scaling_factor
+        condition = pipeline.vae.encode(example.condition_image[None]).latent_dist.mode()
         prompt = pipeline.encode_prompt(example.prompt, "cpu", 1, False)[0]
-    latents = data.latents["edit"]
+    edit = data.by_task["edit"]
     # The same products in another batch size: float32 rounding of some 30 layers.
-    torch.testing.assert_close(latents.target[2:3], target, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(latents.condition[2:3], condition, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(data.prompt_embeds[latents.prompt_index[2]][None], prompt, rtol=1e-4, atol=1e-5)
-    assert data.latents["text-to-image"].condition is None
-    assert data.latents["super-resolution"].prompt_index.eq(0).all()
-    assert data.latents["super-resolution"].condition.shape == data.latents["super-resolution"].target.shape
+    torch.testing.assert_close(edit.target_latents[2:3], target, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(edit.condition_latents[2:3], condition, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(data.prompt_embeds[edit.prompt_indices[2]][None], prompt, rtol=1e-4, atol=1e-5)
+    assert data.by_task["text-to-image"].condition_latents is None
+    assert data.by_task["super-resolution"].prompt_indices.eq(0).all()
+    assert (
+        data.by_task["super-resolution"].condition_latents.shape
+        == data.by_task["super-resolution"].target_latents.shape
+    )
 
 
 def test_loss_is_the_sum_of_the_tasks_means(pipeline, data) -> None:
@@ -149,10 +152,10 @@ def test_tasks_without_images_and_with_other_conditions(data) -> None:
         (["text-to-image", "depth", "super-resolution"], [SUPER_RESOLUTION, depth, TEXT_TO_IMAGE]),
     ):
         twin = mtu.upcycle(build_untrained_pipeline(MINIATURE), tasks)
-        wide = data.latents["edit"]._replace(condition=torch.randn(6, 5, 16, 16))
-        own = {name: wide if name == "depth" else data.latents[name] for name in names}
+        wide = data.by_task["edit"]._replace(condition_latents=torch.randn(6, 5, 16, 16))
+        own = {name: wide if name == "depth" else data.by_task[name] for name in names}
         # More of each task than there are examples.
-        loss = MultiTaskLoss(twin, data._replace(latents=own), MultiTaskConfig(batch_per_task=7))(0)
+        loss = MultiTaskLoss(twin, data._replace(by_task=own), MultiTaskConfig(batch_per_task=7))(0)
         loss.backward()
         assert loss.isfinite()
         used = [twin.unet.task_index(name) for name in names]
@@ -174,23 +177,23 @@ def test_data_that_cannot_be_trained_on(pipeline, data) -> None:
     icons = IconDataset("train")
 
     def loss(**tasks):
-        return MultiTaskLoss(pipeline, data._replace(latents=tasks), MultiTaskConfig())
+        return MultiTaskLoss(pipeline, data._replace(by_task=tasks), MultiTaskConfig())
 
     with pytest.raises(ValueError, match=r"^Task 'edit' has no examples: give it some, or leave it out\.$"):
         encode_examples(pipeline, {"edit": []})
     with pytest.raises(ValueError, match=r"^Task 'edit' has no examples: give it some, or leave it out\.$"):
-        loss(edit=type(data.latents["edit"])(*(tensor[:0] for tensor in data.latents["edit"])))
+        loss(edit=type(data.by_task["edit"])(*(tensor[:0] for tensor in data.by_task["edit"])))
     with pytest.raises(ValueError, match="nothing to train on"):
         loss()
     with pytest.raises(ValueError, match="Unknown task 'sing'"):
-        loss(sing=data.latents["edit"])
+        loss(sing=data.by_task["edit"])
     with pytest.raises(ValueError, match="'edit' reads 4 condition channels, but its examples have 0"):
-        loss(edit=data.latents["text-to-image"])
-    small = data.latents["edit"]._replace(target=data.latents["edit"].target[..., :8, :8])
+        loss(edit=data.by_task["text-to-image"])
+    small = data.by_task["edit"]._replace(target_latents=data.by_task["edit"].target_latents[..., :8, :8])
     with pytest.raises(ValueError, match=r"of one shape .* \(4, 16, 16\) for 'remove' and \(4, 8, 8\) for 'edit'\.$"):
-        loss(remove=data.latents["remove"], edit=small)
+        loss(remove=data.by_task["remove"], edit=small)
     examples = icons.get_examples("edit", range(2))
-    examples[1] = examples[1]._replace(target=examples[1].target[:, :32, :32])
+    examples[1] = examples[1]._replace(target_image=examples[1].target_image[:, :32, :32])
     with pytest.raises(ValueError, match=r"must be of one size, but got \(3, 64, 64\) and \(3, 32, 32\)\.$"):
         encode_examples(pipeline, {"edit": examples})
     twin = mtu.upcycle(build_untrained_pipeline(MINIATURE), [mtu.TaskSpec("edit", condition_channels=5)])
@@ -252,7 +255,7 @@ def test_weight_decay_leaves_rows_of_absent_tasks_alone(data) -> None:
     unet = twin.unet.train()
     absent = unet.task_index("remove")
     rows = {name: p[absent].detach().clone() for name, p in unet.named_trainable_parameters() if _is_packed(name)}
-    kept = type(data)({name: latents for name, latents in data.latents.items() if name != "remove"}, data.prompt_embeds)
+    kept = type(data)({name: latents for name, latents in data.by_task.items() if name != "remove"}, data.prompt_embeds)
     loss = MultiTaskLoss(twin, kept, MultiTaskConfig(batch_per_task=2))
     config = FitConfig(steps=3, learning_rate=1e-2, schedule="constant", weight_decay=0.1, log_every=1)
     fit(loss, {"unet": unet}, unet.trainable_parameters(), config)
@@ -264,8 +267,8 @@ def test_weight_decay_leaves_rows_of_absent_tasks_alone(data) -> None:
 @pytest.mark.slow
 def test_another_loss_does_not_continue_a_checkpoint(data, tmp_path) -> None:
     twin = mtu.upcycle(build_untrained_pipeline(MINIATURE), ["text-to-image", "edit"])
-    own = data._replace(latents={name: data.latents[name] for name in ("text-to-image", "edit")})
-    fewer = own._replace(latents={"edit": own.latents["edit"]})
+    own = data._replace(by_task={name: data.by_task[name] for name in ("text-to-image", "edit")})
+    fewer = own._replace(by_task={"edit": own.by_task["edit"]})
 
     def train(data=own, steps=1, resume=True, **changes) -> None:
         loss = MultiTaskLoss(twin, data, replace(MultiTaskConfig(batch_per_task=2), **changes))
@@ -276,7 +279,7 @@ def test_another_loss_does_not_continue_a_checkpoint(data, tmp_path) -> None:
     train(loss_threads=2, autocast_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"was made with another batch_per_task, conditioning_dropout_prob, seed\.$"):
         train(batch_per_task=4, conditioning_dropout_prob=0.1, seed=3)
-    for other in (fewer, own._replace(latents=dict(reversed(own.latents.items())))):
+    for other in (fewer, own._replace(by_task=dict(reversed(own.by_task.items())))):
         with pytest.raises(ValueError, match=r"was made with another examples\.$"):
             train(other)
 

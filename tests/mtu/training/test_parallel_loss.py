@@ -1,10 +1,10 @@
-"""`average_loss_in_threads`: the same loss and gradients as the whole batch at once."""
+"""`average_and_differentiate_losses_in_threads`: the same loss and gradients as the whole batch at once."""
 
 import pytest
 import torch
 from torch import nn
 
-from mtu.training.parallel_loss import average_loss_in_threads
+from mtu.training.parallel_loss import average_and_differentiate_losses_in_threads
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -16,7 +16,7 @@ def test_loss_and_gradients_are_those_of_the_whole_batch(count: int) -> None:
     whole = model(inputs).square().mean()
     expected = torch.autograd.grad(3 * whole, parameters)
     shards = [lambda rows=rows: model(rows).square().mean() for rows in inputs.chunk(count)]
-    loss = average_loss_in_threads(shards, parameters)
+    loss = average_and_differentiate_losses_in_threads(shards, parameters)
     torch.testing.assert_close(loss, whole)
     (3 * loss).backward()
     for parameter, gradient in zip(parameters, expected, strict=True):
@@ -30,4 +30,4 @@ def test_an_error_in_a_shard_is_raised() -> None:
         raise RuntimeError("no such picture")
 
     with pytest.raises(RuntimeError, match="no such picture"):
-        average_loss_in_threads([lambda: weight.sum(), broken], [weight])
+        average_and_differentiate_losses_in_threads([lambda: weight.sum(), broken], [weight])
