@@ -6,7 +6,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-__all__ = ["CLIP_TEXT_TOKENS", "default_latent_size", "make_example_inputs"]
+__all__ = ["CLIP_TEXT_TOKENS", "default_latent_height_and_width", "make_example_inputs"]
 
 # The tokens of a prompt, as the CLIP text encoders of Stable Diffusion pad them.
 CLIP_TEXT_TOKENS = 77
@@ -49,7 +49,7 @@ def make_example_inputs(
     config = unet.config
     _check_family(config)
     if height is None or width is None:
-        own = default_latent_size(unet)
+        own = default_latent_height_and_width(unet)
         if own is None:
             raise ValueError("This UNet has no default size (sample_size is None): pass height and width.")
         height, width = own[0] if height is None else height, own[1] if width is None else width
@@ -72,7 +72,7 @@ def make_example_inputs(
     return inputs
 
 
-def default_latent_size(unet: UNet2DConditionModel) -> tuple[int, int] | None:
+def default_latent_height_and_width(unet: UNet2DConditionModel) -> tuple[int, int] | None:
     """The height and width of the latents that a UNet was made for; None if its configuration has no `sample_size`."""
     size = unet.config.sample_size
     return (size, size) if isinstance(size, int) else None if size is None else (size[0], size[1])

@@ -26,7 +26,7 @@ from mtu.models.initial_routing import count_experts_with_proportional_weights, 
 from mtu.models.settings import copy_settings_, unfused_state_dict
 from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.pipelines import MTUPipeline
-from mtu.pipelines.conversion import check_not_offloaded, convert_pipeline
+from mtu.pipelines.conversion import check_pipeline_not_offloaded, convert_pipeline
 from mtu.tasks import SD_TASKS, SDXL_TASKS, TaskSpec, as_task_specs
 
 __all__ = ["load_trained", "upcycle"]
@@ -133,7 +133,7 @@ def _unet_of(pipeline: DiffusionPipeline, verb: str) -> UNet2DConditionModel:
             "The UNet of this pipeline is upcycled already: mtu.MTUPipeline.from_pipe(pipe) makes a multi-task "
             f"pipeline of it, where {verb} expects a stock UNet."
         )
-    check_not_offloaded(pipeline)
+    check_pipeline_not_offloaded(pipeline)
     return pipeline.unet
 
 

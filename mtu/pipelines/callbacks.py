@@ -96,7 +96,7 @@ class StepEndCallback:
                 self._samples.tasks, *scales, latents.device, embeds_guidance_scale=self._embeds_guidance_scale
             )
             self._scales = scales
-        _check_shapes(changed, tensors, {len(branches.plan.sample_index), len(plan.sample_index)})
+        _check_shapes(changed, tensors, {len(branches.plan.sample_indices), len(plan.sample_indices)})
         latents = changed.get("latents", latents)
         embeds = changed.get("prompt_embeds", tensors["prompt_embeds"])
         if plan is branches.plan and embeds is tensors["prompt_embeds"]:
@@ -118,12 +118,12 @@ def _stock_order(plan: GuidancePlan) -> Tensor:
 
     Stable Diffusion puts the negative prompts first, and InstructPix2Pix the prompts.
     """
-    samples, branches = len(plan.text_branch), len(plan.sample_index)
-    if branches == 2 * samples and bool((plan.text_branch != plan.unconditional_branch).all()):
-        return torch.cat([plan.unconditional_branch, plan.text_branch])
-    if branches == 3 * samples and bool((plan.image_branch != plan.unconditional_branch).all()):
-        return torch.cat([plan.text_branch, plan.image_branch, plan.unconditional_branch])
-    return torch.arange(branches, device=plan.sample_index.device)
+    samples, branches = len(plan.text_branch_indices), len(plan.sample_indices)
+    if branches == 2 * samples and bool((plan.text_branch_indices != plan.unconditional_branch_indices).all()):
+        return torch.cat([plan.unconditional_branch_indices, plan.text_branch_indices])
+    if branches == 3 * samples and bool((plan.image_branch_indices != plan.unconditional_branch_indices).all()):
+        return torch.cat([plan.text_branch_indices, plan.image_branch_indices, plan.unconditional_branch_indices])
+    return torch.arange(branches, device=plan.sample_indices.device)
 
 
 def _reorder_embeds(embeds: Tensor, old_plan: GuidancePlan, new_plan: GuidancePlan) -> Tensor:

@@ -14,12 +14,12 @@ from mtu.compat.private_interfaces import (
     pipeline_attributes_outside_config,
 )
 
-__all__ = ["check_not_offloaded", "convert_pipeline"]
+__all__ = ["check_pipeline_not_offloaded", "convert_pipeline"]
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
-def check_not_offloaded(pipeline: DiffusionPipeline) -> None:
+def check_pipeline_not_offloaded(pipeline: DiffusionPipeline) -> None:
     """Raise a ValueError if a pipeline is offloaded, because its hooks would go on moving its old UNet."""
     if is_pipeline_offloaded(pipeline):
         raise ValueError(

@@ -69,11 +69,11 @@ def build_branch_inputs(samples: SampleConditioning, plan: GuidancePlan, prompt_
     """
     condition_latents, timestep_cond = samples.condition_latents, samples.timestep_cond
     if condition_latents is not None:
-        use_image = plan.use_image[:, None, None, None].to(condition_latents.dtype)
-        condition_latents = condition_latents[plan.sample_index] * use_image
+        use_image = plan.use_image_per_branch[:, None, None, None].to(condition_latents.dtype)
+        condition_latents = condition_latents[plan.sample_indices] * use_image
     if timestep_cond is not None:
-        timestep_cond = timestep_cond[plan.sample_index]
-    return BranchInputs(plan, prompt_embeds, condition_latents, samples.task_ids[plan.sample_index], timestep_cond)
+        timestep_cond = timestep_cond[plan.sample_indices]
+    return BranchInputs(plan, prompt_embeds, condition_latents, samples.task_ids[plan.sample_indices], timestep_cond)
 
 
 def select_prompt_embeds(plan: GuidancePlan, positive: Tensor, negative: Tensor | None) -> Tensor:
@@ -87,10 +87,10 @@ def select_prompt_embeds(plan: GuidancePlan, positive: Tensor, negative: Tensor 
     Returns:
         (N, L, D).
     """
-    positive = positive[plan.sample_index]
+    positive = positive[plan.sample_indices]
     if negative is None:
         return positive
-    return torch.where(plan.use_prompt[:, None, None], positive, negative[plan.sample_index])
+    return torch.where(plan.use_prompt_per_branch[:, None, None], positive, negative[plan.sample_indices])
 
 
 def encode_condition_images(
@@ -151,7 +151,7 @@ def denoise(
         for i, t in enumerate(timesteps):
             if pipeline.interrupt:
                 continue
-            model_input = scheduler.scale_model_input(latents[branches.plan.sample_index], t)
+            model_input = scheduler.scale_model_input(latents[branches.plan.sample_indices], t)
             if branches.condition_latents is not None:
                 model_input = torch.cat([model_input, branches.condition_latents], dim=1)
             predictions: Tensor = pipeline.unet(

@@ -21,25 +21,26 @@ class GuidancePlan(NamedTuple):
     A sample has 1, 2 or 3 branches, which stand next to each other.
 
     Args:
-        sample_index: (N,) int64, the sample that a branch belongs to.
-        use_prompt: (N,) bool, True for the prompt and False for the negative prompt.
-        use_image: (N,) bool, True for the condition image and False for zeros.
-        text_branch: (B,) int64, the branch `t` with prompt and image.
-        image_branch: (B,) int64, the branch `i` with negative prompt and image; `u` for samples without such a branch.
-        unconditional_branch: (B,) int64, the branch `u` with negative prompt and no image; `t` for samples without
-            such a branch.
-        guidance_scale: (B,) float32, s_text.
-        image_guidance_scale: (B,) float32, s_image.
+        sample_indices: (N,) int64, the sample that a branch belongs to.
+        use_prompt_per_branch: (N,) bool, True for the prompt and False for the negative prompt.
+        use_image_per_branch: (N,) bool, True for the condition image and False for zeros.
+        text_branch_indices: (B,) int64, the branch `t` with prompt and image.
+        image_branch_indices: (B,) int64, the branch `i` with negative prompt and image; `u` for samples without such a
+            branch.
+        unconditional_branch_indices: (B,) int64, the branch `u` with negative prompt and no image; `t` for samples
+            without such a branch.
+        guidance_scales: (B,) float32, s_text.
+        image_guidance_scales: (B,) float32, s_image.
     """
 
-    sample_index: Tensor
-    use_prompt: Tensor
-    use_image: Tensor
-    text_branch: Tensor
-    image_branch: Tensor
-    unconditional_branch: Tensor
-    guidance_scale: Tensor
-    image_guidance_scale: Tensor
+    sample_indices: Tensor
+    use_prompt_per_branch: Tensor
+    use_image_per_branch: Tensor
+    text_branch_indices: Tensor
+    image_branch_indices: Tensor
+    unconditional_branch_indices: Tensor
+    guidance_scales: Tensor
+    image_guidance_scales: Tensor
 
 
 def plan_guidance(
@@ -97,7 +98,8 @@ def apply_guidance(predictions: Tensor, plan: GuidancePlan) -> Tensor:
     shape = (-1, *(1,) * (predictions.dim() - 1))
     dtype = torch.promote_types(predictions.dtype, torch.float32)
     t, i, u = (
-        predictions[index].to(dtype) for index in (plan.text_branch, plan.image_branch, plan.unconditional_branch)
+        predictions[index].to(dtype)
+        for index in (plan.text_branch_indices, plan.image_branch_indices, plan.unconditional_branch_indices)
     )
-    s_text, s_image = (scale.to(dtype).view(shape) for scale in (plan.guidance_scale, plan.image_guidance_scale))
+    s_text, s_image = (scale.to(dtype).view(shape) for scale in (plan.guidance_scales, plan.image_guidance_scales))
     return (u + s_text * (t - i) + s_image * (i - u)).to(predictions.dtype)

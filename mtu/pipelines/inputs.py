@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mtu.tasks import TaskSpec
 
-__all__ = ["PipelineInputs", "output_size", "parse_pipeline_inputs", "prepare_condition_image"]
+__all__ = ["PipelineInputs", "output_height_and_width", "parse_pipeline_inputs", "prepare_condition_image"]
 
 _RESAMPLE = {
     "lanczos": PIL.Image.Resampling.LANCZOS,
@@ -114,7 +114,7 @@ def parse_pipeline_inputs(
     return PipelineInputs(*repeated, num_inference_steps=inputs.num_inference_steps)
 
 
-def output_size(
+def output_height_and_width(
     inputs: PipelineInputs,
     height: int | None,
     width: int | None,

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from mtu.compat import parameter_access
 from mtu.compat.private_interfaces import MTUPipelineDownloader, retrieve_timesteps
-from mtu.example_inputs import default_latent_size
+from mtu.example_inputs import default_latent_height_and_width
 from mtu.models import pretrained
 from mtu.pipelines.callbacks import StepEndCallback, collapse_guidance_scales
-from mtu.pipelines.conversion import check_not_offloaded, convert_pipeline
+from mtu.pipelines.conversion import check_pipeline_not_offloaded, convert_pipeline
 from mtu.pipelines.denoising import (
     BranchInputs,
     SampleConditioning,
@@ -26,7 +26,7 @@ from mtu.pipelines.denoising import (
     select_prompt_embeds,
 )
 from mtu.pipelines.guidance import GuidancePlan, plan_guidance
-from mtu.pipelines.inputs import PipelineInputs, output_size, parse_pipeline_inputs
+from mtu.pipelines.inputs import PipelineInputs, output_height_and_width, parse_pipeline_inputs
 from mtu.pipelines.model_card import write_model_card
 
 __all__ = ["MTUPipeline"]
@@ -128,7 +128,7 @@ class MTUPipeline(StableDiffusionPipeline):
             num_inference_steps=num_inference_steps,
             num_images_per_prompt=num_images_per_prompt,
         )
-        size = output_size(inputs, height, width, self._default_size(), self.vae_scale_factor)
+        size = output_height_and_width(inputs, height, width, self._default_size(), self.vae_scale_factor)
         self._check_task_channels(inputs)
         self._check_noise(inputs, size, generator, latents, eta)
         self._check_output_options(output_type, callback_on_step_end_tensor_inputs)
@@ -173,7 +173,7 @@ class MTUPipeline(StableDiffusionPipeline):
         """
         self._check_upcycled()
         spec = self.unet.tasks[self.unet.task_index(name)]
-        check_not_offloaded(self)
+        check_pipeline_not_offloaded(self)
         stock = StableDiffusionInstructPix2PixPipeline if spec.takes_image else StableDiffusionPipeline
         return convert_pipeline(self, stock, self.unet.export_task(name))
 
@@ -322,7 +322,7 @@ class MTUPipeline(StableDiffusionPipeline):
 
     def _default_size(self) -> tuple[int, int] | None:
         """Height and width in pixels of the model's own outputs; None if its configuration names no size."""
-        latent_size = default_latent_size(self.unet)
+        latent_size = default_latent_height_and_width(self.unet)
         if latent_size is None:
             return None
         return latent_size[0] * self.vae_scale_factor, latent_size[1] * self.vae_scale_factor
@@ -350,7 +350,7 @@ class MTUPipeline(StableDiffusionPipeline):
         self, inputs: PipelineInputs, plan: GuidancePlan, cross_attention_kwargs: dict[str, Any] | None
     ) -> Tensor:
         """The text embedding of each branch, (N, L, D)."""
-        needs_negative = not bool(plan.use_prompt.all())
+        needs_negative = not bool(plan.use_prompt_per_branch.all())
         positive, negative = self.encode_prompt(
             inputs.prompts,
             self._execution_device,

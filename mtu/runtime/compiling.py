@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 
 from mtu.compat.plain_linear import has_replaced_forward
-from mtu.example_inputs import CLIP_TEXT_TOKENS, default_latent_size, make_example_inputs
+from mtu.example_inputs import CLIP_TEXT_TOKENS, default_latent_height_and_width, make_example_inputs
 from mtu.models.router import precomputed_tables_context
 from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.runtime.graphs import CapturedCall, CudaGraphCapture, GraphCapture, ModelSnapshot, UNetCall, UNetInputs
@@ -40,20 +40,20 @@ class ExecutionPlan(NamedTuple):
 
     Args:
         compile_options: arguments of `torch.compile`; None: calls are not compiled.
-        cuda_graphs: whether each size is captured in a CUDA graph.
+        uses_cuda_graphs: whether each size is captured in a CUDA graph.
     """
 
     compile_options: dict[str, Any] | None
-    cuda_graphs: bool
+    uses_cuda_graphs: bool
 
 
 _MODES = {
-    "default": ExecutionPlan({"mode": "default"}, cuda_graphs=False),
-    "reduce-overhead": ExecutionPlan({"mode": "default"}, cuda_graphs=True),
-    "max-autotune": ExecutionPlan({"mode": "max-autotune-no-cudagraphs"}, cuda_graphs=True),
-    "max-autotune-no-cudagraphs": ExecutionPlan({"mode": "max-autotune-no-cudagraphs"}, cuda_graphs=False),
-    "cudagraphs": ExecutionPlan(None, cuda_graphs=True),
-    "eager": ExecutionPlan(None, cuda_graphs=False),
+    "default": ExecutionPlan({"mode": "default"}, uses_cuda_graphs=False),
+    "reduce-overhead": ExecutionPlan({"mode": "default"}, uses_cuda_graphs=True),
+    "max-autotune": ExecutionPlan({"mode": "max-autotune-no-cudagraphs"}, uses_cuda_graphs=True),
+    "max-autotune-no-cudagraphs": ExecutionPlan({"mode": "max-autotune-no-cudagraphs"}, uses_cuda_graphs=False),
+    "cudagraphs": ExecutionPlan(None, uses_cuda_graphs=True),
+    "eager": ExecutionPlan(None, uses_cuda_graphs=False),
 }
 
 
@@ -107,7 +107,7 @@ def compile(model: Model, mode: str = "auto", *, max_cached_sizes: int = 8) -> M
         raise ValueError("mtu.compile expects a UNet that stays on its device, but this UNet is offloaded.")
     on_cuda = unet.device.type == "cuda"
     plan = _MODES[("reduce-overhead" if on_cuda else "eager") if mode == "auto" else mode]
-    if plan.cuda_graphs and not on_cuda:
+    if plan.uses_cuda_graphs and not on_cuda:
         raise ValueError(f"mode={mode!r} needs a UNet on a CUDA device, but this one is on {unet.device}.")
     if not is_offloaded:
         # Neither torch nor diffusers declares this argument.
@@ -146,7 +146,7 @@ def warmup(
     """
     unet = _unet_of(model)
     factor: int = model.vae_scale_factor if isinstance(model, DiffusionPipeline) else 1
-    own_height, own_width = default_latent_size(unet) or (0, 0)
+    own_height, own_width = default_latent_height_and_width(unet) or (0, 0)
     height = own_height * factor if height is None else height
     width = own_width * factor if width is None else width
     if any(not isinstance(edge, int) or edge < factor or edge % factor for edge in (height, width)):
@@ -281,7 +281,7 @@ class CompiledUNetCalls:
 
     def _capture_of(self, inputs: UNetInputs) -> GraphCapture | None:
         """The capture for these inputs; None: they run without a graph."""
-        if not self.plan.cuda_graphs or self._why_no_graph(inputs) is not None:
+        if not self.plan.uses_cuda_graphs or self._why_no_graph(inputs) is not None:
             return None
         device = inputs["sample"].device
         if device not in self._captures:

@@ -120,7 +120,7 @@ def disabled(unet, folder):
 
 
 def compiled(unet, folder):
-    unet._compiled_call_impl = CompiledUNetCalls(unet, ExecutionPlan({"backend": "eager"}, cuda_graphs=False), 8)
+    unet._compiled_call_impl = CompiledUNetCalls(unet, ExecutionPlan({"backend": "eager"}, uses_cuda_graphs=False), 8)
     outputs(unet)
     return unet
 

@@ -24,19 +24,21 @@ BRANCHES = {
 def test_number_of_branches(task):
     for (text, image), count in BRANCHES[task].items():
         plan = plan_guidance([task], [text], [image])
-        assert len(plan.sample_index) == len(plan.use_prompt) == len(plan.use_image) == count, (text, image)
+        branches = plan.sample_indices, plan.use_prompt_per_branch, plan.use_image_per_branch
+        assert [len(values) for values in branches] == [count] * 3, (text, image)
 
 
 def test_layout_of_a_mixed_batch():
     tasks = [TEXT_TO_IMAGE, EDIT, SUPER_RESOLUTION, REMOVE, GUIDED_BY_TEXT]
     plan = plan_guidance(tasks, [7.5, 7.0, 1.0, 4.0, 2.0], [1.0, 1.6, 1.0, 1.5, 1.0])
-    assert plan.sample_index.tolist() == [0, 0, 1, 1, 1, 2, 3, 3, 3, 4, 4]
-    assert plan.use_prompt.tolist() == [True, False, True, False, False, True, True, False, False, True, False]
-    assert plan.use_image.tolist() == [True, True, True, True, False, True, True, True, False, True, True]
-    assert plan.text_branch.tolist() == [0, 2, 5, 6, 9]
-    assert plan.image_branch.tolist() == [1, 3, 5, 7, 10]
-    assert plan.unconditional_branch.tolist() == [1, 4, 5, 8, 10]
-    assert plan.guidance_scale.tolist() == [7.5, 7.0, 1.0, 4.0, 2.0]
+    assert plan.sample_indices.tolist() == [0, 0, 1, 1, 1, 2, 3, 3, 3, 4, 4]
+    use_prompt = plan.use_prompt_per_branch
+    assert use_prompt.tolist() == [True, False, True, False, False, True, True, False, False, True, False]
+    assert plan.use_image_per_branch.tolist() == [True, True, True, True, False, True, True, True, False, True, True]
+    assert plan.text_branch_indices.tolist() == [0, 2, 5, 6, 9]
+    assert plan.image_branch_indices.tolist() == [1, 3, 5, 7, 10]
+    assert plan.unconditional_branch_indices.tolist() == [1, 4, 5, 8, 10]
+    assert plan.guidance_scales.tolist() == [7.5, 7.0, 1.0, 4.0, 2.0]
     assert [tensor.dtype for tensor in plan] == [torch.int64, *[torch.bool] * 2, *[torch.int64] * 3] + [
         torch.float32
     ] * 2
@@ -46,9 +48,9 @@ def test_branches_belong_to_their_sample():
     tasks = [EDIT, TEXT_TO_IMAGE, EDIT, SUPER_RESOLUTION] * 3
     plan = plan_guidance(tasks, [1.0, 3.0, 2.0, 1.0] * 3, [1.0, 1.0, 2.0, 1.0] * 3)
     every = torch.arange(len(tasks))
-    for branch in (plan.text_branch, plan.image_branch, plan.unconditional_branch):
-        torch.testing.assert_close(plan.sample_index[branch], every, rtol=0, atol=0)
-    assert plan.use_prompt[plan.text_branch].all()
+    for branch in (plan.text_branch_indices, plan.image_branch_indices, plan.unconditional_branch_indices):
+        torch.testing.assert_close(plan.sample_indices[branch], every, rtol=0, atol=0)
+    assert plan.use_prompt_per_branch[plan.text_branch_indices].all()
 
 
 def test_combination_is_the_formula():

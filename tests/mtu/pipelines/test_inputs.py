@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import torch
 
-from mtu.pipelines.inputs import output_size, parse_pipeline_inputs, prepare_condition_image
+from mtu.pipelines.inputs import output_height_and_width, parse_pipeline_inputs, prepare_condition_image
 from mtu.tasks import EDIT, REMOVE, SD_TASKS, SUPER_RESOLUTION, TEXT_TO_IMAGE, TaskSpec
 
 
@@ -22,7 +22,7 @@ def parse(specs=SD_TASKS, **given):
 
 def size_of(images, tasks, height=None, width=None, default=(64, 64), multiple=8):
     request = parse(prompt=["" for _ in tasks], image=images, task=[task.name for task in tasks])
-    return output_size(request, height, width, default, multiple)
+    return output_height_and_width(request, height, width, default, multiple)
 
 
 # ------------------------------------------------------------------------------------------------------- spreading
@@ -84,7 +84,7 @@ def test_batches_are_taken_apart(batch):
 
 def test_numpy_integers_are_integers():
     assert parse(prompt="a", num_inference_steps=np.int64(3)).num_inference_steps == 3
-    assert output_size(parse(prompt="a"), np.int64(16), np.int64(24), (8, 8), 8) == (16, 24)
+    assert output_height_and_width(parse(prompt="a"), np.int64(16), np.int64(24), (8, 8), 8) == (16, 24)
 
 
 def test_different_default_steps_need_a_number(picture):

@@ -106,4 +106,4 @@ def test_cuda_graphs(family, settings, mode):
         update_routers(unet)
         assert_close(predict(unet, given, *NAMES), plain(unet, given, *NAMES))
         assert_differ(predict(unet, given, *NAMES), expected[0])
-    assert mtu.compile(unet)._compiled_call_impl.plan.cuda_graphs
+    assert mtu.compile(unet)._compiled_call_impl.plan.uses_cuda_graphs

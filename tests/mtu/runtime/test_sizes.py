@@ -27,7 +27,7 @@ def test_one_size_serves_all_task_mixes(family, settings, dropped):
         for names, expected in zip(MIXES, outputs, strict=True):
             assert_close(predict(unet, given, *names), expected)
         assert len(unet._compiled_call_impl._sizes) == 1
-        assert captures.count == (1 if plan.cuda_graphs else 0)
+        assert captures.count == (1 if plan.uses_cuda_graphs else 0)
     assert_differ(outputs[0], outputs[1])
 
 
@@ -167,7 +167,7 @@ def test_residuals_of_adapters(plan):
         expected = plain(unet, given, *NAMES, down_intrablock_additional_residuals=[*residuals])
         assert_differ(plain(unet, given, *NAMES), expected)
         assert_close(predict(unet, given, *NAMES, down_intrablock_additional_residuals=[*residuals]), expected)
-    assert captures.count == int(plan.cuda_graphs)
+    assert captures.count == int(plan.uses_cuda_graphs)
 
 
 def test_a_call_that_fails_takes_no_place():
