@@ -12,9 +12,9 @@ def main() -> None:
     rows = []
     for name in BUILT_IN_UNET_CONFIGS:
         comparison = compare_with_original(name)
-        place = {"model": name, "num_experts": comparison.expert_config.num_experts, "size": comparison.size}
+        place = {"model": name, "num_experts": comparison.expert_config.num_experts, "size": comparison.image_size}
         for row in comparison.quantities:
-            values = {column: getattr(row, column) for column in _COLUMNS}
+            values = {column: row.to_dict()[column] for column in _COLUMNS}
             values |= {column: f"{value:.5f}" for column, value in values.items() if isinstance(value, float)}
             rows.append(place | {"quantity": row.key} | values)
     write_cells(RESULTS / "model_sizes.csv", rows, provenance("python -m benchmarks.models.model_sizes"))

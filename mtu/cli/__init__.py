@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mtu.cli.inspect import EXAMPLES, inspect_model
+from mtu.cli.inspect import EXAMPLES, run_inspect_command
 from mtu.cli.output import print_error
 
 __all__ = ["app", "main"]
@@ -60,7 +60,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("inspect", epilog=EXAMPLES)(inspect_model)
+app.command("inspect", epilog=EXAMPLES)(run_inspect_command)
 
 
 def _print_version(wanted: bool) -> None:

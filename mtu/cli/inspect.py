@@ -8,7 +8,7 @@ import typer
 
 from mtu.cli.output import print_report
 
-__all__ = ["EXAMPLES", "inspect_model"]
+__all__ = ["EXAMPLES", "run_inspect_command"]
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -51,7 +51,7 @@ _BUDGET_HELP = "Parameters without routers: 860M, 1.2B, or 1.05x for a multiple 
 Budget = Annotated[str | None, typer.Option(metavar="P", help=_BUDGET_HELP, rich_help_panel=_SWEEP)]
 
 
-def inspect_model(
+def run_inspect_command(
     model: Model = "sd15",
     num_experts: NumExperts = None,
     top_k: TopK = None,

@@ -34,15 +34,15 @@ def print_report(report: "Report") -> None:
         console.print(table)
     else:
         # Numbers that wrap inside narrow cells cannot be read, so the lines of the plain table stay whole.
-        print(f"\n{report.aligned_table()}\n")
-    console.print(Text(report.notes), soft_wrap=True)
+        print(f"\n{report.format_table()}\n")
+    console.print(Text(report.footer), soft_wrap=True)
 
 
 def _rich_table(report: "Report") -> Table:
     header, *lines = report.table
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(header):
-        table.add_column(Text(name), justify="left" if index < report.left_aligned_columns else "right")
+        table.add_column(Text(name), justify="left" if index < report.num_left_aligned_columns else "right")
     for line in lines:
         table.add_row(*map(Text, line))
     return table

@@ -24,14 +24,14 @@ class Quantity(NamedTuple):
         label: name of the quantity in reports.
         original: value for the stock model; None if the quantity does not apply to it.
         upcycled: value for the upcycled model.
-        routers_dropped: value for the upcycled model after `drop_routers_`.
+        upcycled_without_routers: value for the upcycled model after `drop_routers_`.
     """
 
     key: str
     label: str
     original: int | None
     upcycled: int
-    routers_dropped: int
+    upcycled_without_routers: int
 
     @property
     def ratio(self) -> float | None:
@@ -39,24 +39,36 @@ class Quantity(NamedTuple):
         return self.upcycled / self.original if self.original else None
 
     @property
-    def ratio_routers_dropped(self) -> float | None:
-        """`routers_dropped / original`; None without an original."""
-        return self.routers_dropped / self.original if self.original else None
+    def ratio_without_routers(self) -> float | None:
+        """`upcycled_without_routers / original`; None without an original."""
+        return self.upcycled_without_routers / self.original if self.original else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values and their ratios as JSON values."""
+        return {
+            "key": self.key,
+            "label": self.label,
+            "original": self.original,
+            "upcycled": self.upcycled,
+            "routers_dropped": self.upcycled_without_routers,
+            "ratio": self.ratio,
+            "ratio_routers_dropped": self.ratio_without_routers,
+        }
 
 
 class Comparison(NamedTuple):
     """An upcycled model beside its original.
 
     Attributes:
-        name: name of the model.
-        size, latent_size: edges of the image and of the latents for which FLOPs are counted.
+        model_name: name of the model.
+        image_size, latent_size: edges of the image and of the latents for which FLOPs are counted.
         tasks: tasks of the upcycled model.
         expert_config: expert layout of the upcycled model.
         quantities: the compared quantities.
     """
 
-    name: str
-    size: int
+    model_name: str
+    image_size: int
     latent_size: int
     tasks: tuple[TaskSpec, ...]
     expert_config: ExpertConfig
@@ -66,17 +78,14 @@ class Comparison(NamedTuple):
         """Return the comparison as JSON values."""
         reason = self.expert_config.why_output_not_preserved()
         return {
-            "model": self.name,
-            "size": self.size,
+            "model": self.model_name,
+            "size": self.image_size,
             "latent_size": self.latent_size,
             "tasks": [task.name for task in self.tasks],
             **{key: getattr(self.expert_config, key) for key in ("num_experts", "top_k", "expert_ratio", "norm")},
             "preserved": reason is None,
             "why_not_preserved": reason,
-            "rows": [
-                {**row._asdict(), "ratio": row.ratio, "ratio_routers_dropped": row.ratio_routers_dropped}
-                for row in self.quantities
-            ],
+            "rows": [row.to_dict() for row in self.quantities],
         }
 
     def report(self) -> Report:
@@ -89,18 +98,21 @@ class Comparison(NamedTuple):
         for row in self.quantities:
             show = format_flops if row.key.startswith("flops") else format_count
             original = "-" if row.original is None else show(row.original)
-            ratios = ["-" if r is None else f"{r:.3f}" for r in (row.ratio, row.ratio_routers_dropped)]
-            lines.append([row.label, original, show(row.upcycled), ratios[0], show(row.routers_dropped), ratios[1]])
+            ratios = ["-" if r is None else f"{r:.3f}" for r in (row.ratio, row.ratio_without_routers)]
+            lines.append(
+                [row.label, original, show(row.upcycled), ratios[0], show(row.upcycled_without_routers), ratios[1]]
+            )
         reason = config.why_output_not_preserved()
         summary = (
-            f"{self.name}: {experts} of {ratio} of the FFN, {routing} routing, norm {config.norm!r}.\nTasks: {tasks}."
+            f"{self.model_name}: {experts} of {ratio} of the FFN, {routing} routing, norm {config.norm!r}.\n"
+            f"Tasks: {tasks}."
         )
         notes = [
-            describe_flop_count(self.size, self.latent_size),
+            describe_flop_count(self.image_size, self.latent_size),
             "Routers run once per call, whatever the batch; drop_routers_() leaves only their output.",
             f"Output of the original preserved at initialisation: {'yes' if reason is None else f'no, {reason}'}.",
         ]
-        return Report(summary, lines, "\n".join(notes), left_aligned_columns=1)
+        return Report(summary, lines, "\n".join(notes), num_left_aligned_columns=1)
 
 
 def compare_with_original(
@@ -129,17 +141,17 @@ def compare_with_original(
         ValueError: the folder does not exist or does not hold a UNet, or `upcycle` refuses the arguments.
     """
     inspected = load_inspected_model(model)
-    latent_size = inspected.latent_size(size, vae_scale_factor)
+    latent_size = inspected.compute_latent_size(size, vae_scale_factor)
     settings = {"num_experts": num_experts, "top_k": top_k, "expert_ratio": expert_ratio, "norm": norm}
     settings = {key: value for key, value in settings.items() if value is not None}
-    if inspected.upcycled is None:
+    if inspected.upcycled_unet is None:
         upcycled = inspected.build_upcycled(**settings)
     elif settings:
         raise ValueError(
             f"{inspected.name} is upcycled already, its layout is fixed: expected no {', '.join(settings)}."
         )
     else:
-        upcycled = inspected.upcycled
+        upcycled = inspected.upcycled_unet
     tasks, config = upcycled.tasks, upcycled.expert_config
     return Comparison(inspected.name, size, latent_size, tasks, config, _quantities(inspected, upcycled, latent_size))
 

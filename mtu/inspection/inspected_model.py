@@ -44,20 +44,20 @@ class InspectedModel(NamedTuple):
 
     Attributes:
         name: name of the model in reports and messages.
-        config: configuration of the stock UNet.
-        upcycled: the upcycled model with its routers, on the meta device; None if the model is a stock one.
+        stock_config: configuration of the stock UNet.
+        upcycled_unet: the upcycled model with its routers, on the meta device; None if the model is a stock one.
         vae_scale_factor: pixels per latent.
     """
 
     name: str
-    config: dict[str, Any]
-    upcycled: MTUUNet2DConditionModel | None
+    stock_config: dict[str, Any]
+    upcycled_unet: MTUUNet2DConditionModel | None
     vae_scale_factor: int
 
     def build_stock(self) -> UNet2DConditionModel:
         """Build the stock UNet on the meta device."""
         with torch.device("meta"):
-            return UNet2DConditionModel(**self.config).eval()
+            return UNet2DConditionModel(**self.stock_config).eval()
 
     def build_upcycled(self, **settings: Any) -> MTUUNet2DConditionModel:
         """Upcycle the stock UNet on the meta device, for the tasks of the model.
@@ -68,12 +68,12 @@ class InspectedModel(NamedTuple):
         Raises:
             ValueError: `upcycle` refuses the arguments.
         """
-        tasks = None if self.upcycled is None else self.upcycled.tasks
+        tasks = None if self.upcycled_unet is None else self.upcycled_unet.tasks
         # Meta tensors have no values to preserve, and only init="paper" does not warn of that.
         return upcycle(self.build_stock(), tasks, init="paper", backend="eager", **settings)
 
-    def latent_size(self, size: int, vae_scale_factor: int | None) -> int:
-        """Edge of the latents of an image.
+    def compute_latent_size(self, size: int, vae_scale_factor: int | None) -> int:
+        """Compute the edge of the latents of an image.
 
         Args:
             size: edge of the image in pixels.

@@ -14,37 +14,37 @@ class Report(NamedTuple):
     Attributes:
         summary: the text above the table.
         table: the cells of each line, the header first.
-        notes: the text below the table.
-        left_aligned_columns: number of first columns that are aligned to the left; the others are to the right.
+        footer: the text below the table.
+        num_left_aligned_columns: number of first columns that are aligned to the left; the others are to the right.
     """
 
     summary: str
     table: Sequence[Sequence[str]]
-    notes: str
-    left_aligned_columns: int = 0
+    footer: str
+    num_left_aligned_columns: int = 0
 
     def __str__(self) -> str:
-        return f"{self.summary}\n\n{self.aligned_table()}\n\n{self.notes}"
+        return f"{self.summary}\n\n{self.format_table()}\n\n{self.footer}"
 
-    def aligned_table(self) -> str:
+    def format_table(self) -> str:
         """The table as lines of text, with columns two spaces apart."""
         widths = [max(len(cell) for cell in column) for column in zip(*self.table, strict=True)]
-        sides = ["<" if i < self.left_aligned_columns else ">" for i in range(len(widths))]
+        sides = ["<" if i < self.num_left_aligned_columns else ">" for i in range(len(widths))]
         aligned = ([f"{c:{s}{w}}" for c, s, w in zip(line, sides, widths, strict=True)] for line in self.table)
         return "\n".join("  ".join(cells).rstrip() for cells in aligned)
 
 
-def describe_flop_count(size: int, latent_size: int) -> str:
+def describe_flop_count(image_size: int, latent_size: int) -> str:
     """Explain the FLOPs of a table in two lines of text.
 
     Args:
-        size: edge of the image in pixels.
+        image_size: edge of the image in pixels.
         latent_size: edge of its latents.
     """
     return (
-        f"FLOPs: one forward of the UNet at {size} x {size} (latents {latent_size} x {latent_size}), batch 1, "
-        f"{CLIP_TEXT_TOKENS} text tokens.\nA multiply-add counts as two. Convolutions and linear layers; the two "
-        "products inside attention only where named."
+        f"FLOPs: one forward of the UNet at {image_size} x {image_size} (latents {latent_size} x {latent_size}), "
+        f"batch 1, {CLIP_TEXT_TOKENS} text tokens.\nA multiply-add counts as two. Convolutions and linear layers; the "
+        "two products inside attention only where named."
     )
 
 

@@ -39,9 +39,9 @@ class LayoutCost(NamedTuple):
         parameters_with_routers: parameters during training.
         trained_parameters: parameters that training changes.
         flops, flops_with_attention: FLOPs of a task without condition channels, without routers.
-        preserved: whether initialisation can preserve the output of the original.
-        idle_experts: number of experts that top-k routing must leave without a task, and so without a gradient.
-        step: step of the paper's recipe, 1 to 3, that the layout belongs to; None if it belongs to none.
+        preserves_output: whether initialisation can preserve the output of the original.
+        num_idle_experts: number of experts that top-k routing must leave without a task, and so without a gradient.
+        recipe_step: step of the paper's recipe, 1 to 3, that the layout belongs to; None if it belongs to none.
         within_budget: whether `parameters` fit the budget.
     """
 
@@ -53,10 +53,27 @@ class LayoutCost(NamedTuple):
     trained_parameters: int
     flops: int
     flops_with_attention: int
-    preserved: bool
-    idle_experts: int
-    step: int | None
+    preserves_output: bool
+    num_idle_experts: int
+    recipe_step: int | None
     within_budget: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the layout and its cost as JSON values."""
+        return {
+            "num_experts": self.num_experts,
+            "expert_ratio": float(self.expert_ratio),
+            "top_k": self.top_k,
+            "parameters": self.parameters,
+            "parameters_with_routers": self.parameters_with_routers,
+            "trained_parameters": self.trained_parameters,
+            "flops": self.flops,
+            "flops_with_attention": self.flops_with_attention,
+            "preserved": self.preserves_output,
+            "idle_experts": self.num_idle_experts,
+            "step": self.recipe_step,
+            "within_budget": self.within_budget,
+        }
 
     def __str__(self) -> str:
         routing = "" if self.top_k is None else f" top-{self.top_k}"
@@ -67,36 +84,43 @@ class LayoutSweep(NamedTuple):
     """All expert layouts of one model, and the paper's recipe for a budget.
 
     Attributes:
-        name: name of the model.
-        size, latent_size: edges of the image and of the latents for which FLOPs are counted.
-        budget: highest number of parameters.
+        model_name: name of the model.
+        image_size, latent_size: edges of the image and of the latents for which FLOPs are counted.
+        parameter_budget: highest number of parameters.
         original_parameters, original_flops: parameters and FLOPs of the stock model.
         layouts: the layouts by N, then G, including those beyond the budget.
-        recipe: the three steps of the recipe, a line each.
+        recipe_lines: the three steps of the recipe, a line each.
     """
 
-    name: str
-    size: int
+    model_name: str
+    image_size: int
     latent_size: int
-    budget: int
+    parameter_budget: int
     original_parameters: int
     original_flops: int
     layouts: tuple[LayoutCost, ...]
-    recipe: tuple[str, ...]
+    recipe_lines: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the sweep as JSON values."""
         layouts = [
             {
-                **layout._asdict(),
-                "expert_ratio": float(layout.expert_ratio),
+                **layout.to_dict(),
                 "ratio": layout.parameters / self.original_parameters,
                 "flop_ratio": layout.flops / self.original_flops,
             }
             for layout in self.layouts
         ]
-        fields = {**self._asdict(), "layouts": layouts, "recipe": list(self.recipe)}
-        return {"model": fields.pop("name"), **fields}
+        return {
+            "model": self.model_name,
+            "size": self.image_size,
+            "latent_size": self.latent_size,
+            "budget": self.parameter_budget,
+            "original_parameters": self.original_parameters,
+            "original_flops": self.original_flops,
+            "layouts": layouts,
+            "recipe": list(self.recipe_lines),
+        }
 
     def report(self) -> Report:
         """A table of the layouts within the budget, with notes on its numbers and the recipe."""
@@ -121,25 +145,25 @@ class LayoutSweep(NamedTuple):
             cells += [format_count(layout.parameters), f"{layout.parameters / self.original_parameters:.3f}"]
             cells += [format_count(layout.parameters_with_routers), format_count(layout.trained_parameters)]
             cells += [format_flops(layout.flops), f"{layout.flops / self.original_flops:.3f}"]
-            cells += [format_flops(layout.flops_with_attention), "yes" if layout.preserved else "no"]
-            lines.append([*cells, str(layout.idle_experts or "-"), str(layout.step or "-")])
+            cells += [format_flops(layout.flops_with_attention), "yes" if layout.preserves_output else "no"]
+            lines.append([*cells, str(layout.num_idle_experts or "-"), str(layout.recipe_step or "-")])
         rest = "No layout goes beyond the budget."
         if beyond:
             least = min(beyond, key=lambda layout: layout.parameters)
             rest = f"{len(beyond)} more layouts go beyond the budget, from {least} on."
         summary = (
-            f"{self.name}: N experts of G times the FFN within {format_count(self.budget)} parameters once routers "
-            f"are dropped (original: {format_count(self.original_parameters)})."
+            f"{self.model_name}: N experts of G times the FFN within {format_count(self.parameter_budget)} parameters "
+            f"once routers are dropped (original: {format_count(self.original_parameters)})."
         )
         notes = [
             rest,
             "Preserved: training starts from the output of the original.",
             "Idle: experts that top-k routing leaves without a task, and so without a gradient.",
-            describe_flop_count(self.size, self.latent_size),
+            describe_flop_count(self.image_size, self.latent_size),
             "Routers, which run once per call whatever the batch, are left out.",
             "",
             "The paper's recipe (section 8) for this budget:",
-            *self.recipe,
+            *self.recipe_lines,
         ]
         return Report(summary, lines, "\n".join(notes))
 
@@ -176,12 +200,12 @@ def sweep_layouts(
     Source: MTU (arXiv 2503.11905) §8.
     """
     inspected = load_inspected_model(model)
-    latent_size = inspected.latent_size(size, vae_scale_factor)
+    latent_size = inspected.compute_latent_size(size, vae_scale_factor)
     stock = inspected.build_stock()
     original = count_parameters(stock)
     limit = _parse_budget(budget, original)
     if norm is None:
-        norm = "task" if inspected.upcycled is None else inspected.upcycled.expert_config.norm
+        norm = "task" if inspected.upcycled_unet is None else inspected.upcycled_unet.expert_config.norm
     one_expert = inspected.build_upcycled(num_experts=1, norm=norm)
     layouts = _layouts(one_expert, limit, count_flops(one_expert, stock.config.in_channels, latent_size))
     if not any(layout.within_budget for layout in layouts):
@@ -233,9 +257,9 @@ def _layout_cost(
         trained_parameters=trained,
         flops=layers,
         flops_with_attention=layers + flops.attention,
-        preserved=preserved,
-        idle_experts=idle,
-        step=_step(layout.num_experts, ratio) if preserved and not idle else None,
+        preserves_output=preserved,
+        num_idle_experts=idle,
+        recipe_step=_step(layout.num_experts, ratio) if preserved and not idle else None,
         within_budget=parameters <= budget,
     )
 
@@ -269,7 +293,7 @@ def _step(num_experts: int, ratio: Fraction) -> int:
 
 
 def _recipe_line(step: int, layouts: Sequence[LayoutCost]) -> str:
-    own = [layout for layout in layouts if layout.step == step]
+    own = [layout for layout in layouts if layout.recipe_step == step]
     fitting = [str(layout) for layout in own if layout.within_budget]
     if fitting:
         return f"{_RECIPE[step - 1]}: {', '.join(fitting)}."

@@ -137,7 +137,7 @@ def loaded(unet, folder):
 
 def compared(unet, folder):
     comparison = compare_with_original(unet, size=64)
-    return [(row.key, row.original, row.upcycled, row.routers_dropped) for row in comparison.quantities]
+    return [(row.key, row.original, row.upcycled, row.upcycled_without_routers) for row in comparison.quantities]
 
 
 METHODS = {

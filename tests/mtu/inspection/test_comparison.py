@@ -72,14 +72,14 @@ def test_paper_figures_are_printed(published):
             "with attention products": ["1.589 T", "1.589 T", "1.000", "1.589 T", "1.000"],
             "FLOPs, widest task, 8 channels": ["1.534 T", "1.534 T", "1.000", "1.534 T", "1.000"],
         },
-    }[published.name]
+    }[published.model_name]
     printed = table(str(published.report()))
     assert {label: printed[label] for label in expected} == expected
 
 
 def test_without_routers_parameters_are_within_a_thousandth(published):
     rows = {row.key: row for row in published.quantities}
-    assert 1 < rows["parameters"].ratio_routers_dropped < 1.001
+    assert 1 < rows["parameters"].ratio_without_routers < 1.001
 
 
 def test_routers_are_counted_apart_and_once_per_call(published):
@@ -88,7 +88,7 @@ def test_routers_are_counted_apart_and_once_per_call(published):
     per_task = 2 * config.router_width * (config.router_width + config.num_experts)
     expected = len(published.tasks) * rows["ffn_blocks"].upcycled * per_task
     assert rows["flops_routers_per_call"].upcycled == expected
-    assert rows["flops_routers_per_call"].routers_dropped == 0
+    assert rows["flops_routers_per_call"].upcycled_without_routers == 0
 
 
 def test_text_names_the_convention_and_the_tasks(published):
@@ -128,7 +128,7 @@ def test_counts_are_those_of_the_model_itself(config, layout):
     upcycled.drop_routers_()
     # The tables that are left are constants.
     left = [p for name, p in upcycled.named_parameters() if ".ff.router." not in name]
-    assert rows["parameters"].routers_dropped == sum(p.numel() for p in left)
+    assert rows["parameters"].upcycled_without_routers == sum(p.numel() for p in left)
     assert rows["flops_with_attention"].upcycled == counted_flops(upcycled, given)
     assert rows["flops_widest_task_with_attention"].upcycled == counted_flops(upcycled, wide)
 
@@ -227,12 +227,12 @@ def test_swept_numbers_are_those_of_comparisons(norm):
             size=64,
         )
         rows = {row.key: row for row in one.quantities}
-        assert layout.parameters == rows["parameters"].routers_dropped, layout
+        assert layout.parameters == rows["parameters"].upcycled_without_routers, layout
         assert layout.parameters_with_routers == rows["parameters"].upcycled, layout
         assert layout.trained_parameters == rows["trained_parameters"].upcycled, layout
         assert layout.flops == rows["flops"].upcycled, layout
         assert layout.flops_with_attention == rows["flops_with_attention"].upcycled, layout
-        assert layout.preserved == (one.expert_config.why_output_not_preserved() is None), layout
+        assert layout.preserves_output == (one.expert_config.why_output_not_preserved() is None), layout
 
 
 def test_sweep_lists_every_layout_once_with_its_step():
@@ -240,12 +240,12 @@ def test_sweep_lists_every_layout_once_with_its_step():
     dense = {layout.num_experts: [] for layout in layouts}
     for layout in layouts:
         if layout.top_k is None:
-            dense[layout.num_experts].append((str(layout.expert_ratio), layout.step))
+            dense[layout.num_experts].append((str(layout.expert_ratio), layout.recipe_step))
         else:
             assert layout.top_k * layout.expert_ratio == 1
-            assert layout.idle_experts == max(0, layout.num_experts - 4 * layout.top_k)  # of four tasks
-    assert all(layout.idle_experts == 0 for layout in layouts if layout.top_k is None)
-    top_1 = {layout.num_experts: layout.step for layout in layouts if layout.top_k == 1}
+            assert layout.num_idle_experts == max(0, layout.num_experts - 4 * layout.top_k)  # of four tasks
+    assert all(layout.num_idle_experts == 0 for layout in layouts if layout.top_k is None)
+    top_1 = {layout.num_experts: layout.recipe_step for layout in layouts if layout.top_k == 1}
     assert top_1 == {2: 3, 4: 3, 8: None, 16: None}  # what four tasks cannot use is not recommended
     assert dense == {
         1: [("1/4", None), ("1/2", None), ("1", 1)],
