@@ -35,7 +35,7 @@ def gaussian_blur(image: np.ndarray, sigma: tuple[float, float]) -> np.ndarray:
     return image
 
 
-def degrade(image: np.ndarray, rng: np.random.Generator, *, add_noise_and_jpeg: bool = True) -> np.ndarray:
+def degrade_to_half_size(image: np.ndarray, rng: np.random.Generator, *, add_noise_and_jpeg: bool = True) -> np.ndarray:
     """Blur an image, resize it by half with a random kernel, add noise, and compress it as JPEG.
 
     Args:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["psnr", "to_tensor", "upsample_bicubic"]
+__all__ = ["psnr", "to_normalized_tensor", "upsample_bicubic"]
 
 
 def upsample_bicubic(images: Tensor, size: int) -> Tensor:
@@ -25,7 +25,7 @@ def upsample_bicubic(images: Tensor, size: int) -> Tensor:
     return resized.clamp(-1, 1).reshape(*images.shape[:-2], size, size)
 
 
-def to_tensor(image: np.ndarray) -> Tensor:
+def to_normalized_tensor(image: np.ndarray) -> Tensor:
     """Convert (..., h, w, 3) uint8 to (..., 3, h, w) float32 in [-1, 1]."""
     return torch.from_numpy(np.moveaxis(image, -1, -3).astype(np.float32) / 127.5 - 1)
 

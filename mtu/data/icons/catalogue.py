@@ -9,7 +9,7 @@ import hashlib
 from functools import cache
 from typing import Literal
 
-from mtu.data.icons.font import glyph_code_points
+from mtu.data.icons.font import code_points_by_icon_name
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -41,21 +41,21 @@ def hash_fraction(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
-def base_name(name: str) -> str:
+def first_word_of_name(name: str) -> str:
     """Return the first word of a hyphenated icon name."""
     return name.split("-", 1)[0]
 
 
 def split_of_name(name: str) -> Split:
     """Return the split of an icon name, which all variants of its base name share."""
-    fraction = hash_fraction(base_name(name))
+    fraction = hash_fraction(first_word_of_name(name))
     if fraction < TEST_FRACTION:
         return "test"
     return "validation" if fraction < TEST_FRACTION + VALIDATION_FRACTION else "train"
 
 
 @cache
-def combination_split(name: str, colour: str, background: str) -> Split:
+def split_of_combination(name: str, colour: str, background: str) -> Split:
     """Return the split of one combination of icon (in its style), colour and background.
 
     Args:
@@ -72,13 +72,13 @@ def combination_split(name: str, colour: str, background: str) -> Split:
 @cache
 def icon_names(split: Split) -> tuple[str, ...]:
     """Return all icon names of a split."""
-    return tuple(name for name in glyph_code_points() if split_of_name(name) == split)
+    return tuple(name for name in code_points_by_icon_name() if split_of_name(name) == split)
 
 
 @cache
 def names_with_variant(split: Split, suffix: str) -> tuple[str, ...]:
     """Return the names of a split for which the font also has the name with the suffix."""
-    return tuple(name for name in icon_names(split) if name + suffix in glyph_code_points())
+    return tuple(name for name in icon_names(split) if name + suffix in code_points_by_icon_name())
 
 
 @cache
@@ -88,12 +88,12 @@ def one_word_names(split: Split) -> tuple[str, ...]:
 
 
 @cache
-def text_to_image_names() -> tuple[str, ...]:
+def text_to_image_icon_names() -> tuple[str, ...]:
     """Return the names that text-to-image shows: those of one word in the train split that have an outlined variant."""
-    return tuple(name for name in one_word_names("train") if name + OUTLINE_SUFFIX in glyph_code_points())
+    return tuple(name for name in one_word_names("train") if name + OUTLINE_SUFFIX in code_points_by_icon_name())
 
 
-def caption(name: str, colour: str, background: str) -> str:
+def icon_caption(name: str, colour: str, background: str) -> str:
     """Return the caption of one icon: "a red bell on white", "a red outlined bell on white".
 
     The grammar is "a COLOUR [outlined | crossed out] NAME on BACKGROUND"; the style comes from the icon's name.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from mtu.data.degradation import degrade
+from mtu.data.degradation import degrade_to_half_size
 from mtu.data.icons.catalogue import (
     BACKGROUND_COLOURS,
     CROSSED_OUT_SUFFIX,
@@ -18,15 +18,15 @@ from mtu.data.icons.catalogue import (
     OUTLINE_SUFFIX,
     SPLITS,
     Split,
-    caption,
-    combination_split,
+    icon_caption,
     icon_names,
     names_with_variant,
     one_word_names,
-    text_to_image_names,
+    split_of_combination,
+    text_to_image_icon_names,
 )
-from mtu.data.icons.font import icon_masks, mask_indices
-from mtu.data.images import to_tensor
+from mtu.data.icons.font import icon_masks, mask_indices_by_icon_name
+from mtu.data.images import to_normalized_tensor
 
 IMAGE_SIZE = 64
 TASK_NAMES = ("text-to-image", "edit", "super-resolution", "remove")
@@ -51,7 +51,7 @@ class IconExample(NamedTuple):
     target_image: Tensor
 
 
-def paint(mask: np.ndarray, colour: np.ndarray, background: np.ndarray) -> np.ndarray:
+def paint_mask(mask: np.ndarray, colour: np.ndarray, background: np.ndarray) -> np.ndarray:
     """Composite icons over plain backgrounds: `background + (colour - background) * mask / 255`.
 
     Args:
@@ -69,8 +69,8 @@ def paint(mask: np.ndarray, colour: np.ndarray, background: np.ndarray) -> np.nd
 
 def paint_icon(name: str, colour: str, background: str) -> np.ndarray:
     """Paint one icon over the whole image, (64, 64, 3) uint8."""
-    mask = icon_masks(IMAGE_SIZE)[mask_indices()[name]]
-    return paint(mask, np.array(ICON_COLOURS[colour]), np.array(BACKGROUND_COLOURS[background]))
+    mask = icon_masks(IMAGE_SIZE)[mask_indices_by_icon_name()[name]]
+    return paint_mask(mask, np.array(ICON_COLOURS[colour]), np.array(BACKGROUND_COLOURS[background]))
 
 
 def paint_scene(icons: Iterable[tuple[str, str, int]], background: str) -> np.ndarray:
@@ -89,8 +89,8 @@ def paint_scene(icons: Iterable[tuple[str, str, int]], background: str) -> np.nd
     picture[:] = behind
     for name, colour, quadrant in icons:
         top, left = half * (quadrant // 2), half * (quadrant % 2)
-        mask = icon_masks(half)[mask_indices()[name]]
-        picture[top : top + half, left : left + half] = paint(mask, np.array(ICON_COLOURS[colour]), behind)
+        mask = icon_masks(half)[mask_indices_by_icon_name()[name]]
+        picture[top : top + half, left : left + half] = paint_mask(mask, np.array(ICON_COLOURS[colour]), behind)
     return picture
 
 
@@ -145,7 +145,7 @@ class IconDataset:
 
     def _allowed(self, name: str, colour: str, background: str) -> bool:
         """Whether this split may show the combination. Only the train split must not show held-out ones."""
-        return self.split != "train" or combination_split(name, colour, background) == "train"
+        return self.split != "train" or split_of_combination(name, colour, background) == "train"
 
     def _colours(self, rng: np.random.Generator, names: Sequence[str]) -> tuple[str, str]:
         """Draw a colour and background that this split may show with every one of the names."""
@@ -156,12 +156,12 @@ class IconDataset:
 
     def _text_to_image(self, rng: np.random.Generator) -> IconExample:
         while True:
-            name = random_choice(rng, text_to_image_names()) + random_choice(rng, ("", OUTLINE_SUFFIX))
+            name = random_choice(rng, text_to_image_icon_names()) + random_choice(rng, ("", OUTLINE_SUFFIX))
             colour, background = random_choice(rng, tuple(ICON_COLOURS)), random_choice(rng, tuple(BACKGROUND_COLOURS))
-            if combination_split(name, colour, background) == self.split:
+            if split_of_combination(name, colour, background) == self.split:
                 break
-        target = to_tensor(paint_icon(name, colour, background))
-        return IconExample("text-to-image", "", caption(name, colour, background), None, target)
+        target = to_normalized_tensor(paint_icon(name, colour, background))
+        return IconExample("text-to-image", "", icon_caption(name, colour, background), None, target)
 
     def _edit(self, rng: np.random.Generator) -> IconExample:
         kind = random_choice(rng, EDIT_KINDS)
@@ -173,7 +173,7 @@ class IconDataset:
             colour, background = self._colours(rng, (name, name + suffix))
             before = paint_icon(name, colour, background)
             after = paint_icon(name + suffix, colour, background)
-            return IconExample("edit", kind, prompt, to_tensor(before), to_tensor(after))
+            return IconExample("edit", kind, prompt, to_normalized_tensor(before), to_normalized_tensor(after))
         # A rejected draw is repeated from its start, because every change of some icons is held out.
         while True:
             name = random_choice(rng, icon_names(self.split))
@@ -189,12 +189,18 @@ class IconDataset:
             if changed and self._allowed(name, new_colour, new_background):
                 break
         before, after = paint_icon(name, colour, background), paint_icon(name, new_colour, new_background)
-        return IconExample("edit", kind, prompt, to_tensor(before), to_tensor(after))
+        return IconExample("edit", kind, prompt, to_normalized_tensor(before), to_normalized_tensor(after))
 
     def _super_resolution(self, rng: np.random.Generator) -> IconExample:
         name = random_choice(rng, icon_names(self.split))
         target = paint_icon(name, *self._colours(rng, (name,)))
-        return IconExample("super-resolution", "", "", to_tensor(degrade(target, rng)), to_tensor(target))
+        return IconExample(
+            "super-resolution",
+            "",
+            "",
+            to_normalized_tensor(degrade_to_half_size(target, rng)),
+            to_normalized_tensor(target),
+        )
 
     def _remove(self, rng: np.random.Generator) -> IconExample:
         pool = one_word_names(self.split)
@@ -206,4 +212,4 @@ class IconDataset:
         removed = int(rng.integers(2))
         prompt = f"remove the {colours[removed]} {names[removed]}"
         before, after = paint_scene(icons, background), paint_scene([icons[1 - removed]], background)
-        return IconExample("remove", "", prompt, to_tensor(before), to_tensor(after))
+        return IconExample("remove", "", prompt, to_normalized_tensor(before), to_normalized_tensor(after))

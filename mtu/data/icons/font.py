@@ -33,7 +33,7 @@ def font_path() -> Path:
 
 
 @lru_cache(maxsize=1)
-def glyph_code_points() -> dict[str, int]:
+def code_points_by_icon_name() -> dict[str, int]:
     """Return the code point of every icon name of the font, sorted by name.
 
     Returns:
@@ -61,9 +61,9 @@ def glyph_code_points() -> dict[str, int]:
 
 
 @lru_cache(maxsize=1)
-def mask_indices() -> dict[str, int]:
+def mask_indices_by_icon_name() -> dict[str, int]:
     """Return the index of each icon name in the arrays of `icon_masks`."""
-    return {name: row for row, name in enumerate(glyph_code_points())}
+    return {name: row for row, name in enumerate(code_points_by_icon_name())}
 
 
 @lru_cache(maxsize=4)
@@ -76,14 +76,14 @@ def icon_masks(size: int) -> np.ndarray:
         size: height and width in pixels.
 
     Returns:
-        (N, size, size) uint8, read-only: 0 outside the icon and 255 inside, in the order of `glyph_code_points`.
+        (N, size, size) uint8, read-only: 0 outside the icon and 255 inside, in the order of `code_points_by_icon_name`.
     """
     em = round(size * EM_FRACTION)
     font = ImageFont.truetype(str(font_path()), em)
     ascent, _ = font.getmetrics()
     margin = (size - em) // 2
-    rendered = np.zeros((len(glyph_code_points()), size, size), dtype=np.uint8)
-    for row, code_point in enumerate(glyph_code_points().values()):
+    rendered = np.zeros((len(code_points_by_icon_name()), size, size), dtype=np.uint8)
+    for row, code_point in enumerate(code_points_by_icon_name().values()):
         canvas = Image.new("L", (size, size))
         ImageDraw.Draw(canvas).text((margin, margin + ascent), chr(code_point), font=font, fill=255, anchor="ls")
         rendered[row] = np.asarray(canvas)

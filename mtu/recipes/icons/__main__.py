@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from mtu.data.icons.catalogue import OUTLINE_SUFFIX, text_to_image_names
-from mtu.recipes.icons.base_model import BaseModelConfig, save_float16_pipeline, train_base_model
+from mtu.data.icons.catalogue import OUTLINE_SUFFIX, text_to_image_icon_names
+from mtu.recipes.icons.base_model import BaseModelConfig, convert_to_float16_and_save, train_base_model
 from mtu.recipes.icons.base_model_card import write_base_model_card
 from mtu.recipes.icons.demo import SHIPPED_BASE_MODEL, DemoConfig, run_demo
 from mtu.recipes.icons.device import describe_device
@@ -31,7 +31,7 @@ def add_base_command(commands: "argparse._SubParsersAction[argparse.ArgumentPars
 def run_base_command(arguments: argparse.Namespace) -> None:
     """Run the `base` command with parsed arguments."""
     command = f"python -m mtu.recipes.icons base --output DIR --seed {arguments.seed}"
-    config = BaseModelConfig(seed=arguments.seed).with_limits(arguments.minutes, arguments.steps)
+    config = BaseModelConfig(seed=arguments.seed).with_training_limits(arguments.minutes, arguments.steps)
     if arguments.minutes is not None:
         command += f" --minutes {arguments.minutes:g}"
     if arguments.steps is not None:
@@ -77,15 +77,15 @@ def make_base_model(
     """
     pipeline, history = train_base_model(output, config, resume=resume, overwrite=overwrite, device=device)
     folder = output / "model"
-    save_float16_pipeline(pipeline, folder)
+    convert_to_float16_and_save(pipeline, folder)
     metrics = score_model(folder, score, device)
     prompts = config.denoiser.prompts
     provenance = {
         "command": command,
         "seed": config.seed,
         "machine": describe_device(pipeline.device),
-        "names": len(text_to_image_names()),
-        "all_icons": sum(len((name, name + OUTLINE_SUFFIX)) for name in text_to_image_names()),
+        "names": len(text_to_image_icon_names()),
+        "all_icons": sum(len((name, name + OUTLINE_SUFFIX)) for name in text_to_image_icon_names()),
         "vae_minutes": history["vae"][-1].seconds / 60,
         "vae_steps": history["vae"][-1].step,
         "vae_batch": config.vae.batch_size,
@@ -109,9 +109,12 @@ def add_demo_command(commands: "argparse._SubParsersAction[argparse.ArgumentPars
         "--base", type=Path, default=SHIPPED_BASE_MODEL, help="folder of the base model (default: the shipped)"
     )
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for pictures, tables, model")
-    parser.add_argument("--minutes", type=float, default=defaults.minutes, help="of training")
+    parser.add_argument("--minutes", type=float, default=defaults.max_training_minutes, help="of training")
     parser.add_argument(
-        "--steps", type=int, default=defaults.steps, help="of the optimizer, at most (default: %(default)s)"
+        "--steps",
+        type=int,
+        default=defaults.max_training_steps,
+        help="of the optimizer, at most (default: %(default)s)",
     )
     parser.add_argument("--device", default="cpu", help="where to train and generate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of data, initialisation and noise")
@@ -120,7 +123,7 @@ def add_demo_command(commands: "argparse._SubParsersAction[argparse.ArgumentPars
 
 def run_demo_command(arguments: argparse.Namespace) -> None:
     """Run the `demo` command with parsed arguments."""
-    config = DemoConfig(minutes=arguments.minutes, steps=arguments.steps, seed=arguments.seed)
+    config = DemoConfig(max_training_minutes=arguments.minutes, max_training_steps=arguments.steps, seed=arguments.seed)
     run_demo(arguments.base, arguments.output, config, arguments.device)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from mtu.recipes.icons.denoiser import NOISE_SCHEDULE, DenoiserConfig, DenoiserLoss, LatentDataset, build_unet
 from mtu.recipes.icons.device import usable_device
 from mtu.recipes.icons.text_encoder import TextEncoderConfig, build_text_encoder, build_tokenizer
-from mtu.recipes.icons.vae import VAEConfig, VAELoss, build_vae, set_scaling_factor
+from mtu.recipes.icons.vae import VAEConfig, VAELoss, build_vae, measure_and_set_scaling_factor
 from mtu.storage import write_text
 from mtu.training import FitConfig, LogEntry, fit
 from mtu.training.checkpoint import check_no_checkpoint, delete_checkpoint_in, has_checkpoint
@@ -28,7 +28,7 @@ class BaseModelConfig:
 
     Attributes:
         vae: size and loss of the autoencoder.
-        text: size of the text encoder.
+        text_encoder: size of the text encoder.
         denoiser: size and loss of the UNet.
         vae_fit: the training of the autoencoder.
         denoiser_fit: the training of UNet and text encoder.
@@ -36,7 +36,7 @@ class BaseModelConfig:
     """
 
     vae: VAEConfig = field(default_factory=VAEConfig)
-    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     vae_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=10000, learning_rate=1e-3, warmup_steps=200))
     denoiser_fit: FitConfig = field(
@@ -46,7 +46,7 @@ class BaseModelConfig:
     )
     seed: int = 0
 
-    def with_limits(self, minutes: float | None = None, steps: int | None = None) -> "BaseModelConfig":
+    def with_training_limits(self, minutes: float | None = None, steps: int | None = None) -> "BaseModelConfig":
         """Return this configuration with other limits of training.
 
         Args:
@@ -65,13 +65,13 @@ class BaseModelConfig:
 def build_untrained_pipeline(config: BaseModelConfig) -> StableDiffusionPipeline:
     """Build the base model with random weights, which the seed of the configuration determines."""
     torch.manual_seed(config.seed)
-    tokenizer = build_tokenizer(config.text.max_length)
+    tokenizer = build_tokenizer(config.text_encoder.max_length)
     schedule = {key: value for key, value in NOISE_SCHEDULE.items() if key != "clip_sample"}
     return StableDiffusionPipeline(
         vae=build_vae(config.vae),
-        text_encoder=build_text_encoder(config.text, tokenizer),
+        text_encoder=build_text_encoder(config.text_encoder, tokenizer),
         tokenizer=tokenizer,
-        unet=build_unet(config.denoiser, config.text.width),
+        unet=build_unet(config.denoiser, config.text_encoder.width),
         scheduler=DPMSolverMultistepScheduler(**schedule, timestep_spacing="trailing", steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
@@ -129,7 +129,7 @@ def train_base_model(
         description="autoencoder",
     )
     vae.eval().requires_grad_(False)
-    set_scaling_factor(vae, config.seed)
+    measure_and_set_scaling_factor(vae, config.seed)
     data = LatentDataset(vae, config.denoiser.prompts, config.seed)
     unet.train()
     text_encoder.train()
@@ -154,7 +154,7 @@ def train_base_model(
     return pipeline, history
 
 
-def save_float16_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+def convert_to_float16_and_save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     """Convert a pipeline to float16 in place, and save it as safetensors in diffusers' layout.
 
     Args:

@@ -18,7 +18,7 @@ from mtu.recipes.icons.device import autocast_dtype, describe_device, usable_dev
 from mtu.recipes.icons.held_out_evaluation import (
     before_after_grid,
     format_measurements,
-    generate_examples,
+    generate_example_images,
     held_out_examples,
     measure_quality,
     write_measurements_csv,
@@ -49,10 +49,11 @@ class DemoConfig:
     """The settings of the demo.
 
     Args:
-        minutes: wall-clock limit of the training.
-        steps: limit of its optimizer steps. A CPU does not reach the default; a GPU that trains for long needs more.
-        examples_per_task: training examples of each task.
-        examples_per_row: held-out examples of each row of the metrics table.
+        max_training_minutes: wall-clock limit of the training.
+        max_training_steps: limit of its optimizer steps. A CPU does not reach the default; a GPU that trains for long
+            needs more.
+        training_examples_per_task: training examples of each task.
+        held_out_examples_per_row: held-out examples of each row of the metrics table.
         batch_per_task: training examples of each task in a step.
         learning_rate: highest learning rate.
         inference_steps: denoising steps; None: the tasks' own number, 20.
@@ -60,10 +61,10 @@ class DemoConfig:
         seed: seed of data, initialisation, noise and held-out examples.
     """
 
-    minutes: float = 6.0
-    steps: int = 4000
-    examples_per_task: int = 2000
-    examples_per_row: int = 16
+    max_training_minutes: float = 6.0
+    max_training_steps: int = 4000
+    training_examples_per_task: int = 2000
+    held_out_examples_per_row: int = 16
     batch_per_task: int = 12
     learning_rate: float = 1.5e-3
     inference_steps: int | None = None
@@ -101,13 +102,15 @@ def run_demo(base: Path, output: Path, config: DemoConfig, device: str | torch.d
         # At these head widths, two plain batched products are faster on a CPU than the fused attention, the default.
         pipeline.unet.set_attn_processor(AttnProcessor())
 
-    examples = held_out_examples(config.examples_per_row, config.seed)
-    before = generate_examples(pipeline, examples, config.seed, "held-out, before training", config.inference_steps)
+    examples = held_out_examples(config.held_out_examples_per_row, config.seed)
+    before = generate_example_images(
+        pipeline, examples, config.seed, "held-out, before training", config.inference_steps
+    )
     cores = torch.get_num_threads() if on_cpu else 1
     # The operations of a small model are too short to split over cores, so each core gets its own part of the batch.
     with intra_op_threads_context(1):
         train_on_icon_tasks(pipeline, config, output / "training", cores)
-    after = generate_examples(pipeline, examples, config.seed, "held-out, after training", config.inference_steps)
+    after = generate_example_images(pipeline, examples, config.seed, "held-out, after training", config.inference_steps)
 
     rows = measure_quality(pipeline, examples, before, after)
     provenance = {
@@ -129,9 +132,9 @@ def run_demo(base: Path, output: Path, config: DemoConfig, device: str | torch.d
 
 def _command(config: DemoConfig, device: torch.device) -> str:
     """The command line that runs the demo with these settings."""
-    command = f"python -m mtu.recipes.icons demo --minutes {config.minutes:g} --seed {config.seed}"
-    if config.steps != DemoConfig.steps:
-        command += f" --steps {config.steps}"
+    command = f"python -m mtu.recipes.icons demo --minutes {config.max_training_minutes:g} --seed {config.seed}"
+    if config.max_training_steps != DemoConfig.max_training_steps:
+        command += f" --steps {config.max_training_steps}"
     return command if device.type == "cpu" else f"{command} --device {device}"
 
 
@@ -147,7 +150,7 @@ def train_on_icon_tasks(pipeline: MTUPipeline, config: DemoConfig, directory: Pa
     autocast = autocast_dtype(pipeline.unet.device)
     icons = IconDataset("train", config.seed)
     examples: dict[str, Sequence[IconExample]] = {
-        task: icons.get_examples(task, range(config.examples_per_task)) for task in TASK_NAMES
+        task: icons.get_examples(task, range(config.training_examples_per_task)) for task in TASK_NAMES
     }
     data = encode_examples(
         pipeline, examples, autocast_dtype=autocast, threads=cores, description="encoding the training images"
@@ -165,8 +168,8 @@ def train_on_icon_tasks(pipeline: MTUPipeline, config: DemoConfig, directory: Pa
         ),
     )
     settings = FitConfig(
-        steps=config.steps,
-        minutes=config.minutes,
+        steps=config.max_training_steps,
+        minutes=config.max_training_minutes,
         learning_rate=config.learning_rate,
         warmup_steps=20,
         weight_decay=0.0,

@@ -10,18 +10,18 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from mtu.data.images import to_tensor
+from mtu.data.images import to_normalized_tensor
 from mtu.recipes.icons.device import mixed_precision
 from mtu.recipes.icons.prompts import (
     IconPicture,
     PromptConfig,
     ScenePicture,
     draw_prompt,
+    draw_scene_pictures,
     icon_pictures,
-    scene_pictures,
 )
 from mtu.recipes.icons.text_encoder import tokenize
-from mtu.recipes.icons.vae import encode_pictures
+from mtu.recipes.icons.vae import encode_to_unscaled_latents
 from mtu.training.parallel_loss import average_and_differentiate_losses_in_threads
 from mtu.training.timesteps import timestep_loss_weights, timesteps_at_fractions
 
@@ -96,11 +96,12 @@ class LatentDataset:
 
     def __init__(self, vae: AutoencoderKL, config: PromptConfig, seed: int) -> None:
         self.icons = icon_pictures("train")
-        self.scenes = scene_pictures(np.random.default_rng([seed, 3]), config)
+        self.scenes = draw_scene_pictures(np.random.default_rng([seed, 3]), config)
         pictures: list[IconPicture | ScenePicture] = [*self.icons, *self.scenes]
         chunks = [pictures[start : start + 256] for start in range(0, len(pictures), 256)]
         latents = [
-            encode_pictures(vae, to_tensor(np.stack([picture.paint() for picture in chunk]))) for chunk in chunks
+            encode_to_unscaled_latents(vae, to_normalized_tensor(np.stack([picture.paint() for picture in chunk])))
+            for chunk in chunks
         ]
         self.latents = torch.cat(latents) * vae.config.scaling_factor
         self.config = config

@@ -26,7 +26,7 @@ __all__ = [
     "Measurement",
     "before_after_grid",
     "format_measurements",
-    "generate_examples",
+    "generate_example_images",
     "held_out_examples",
     "measure_quality",
     "write_measurements_csv",
@@ -34,6 +34,8 @@ __all__ = [
 
 _BATCH = 32
 _CANDIDATES = 100
+# One for each field of a `Measurement`.
+_CSV_COLUMNS = ("task", "metric", "examples", "copy", "before", "after", "ceiling")
 
 
 class Measurement(NamedTuple):
@@ -42,20 +44,20 @@ class Measurement(NamedTuple):
     Args:
         task: the task, and the kind of edit.
         metric: name and unit of the metric.
-        examples: number of examples.
-        copy: metric of the condition image itself, as if it were the output; None for tasks without one.
-        before: metric of the upcycled model before training.
-        after: metric of the trained model.
-        ceiling: metric of the target, encoded and decoded by the VAE.
+        num_examples: number of examples.
+        copied_input: metric of the condition image itself, as if it were the output; None for tasks without one.
+        before_training: metric of the upcycled model before training.
+        after_training: metric of the trained model.
+        vae_ceiling: metric of the target, encoded and decoded by the VAE.
     """
 
     task: str
     metric: str
-    examples: int
-    copy: float | None
-    before: float
-    after: float
-    ceiling: float
+    num_examples: int
+    copied_input: float | None
+    before_training: float
+    after_training: float
+    vae_ceiling: float
 
 
 def held_out_examples(examples_per_row: int, seed: int) -> list[IconExample]:
@@ -83,7 +85,7 @@ def held_out_examples(examples_per_row: int, seed: int) -> list[IconExample]:
     return [rows[row][i] for i in range(examples_per_row) for row in rows]
 
 
-def generate_examples(
+def generate_example_images(
     pipeline: MTUPipeline,
     examples: Sequence[IconExample],
     seed: int,
@@ -180,10 +182,10 @@ def format_measurements(rows: Sequence[Measurement]) -> str:
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        copy = "–" if row.copy is None else f"{row.copy:.1f}"
+        copy = "–" if row.copied_input is None else f"{row.copied_input:.1f}"
         lines.append(
-            f"| {row.task} | {row.metric} | {row.examples} | {copy} | {row.before:.1f} | {row.after:.1f} | "
-            f"{row.ceiling:.1f} |"
+            f"| {row.task} | {row.metric} | {row.num_examples} | {copy} | {row.before_training:.1f} | "
+            f"{row.after_training:.1f} | {row.vae_ceiling:.1f} |"
         )
     return "\n".join(lines)
 
@@ -192,7 +194,7 @@ def write_measurements_csv(path: Path, rows: Sequence[Measurement], provenance: 
     """Write measurements as CSV, with the provenance in every row."""
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow([*Measurement._fields, *provenance])
+    writer.writerow([*_CSV_COLUMNS, *provenance])
     for row in rows:
         values = ["" if v is None else round(v, 3) if isinstance(v, float) else v for v in row]
         writer.writerow([*values, *provenance.values()])

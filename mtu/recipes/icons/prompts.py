@@ -17,13 +17,13 @@ from mtu.data.icons.catalogue import (
     ICON_COLOURS,
     OUTLINE_SUFFIX,
     Split,
-    caption,
-    combination_split,
+    icon_caption,
     scene_caption,
-    text_to_image_names,
+    split_of_combination,
+    text_to_image_icon_names,
 )
 from mtu.data.icons.examples import paint_icon, paint_scene, random_choice
-from mtu.data.icons.font import glyph_code_points
+from mtu.data.icons.font import code_points_by_icon_name
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,21 @@ class IconPicture(NamedTuple):
 
 
 class ScenePicture(NamedTuple):
-    """A picture of two half-size icons in two quadrants. If `removed` is true, only the prompt names the second."""
+    """A picture of two half-size icons in two quadrants.
+
+    If `second_icon_removed` is true, the picture shows the first alone, and only the prompt names the second.
+    """
 
     names: tuple[str, str]
     colours: tuple[str, str]
     quadrants: tuple[int, int]
     background: str
-    removed: bool
+    second_icon_removed: bool
 
     def paint(self) -> np.ndarray:
         """Paint the picture, (64, 64, 3) uint8."""
         icons = list(zip(self.names, self.colours, self.quadrants, strict=True))
-        return paint_scene(icons[:1] if self.removed else icons, self.background)
+        return paint_scene(icons[:1] if self.second_icon_removed else icons, self.background)
 
     def prompt(self, swapped: bool) -> str:
         """Return the caption of the scene, with the instruction of a removal.
@@ -79,29 +82,29 @@ class ScenePicture(NamedTuple):
         """
         order = -1 if swapped else 1
         text = scene_caption(self.names[::order], self.colours[::order], self.background)
-        return f"{text}, remove the {self.colours[1]} {self.names[1]}" if self.removed else text
+        return f"{text}, remove the {self.colours[1]} {self.names[1]}" if self.second_icon_removed else text
 
 
 def icon_pictures(split: Split) -> list[IconPicture]:
     """Return all pictures of a split that text-to-image may show: plain, outlined and crossed-out icons."""
     named = [
         name + style
-        for name in text_to_image_names()
+        for name in text_to_image_icon_names()
         for style in ("", OUTLINE_SUFFIX, CROSSED_OUT_SUFFIX)
-        if name + style in glyph_code_points()
+        if name + style in code_points_by_icon_name()
     ]
     return [
         IconPicture(name, colour, background)
         for name in named
         for colour in ICON_COLOURS
         for background in BACKGROUND_COLOURS
-        if combination_split(name, colour, background) == split
+        if split_of_combination(name, colour, background) == split
     ]
 
 
-def scene_pictures(rng: np.random.Generator, config: PromptConfig) -> list[ScenePicture]:
+def draw_scene_pictures(rng: np.random.Generator, config: PromptConfig) -> list[ScenePicture]:
     """Draw scenes, each with two names, two colours, two quadrants and a background."""
-    names, colours, backgrounds = text_to_image_names(), tuple(ICON_COLOURS), tuple(BACKGROUND_COLOURS)
+    names, colours, backgrounds = text_to_image_icon_names(), tuple(ICON_COLOURS), tuple(BACKGROUND_COLOURS)
 
     def two(options: Sequence[str]) -> tuple[str, str]:
         first, second = rng.choice(len(options), 2, replace=False)
@@ -118,7 +121,7 @@ def scene_pictures(rng: np.random.Generator, config: PromptConfig) -> list[Scene
     return scenes
 
 
-def instruction_prompt(picture: IconPicture, rng: np.random.Generator) -> str:
+def draw_instruction_prompt(picture: IconPicture, rng: np.random.Generator) -> str:
     """Describe a picture of one icon by a caption and instructions that change what the caption says.
 
     The caption lacks each property that an instruction sets, or names another one.
@@ -140,7 +143,7 @@ def instruction_prompt(picture: IconPicture, rng: np.random.Generator) -> str:
             instructions.append(instruction)
             name = name.removesuffix(style)
     # This removes the gaps that words left out have made in the caption.
-    text = " ".join(caption(name, colour, background or "?").removesuffix(" on ?").split())
+    text = " ".join(icon_caption(name, colour, background or "?").removesuffix(" on ?").split())
     order = rng.permutation(len(instructions))
     return ", ".join([text, *(instructions[i] for i in order)])
 
@@ -151,4 +154,6 @@ def draw_prompt(picture: IconPicture | ScenePicture, rng: np.random.Generator, c
         return ""
     if isinstance(picture, ScenePicture):
         return picture.prompt(swapped=bool(rng.random() < 0.5))
-    return instruction_prompt(picture, rng) if rng.random() < config.instruction_fraction else caption(*picture)
+    return (
+        draw_instruction_prompt(picture, rng) if rng.random() < config.instruction_fraction else icon_caption(*picture)
+    )

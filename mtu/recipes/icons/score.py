@@ -15,7 +15,7 @@ from mtu.data.icons import catalogue
 from mtu.data.icons.examples import IMAGE_SIZE, paint_icon
 from mtu.recipes.icons.device import usable_device
 from mtu.recipes.icons.prompts import IconPicture, icon_pictures
-from mtu.recipes.icons.vae import reconstruction_psnr
+from mtu.recipes.icons.vae import reconstruction_psnr_by_kind
 from mtu.storage import write_text
 
 
@@ -24,21 +24,22 @@ class ScoreConfig:
     """The settings of the scores.
 
     Attributes:
-        samples: number of pictures of the test split that are generated.
-        validation_samples: number of pictures of the validation split that are generated with each guidance scale.
-        guidance_scales: guidance scales to choose from.
-        steps: denoising steps.
-        candidates: number of icons among which retrieval looks for the right one.
-        reconstructions: number of pictures of each kind for the PSNR of the autoencoder.
+        num_samples: number of pictures of the test split that are generated.
+        validation_samples_per_guidance_scale: number of pictures of the validation split that are generated with each
+            guidance scale.
+        candidate_guidance_scales: guidance scales to choose from.
+        inference_steps: denoising steps.
+        num_retrieval_candidates: number of icons among which retrieval looks for the right one.
+        reconstructions_per_kind: number of pictures of each kind for the PSNR of the autoencoder.
         seed: seed of the chosen pictures and of the noise.
     """
 
-    samples: int = 256
-    validation_samples: int = 40
-    guidance_scales: tuple[float, ...] = (1.5, 2.0, 3.0, 5.0, 7.5)
-    steps: int = 20
-    candidates: int = 100
-    reconstructions: int = 100
+    num_samples: int = 256
+    validation_samples_per_guidance_scale: int = 40
+    candidate_guidance_scales: tuple[float, ...] = (1.5, 2.0, 3.0, 5.0, 7.5)
+    inference_steps: int = 20
+    num_retrieval_candidates: int = 100
+    reconstructions_per_kind: int = 100
     seed: int = 0
 
 
@@ -76,7 +77,7 @@ def generate_from_captions(
     generator = torch.Generator().manual_seed(seed)
     images: list[Tensor] = []
     for start in range(0, len(pictures), 64):
-        prompts = [catalogue.caption(*picture) for picture in pictures[start : start + 64]]
+        prompts = [catalogue.icon_caption(*picture) for picture in pictures[start : start + 64]]
         output = pipeline(
             prompts, num_inference_steps=steps, guidance_scale=scale, generator=generator, output_type="pt"
         )
@@ -130,7 +131,7 @@ def retrieval_hits(images: np.ndarray, pictures: Sequence[IconPicture], candidat
     """
     rng = np.random.default_rng([seed, 6])
     outline = catalogue.OUTLINE_SUFFIX
-    pool = [name + style for name in catalogue.text_to_image_names() for style in ("", outline)]
+    pool = [name + style for name in catalogue.text_to_image_icon_names() for style in ("", outline)]
     hits = []
     for image, (name, colour, background) in zip(images, pictures, strict=True):
         other = name.removesuffix(outline) if name.endswith(outline) else name + outline
@@ -142,7 +143,7 @@ def retrieval_hits(images: np.ndarray, pictures: Sequence[IconPicture], candidat
     return np.array(hits)
 
 
-def text_to_image_scores(
+def generate_and_score_images(
     pipeline: StableDiffusionPipeline, pictures: Sequence[IconPicture], scale: float, config: ScoreConfig
 ) -> tuple[dict[str, float], np.ndarray]:
     """Generate images from the captions of pictures, and score them.
@@ -156,9 +157,9 @@ def text_to_image_scores(
     Returns:
         Rates in [0, 1] and the median PSNR against the true pictures, and the (n, 64, 64, 3) images.
     """
-    images = generate_from_captions(pipeline, pictures, scale, config.steps, config.seed)
+    images = generate_from_captions(pipeline, pictures, scale, config.inference_steps, config.seed)
     colours, backgrounds = classify_colours(images)
-    hits = retrieval_hits(images, pictures, config.candidates, config.seed)
+    hits = retrieval_hits(images, pictures, config.num_retrieval_candidates, config.seed)
     everything = retrieval_hits(images, pictures, 10**9, config.seed)
     true = np.stack([picture.paint() for picture in pictures])
     error = np.square((images - true) / 255).mean((1, 2, 3))
@@ -177,8 +178,11 @@ def choose_guidance_scale(pipeline: StableDiffusionPipeline, config: ScoreConfig
     Returns:
         The best scale, and the retrieval rate among all icons at each scale.
     """
-    pictures = sample_icon_pictures("validation", config.validation_samples, config.seed)
-    scores = {scale: text_to_image_scores(pipeline, pictures, scale, config)[0] for scale in config.guidance_scales}
+    pictures = sample_icon_pictures("validation", config.validation_samples_per_guidance_scale, config.seed)
+    scores = {
+        scale: generate_and_score_images(pipeline, pictures, scale, config)[0]
+        for scale in config.candidate_guidance_scales
+    }
     best = max(scores, key=lambda scale: (scores[scale]["retrieval_top1_of_all"], scores[scale]["psnr_median"]))
     return best, {str(scale): score["retrieval_top1_of_all"] for scale, score in scores.items()}
 
@@ -211,17 +215,17 @@ def score_model(folder: Path, config: ScoreConfig, device: str | torch.device = 
     device = usable_device(device)
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32).to(device)
     scale, by_scale = choose_guidance_scale(pipeline, config)
-    pictures = sample_icon_pictures("test", config.samples, config.seed)
-    scores, images = text_to_image_scores(pipeline, pictures, scale, config)
+    pictures = sample_icon_pictures("test", config.num_samples, config.seed)
+    scores, images = generate_and_score_images(pipeline, pictures, scale, config)
     modules = {"unet": pipeline.unet, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
     metrics: dict[str, object] = {
         "text_to_image": scores,
         "samples": len(pictures),
         "guidance_scale": scale,
-        "steps": config.steps,
-        "candidates": config.candidates,
+        "steps": config.inference_steps,
+        "candidates": config.num_retrieval_candidates,
         "validation_retrieval_by_guidance_scale": by_scale,
-        "vae_psnr": reconstruction_psnr(pipeline.vae, config.reconstructions),
+        "vae_psnr": reconstruction_psnr_by_kind(pipeline.vae, config.reconstructions_per_kind),
         "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()},
     }
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")

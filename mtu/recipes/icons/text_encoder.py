@@ -28,8 +28,8 @@ class TextEncoderConfig:
     """
 
     width: int = 128
-    layers: int = 3
-    heads: int = 4
+    num_layers: int = 3
+    num_heads: int = 4
     max_length: int = 24
 
 
@@ -82,8 +82,8 @@ def build_text_encoder(config: TextEncoderConfig, tokenizer: CLIPTokenizer) -> C
             hidden_size=config.width,
             intermediate_size=4 * config.width,
             projection_dim=config.width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
             max_position_embeddings=config.max_length,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

@@ -11,11 +11,11 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from mtu.data.degradation import degrade
-from mtu.data.icons.catalogue import BACKGROUND_COLOURS, ICON_COLOURS, combination_split, icon_names
-from mtu.data.icons.examples import EDIT_KINDS, IMAGE_SIZE, IconDataset, IconExample, paint
-from mtu.data.icons.font import icon_masks, mask_indices
-from mtu.data.images import psnr, to_tensor, upsample_bicubic
+from mtu.data.degradation import degrade_to_half_size
+from mtu.data.icons.catalogue import BACKGROUND_COLOURS, ICON_COLOURS, icon_names, split_of_combination
+from mtu.data.icons.examples import EDIT_KINDS, IMAGE_SIZE, IconDataset, IconExample, paint_mask
+from mtu.data.icons.font import icon_masks, mask_indices_by_icon_name
+from mtu.data.images import psnr, to_normalized_tensor, upsample_bicubic
 from mtu.recipes.icons.device import mixed_precision
 
 
@@ -65,12 +65,14 @@ def build_vae(config: VAEConfig) -> AutoencoderKL:
 def _drawable() -> tuple[np.ndarray, np.ndarray]:
     """Mask indices of the training icons, and whether training may show (icon, colour, background), (n, 8, 4) bool."""
     names = icon_names("train")
-    rows = np.array([mask_indices()[name] for name in names])
-    shown = [[[combination_split(n, c, b) == "train" for b in BACKGROUND_COLOURS] for c in ICON_COLOURS] for n in names]
+    rows = np.array([mask_indices_by_icon_name()[name] for name in names])
+    shown = [
+        [[split_of_combination(n, c, b) == "train" for b in BACKGROUND_COLOURS] for c in ICON_COLOURS] for n in names
+    ]
     return rows, np.array(shown)
 
 
-def training_pictures(rng: np.random.Generator, config: VAEConfig) -> Tensor:
+def draw_training_pictures(rng: np.random.Generator, config: VAEConfig) -> Tensor:
     """Draw pictures of every kind that the four tasks show, from the training icons, without held-out combinations.
 
     Args:
@@ -94,17 +96,17 @@ def training_pictures(rng: np.random.Generator, config: VAEConfig) -> Tensor:
                 top, left = half * (quadrant // 2), half * (quadrant % 2)
                 mask = icon_masks(half)[rows[rng.integers(len(rows))]][:, mirror]
                 colour = colours[rng.integers(len(colours))]
-                picture[top : top + half, left : left + half] = paint(mask, colour, behind)
+                picture[top : top + half, left : left + half] = paint_mask(mask, colour, behind)
             continue
         while True:
             draw = rng.integers(len(rows)), rng.integers(len(colours)), rng.integers(len(backgrounds))
             if shown[draw]:
                 break
         mask = icon_masks(IMAGE_SIZE)[rows[draw[0]]][:, mirror]
-        picture[:] = paint(mask, colours[draw[1]], backgrounds[draw[2]])
-    batch = to_tensor(pictures)
+        picture[:] = paint_mask(mask, colours[draw[1]], backgrounds[draw[2]])
+    batch = to_normalized_tensor(pictures)
     for i in np.flatnonzero(rng.random(count) < config.degraded_fraction):
-        batch[i] = upsample_bicubic(to_tensor(degrade(pictures[i], rng)), IMAGE_SIZE)
+        batch[i] = upsample_bicubic(to_normalized_tensor(degrade_to_half_size(pictures[i], rng)), IMAGE_SIZE)
     return batch
 
 
@@ -130,7 +132,7 @@ class VAELoss:
     def __call__(self, step: int) -> Tensor:
         rng = np.random.default_rng([self.seed, 1, step])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        pictures = training_pictures(rng, self.config).to(self.vae.device)
+        pictures = draw_training_pictures(rng, self.config).to(self.vae.device)
         with mixed_precision(self.vae.device):
             posterior = self.vae.encode(pictures).latent_dist
             decoded = self.vae.decode(posterior.sample(generator=generator)).sample
@@ -141,7 +143,7 @@ class VAELoss:
 
 
 @torch.no_grad()
-def encode_pictures(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+def encode_to_unscaled_latents(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     """Encode pictures on the CPU, (n, 3, 64, 64) in [-1, 1], to unscaled latents on the CPU, (n, 4, 16, 16) float32."""
     batches = []
     for chunk in pictures.split(64):
@@ -150,7 +152,7 @@ def encode_pictures(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     return torch.cat(batches)
 
 
-def set_scaling_factor(vae: AutoencoderKL, seed: int, pictures: int = 512) -> float:
+def measure_and_set_scaling_factor(vae: AutoencoderKL, seed: int, pictures: int = 512) -> float:
     """Set the autoencoder's scaling factor to 1 / (standard deviation of the latents), and return it.
 
     Args:
@@ -162,7 +164,9 @@ def set_scaling_factor(vae: AutoencoderKL, seed: int, pictures: int = 512) -> fl
         FloatingPointError: all latents are equal, or some are not finite.
     """
     rng = np.random.default_rng([seed, 2])
-    deviation = float(encode_pictures(vae, training_pictures(rng, VAEConfig(batch_size=pictures))).std())
+    deviation = float(
+        encode_to_unscaled_latents(vae, draw_training_pictures(rng, VAEConfig(batch_size=pictures))).std()
+    )
     if not 0 < deviation < math.inf:
         raise FloatingPointError(f"The autoencoder is of no use: its latents have the standard deviation {deviation}.")
     factor = 1 / deviation
@@ -170,7 +174,7 @@ def set_scaling_factor(vae: AutoencoderKL, seed: int, pictures: int = 512) -> fl
     return factor
 
 
-def reconstruction_examples(count: int) -> dict[str, list[IconExample]]:
+def reconstruction_examples_by_kind(count: int) -> dict[str, list[IconExample]]:
     """Return test examples by kind of picture: each kind of edit, scenes, and plain icons.
 
     Args:
@@ -190,7 +194,7 @@ def reconstruction_examples(count: int) -> dict[str, list[IconExample]]:
 
 
 @torch.no_grad()
-def reconstruction_psnr(vae: AutoencoderKL, count: int = 48) -> Mapping[str, float]:
+def reconstruction_psnr_by_kind(vae: AutoencoderKL, count: int = 48) -> Mapping[str, float]:
     """Measure how well the autoencoder reconstructs pictures of test icons, which training never shows in any variant.
 
     Args:
@@ -201,7 +205,7 @@ def reconstruction_psnr(vae: AutoencoderKL, count: int = 48) -> Mapping[str, flo
         The median PSNR in dB of each kind of picture, and of all pictures under "all".
     """
     values = {}
-    for kind, examples in reconstruction_examples(count).items():
+    for kind, examples in reconstruction_examples_by_kind(count).items():
         pictures = torch.stack([example.target_image for example in examples]).to(vae.device, vae.dtype)
         decoded = vae.decode(vae.encode(pictures).latent_dist.mode()).sample
         values[kind] = psnr(decoded.float(), pictures.float()).cpu()

@@ -18,7 +18,7 @@ from benchmarks.pipelines.image_psnr import ExecutionPath
 from benchmarks.pipelines.pipeline_contenders import TABLE, comparison
 from benchmarks.pipelines.pipeline_models import check_images, copy_sharing_weights, draw_samples, stock_rows
 from benchmarks.pipelines.psnr_rows import STOCK, compare, psnr, squared_errors, standard_error, verdict
-from mtu.recipes.icons.base_model import BaseModelConfig, build_untrained_pipeline, save_float16_pipeline
+from mtu.recipes.icons.base_model import BaseModelConfig, build_untrained_pipeline, convert_to_float16_and_save
 from mtu.recipes.icons.denoiser import DenoiserConfig
 from mtu.recipes.icons.text_encoder import TextEncoderConfig
 from mtu.recipes.icons.vae import VAEConfig
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
     """A stock pipeline, untrained."""
     path = tmp_path_factory.mktemp("pipelines") / "miniature"
     torch.manual_seed(0)
-    save_float16_pipeline(build_untrained_pipeline(MINIATURE), path)
+    convert_to_float16_and_save(build_untrained_pipeline(MINIATURE), path)
     return path
 
 

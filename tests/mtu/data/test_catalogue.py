@@ -10,7 +10,7 @@ from mtu.data.icons.catalogue import BACKGROUND_COLOURS, ICON_COLOURS, SPLITS
 
 
 def test_the_font_has_the_icons_that_the_tasks_are_counted_on() -> None:
-    names = font.glyph_code_points()
+    names = font.code_points_by_icon_name()
     assert len(names) == 7279
     assert sum(name + "-outline" in names for name in names) == 1834
     assert sum(name + "-off" in names for name in names) == 303
@@ -42,7 +42,7 @@ def test_masks_are_drawn_whole_and_keep_a_margin() -> None:
 def test_splits_are_disjoint_by_base_name_and_of_the_right_size() -> None:
     names = {split: catalogue.icon_names(split) for split in SPLITS}
     assert sum(map(len, names.values())) == 7279
-    bases = {split: {catalogue.base_name(name) for name in names[split]} for split in SPLITS}
+    bases = {split: {catalogue.first_word_of_name(name) for name in names[split]} for split in SPLITS}
     for first, second in itertools.combinations(SPLITS, 2):
         assert not bases[first] & bases[second]
     total = sum(map(len, bases.values()))
@@ -54,12 +54,12 @@ def test_splits_never_change() -> None:
     # Written down, so that a change of the hash, which would spoil the shipped model's scores, cannot pass unseen.
     assert catalogue.hash_fraction("bell") == pytest.approx(0.96294, abs=1e-5)
     assert [len(catalogue.icon_names(split)) for split in SPLITS] == [6053, 272, 954]
-    assert len(catalogue.text_to_image_names()) == 187
+    assert len(catalogue.text_to_image_icon_names()) == 187
 
 
 def test_combinations_are_held_out_at_the_stated_rates() -> None:
-    combinations = itertools.product(catalogue.text_to_image_names(), ICON_COLOURS, BACKGROUND_COLOURS)
-    splits = [catalogue.combination_split(*combination) for combination in combinations]
+    combinations = itertools.product(catalogue.text_to_image_icon_names(), ICON_COLOURS, BACKGROUND_COLOURS)
+    splits = [catalogue.split_of_combination(*combination) for combination in combinations]
     assert 0.08 < splits.count("test") / len(splits) < 0.12
     assert 0.02 < splits.count("validation") / len(splits) < 0.04
 
@@ -76,10 +76,10 @@ def test_colours_are_far_apart() -> None:
 
 
 def test_caption_grammar() -> None:
-    assert catalogue.caption("bell", "red", "white") == "a red bell on white"
-    assert catalogue.caption("bell-outline", "red", "white") == "a red outlined bell on white"
-    assert catalogue.caption("bell-off", "red", "white") == "a red crossed out bell on white"
-    assert catalogue.caption("bell-ring-outline", "blue", "gray") == "a blue outlined bell ring on gray"
+    assert catalogue.icon_caption("bell", "red", "white") == "a red bell on white"
+    assert catalogue.icon_caption("bell-outline", "red", "white") == "a red outlined bell on white"
+    assert catalogue.icon_caption("bell-off", "red", "white") == "a red crossed out bell on white"
+    assert catalogue.icon_caption("bell-ring-outline", "blue", "gray") == "a blue outlined bell ring on gray"
     scene = catalogue.scene_caption(("bell", "star"), ("red", "blue"), "white")
     assert scene == "a red bell and a blue star on white"
     assert set(scene.split()) <= set(catalogue.vocabulary())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtu.data.degradation import degrade
+from mtu.data.degradation import degrade_to_half_size
 from mtu.data.icons import IconDataset
 from mtu.data.icons.catalogue import (
     BACKGROUND_COLOURS,
@@ -16,15 +16,15 @@ from mtu.data.icons.catalogue import (
     ICON_COLOURS,
     OUTLINE_SUFFIX,
     SPLITS,
-    combination_split,
     icon_names,
     names_with_variant,
     one_word_names,
-    text_to_image_names,
+    split_of_combination,
+    text_to_image_icon_names,
 )
-from mtu.data.icons.examples import EDIT_KINDS, TASK_NAMES, IconExample, paint, paint_icon
-from mtu.data.icons.font import icon_masks, mask_indices
-from mtu.data.images import psnr, to_tensor, upsample_bicubic
+from mtu.data.icons.examples import EDIT_KINDS, TASK_NAMES, IconExample, paint_icon, paint_mask
+from mtu.data.icons.font import icon_masks, mask_indices_by_icon_name
+from mtu.data.images import psnr, to_normalized_tensor, upsample_bicubic
 
 
 def pixels(image: Tensor | None) -> np.ndarray:
@@ -102,8 +102,8 @@ def test_text_to_image_shows_the_captions_icon_in_the_splits_combinations(split:
         assert match is not None
         colour, style, name, background = match.groups()
         full = name + (OUTLINE_SUFFIX if style else "")
-        assert name in text_to_image_names()
-        assert combination_split(full, colour, background) == split
+        assert name in text_to_image_icon_names()
+        assert split_of_combination(full, colour, background) == split
         np.testing.assert_array_equal(pixels(example.target_image), paint_icon(full, colour, background))
         styles[style] += 1
     assert min(styles["outlined "], styles[None]) > 60
@@ -122,7 +122,7 @@ def test_training_pictures_are_never_held_out_combinations(monkeypatch: pytest.M
         IconDataset("train").get_examples(task, range(400))
     # An edit paints two pictures.
     assert len(painted) == 1600
-    assert {combination_split(*combination) for combination in painted} == {"train"}
+    assert {split_of_combination(*combination) for combination in painted} == {"train"}
 
 
 def test_kinds_of_edit_are_equally_frequent() -> None:
@@ -178,13 +178,13 @@ def test_removal_clears_the_named_icon_and_leaves_the_other() -> None:
         # What changed is one icon of the named colour and shape in one quadrant, and is plain background now.
         assert (after[changed] == after[0, 0]).all()
         top, left = (int(side.min()) // 32 * 32 for side in np.nonzero(changed))
-        mask = icon_masks(32)[mask_indices()[name]]
+        mask = icon_masks(32)[mask_indices_by_icon_name()[name]]
         cleared = changed[top : top + 32, left : left + 32]
         assert changed.sum() == cleared.sum()
         # The faintest grey levels may round to the background.
         assert cleared[mask > 8].all()
         assert not cleared[mask == 0].any()
-        painted = paint(mask, np.array(ICON_COLOURS[colour]), after[0, 0])
+        painted = paint_mask(mask, np.array(ICON_COLOURS[colour]), after[0, 0])
         np.testing.assert_array_equal(before[top : top + 32, left : left + 32], painted)
         # The other icon is still there: outside the cleared quadrant nothing changed, and there is ink.
         assert (after != after[0, 0]).any()
@@ -210,8 +210,12 @@ def test_copying_the_input_scores_what_it_should() -> None:
             copy = upsample_bicubic(example.condition_image, 64)
             values[example.edit_kind or task].append(float(psnr(copy, example.target_image)))
             if task == "super-resolution":
-                clean = degrade(pixels(example.target_image), np.random.default_rng(index), add_noise_and_jpeg=False)
-                values["no noise"].append(float(psnr(upsample_bicubic(to_tensor(clean), 64), example.target_image)))
+                clean = degrade_to_half_size(
+                    pixels(example.target_image), np.random.default_rng(index), add_noise_and_jpeg=False
+                )
+                values["no noise"].append(
+                    float(psnr(upsample_bicubic(to_normalized_tensor(clean), 64), example.target_image))
+                )
     medians = {kind: float(np.median(values[kind])) for kind in expected}
     print(medians)
     assert medians == pytest.approx(expected, abs=1.2)

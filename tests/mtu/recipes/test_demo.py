@@ -10,13 +10,13 @@ from diffusers import StableDiffusionPipeline
 import mtu
 from mtu.data.icons.examples import EDIT_KINDS, TASK_NAMES
 from mtu.data.images import psnr
-from mtu.recipes.icons.base_model import BaseModelConfig, build_untrained_pipeline, save_float16_pipeline
+from mtu.recipes.icons.base_model import BaseModelConfig, build_untrained_pipeline, convert_to_float16_and_save
 from mtu.recipes.icons.demo import ICON_TASKS, DemoConfig, _largest_divisor, run_demo
 from mtu.recipes.icons.denoiser import DenoiserConfig
 from mtu.recipes.icons.held_out_evaluation import (
     Measurement,
     before_after_grid,
-    generate_examples,
+    generate_example_images,
     held_out_examples,
     measure_quality,
     write_measurements_csv,
@@ -29,7 +29,7 @@ from ..file_operations import CUTS, count_operations, run_cut_off
 
 MINIATURE = BaseModelConfig(
     vae=VAEConfig(block_out_channels=(8, 8, 16), norm_num_groups=4),
-    text=TextEncoderConfig(width=16, layers=1, heads=2),
+    text_encoder=TextEncoderConfig(width=16, num_layers=1, num_heads=2),
     denoiser=DenoiserConfig(block_out_channels=(8, 8, 16), heads=2, norm_num_groups=4),
 )
 
@@ -38,14 +38,19 @@ MINIATURE = BaseModelConfig(
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("base")
-    save_float16_pipeline(build_untrained_pipeline(MINIATURE), folder)
+    convert_to_float16_and_save(build_untrained_pipeline(MINIATURE), folder)
     return folder
 
 
 @pytest.mark.slow
 def test_demo_from_end_to_end(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = DemoConfig(
-        minutes=5, steps=3, examples_per_task=4, examples_per_row=1, batch_per_task=1, inference_steps=2
+        max_training_minutes=5,
+        max_training_steps=3,
+        training_examples_per_task=4,
+        held_out_examples_per_row=1,
+        batch_per_task=1,
+        inference_steps=2,
     )
     # Over what an earlier run left.
     write_checkpoint(tmp_path / "out" / "training", {"a": torch.ones(1)}, {"step": 1})
@@ -84,24 +89,24 @@ def test_measures_are_right_for_images_that_are_known(base: Path) -> None:
     rows = {(row.task, row.metric): row for row in measure_quality(pipeline, examples, noisy, targets)}
     for (task, metric), row in rows.items():
         if task == "text-to-image":
-            assert row.copy is None
-            assert row.after == 100.0, metric
+            assert row.copied_input is None
+            assert row.after_training == 100.0, metric
         else:
-            assert row.after == pytest.approx(100, abs=0.1)  # PSNR of equal images is capped at 100 dB
+            assert row.after_training == pytest.approx(100, abs=0.1)  # PSNR of equal images is capped at 100 dB
             where = [i for i, e in enumerate(examples) if task in (e.task_name, f"{e.task_name}: {e.edit_kind}")]
             expected = psnr(noisy[where], targets[where]).mean()  # of two examples the mean is the median
-            assert row.before == pytest.approx(float(expected), abs=1e-3)
-            assert row.copy is not None
-            assert 5 < row.copy < 40
+            assert row.before_training == pytest.approx(float(expected), abs=1e-3)
+            assert row.copied_input is not None
+            assert 5 < row.copied_input < 40
 
 
 @pytest.mark.slow
 def test_images_do_not_depend_on_how_they_are_batched(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = mtu.upcycle(StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32), ICON_TASKS)
     examples = held_out_examples(1, seed=0)
-    together = generate_examples(pipeline, examples, 0, "together", steps=2)
+    together = generate_example_images(pipeline, examples, 0, "together", steps=2)
     monkeypatch.setattr("mtu.recipes.icons.held_out_evaluation._BATCH", 2)
-    apart = generate_examples(pipeline, examples, 0, "apart", steps=2)
+    apart = generate_example_images(pipeline, examples, 0, "apart", steps=2)
     # float32 rounding of two denoising steps and the VAE, each some 40 layers of 2 ulp, on values up to 1.
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-4)
     grid = before_after_grid(examples, together, apart)

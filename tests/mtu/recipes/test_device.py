@@ -23,14 +23,21 @@ from mtu.training.multitask import MultiTaskConfig, MultiTaskLoss, encode_exampl
 
 MINIATURE = BaseModelConfig(
     vae=VAEConfig(block_out_channels=(8, 8, 16), norm_num_groups=4, batch_size=2),
-    text=TextEncoderConfig(width=16, layers=1, heads=2),
+    text_encoder=TextEncoderConfig(width=16, num_layers=1, num_heads=2),
     denoiser=DenoiserConfig(
         block_out_channels=(8, 8, 16), heads=2, norm_num_groups=4, batch_size=4, prompts=PromptConfig(scenes=20)
     ),
     vae_fit=FitConfig(steps=2, log_every=1),
     denoiser_fit=FitConfig(steps=2, log_every=1, ema_decay=0.5),
 )
-SCORE = ScoreConfig(samples=4, validation_samples=2, guidance_scales=(1.0,), steps=2, candidates=5, reconstructions=1)
+SCORE = ScoreConfig(
+    num_samples=4,
+    validation_samples_per_guidance_scale=2,
+    candidate_guidance_scales=(1.0,),
+    inference_steps=2,
+    num_retrieval_candidates=5,
+    reconstructions_per_kind=1,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -86,8 +93,10 @@ def test_compute_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("first", "second"), [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "cuda")])
 def test_miniature_run_on_a_gpu_goes_on_elsewhere(first: str, second: str, tmp_path: Path) -> None:
-    make_base_model(tmp_path, MINIATURE.with_limits(minutes=1e-4), SCORE, command="c", device=first)
-    make_base_model(tmp_path, MINIATURE.with_limits(minutes=10), SCORE, command="c", resume=True, device=second)
+    make_base_model(tmp_path, MINIATURE.with_training_limits(minutes=1e-4), SCORE, command="c", device=first)
+    make_base_model(
+        tmp_path, MINIATURE.with_training_limits(minutes=10), SCORE, command="c", resume=True, device=second
+    )
     metrics = json.loads((tmp_path / "model" / "metrics.json").read_text())
     assert metrics["training"]["denoiser_steps"] == 2
     assert metrics["training"]["machine"] != ""
@@ -96,7 +105,12 @@ def test_miniature_run_on_a_gpu_goes_on_elsewhere(first: str, second: str, tmp_p
 @pytest.mark.gpu
 def test_the_demo_on_a_gpu(tmp_path: Path) -> None:
     config = DemoConfig(
-        minutes=5, steps=3, examples_per_task=4, examples_per_row=1, batch_per_task=2, inference_steps=2
+        max_training_minutes=5,
+        max_training_steps=3,
+        training_examples_per_task=4,
+        held_out_examples_per_row=1,
+        batch_per_task=2,
+        inference_steps=2,
     )
     pipeline, _ = train_base_model(tmp_path / "base", MINIATURE, device="cuda")
     pipeline.save_pretrained(tmp_path / "model")

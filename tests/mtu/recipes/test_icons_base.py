@@ -13,10 +13,10 @@ from mtu.data.icons.catalogue import (
     BACKGROUND_COLOURS,
     ICON_COLOURS,
     OUTLINE_SUFFIX,
-    caption,
-    combination_split,
+    icon_caption,
+    split_of_combination,
     split_of_name,
-    text_to_image_names,
+    text_to_image_icon_names,
     vocabulary,
 )
 from mtu.recipes.icons import vae as vae_module
@@ -24,21 +24,21 @@ from mtu.recipes.icons.__main__ import main, make_base_model
 from mtu.recipes.icons.base_model import (
     BaseModelConfig,
     build_untrained_pipeline,
-    save_float16_pipeline,
+    convert_to_float16_and_save,
     train_base_model,
 )
 from mtu.recipes.icons.denoiser import DenoiserConfig
 from mtu.recipes.icons.prompts import (
     IconPicture,
     PromptConfig,
+    draw_instruction_prompt,
     draw_prompt,
+    draw_scene_pictures,
     icon_pictures,
-    instruction_prompt,
-    scene_pictures,
 )
 from mtu.recipes.icons.score import ScoreConfig, classify_colours, retrieval_hits, sample_icon_pictures
 from mtu.recipes.icons.text_encoder import TextEncoderConfig, build_tokenizer
-from mtu.recipes.icons.vae import VAEConfig, training_pictures
+from mtu.recipes.icons.vae import VAEConfig, draw_training_pictures
 from mtu.training import FitConfig
 from mtu.training.checkpoint import delete_checkpoint_in, read_checkpoint, write_checkpoint
 
@@ -46,7 +46,7 @@ ASSET = Path(__file__).parents[3] / "mtu" / "assets" / "icons-base"
 
 MINIATURE = BaseModelConfig(
     vae=VAEConfig(block_out_channels=(8, 8, 16), norm_num_groups=4, batch_size=2),
-    text=TextEncoderConfig(width=16, layers=1, heads=2),
+    text_encoder=TextEncoderConfig(width=16, num_layers=1, num_heads=2),
     denoiser=DenoiserConfig(
         block_out_channels=(8, 8, 16), heads=2, norm_num_groups=4, batch_size=4, prompts=PromptConfig(scenes=20)
     ),
@@ -54,7 +54,12 @@ MINIATURE = BaseModelConfig(
     denoiser_fit=FitConfig(steps=4, log_every=1, checkpoint_every=2, ema_decay=0.5),
 )
 SCORE = ScoreConfig(
-    samples=8, validation_samples=2, guidance_scales=(1.0, 3.0), steps=2, candidates=5, reconstructions=2
+    num_samples=8,
+    validation_samples_per_guidance_scale=2,
+    candidate_guidance_scales=(1.0, 3.0),
+    inference_steps=2,
+    num_retrieval_candidates=5,
+    reconstructions_per_kind=2,
 )
 
 
@@ -81,8 +86,10 @@ def test_every_word_is_one_token_and_any_text_can_be_encoded() -> None:
 
 def test_training_combinations_are_all_there_and_none_is_held_out() -> None:
     pictures = icon_pictures("train")
-    assert {p.name.removesuffix(OUTLINE_SUFFIX).removesuffix("-off") for p in pictures} == set(text_to_image_names())
-    assert all(combination_split(*p) == "train" and split_of_name(p.name) == "train" for p in pictures)
+    assert {p.name.removesuffix(OUTLINE_SUFFIX).removesuffix("-off") for p in pictures} == set(
+        text_to_image_icon_names()
+    )
+    assert all(split_of_combination(*p) == "train" and split_of_name(p.name) == "train" for p in pictures)
     assert {p.colour for p in pictures} == set(ICON_COLOURS)
     assert {p.background for p in pictures} == set(BACKGROUND_COLOURS)
     held_out = set(icon_pictures("test")) | set(icon_pictures("validation"))
@@ -104,8 +111,8 @@ def test_the_autoencoder_never_sees_held_out_combinations(monkeypatch: pytest.Mo
             painted[(mask.tobytes(), tuple(colour), tuple(background))] += 1
         return full(mask, colour, background)
 
-    monkeypatch.setattr(vae_module, "paint", spy)
-    training_pictures(np.random.default_rng(0), VAEConfig(batch_size=300))
+    monkeypatch.setattr(vae_module, "paint_mask", spy)
+    draw_training_pictures(np.random.default_rng(0), VAEConfig(batch_size=300))
     drawn = vae_module.icon_masks(64)[rows]
     allowed = set()
     for index, mask in enumerate(drawn):
@@ -127,7 +134,7 @@ def test_instructions_say_what_the_picture_shows() -> None:
     words = Counter()
     for _ in range(500):
         picture = IconPicture("bell-outline", "red", "black")
-        text = instruction_prompt(picture, rng)
+        text = draw_instruction_prompt(picture, rng)
         base, *instructions = text.split(", ")
         words.update(text.replace(",", "").split())
         assert "?" not in text
@@ -146,15 +153,15 @@ def test_instructions_say_what_the_picture_shows() -> None:
 @pytest.mark.slow
 def test_scenes_show_both_icons_or_the_one_that_is_left() -> None:
     rng, config = np.random.default_rng(0), PromptConfig(scenes=200, prompt_dropout_prob=0.0)
-    scenes = scene_pictures(rng, config)
+    scenes = draw_scene_pictures(rng, config)
     for scene in scenes:
         picture = scene.paint()
         colours = {tuple(int(c) for c in pixel) for pixel in picture.reshape(-1, 3)}
         assert ICON_COLOURS[scene.colours[0]] in colours
-        assert (ICON_COLOURS[scene.colours[1]] in colours) == (not scene.removed)
+        assert (ICON_COLOURS[scene.colours[1]] in colours) == (not scene.second_icon_removed)
         prompt = draw_prompt(scene, rng, config)
-        assert prompt.endswith(f", remove the {scene.colours[1]} {scene.names[1]}") == scene.removed
-    assert 40 < sum(scene.removed for scene in scenes) < 100
+        assert prompt.endswith(f", remove the {scene.colours[1]} {scene.names[1]}") == scene.second_icon_removed
+    assert 40 < sum(scene.second_icon_removed for scene in scenes) < 100
     prompts = [draw_prompt(scenes[0], rng, PromptConfig(prompt_dropout_prob=0.5)) for _ in range(200)]
     assert 60 < prompts.count("") < 140
 
@@ -236,13 +243,13 @@ def test_an_autoencoder_of_no_use_stops_the_training() -> None:
         for parameter in vae.parameters():
             parameter.zero_()
     with pytest.raises(FloatingPointError, match=r"its latents have the standard deviation 0\.0\.$"):
-        vae_module.set_scaling_factor(vae, 0, pictures=2)
+        vae_module.measure_and_set_scaling_factor(vae, 0, pictures=2)
 
 
 @pytest.mark.slow
 def test_untrained_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
     first, again = build_untrained_pipeline(MINIATURE), build_untrained_pipeline(MINIATURE)
-    save_float16_pipeline(first, tmp_path)
+    convert_to_float16_and_save(first, tmp_path)
     for name in ("unet", "vae", "text_encoder"):
         loaded = getattr(StableDiffusionPipeline.from_pretrained(tmp_path), name).state_dict()
         for key, tensor in getattr(again, name).state_dict().items():
@@ -259,7 +266,7 @@ def test_shipped_model_is_small_and_draws_what_the_caption_says() -> None:
     metrics = json.loads((ASSET / "metrics.json").read_text())
     pictures = sample_icon_pictures("test", 6, 1)
     output = pipeline(
-        [caption(*picture) for picture in pictures],
+        [icon_caption(*picture) for picture in pictures],
         num_inference_steps=10,
         guidance_scale=metrics["guidance_scale"],
         generator=torch.Generator().manual_seed(0),
