@@ -124,10 +124,10 @@ class TrainingState:
         self.step += 1
         if self.config.ema_decay is not None:
             # A lower decay in the first steps removes the random start from the average soon.
-            self.update_average(1 - min(self.config.ema_decay, self.step / (self.step + 10)))
+            self.move_average_towards_weights(1 - min(self.config.ema_decay, self.step / (self.step + 10)))
 
     @torch.no_grad()
-    def update_average(self, fraction: float) -> None:
+    def move_average_towards_weights(self, fraction: float) -> None:
         """Move the averaged weights towards the trained ones, by a fraction of the distance."""
         averages = list(self.averaged_weights.values())
         trained = [p.to(a.dtype) for p, a in zip(self.parameters.values(), averages, strict=True)]

@@ -8,7 +8,7 @@ import torch
 
 from mtu.data.icons.catalogue import OUTLINE_SUFFIX, text_to_image_icon_names
 from mtu.recipes.icons.base_model import BaseModelConfig, convert_to_float16_and_save, train_base_model
-from mtu.recipes.icons.base_model_card import write_base_model_card
+from mtu.recipes.icons.base_model_card import write_base_model_card_and_provenance
 from mtu.recipes.icons.demo import SHIPPED_BASE_MODEL, DemoConfig, run_demo
 from mtu.recipes.icons.device import describe_device
 from mtu.recipes.icons.score import ScoreConfig, score_model
@@ -97,7 +97,7 @@ def make_base_model(
         "removed": prompts.removal_fraction,
         "remark": "",
     }
-    write_base_model_card(folder, metrics, provenance)
+    write_base_model_card_and_provenance(folder, metrics, provenance)
     print(f"The model is in {folder}; its scores are in {folder / 'README.md'}.")
 
 

@@ -83,7 +83,9 @@ Free License (icons and font: Apache-2.0).
 """
 
 
-def write_base_model_card(folder: Path, metrics: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+def write_base_model_card_and_provenance(
+    folder: Path, metrics: Mapping[str, Any], provenance: Mapping[str, Any]
+) -> None:
     """Write the model card `README.md`, and add the provenance to `metrics.json`.
 
     Args:

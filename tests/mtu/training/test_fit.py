@@ -293,7 +293,7 @@ def test_the_average_of_bfloat16_weights_moves_by_less_than_they_can(tmp_path: P
         training = TrainingState({"m": model}, model.parameters(), config)
     nn.init.constant_(model.weight, 1.5)
     for _ in range(5000):
-        training.update_average(0.001)
+        training.move_average_towards_weights(0.001)
     # Rounded 5,000 times to float32, by at most half of 2⁻²³ each.
     assert float(training.averaged_weights["m.weight"][0, 0]) == pytest.approx(
         1.5 - 0.5 * 0.999**5000, abs=5000 * 2**-24
