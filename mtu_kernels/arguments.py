@@ -76,7 +76,7 @@ def check_arguments(
 
     Args:
         x, norm, experts, routing: as for `moe_ffn`.
-        are_valid: the function that checks indices on a GPU, `indices_are_valid` by default.
+        are_valid: the function that checks indices on a GPU, `indices_valid_flag` by default.
 
     Raises:
         ValueError: an argument breaks a rule. The message names the argument, the expected and the given value.
@@ -86,7 +86,7 @@ def check_arguments(
     _check_dtypes(x, norm, experts, routing)
     _check_devices(x, norm, experts, routing)
     if routing.indices is not None and has_values(routing.indices):
-        _check_index_values(routing.indices, experts.num_experts, are_valid or indices_are_valid)
+        _check_index_values(routing.indices, experts.num_experts, are_valid or indices_valid_flag)
 
 
 def _check_are_tensors(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing) -> None:
@@ -167,7 +167,7 @@ def has_values(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) and not is_functorch_wrapped_tensor(tensor)
 
 
-def indices_are_valid(indices: Tensor, num_experts: int) -> Tensor:
+def indices_valid_flag(indices: Tensor, num_experts: int) -> Tensor:
     """Whether indices (B, K) lie in [0, E) and are distinct for each sample, as a flag () bool on their device.
 
     They are valid if and only if, summed over samples, B·K experts are named exactly once by their sample.

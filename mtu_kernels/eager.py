@@ -42,7 +42,7 @@ def _moe_ffn_flat(x: Tensor, *args) -> Tensor:
     return _moe_ffn(x, NormAffine(norm_weight, norm_bias), experts, Routing(weights, indices), eps)
 
 
-def normalize(x: Tensor, norm: NormAffine, compute: torch.dtype, eps: float) -> Tensor:
+def layer_norm_per_sample(x: Tensor, norm: NormAffine, compute: torch.dtype, eps: float) -> Tensor:
     """x̂ (B, L, D) in the compute dtype, for one affine (B, D) per sample. It is rounded once."""
     accumulate = torch.promote_types(compute, torch.float32)
     n_BLD = _normalize(x.to(accumulate), eps)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mtu_kernels import cpp, eager, reference_ops, triton
-from mtu_kernels.arguments import ExpertWeights, NormAffine, Options, check_arguments, indices_are_valid
+from mtu_kernels.arguments import ExpertWeights, NormAffine, Options, check_arguments, indices_valid_flag
 from mtu_kernels.routing import Routing
 from mtu_kernels.tracing import (
-    in_function_transform,
+    in_transform_or_forward_ad,
     is_exporting_or_tracing,
     is_exporting_to_onnx,
     supports_autocast,
@@ -27,25 +27,31 @@ class _Backend(NamedTuple):
     Attributes:
         moe_ffn: the public function, for arguments that have been checked.
         why_not_installed: the reason why this installation cannot run the backend.
-        why_not: the reason why the backend cannot serve a device and a compute dtype.
-        indices_are_valid: checks expert indices on a GPU.
-        why_slow: the reason why "auto" prefers PyTorch's operators on this machine.
+        why_unsupported: the reason why the backend cannot serve a device and a compute dtype.
+        indices_valid_flag: checks expert indices on a GPU.
+        why_slower_than_eager: the reason why "auto" prefers PyTorch's operators on this machine.
         min_tokens: "auto" prefers PyTorch's operators for samples with fewer tokens.
     """
 
     moe_ffn: Callable[..., Tensor]
     why_not_installed: Callable[[], str | None] = lambda: None
-    why_not: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
-    indices_are_valid: Callable[[Tensor, int], Tensor] = indices_are_valid
-    why_slow: Callable[[], str | None] = lambda: None
+    why_unsupported: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
+    indices_valid_flag: Callable[[Tensor, int], Tensor] = indices_valid_flag
+    why_slower_than_eager: Callable[[], str | None] = lambda: None
     min_tokens: int = 0
 
 
 _BACKENDS = {
     "eager": _Backend(eager.moe_ffn),
     "reference": _Backend(reference_ops.moe_ffn),
-    "triton": _Backend(triton.moe_ffn, triton.why_not_installed, triton.why_not, triton.indices_are_valid),
-    "cpp": _Backend(cpp.moe_ffn, cpp.why_not_installed, cpp.why_not, why_slow=cpp.why_slow, min_tokens=cpp.MIN_TOKENS),
+    "triton": _Backend(triton.moe_ffn, triton.why_not_installed, triton.why_unsupported, triton.indices_valid_flag),
+    "cpp": _Backend(
+        cpp.moe_ffn,
+        cpp.why_not_installed,
+        cpp.why_unsupported,
+        why_slower_than_eager=cpp.why_slower_than_eager,
+        min_tokens=cpp.MIN_TOKENS,
+    ),
 }
 # The fused backend of each device type.
 _FASTEST = {"cuda": "triton", "cpu": "cpp"}
@@ -102,11 +108,11 @@ def moe_ffn(
     device_type = x.device.type
     if not supports_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         chosen = _choose(backend, x, experts)
-        check_arguments(x, norm, experts, routing, chosen.indices_are_valid)
+        check_arguments(x, norm, experts, routing, chosen.indices_valid_flag)
         return chosen.moe_ffn(x, norm, experts, routing, options)
     experts = _autocast(experts, torch.get_autocast_dtype(device_type))
     chosen = _choose(backend, x, experts)
-    check_arguments(x, norm, experts, routing, chosen.indices_are_valid)
+    check_arguments(x, norm, experts, routing, chosen.indices_valid_flag)
     # Inside the backend, autocast would cast the routing weights and norm affines as well.
     with torch.autocast(device_type, enabled=False):
         return chosen.moe_ffn(x, norm, experts, routing, options)
@@ -175,7 +181,7 @@ def check_backend(name: str) -> None:
 def _choose(backend: str, x: Tensor, experts: ExpertWeights) -> _Backend:
     if backend == "auto":
         return _fastest(x, experts)
-    reason = _BACKENDS[backend].why_not(x.device, experts.w_in.dtype)
+    reason = _BACKENDS[backend].why_unsupported(x.device, experts.w_in.dtype)
     if reason is None and backend != "eager" and is_exporting_to_onnx():
         reason = "ONNX does not know its operators, so export with backend='auto' or 'eager'"
     if reason is not None:
@@ -190,9 +196,9 @@ def _fastest(x: Tensor, experts: ExpertWeights) -> _Backend:
     backend = _BACKENDS[name]
     if backend.min_tokens and x.shape[1] < backend.min_tokens:
         return _BACKENDS["eager"]
-    reason = backend.why_not(x.device, experts.w_in.dtype)
+    reason = backend.why_unsupported(x.device, experts.w_in.dtype)
     if reason is None:
-        reason = backend.why_slow()
+        reason = backend.why_slower_than_eager()
     if reason is None:
         return backend
     if not torch.compiler.is_compiling():
@@ -202,7 +208,7 @@ def _fastest(x: Tensor, experts: ExpertWeights) -> _Backend:
 
 def _wants_plain_operators() -> bool:
     """Whether the call is recorded for other runtimes, or transformed in a way that fused operators do not support."""
-    return is_exporting_or_tracing() or (not torch.compiler.is_compiling() and in_function_transform())
+    return is_exporting_or_tracing() or (not torch.compiler.is_compiling() and in_transform_or_forward_ad())
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from mtu_kernels.arguments import ExpertWeights, NormAffine, Options
 from mtu_kernels.routing import Routing
-from mtu_kernels.tracing import in_function_transform
+from mtu_kernels.tracing import in_transform_or_forward_ad
 
 LIBRARY = torch.library.Library("mtu_kernels", "DEF")
 
@@ -95,7 +95,7 @@ def define_ops(backend: str, *, adds_residual: bool = False) -> Ops:
     return Ops(packets[0].default, packets[1].default, adds_residual)
 
 
-def why_not_dtype(compute: torch.dtype) -> str | None:
+def why_dtype_unsupported(compute: torch.dtype) -> str | None:
     """The reason why fused kernels do not compute in this dtype, as a clause; or ``None`` if they do."""
     if compute in _FUSED_DTYPES:
         return None
@@ -118,18 +118,18 @@ def call_ops(
     _refuse_transforms(ops, tensors)
     is_fused = residual and ops.adds_residual and x.dtype == experts.w_in.dtype
     arguments = (*tensors, experts.num_experts, eps, *((True,) if is_fused else ()))
-    y = ops.train(*arguments)[0] if records_gradients(tensors) and not recompute else ops.inference(*arguments)
+    y = ops.train(*arguments)[0] if autograd_records(tensors) and not recompute else ops.inference(*arguments)
     return x + y if residual and not is_fused else y
 
 
-def records_gradients(tensors: tuple[Tensor | None, ...]) -> bool:
+def autograd_records(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether autograd records a call with these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _refuse_transforms(ops: Ops, tensors: tuple[Tensor | None, ...]) -> None:
     """Raises where torch would return zero derivatives, or fail with a message that names no remedy."""
-    if torch.compiler.is_compiling() or not in_function_transform():
+    if torch.compiler.is_compiling() or not in_transform_or_forward_ad():
         return
     transform = peek_interpreter_stack()
     if transform is None:

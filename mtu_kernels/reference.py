@@ -39,12 +39,12 @@ def moe_ffn(
     """
     y = []
     for b in range(x.shape[0]):
-        n_LD = normalize(x[b], eps)
+        n_LD = normalize_without_affine(x[b], eps)
         # A bias (D,) belongs to the FFN and not to an expert, so no routing weight multiplies it.
         y_LD = torch.zeros_like(n_LD) if experts.b_out.dim() == 2 else experts.b_out.expand_as(n_LD)
-        for k, e in enumerate(active_experts(routing, b)):
-            expert = expert_slices(experts, e)
-            gamma_D, beta_D = affine_of(norm, b, e)
+        for k, e in enumerate(active_experts_of_sample(routing, b)):
+            expert = weights_of_expert(experts, e)
+            gamma_D, beta_D = affine_of_sample_and_expert(norm, b, e)
             z_L2F = (n_LD * gamma_D + beta_D) @ expert.w_in.T + expert.b_in
             out_LD = geglu(z_L2F) @ expert.w_out.T
             if experts.b_out.dim() == 2:
@@ -54,7 +54,7 @@ def moe_ffn(
     return torch.stack(y) if y else x.clone()
 
 
-def normalize(x_LD: Tensor, eps: float) -> Tensor:
+def normalize_without_affine(x_LD: Tensor, eps: float) -> Tensor:
     """LayerNorm without the affine: ``(x − mean) / sqrt(var + eps)`` over D, where var is the biased variance."""
     centred_LD = x_LD - x_LD.mean(dim=-1, keepdim=True)
     return centred_LD * torch.rsqrt(centred_LD.square().mean(dim=-1, keepdim=True) + eps)
@@ -66,19 +66,19 @@ def geglu(z_L2F: Tensor) -> Tensor:
     return u_LF * g_LF * 0.5 * (1 + torch.erf(g_LF / math.sqrt(2)))
 
 
-def active_experts(routing: Routing, b: int) -> list[int]:
+def active_experts_of_sample(routing: Routing, b: int) -> list[int]:
     """The experts of sample b, in the order of their routing weights."""
     return list(range(routing.weights.shape[1])) if routing.indices is None else routing.indices[b].tolist()
 
 
-def affine_of(norm: NormAffine, b: int, e: int) -> tuple[Tensor, Tensor]:
+def affine_of_sample_and_expert(norm: NormAffine, b: int, e: int) -> tuple[Tensor, Tensor]:
     """γ and β (D,) of sample b and expert e."""
     if norm.weight.dim() == 2:
         return norm.weight[b], norm.bias[b]
     return norm.weight[b, e], norm.bias[b, e]
 
 
-def expert_slices(experts: ExpertWeights, e: int) -> ExpertWeights:
+def weights_of_expert(experts: ExpertWeights, e: int) -> ExpertWeights:
     """The weights of expert e: its F rows of values and F of gates, its columns of w_out, its row of a bias (E, D)."""
     w_in_2EFD = experts.w_in.unflatten(0, (2, experts.num_experts, -1))
     b_in_2EF = experts.b_in.unflatten(0, (2, experts.num_experts, -1))

@@ -49,10 +49,10 @@ def _train(*args) -> tuple[Tensor, ...]:
     rstd_BL = torch.rsqrt((x_BLD - mean_BL[..., None]).square().mean(dim=-1) + eps)
     z_BL2KF = x_BLD.new_empty(B, L, 2, K, size)
     for b in range(B):
-        n_LD = reference.normalize(x_BLD[b], eps)
-        for k, e in enumerate(reference.active_experts(routing, b)):
-            expert = reference.expert_slices(experts, e)
-            gamma_D, beta_D = reference.affine_of(norm, b, e)
+        n_LD = reference.normalize_without_affine(x_BLD[b], eps)
+        for k, e in enumerate(reference.active_experts_of_sample(routing, b)):
+            expert = reference.weights_of_expert(experts, e)
+            gamma_D, beta_D = reference.affine_of_sample_and_expert(norm, b, e)
             z_L2F = (n_LD * gamma_D + beta_D) @ expert.w_in.T + expert.b_in
             z_BL2KF[b, :, :, k] = z_L2F.unflatten(-1, (2, size))
     statistics = torch.promote_types(compute, torch.float32)
@@ -79,9 +79,9 @@ def _backward(grad_y, *args) -> tuple[Tensor, ...]:
         d_n_LD = torch.zeros_like(n_LD)
         if d_b_out.dim() == 1:
             d_b_out += g_y_LD.sum(dim=0)
-        for k, e in enumerate(reference.active_experts(routing, b)):
-            expert = reference.expert_slices(experts, e)
-            gamma_D, beta_D = reference.affine_of(norm, b, e)
+        for k, e in enumerate(reference.active_experts_of_sample(routing, b)):
+            expert = reference.weights_of_expert(experts, e)
+            gamma_D, beta_D = reference.affine_of_sample_and_expert(norm, b, e)
             w = routing.weights[b, k]
             z_L2F = z_BL2KF[b, :, :, k].flatten(1)
             a_LF = reference.geglu(z_L2F)
@@ -95,7 +95,7 @@ def _backward(grad_y, *args) -> tuple[Tensor, ...]:
             d_w_out_DEF[:, e] += w * g_y_LD.T @ a_LF
             d_w_in_2EFD[:, e] += (d_z_L2F.T @ (n_LD * gamma_D + beta_D)).unflatten(0, (2, -1))
             d_b_in_2EF[:, e] += d_z_L2F.sum(dim=0).unflatten(0, (2, -1))
-            d_gamma_D, d_beta_D = reference.affine_of(d_norm, b, e)
+            d_gamma_D, d_beta_D = reference.affine_of_sample_and_expert(d_norm, b, e)
             d_gamma_D += (d_x_hat_LD * n_LD).sum(dim=0)
             d_beta_D += d_x_hat_LD.sum(dim=0)
             d_n_LD += gamma_D * d_x_hat_LD

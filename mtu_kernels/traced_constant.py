@@ -1,7 +1,7 @@
 """A function call whose result torch.compile takes as a constant.
 
-`mtu_kernels.tracing.constant` imports this module, and only while torch.compile traces: the decorator loads the whole
-compiler.
+`mtu_kernels.tracing.call_once_while_tracing` imports this module, and only while torch.compile traces: the decorator
+loads the whole compiler.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,6 @@ Result = TypeVar("Result")
 
 
 @torch.compiler.assume_constant_result
-def evaluate(function: Callable[..., Result], *arguments: object) -> Result:
+def call_as_traced_constant(function: Callable[..., Result], *arguments: object) -> Result:
     """The result of a function, for arguments that the compiler knows."""
     return function(*arguments)

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 Result = TypeVar("Result")
 
 
-def constant(function: Callable[..., Result], *arguments: object) -> Result:
+def call_once_while_tracing(function: Callable[..., Result], *arguments: object) -> Result:
     """The result of a function. While torch.compile traces, it runs the function once and keeps the result.
 
     Args:
@@ -27,13 +27,13 @@ def constant(function: Callable[..., Result], *arguments: object) -> Result:
     # Importing this module loads torch's compiler, which takes as long as importing torch.
     from mtu_kernels import traced_constant
 
-    return traced_constant.evaluate(function, *arguments)
+    return traced_constant.call_as_traced_constant(function, *arguments)
 
 
 def is_exporting() -> bool:
     """Whether ``torch.export`` traces this call."""
     # Left to itself, the compiler of torch 2.11 takes torch's own answer for true in everything that it compiles.
-    return torch.compiler.is_compiling() and constant(torch.compiler.is_exporting)
+    return torch.compiler.is_compiling() and call_once_while_tracing(torch.compiler.is_exporting)
 
 
 def is_exporting_or_tracing() -> bool:
@@ -44,10 +44,10 @@ def is_exporting_or_tracing() -> bool:
 def is_exporting_to_onnx() -> bool:
     """Whether an exporter of ``torch.onnx`` records this call."""
     # torch.onnx is imported only if the answer may be yes. A compiler would take its answer for false.
-    return is_exporting_or_tracing() and constant(torch.onnx.is_in_onnx_export)
+    return is_exporting_or_tracing() and call_once_while_tracing(torch.onnx.is_in_onnx_export)
 
 
-def in_function_transform() -> bool:
+def in_transform_or_forward_ad() -> bool:
     """Whether a function transform (`torch.func`, `torch.vmap`) or forward-mode differentiation is under way."""
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 

@@ -21,7 +21,7 @@ from benchmarks.harness.timing import burst_us
 from benchmarks.harness.workloads import Setting, Workload
 from mtu_kernels.arguments import check_arguments
 from mtu_kernels.triton import operators
-from mtu_kernels.triton.launch import Launch, Machine
+from mtu_kernels.triton.launch import Launch, LaunchDevice
 
 _MODULE = "benchmarks.ffn.host_overhead"
 _BURST, _BURSTS = 200, 15
@@ -32,10 +32,10 @@ def parts_of(inputs: Inputs, run: Callable[[Launch], None]) -> dict[str, Callabl
     # Index values are checked by a kernel on a GPU; here that would be a sort on the CPU.
     dense = inputs.routing._replace(weights=inputs.routing.weights.new_ones(len(inputs.x), inputs.experts.num_experts))
     shapes = dense._replace(indices=None)
-    make = functools.partial(make_call, inputs, Machine("sm_90", run))
+    make = functools.partial(make_call, inputs, LaunchDevice("sm_90", run))
     return {
         "checks": lambda: check_arguments(inputs.x, inputs.norm, inputs.experts, shapes),
-        "inference": lambda: operators.inference(make(), EPS),
+        "inference": lambda: operators.run_inference(make(), EPS),
         "training": lambda: step(make, inputs),
     }
 

@@ -23,7 +23,7 @@ from benchmarks.harness.provenance import RESULTS, provenance
 from benchmarks.harness.rows import write_cells
 from benchmarks.harness.workloads import Setting, Workload
 from mtu_kernels.triton import operators
-from mtu_kernels.triton.launch import Machine
+from mtu_kernels.triton.launch import LaunchDevice
 
 _MODULE = "benchmarks.ffn.training_memory"
 _CPU = torch.device("cpu")
@@ -52,9 +52,9 @@ def count(workload: Workload, setting: Setting, arch: str) -> Memory:
     """The memory of the backend "triton" with the tiles of an architecture, and of the stock feed-forward."""
     inputs = route(draw_shared(workload, _CPU, seed=0), setting, seed=1)
     stock = as_stock(inputs)
-    make = functools.partial(make_call, inputs, Machine(arch, run=lambda launch: None))
+    make = functools.partial(make_call, inputs, LaunchDevice(arch, run_launch=lambda launch: None))
     with torch.no_grad():
-        saved = sum(tensor.nbytes for tensor in operators.train(make(), EPS)[1:])
+        saved = sum(tensor.nbytes for tensor in operators.run_training_forward(make(), EPS)[1:])
         peaks = [peak_bytes(functools.partial(step, make, inputs, again), _CPU) for again in (False, True)]
     return Memory(
         saved_bytes(lambda: stock_ffn(*stock.arguments), stock.named.values()),
@@ -64,19 +64,19 @@ def count(workload: Workload, setting: Setting, arch: str) -> Memory:
     )
 
 
-def make_call(inputs: Inputs, machine: Machine) -> operators.Call:
+def make_call(inputs: Inputs, machine: LaunchDevice) -> operators.OperatorCall:
     """The backend's own description of a call, for a machine that may stand for a GPU."""
     tensors = (inputs.x, *inputs.norm, *inputs.experts[:4], *inputs.routing)
-    return operators.make_call(machine, tensors, inputs.experts.num_experts)
+    return operators.build_call(machine, tensors, inputs.experts.num_experts)
 
 
-def step(make: Callable[[], operators.Call], inputs: Inputs, recompute: bool = False) -> tuple[Any, ...]:
+def step(make: Callable[[], operators.OperatorCall], inputs: Inputs, recompute: bool = False) -> tuple[Any, ...]:
     """The operators of a forward and a backward pass. `recompute`: the backward pass computes hidden units again."""
     if recompute:
-        y, saved = operators.inference(make(), EPS), None
+        y, saved = operators.run_inference(make(), EPS), None
     else:
-        y, *saved = operators.train(make(), EPS)
-    return y, operators.backward(make(), inputs.grad_y, saved, EPS, True)
+        y, *saved = operators.run_training_forward(make(), EPS)
+    return y, operators.compute_gradients(make(), inputs.grad_y, saved, EPS, True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

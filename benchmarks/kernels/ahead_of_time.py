@@ -9,7 +9,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
 from benchmarks.kernels.sass import MachineCode, disassemble
-from mtu_kernels.triton.launch import Launch, interpreted
+from mtu_kernels.triton.launch import Launch, is_interpreted
 
 _KB = 1024
 _REGISTERS = 65536
@@ -81,7 +81,7 @@ class Source(NamedTuple):
 
 def check_not_interpreted() -> None:
     """Raises ValueError where kernels were defined for Triton's interpreter."""
-    if interpreted():
+    if is_interpreted():
         raise ValueError("TRITON_INTERPRET must be unset, since interpreted kernels cannot be compiled; it is set.")
 
 
@@ -101,7 +101,7 @@ def specialize(launch: Launch, arch: str) -> Source:
     check_not_interpreted()
     kernel = launch.kernel
     backend = make_backend(gpu_target(arch))
-    named = launch.constants | launch.options
+    named = launch.constant_arguments | launch.compiler_options
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*launch.arguments, **named)
     options, signature, constants, attributes = kernel._pack_args(backend, named, bound, specialization, options)

@@ -70,7 +70,7 @@ def _candidate(product: str, arch: str, shapes: Sequence[Shape], tile: TileConfi
             wrong |= dict.fromkeys(violations(Result(arch, named, (), compiled)))
             if arch in GPUS:
                 program = read_tile(compiled, arch).program(depth_of(product, shape))
-                total += grid_us(program, launch.programs, GPUS[arch])
+                total += grid_us(program, launch.num_programs, GPUS[arch])
         times.append(total)
     return Candidate(tile, first, tuple(times) if arch in GPUS else (), tuple(wrong))
 

@@ -39,7 +39,7 @@ from benchmarks.kernels.kernel_calls import (
 )
 from benchmarks.kernels.sass import count, count_tensor_core, count_waits
 from mtu_kernels.triton.launch import Launch
-from mtu_kernels.triton.tile_choice import more_general, triton_version
+from mtu_kernels.triton.tile_choice import keys_from_exact_to_general, triton_major_minor
 from mtu_kernels.triton.tile_table import ROWS
 from mtu_kernels.triton.tiles import TableRow, TileConfig
 
@@ -64,13 +64,13 @@ class Result(NamedTuple):
 
 
 def is_product(launch: Launch) -> bool:
-    return launch.product is not None
+    return launch.product_name is not None
 
 
 def tile_of(launch: Launch) -> str:
     """Block sizes, warps and stages of a launch, as text."""
     names = ("BLOCK_M", "BLOCK_N", "ROWS", "BLOCK_D")
-    numbers = block_of(launch) if is_product(launch) else [launch.constants.get(name) for name in names]
+    numbers = block_of(launch) if is_product(launch) else [launch.constant_arguments.get(name) for name in names]
     sizes = "x".join(str(number) for number in numbers if number is not None)
     return f"{sizes} warps={launch.num_warps} stages={launch.num_stages}".strip()
 
@@ -89,9 +89,9 @@ def row_name(row: TableRow) -> str:
 
 def rows_of(arch: str, rows: Iterable[TableRow] = ROWS) -> list[TableRow]:
     """Rows of an architecture that the installed Triton gets: those of its version, and those for any version else."""
-    ours = [row for row in rows if row.key.arch == arch and row.key.triton in ("", triton_version())]
+    ours = [row for row in rows if row.key.arch == arch and row.key.triton in ("", triton_major_minor())]
     named = {row.key._replace(triton="") for row in ours if row.key.triton}
-    return [row for row in ours if row.key.triton or named.isdisjoint(more_general(row.key))]
+    return [row for row in ours if row.key.triton or named.isdisjoint(keys_from_exact_to_general(row.key))]
 
 
 def violations(result: Result) -> Iterator[str]:
@@ -118,7 +118,7 @@ def violations(result: Result) -> Iterator[str]:
 def _product_violations(result: Result, launch: Launch, loop: Sequence) -> Iterator[str]:
     bases = {instruction.base for instruction in loop}
     wanted = "HMMA"
-    if launch.constants["BLOCK_M"] >= 64 and launch.num_warps >= 4:
+    if launch.constant_arguments["BLOCK_M"] >= 64 and launch.num_warps >= 4:
         wanted = TENSOR_CORE.get(result.arch, wanted)
     if wanted not in bases:
         yield f"the main loop must hold {wanted}, got {', '.join(sorted(bases)) or 'no loop'}"
@@ -148,7 +148,7 @@ def launches_of(arch: str, *, quick: bool, rows: Sequence[TableRow] = ROWS) -> l
         found += record(call, arch, recompute=not quick)
     for dtype in ("bf16",) if quick else ("bf16", "fp16", "fp32"):
         found += record_others(dtype)
-    return [named for named in found if named.launch.programs]
+    return [named for named in found if named.launch.num_programs]
 
 
 def compile_all(arch: str, launches: Iterable[NamedLaunch], *, quick: bool = False) -> Iterator[Result]:

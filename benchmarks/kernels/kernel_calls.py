@@ -11,7 +11,7 @@ from benchmarks.harness.dtypes import DTYPES
 from benchmarks.kernels.products import Shape, draw_operands, prepare
 from mtu_kernels.triton import operators
 from mtu_kernels.triton.kernels.index_check import launch_index_check
-from mtu_kernels.triton.launch import Launch, Machine
+from mtu_kernels.triton.launch import Launch, LaunchDevice
 from mtu_kernels.triton.tiles import LIBRARY, PLAIN_PRODUCTS, PRODUCTS, TableRow, TileConfig
 
 # Width and tokens of the blocks of SD 1.5 and SDXL.
@@ -64,7 +64,7 @@ class Block(NamedTuple):
 
 def block_of(launch: Launch) -> Block:
     """The tile of a product's launch."""
-    return Block(*(launch.constants[f"BLOCK_{name}"] for name in "MNK"))
+    return Block(*(launch.constant_arguments[f"BLOCK_{name}"] for name in "MNK"))
 
 
 def by_descriptor(launch: Launch) -> bool:
@@ -103,14 +103,17 @@ def all_calls() -> tuple[Call, ...]:
 def record(call: Call, arch: str, *, recompute: bool = True) -> Iterator[NamedLaunch]:
     """The launches of a call: for inference, for training, and in the backward pass, also with recomputation."""
     launches: list[Launch] = []
-    machine = Machine(arch, launches.append)
+    machine = LaunchDevice(arch, launches.append)
     tensors, grad_y = _tensors(call)
-    made = operators.make_call(machine, tensors, call.shape.E)
+    made = operators.build_call(machine, tensors, call.shape.E)
     saved = None
-    passes = {"inference": lambda: operators.inference(made, 1e-5), "training": lambda: operators.train(made, 1e-5)}
-    passes["backward"] = lambda: operators.backward(made, grad_y, saved, 1e-5, True)
+    passes = {
+        "inference": lambda: operators.run_inference(made, 1e-5),
+        "training": lambda: operators.run_training_forward(made, 1e-5),
+    }
+    passes["backward"] = lambda: operators.compute_gradients(made, grad_y, saved, 1e-5, True)
     if recompute:
-        passes["backward, recomputing"] = lambda: operators.backward(made, grad_y, None, 1e-5, True)
+        passes["backward, recomputing"] = lambda: operators.compute_gradients(made, grad_y, None, 1e-5, True)
     for name, run in passes.items():
         launches.clear()
         results = run()

@@ -184,7 +184,7 @@ def read_tile(compiled: Compiled, arch: str) -> CompiledTile:
     """The figures of a compiled product, from its block sizes and its listed code."""
     launch, code = compiled.launch, compiled.require_code()
     rows, columns, step = block_of(launch)
-    columns *= 2 if launch.product in PAIR_PRODUCTS else 1
+    columns *= 2 if launch.product_name in PAIR_PRODUCTS else 1
     return CompiledTile(
         rows, columns, step, launch.num_warps, launch.num_stages,
         loop=len(code.main_loop),

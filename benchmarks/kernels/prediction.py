@@ -85,7 +85,7 @@ def kernels(rates: Rates, shapes: Sequence[tuple[int, int]] = SD_SHAPES) -> list
                 launch = named.launch
                 if named.phase != "inference" or not is_product(launch):
                     continue
-                depth = D if launch.product in PAIR_PRODUCTS else shape.active_hidden
+                depth = D if launch.product_name in PAIR_PRODUCTS else shape.active_hidden
                 tile = read_tile(compile_once(launch, rates.arch, done), rates.arch)
                 found.append(Kernel(call, launch, tile.program(depth)))
     return found
@@ -94,31 +94,31 @@ def kernels(rates: Rates, shapes: Sequence[tuple[int, int]] = SD_SHAPES) -> list
 def dense_firsts(found: Iterable[Kernel]) -> Firsts:
     """The first products of dense calls, by shape."""
     return {
-        Tokens(shape.D, shape.L, shape.B): FirstProduct(program, launch.programs, launch.overlaps)
+        Tokens(shape.D, shape.L, shape.B): FirstProduct(program, launch.num_programs, launch.may_overlap_previous)
         for (shape, *_), launch, program in found
-        if shape.K is None and launch.product in PAIR_PRODUCTS
+        if shape.K is None and launch.product_name in PAIR_PRODUCTS
     }
 
 
 def kernel_cells(kernel: Kernel, rates: Rates) -> dict[str, str]:
     """A row of `predicted_kernels.csv`: the bounds of a product, and its time without memory and launch."""
     call, launch, program = kernel
-    parts = program.loop_cycles(launch.programs, rates)
-    busiest = math.ceil(launch.programs / rates.processors)
+    parts = program.loop_cycles(launch.num_programs, rates)
+    busiest = math.ceil(launch.num_programs / rates.processors)
     return {
         "gpu": rates.name,
         "call": str(call),
         "kernel": launch.kernel.__name__,
         "tile": tile_of(launch),
         "status": STATUS,
-        "programs": str(launch.programs),
+        "programs": str(launch.num_programs),
         "programs_per_sm": str(program.resident),
-        "waves": f"{launch.programs / rates.processors / program.resident:.4g}",
-        "quantisation": f"{launch.programs / rates.processors / busiest:.4g}",
+        "waves": f"{launch.num_programs / rates.processors / program.resident:.4g}",
+        "quantisation": f"{launch.num_programs / rates.processors / busiest:.4g}",
         **{f"{name}_cycles": f"{cycles:.4g}" for name, cycles in parts.items()},
         "epilogue_cycles": f"{program.epilogue_cycles:.4g}",
         "l2_bytes_per_flop": f"{program.l2_bytes_per_flop:.4g}",
-        "us": f"{grid_us(program, launch.programs, rates):.4g}",
+        "us": f"{grid_us(program, launch.num_programs, rates):.4g}",
     }
 
 

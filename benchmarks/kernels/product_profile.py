@@ -13,7 +13,7 @@ from benchmarks.harness.arguments import parse_count, parse_shapes
 from benchmarks.harness.commands import make_parser, parse
 from benchmarks.kernels.products import Shape, draw_operands, prepare
 from benchmarks.kernels.tile_measure import Task, Timer
-from mtu_kernels.triton.launch import arch_of, execute, interpreted
+from mtu_kernels.triton.launch import arch_of, execute_launch, is_interpreted
 from mtu_kernels.triton.tile_choice import find_tile
 from mtu_kernels.triton.tiles import PAIR_PRODUCTS, PRODUCTS
 
@@ -35,11 +35,11 @@ def profile(task: Task, device: torch.device, arch: str) -> str:
         if tile not in times:
             raise RuntimeError(f"{task} must run with its tile {tile}, got: {timer.refused[task, tile]}")
         work = prepare(task.product, draw_operands(shape, task.dtype, device), tile)
-        work.run(execute)
+        work.run(execute_launch)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.profiler.start()
-        work.run(execute)
+        work.run(execute_launch)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.profiler.stop()
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a smoke test: a tiny shape, also in Triton's interpreter")
     _, options = parse(parser, argv)
     on_gpu = torch.cuda.is_available()
-    if not on_gpu and not (options.quick and interpreted()):
+    if not on_gpu and not (options.quick and is_interpreted()):
         parser.error("Products are profiled on a CUDA device, and torch finds none.")
     device = torch.device("cuda" if on_gpu else "cpu")
     for D, L in ((16, 16),) if options.quick else options.shapes:

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from benchmarks.harness.dtypes import DTYPES
 from mtu_kernels import ExpertWeights, Routing
-from mtu_kernels.triton.kernels.activation import GegluGradients, launch_geglu, launch_geglu_backward
-from mtu_kernels.triton.kernels.expert_in import Hidden, launch_expert_in
-from mtu_kernels.triton.kernels.expert_out_backward import launch_expert_out_backward, row_block
-from mtu_kernels.triton.kernels.expert_sum import Summands, launch_expert_sum
-from mtu_kernels.triton.kernels.expert_weights import launch_expert_weights
+from mtu_kernels.triton.kernels.activation import GegluBackwardOutputs, launch_geglu, launch_geglu_backward
+from mtu_kernels.triton.kernels.expert_in import FirstProductOutputs, launch_expert_in
+from mtu_kernels.triton.kernels.expert_out_backward import launch_expert_out_backward, rows_per_tile
+from mtu_kernels.triton.kernels.expert_sum import ExpertSumOperands, launch_expert_sum
+from mtu_kernels.triton.kernels.expert_weights import launch_expert_weight_gradients
 from mtu_kernels.triton.launch import Launch
-from mtu_kernels.triton.tile_choice import token_class
-from mtu_kernels.triton.tiles import ELEMENTWISE_TILE, Library, TileConfig, TileKey
+from mtu_kernels.triton.tile_choice import token_count_class
+from mtu_kernels.triton.tiles import ELEMENTWISE_TILE, LibraryProduct, TileConfig, TileKey
 
 Step = Launch | Callable[[], Any]
 
@@ -36,7 +36,7 @@ class Shape(NamedTuple):
 
     def key(self, product: str, arch: str, bits: int) -> TileKey:
         """The key by which the package finds the tile of this shape."""
-        return TileKey(product, arch, bits, self.K is not None, self.D, token_class(self.B * self.L))
+        return TileKey(product, arch, bits, self.K is not None, self.D, token_count_class(self.B * self.L))
 
     def __str__(self) -> str:
         routing = f"dense E={self.E}" if self.K is None else f"top-{self.K} of {self.E}"
@@ -99,19 +99,19 @@ def draw_operands(shape: Shape, dtype: str, device: torch.device | str, seed: in
     return Operands(*tokens, ExpertWeights(*weights, E), routing)
 
 
-def prepare(product: str, operands: Operands, tile: TileConfig | Library) -> Work:
+def prepare(product: str, operands: Operands, tile: TileConfig | LibraryProduct) -> Work:
     """The product by the package's kernel with this tile, or by the library's product and the kernels around it.
 
     Raises:
         ValueError: routing is by expert, and the library has no such product.
     """
-    if isinstance(tile, Library) and operands.routing.indices is not None:
+    if isinstance(tile, LibraryProduct) and operands.routing.indices is not None:
         raise ValueError(f"{product} must have a tile where routing is top-k, got LIBRARY.")
     return _PREPARE[product](operands, tile)
 
 
-def _first_product(operands: Operands, tile: TileConfig | Library, *, keeps_z: bool) -> Work:
-    written = Hidden(torch.empty_like(operands.h), torch.empty_like(operands.z) if keeps_z else None)
+def _first_product(operands: Operands, tile: TileConfig | LibraryProduct, *, keeps_z: bool) -> Work:
+    written = FirstProductOutputs(torch.empty_like(operands.h), torch.empty_like(operands.z) if keeps_z else None)
     x_hat, experts, routing = operands.x_hat, operands.experts, operands.routing
     outputs = {name: tensor for name, tensor in written._asdict().items() if tensor is not None}
     if isinstance(tile, TileConfig):
@@ -121,28 +121,28 @@ def _first_product(operands: Operands, tile: TileConfig | Library, *, keeps_z: b
     return Work((product, launch_geglu(z, routing.weights, written.h, operands.size, ELEMENTWISE_TILE)), outputs)
 
 
-def _expert_sum(operands: Operands, tile: TileConfig | Library) -> Work:
+def _expert_sum(operands: Operands, tile: TileConfig | LibraryProduct) -> Work:
     experts, y = operands.experts, torch.empty_like(operands.x_hat)
-    if isinstance(tile, Library):
+    if isinstance(tile, LibraryProduct):
         return Work((_addmm(experts.b_out, operands.h, experts.w_out.T, y),), {"y": y})
-    summands = Summands(operands.h, experts.w_out, False, experts.b_out, experts.num_experts)
+    summands = ExpertSumOperands(operands.h, experts.w_out, False, experts.b_out, experts.num_experts)
     return Work((launch_expert_sum(summands, operands.routing, y, tile, "ieee"),), {"y": y})
 
 
-def _expert_in_backward(operands: Operands, tile: TileConfig | Library) -> Work:
+def _expert_in_backward(operands: Operands, tile: TileConfig | LibraryProduct) -> Work:
     experts, d_x_hat = operands.experts, torch.empty_like(operands.x_hat)
-    if isinstance(tile, Library):
+    if isinstance(tile, LibraryProduct):
         return Work((_mm(operands.z, experts.w_in, d_x_hat),), {"d_x_hat": d_x_hat})
-    summands = Summands(operands.z, experts.w_in, True, None, experts.num_experts)
+    summands = ExpertSumOperands(operands.z, experts.w_in, True, None, experts.num_experts)
     return Work((launch_expert_sum(summands, operands.routing, d_x_hat, tile, "ieee"),), {"d_x_hat": d_x_hat})
 
 
-def _expert_out_backward(operands: Operands, tile: TileConfig | Library) -> Work:
+def _expert_out_backward(operands: Operands, tile: TileConfig | LibraryProduct) -> Work:
     grad_y, z, experts, routing = operands.x_hat, operands.z, operands.experts, operands.routing
     B, L, hidden = operands.h.shape
-    rows = row_block(tile, L) if isinstance(tile, TileConfig) else ELEMENTWISE_TILE.block_m
+    rows = rows_per_tile(tile, L) if isinstance(tile, TileConfig) else ELEMENTWISE_TILE.block_m
     sums = [grad_y.new_empty(B, -(-L // rows), width, dtype=torch.float32) for width in (hidden, 2 * hidden)]
-    written = GegluGradients(torch.empty_like(operands.h), torch.empty_like(z), *sums)
+    written = GegluBackwardOutputs(torch.empty_like(operands.h), torch.empty_like(z), *sums)
     if isinstance(tile, TileConfig):
         launch = launch_expert_out_backward(grad_y, experts, routing, z, written, tile, "ieee")
         return Work((launch,), written._asdict())
@@ -151,11 +151,11 @@ def _expert_out_backward(operands: Operands, tile: TileConfig | Library) -> Work
     return Work((_mm(grad_y, experts.w_out, da), launch), written._asdict())
 
 
-def _expert_weights(operands: Operands, tile: TileConfig | Library) -> Work:
+def _expert_weights(operands: Operands, tile: TileConfig | LibraryProduct) -> Work:
     x_hat, h, z, experts, routing = operands
     d_w_in, d_w_out = torch.empty_like(experts.w_in), torch.empty_like(experts.w_out)
     outputs = {"d_w_in": d_w_in, "d_w_out": d_w_out}
-    if isinstance(tile, Library):
+    if isinstance(tile, LibraryProduct):
         steps = (
             lambda: torch.mm(z.flatten(0, 1).T, x_hat.flatten(0, 1), out=d_w_in),
             lambda: torch.mm(x_hat.flatten(0, 1).T, h.flatten(0, 1), out=d_w_out),
@@ -164,8 +164,8 @@ def _expert_weights(operands: Operands, tile: TileConfig | Library) -> Work:
     size = operands.size
     return Work(
         (
-            launch_expert_weights(z, x_hat, routing, d_w_in, size, tile, "ieee"),
-            launch_expert_weights(h, x_hat, routing, d_w_out.T, size, tile, "ieee"),
+            launch_expert_weight_gradients(z, x_hat, routing, d_w_in, size, tile, "ieee"),
+            launch_expert_weight_gradients(h, x_hat, routing, d_w_out.T, size, tile, "ieee"),
         ),
         outputs,
     )
@@ -179,7 +179,7 @@ def _mm(a: Tensor, b: Tensor, out: Tensor) -> Callable[[], Tensor]:
     return lambda: torch.mm(a.flatten(0, 1), b, out=out.flatten(0, 1))
 
 
-_PREPARE: dict[str, Callable[[Operands, TileConfig | Library], Work]] = {
+_PREPARE: dict[str, Callable[[Operands, TileConfig | LibraryProduct], Work]] = {
     "expert_in": lambda operands, tile: _first_product(operands, tile, keeps_z=False),
     "expert_in_train": lambda operands, tile: _first_product(operands, tile, keeps_z=True),
     "expert_sum": _expert_sum,

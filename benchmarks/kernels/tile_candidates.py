@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from benchmarks.kernels.ahead_of_time import CHIPS
 from mtu_kernels.triton.launch import is_sm_90_or_later
 from mtu_kernels.triton.tile_choice import default_tile, find_tile
-from mtu_kernels.triton.tiles import LIBRARY, PAIR_PRODUCTS, Library, TileConfig, TileKey
+from mtu_kernels.triton.tiles import LIBRARY, PAIR_PRODUCTS, LibraryProduct, TileConfig, TileKey
 
 # Rows, columns, warps. Columns of products with value-gate pairs are pairs.
 _SHAPES = {
@@ -30,9 +30,9 @@ _WIDE = (
 PERSISTENT = TileConfig(128, 64, 64, 4, 5, descriptors=True, persistent=True)
 
 
-def candidates(key: TileKey) -> tuple[TileConfig | Library, ...]:
+def candidates(key: TileKey) -> tuple[TileConfig | LibraryProduct, ...]:
     """The tile of the table, the default tile, the library where it has the product, and a grid of tiles."""
-    found: dict[TileConfig | Library, None] = dict.fromkeys((find_tile(key), default_tile(key)))
+    found: dict[TileConfig | LibraryProduct, None] = dict.fromkeys((find_tile(key), default_tile(key)))
     if not key.grouped:
         found[LIBRARY] = None
     found |= dict.fromkeys(_grid(key))

@@ -18,10 +18,10 @@ from benchmarks.harness.timing import capture_stream, time_each, warm_up
 from benchmarks.kernels.ahead_of_time import CHIPS, Compiled, compile_launch, specialize
 from benchmarks.kernels.products import Operands, Shape, draw_operands, prepare
 from benchmarks.kernels.sass import count_waits
-from mtu_kernels.triton.launch import execute
-from mtu_kernels.triton.tiles import Library, TileConfig
+from mtu_kernels.triton.launch import execute_launch
+from mtu_kernels.triton.tiles import LibraryProduct, TileConfig
 
-Tile = TileConfig | Library
+Tile = TileConfig | LibraryProduct
 
 # Screening is short; the fastest tiles are then timed again, together.
 _SCREENING_SECONDS = 0.005
@@ -146,7 +146,7 @@ def _why_not(job: tuple[Task, TileConfig, str]) -> str | None:
 def _run(product: str, operands: Operands, tile: Tile) -> dict[str, Tensor]:
     """One call, which allocates its results, so that captured calls share their memory."""
     work = prepare(product, operands, tile)
-    work.run(execute)
+    work.run(execute_launch)
     return work.outputs
 
 
@@ -214,7 +214,7 @@ def _expert_out_backward(sample: _Sample) -> dict[str, Tensor]:
     slope = cdf + g * torch.exp(-0.5 * g * g) / (2 * torch.pi) ** 0.5
     da, a = sample.x_hat @ sample.w_out, u * g * cdf
     dz = torch.cat([da * sample.weights * g * cdf, da * sample.weights * u * slope], dim=-1)
-    return {"h": a * sample.weights, "dz": dz, "d_weights": (da * a).sum(dim=0), "d_bias": dz.sum(dim=0)}
+    return {"h": a * sample.weights, "d_z": dz, "d_weights": (da * a).sum(dim=0), "d_bias": dz.sum(dim=0)}
 
 
 def _weights_reference(operands: Operands, samples: list[_Sample]) -> dict[str, Tensor]:

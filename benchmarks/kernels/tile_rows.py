@@ -4,7 +4,7 @@ import runpy
 from collections.abc import Iterable
 from pathlib import Path
 
-from mtu_kernels.triton.tiles import PRODUCTS, Library, TableRow, TileConfig, TileKey
+from mtu_kernels.triton.tiles import PRODUCTS, LibraryProduct, TableRow, TileConfig, TileKey
 
 _HEAD = (
     '"""The tiles that are shipped, a row each. `python -m benchmarks.kernels.tune` measures and rewrites them."""\n'
@@ -15,7 +15,7 @@ def render(rows: Iterable[TableRow]) -> str:
     """The text of `tile_table.py`: a row a line, by architecture, product and shape."""
     ordered = sorted(rows, key=_order)
     names = ["TableRow"]
-    names += ["LIBRARY"] if any(isinstance(row.tile, Library) for row in ordered) else []
+    names += ["LIBRARY"] if any(isinstance(row.tile, LibraryProduct) for row in ordered) else []
     names += ["TileConfig"] if any(isinstance(row.tile, TileConfig) for row in ordered) else []
     names += ["TileKey"] if ordered else []
     lines = [_HEAD, f"from mtu_kernels.triton.tiles import {', '.join(sorted(names, key=_isort))}", ""]
@@ -64,8 +64,8 @@ def _order(row: TableRow) -> tuple:
 _SHOWN = {TileKey: 6, TileConfig: 7}
 
 
-def _text(value: TileKey | TileConfig | Library) -> str:
-    if isinstance(value, Library):
+def _text(value: TileKey | TileConfig | LibraryProduct) -> str:
+    if isinstance(value, LibraryProduct):
         return "LIBRARY"
     fields = list(value._asdict().items())
     while len(fields) > _SHOWN[type(value)] and fields[-1][1] == value._field_defaults[fields[-1][0]]:

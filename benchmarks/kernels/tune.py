@@ -28,8 +28,8 @@ from benchmarks.kernels.tile_candidates import PERSISTENT, candidates
 from benchmarks.kernels.tile_measure import Task, Tile, Timer, compile_ahead
 from benchmarks.kernels.tile_rows import merge, read, write
 from mtu_kernels.triton import tile_table
-from mtu_kernels.triton.launch import arch_of, interpreted
-from mtu_kernels.triton.tile_choice import find_tile, triton_version
+from mtu_kernels.triton.launch import arch_of, is_interpreted
+from mtu_kernels.triton.tile_choice import find_tile, triton_major_minor
 from mtu_kernels.triton.tiles import PRODUCTS, TableRow, TileKey
 
 MODULE = "benchmarks.kernels.tune"
@@ -75,7 +75,7 @@ def tasks_of(
             for D, L in shapes:
                 for B in batches:
                     task = Task(product, Shape(D, L, B, E, K, 4 * D // E), DTYPE)
-                    key = task.shape.key(product, arch, BITS)._replace(triton=triton_version())
+                    key = task.shape.key(product, arch, BITS)._replace(triton=triton_major_minor())
                     tasks.setdefault(key, task)
     return tasks
 
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--table must be a Python file, got {options.table}.")
     if not torch.cuda.is_available():
         parser.error("Tiles are measured on a CUDA device, and torch finds none.")
-    if interpreted():
+    if is_interpreted():
         parser.error("TRITON_INTERPRET must be unset, since interpreted kernels have no times; it is set.")
     until = deadline(options.minutes)
     device = torch.device("cuda", torch.cuda.current_device())

@@ -33,7 +33,7 @@ from mtu.experts import ExpertConfig
 from mtu.models.ffn import TASK_CONTEXT_KEY, RoutedTransformerBlock
 from mtu.models.router import TaskContext
 from mtu_kernels.triton import operators
-from mtu_kernels.triton.launch import Machine
+from mtu_kernels.triton.launch import LaunchDevice
 
 MODULE = "benchmarks.models.launch_count"
 # The implementation is the backend of an upcycled block; None for a stock block.
@@ -137,19 +137,19 @@ def recorded(operator: Operator) -> list[str]:
                 names.append(str(function))
             return function(*args, **(kwargs or {}))
 
-    machine = Machine(ARCH, lambda launch: names.append(launch.kernel.__name__))
+    machine = LaunchDevice(ARCH, lambda launch: names.append(launch.kernel.__name__))
     with Recorder():
         _RECORDED[operator.name](machine, *operator.arguments)
     return names
 
 
-def _fused(machine: Machine, *arguments: Any) -> Tensor:
+def _fused(machine: LaunchDevice, *arguments: Any) -> Tensor:
     *tensors, num_experts, eps = arguments
-    return operators.inference(operators.make_call(machine, tuple(tensors), num_experts), eps)
+    return operators.run_inference(operators.build_call(machine, tuple(tensors), num_experts), eps)
 
 
 _RECORDED: dict[str, Callable[..., Tensor]] = {
-    "expert_hidden_triton": operators.expert_hidden,
+    "expert_hidden_triton": operators.run_first_product_alone,
     "moe_ffn_triton": _fused,
 }
 

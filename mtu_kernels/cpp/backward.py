@@ -56,7 +56,7 @@ class _Call(NamedTuple):
         return slice(e * size, (e + 1) * size)
 
 
-def backward(level: int, grad_y: Tensor, *args) -> tuple[Tensor, ...]:
+def compute_gradients(level: int, grad_y: Tensor, *args) -> tuple[Tensor, ...]:
     """The kernel of ``moe_ffn_cpp_backward``, with the number of a level before the operator's arguments."""
     # Autograd may run this under autocast, which would round the operands of float32 products.
     with torch.autocast("cpu", enabled=False):

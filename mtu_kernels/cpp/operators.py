@@ -10,14 +10,14 @@ import functools
 
 import torch
 
-from mtu_kernels.cpp.backward import backward
+from mtu_kernels.cpp.backward import compute_gradients
 from mtu_kernels.cpp.extension import EXTENSION
 from mtu_kernels.ops import LIBRARY, TENSORS, Ops, define_ops
 
 _FASTEST = 0
 
 OPS = define_ops("cpp", adds_residual=True)
-LIBRARY.impl("moe_ffn_cpp_backward", functools.partial(backward, _FASTEST), "CPU")
+LIBRARY.impl("moe_ffn_cpp_backward", functools.partial(compute_gradients, _FASTEST), "CPU")
 
 # These operators run at a chosen level, or are steps of the backward pass. They have no gradients.
 for _schema in (
@@ -35,20 +35,20 @@ for _schema in (
 
 
 @functools.cache
-def ops_at(level: str) -> Ops:
+def ops_of_instruction_set(level: str) -> Ops:
     """The operators of one level. `OPS` are those of the fastest.
 
     Raises:
         ValueError: this machine does not have the level.
     """
-    if level not in EXTENSION.levels:
-        available = ", ".join(EXTENSION.levels) or "none"
+    if level not in EXTENSION.instruction_sets:
+        available = ", ".join(EXTENSION.instruction_sets) or "none"
         raise ValueError(f"level must be one that this machine runs, {available}, got {level!r}.")
-    number = EXTENSION.levels.index(level)
+    number = EXTENSION.instruction_sets.index(level)
     name = f"cpp_{level}"
     ops = define_ops(name, adds_residual=True)
     kernels = torch.ops.mtu_kernels
     LIBRARY.impl(f"moe_ffn_{name}", functools.partial(kernels.cpp_moe_ffn_at, number), "CPU")
     LIBRARY.impl(f"moe_ffn_{name}_train", functools.partial(kernels.cpp_train_at, number, True), "CPU")
-    LIBRARY.impl(f"moe_ffn_{name}_backward", functools.partial(backward, number), "CPU")
+    LIBRARY.impl(f"moe_ffn_{name}_backward", functools.partial(compute_gradients, number), "CPU")
     return ops

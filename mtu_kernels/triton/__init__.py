@@ -15,7 +15,7 @@ from torch import Tensor
 from mtu_kernels.arguments import ExpertWeights, NormAffine, Options
 from mtu_kernels.ops import LIBRARY, call_ops, define_ops
 from mtu_kernels.routing import Routing
-from mtu_kernels.tracing import constant, is_exporting
+from mtu_kernels.tracing import call_once_while_tracing, is_exporting
 from mtu_kernels.triton import availability, torch_compile
 
 _OPS = define_ops("triton")
@@ -28,28 +28,30 @@ def moe_ffn(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routin
     with their surroundings. The log says once which of the two a compiled call runs.
     """
     if torch.compiler.is_compiling() and not is_exporting():
-        if torch_compile.supports(x, norm, experts, routing):
-            constant(torch_compile.log_path, torch_compile.describe_path(experts.w_in.dtype))
+        if torch_compile.is_plain_dense_inference(x, norm, experts, routing):
+            call_once_while_tracing(
+                torch_compile.log_execution_once, torch_compile.describe_execution(experts.w_in.dtype)
+            )
             return torch_compile.moe_ffn(x, norm, experts, routing, options)
-        constant(torch_compile.log_path, "LayerNorm, experts and their sum as one operator")
+        call_once_while_tracing(torch_compile.log_execution_once, "LayerNorm, experts and their sum as one operator")
     return call_ops(_OPS, x, norm, experts, routing, options)
 
 
 def why_not_installed() -> str | None:
     """The reason why this installation cannot run the backend, as a clause; or ``None`` if it can."""
-    return constant(availability.why_not_installed)
+    return call_once_while_tracing(availability.why_not_installed)
 
 
-def why_not(device: torch.device, compute: torch.dtype) -> str | None:
+def why_unsupported(device: torch.device, compute: torch.dtype) -> str | None:
     """The reason why the backend cannot serve this device and compute dtype, as a clause; or ``None`` if it can."""
-    return constant(availability.why_not, device, compute)
+    return call_once_while_tracing(availability.why_unsupported, device, compute)
 
 
-def indices_are_valid(indices: Tensor, num_experts: int) -> Tensor:
-    """`mtu_kernels.arguments.indices_are_valid` in one kernel."""
+def indices_valid_flag(indices: Tensor, num_experts: int) -> Tensor:
+    """`mtu_kernels.arguments.indices_valid_flag` in one kernel."""
     index_check = importlib.import_module("mtu_kernels.triton.kernels.index_check")
-    with _operators()[1].on_device(indices.device) as machine:
-        return index_check.indices_are_valid(indices, num_experts, machine)
+    with _operators()[1].current_launch_device(indices.device) as machine:
+        return index_check.indices_valid_flag(indices, num_experts, machine)
 
 
 @functools.cache
@@ -63,15 +65,15 @@ def _operators() -> tuple[ModuleType, ModuleType]:
 def _inference(*args) -> Tensor:
     *tensors, num_experts, eps = args
     operators, launch = _operators()
-    with launch.on_device(tensors[0].device) as machine:
-        return operators.inference(operators.make_call(machine, tensors, num_experts), eps)
+    with launch.current_launch_device(tensors[0].device) as machine:
+        return operators.run_inference(operators.build_call(machine, tensors, num_experts), eps)
 
 
 def _train(*args) -> tuple[Tensor, ...]:
     *tensors, num_experts, eps = args
     operators, launch = _operators()
-    with launch.on_device(tensors[0].device) as machine:
-        return operators.train(operators.make_call(machine, tensors, num_experts), eps)
+    with launch.current_launch_device(tensors[0].device) as machine:
+        return operators.run_training_forward(operators.build_call(machine, tensors, num_experts), eps)
 
 
 def _backward(grad_y, *args) -> tuple[Tensor, ...]:
@@ -80,15 +82,15 @@ def _backward(grad_y, *args) -> tuple[Tensor, ...]:
     # Hooks on saved tensors may give them back with other strides.
     saved = None if hidden is None else tuple(t.contiguous() for t in (hidden, mean, rstd))
     # The backward pass may run under autocast, which would round the operands of cuBLAS products.
-    with launch.on_device(grad_y.device) as machine, torch.autocast(grad_y.device.type, enabled=False):
-        call = operators.make_call(machine, tensors, num_experts)
-        return operators.backward(call, grad_y, saved, eps, expert_grads)
+    with launch.current_launch_device(grad_y.device) as machine, torch.autocast(grad_y.device.type, enabled=False):
+        call = operators.build_call(machine, tensors, num_experts)
+        return operators.compute_gradients(call, grad_y, saved, eps, expert_grads)
 
 
 def _expert_hidden(x_hat: Tensor, w_in: Tensor, b_in: Tensor, weights: Tensor, num_experts: int) -> Tensor:
     operators, launch = _operators()
-    with launch.on_device(x_hat.device) as machine:
-        return operators.expert_hidden(machine, x_hat, w_in, b_in, weights, num_experts)
+    with launch.current_launch_device(x_hat.device) as machine:
+        return operators.run_first_product_alone(machine, x_hat, w_in, b_in, weights, num_experts)
 
 
 for _key in ("CUDA", "CPU"):

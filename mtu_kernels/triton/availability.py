@@ -7,7 +7,7 @@ import importlib
 
 import torch
 
-from mtu_kernels.ops import why_not_dtype
+from mtu_kernels.ops import why_dtype_unsupported
 
 MINIMUM_VERSION = "3.6"
 
@@ -18,7 +18,7 @@ def why_not_installed() -> str | None:
     return _why_not_installed()
 
 
-def why_not(device: torch.device, compute: torch.dtype) -> str | None:
+def why_unsupported(device: torch.device, compute: torch.dtype) -> str | None:
     """The reason why the backend cannot serve this device and compute dtype, as a clause; or ``None`` if it can."""
     return _why_not(device, compute)
 
@@ -42,14 +42,14 @@ def _major_minor(version: str) -> tuple[int, ...]:
 def _why_not(device: torch.device, compute: torch.dtype) -> str | None:
     if (reason := _why_not_installed()) is not None:
         return reason
-    if (reason := why_not_dtype(compute)) is not None:
+    if (reason := why_dtype_unsupported(compute)) is not None:
         return reason
     if device.type == "meta":
         return None
     if device.type not in ("cpu", "cuda"):
         return f"it runs on CUDA devices, not on {device.type}"
     launch, probes = (importlib.import_module(f"mtu_kernels.triton.{name}") for name in ("launch", "probes"))
-    if launch.interpreted():
+    if launch.is_interpreted():
         if compute == torch.bfloat16:
             return "Triton's interpreter computes products of bfloat16 wrongly"
         if (reason := probes.why_not_interpretable()) is not None:
@@ -61,4 +61,4 @@ def _why_not(device: torch.device, compute: torch.dtype) -> str | None:
         return None
     if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
         return f"it needs an NVIDIA GPU of compute capability 8.0 or newer, not {launch.arch_of(device)}"
-    return None if launch.interpreted() else probes.why_not_launchable()
+    return None if launch.is_interpreted() else probes.why_not_launchable()

@@ -1,7 +1,8 @@
 """Kernel launches as values, and the machine that runs them.
 
-The operators build launches and pass each to `Machine.run`. On a GPU, `execute` runs it at once. Benchmarks and tests
-build launches on tensors without memory and collect them, to see which kernels a call runs on any architecture.
+The operators build launches and pass each to `LaunchDevice.run_launch`. On a GPU, `execute_launch` runs it at once.
+Benchmarks and tests build launches on tensors without memory and collect them, to see which kernels a call runs on any
+architecture.
 """
 
 from __future__ import annotations
@@ -22,42 +23,42 @@ class Launch(NamedTuple):
 
     Attributes:
         kernel: the function under ``triton.jit``.
-        programs: the size of the one-dimensional grid. With 0 programs, nothing runs.
+        num_programs: the size of the one-dimensional grid. With 0 programs, nothing runs.
         arguments: the run-time arguments in order, with ``None`` for tensors that the call does not need.
-        constants: the ``tl.constexpr`` arguments by name.
+        constant_arguments: the ``tl.constexpr`` arguments by name.
         num_warps: the number of warps of a program.
         num_stages: the depth of software pipelining.
-        overlaps: whether it may start while the launch before it still runs (programmatic dependent launch, sm_90 and
-            later). The kernel itself then waits before it reads what that launch writes.
-        product: the matrix product that it computes, a name in `tiles.PRODUCTS`; ``None`` for other kernels.
+        may_overlap_previous: whether it may start while the launch before it still runs (programmatic dependent launch,
+            sm_90 and later). The kernel itself then waits before it reads what that launch writes.
+        product_name: the matrix product that it computes, a name in `tiles.PRODUCTS`; ``None`` for other kernels.
     """
 
     kernel: Any
-    programs: int
+    num_programs: int
     arguments: tuple
-    constants: dict[str, Any]
+    constant_arguments: dict[str, Any]
     num_warps: int
     num_stages: int
-    overlaps: bool = False
-    product: str | None = None
+    may_overlap_previous: bool = False
+    product_name: str | None = None
 
     @property
-    def options(self) -> dict[str, Any]:
+    def compiler_options(self) -> dict[str, Any]:
         """The compiler's options. Compilers for AMD do not have the one for dependent launches."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return options | {"launch_pdl": True} if self.overlaps else options
+        return options | {"launch_pdl": True} if self.may_overlap_previous else options
 
 
-class Machine(NamedTuple):
+class LaunchDevice(NamedTuple):
     """The device that launches are built for, and the function that runs them.
 
     Attributes:
         arch: the architecture, such as "sm_90" or "gfx942", or "interpreter" for Triton's interpreter.
-        run: called with each launch in turn.
+        run_launch: called with each launch in turn.
     """
 
     arch: str
-    run: Callable[[Launch], None]
+    run_launch: Callable[[Launch], None]
 
 
 # Triton has these two as well, for kernels. On the host they are about twenty times slower.
@@ -76,7 +77,7 @@ def floor_power_of_2(n: int) -> int:
     return 1 << n.bit_length() - 1
 
 
-def is_describable(tensor: Tensor | None) -> bool:
+def fits_tensor_descriptor(tensor: Tensor | None) -> bool:
     """Whether a tensor descriptor can describe a contiguous tensor: its address and rows are multiples of 16 bytes.
 
     ``None``, the place of a tensor that a launch does not need, is describable.
@@ -88,25 +89,25 @@ def is_describable(tensor: Tensor | None) -> bool:
     return tensor.shape[-1] % 8 == 0 and tensor.data_ptr() % 16 == 0
 
 
-def describe(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
+def make_descriptor(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
     """A descriptor of a contiguous tensor. The hardware (TMA, sm_90 and later) loads and stores blocks of it."""
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
 
 
-def execute(launch: Launch) -> None:
+def execute_launch(launch: Launch) -> None:
     """Runs a launch on the current device (or in Triton's interpreter)."""
-    if launch.programs:
-        launch.kernel[(launch.programs,)](*launch.arguments, **launch.constants, **launch.options)
+    if launch.num_programs:
+        launch.kernel[(launch.num_programs,)](*launch.arguments, **launch.constant_arguments, **launch.compiler_options)
 
 
 @contextlib.contextmanager
-def on_device(device: torch.device) -> Iterator[Machine]:
+def current_launch_device(device: torch.device) -> Iterator[LaunchDevice]:
     """Makes a device the current one, on which Triton launches kernels, and gives its machine."""
     if device.type != "cuda":
-        yield Machine("interpreter", execute)
+        yield LaunchDevice("interpreter", execute_launch)
         return
     with torch.cuda.device(device):
-        yield Machine("interpreter" if interpreted() else arch_of(device), execute)
+        yield LaunchDevice("interpreter" if is_interpreted() else arch_of(device), execute_launch)
 
 
 @functools.cache
@@ -123,7 +124,7 @@ def _probe():
     pass
 
 
-def interpreted() -> bool:
+def is_interpreted() -> bool:
     """Whether kernels run on CPU tensors, because Triton's own variable ``TRITON_INTERPRET`` was 1 at their import."""
     return not isinstance(_probe, triton.runtime.JITFunction)
 
@@ -135,6 +136,6 @@ def is_sm_90_or_later(arch: str) -> bool:
     return number.isdecimal() and int(number) >= 90
 
 
-def supports_overlap(arch: str) -> bool:
+def supports_launch_overlap(arch: str) -> bool:
     """Whether a launch may start before the previous one has ended. The interpreter cannot do that."""
-    return is_sm_90_or_later(arch) and not interpreted()
+    return is_sm_90_or_later(arch) and not is_interpreted()

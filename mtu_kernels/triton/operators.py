@@ -14,34 +14,34 @@ from torch import Tensor
 
 from mtu_kernels.arguments import ExpertWeights, NormAffine
 from mtu_kernels.routing import Routing
-from mtu_kernels.triton.kernels.activation import GegluGradients, launch_geglu, launch_geglu_backward
-from mtu_kernels.triton.kernels.expert_in import Hidden, launch_expert_in
-from mtu_kernels.triton.kernels.expert_out_backward import launch_expert_out_backward, row_block
-from mtu_kernels.triton.kernels.expert_sum import Summands, launch_expert_sum
-from mtu_kernels.triton.kernels.expert_weights import launch_expert_weights
+from mtu_kernels.triton.kernels.activation import GegluBackwardOutputs, launch_geglu, launch_geglu_backward
+from mtu_kernels.triton.kernels.expert_in import FirstProductOutputs, launch_expert_in
+from mtu_kernels.triton.kernels.expert_out_backward import launch_expert_out_backward, rows_per_tile
+from mtu_kernels.triton.kernels.expert_sum import ExpertSumOperands, launch_expert_sum
+from mtu_kernels.triton.kernels.expert_weights import launch_expert_weight_gradients
 from mtu_kernels.triton.kernels.layer_norm import (
-    NormGradients,
-    Statistics,
+    NormBackwardOutputs,
+    TokenStatistics,
     launch_layer_norm,
     launch_layer_norm_backward,
-    norm_tiles,
+    num_norm_tiles,
 )
-from mtu_kernels.triton.launch import Machine, ceil_div, supports_overlap
-from mtu_kernels.triton.tile_choice import find_tile, token_class
-from mtu_kernels.triton.tiles import ELEMENTWISE_TILE, Library, TileConfig, TileKey
+from mtu_kernels.triton.launch import LaunchDevice, ceil_div, supports_launch_overlap
+from mtu_kernels.triton.tile_choice import find_tile, token_count_class
+from mtu_kernels.triton.tiles import ELEMENTWISE_TILE, LibraryProduct, TileConfig, TileKey
 
 
-class Call(NamedTuple):
+class OperatorCall(NamedTuple):
     """The tensors of one call, all contiguous, and the machine that runs its launches."""
 
-    machine: Machine
+    machine: LaunchDevice
     x: Tensor
     norm: NormAffine
     experts: ExpertWeights
     routing: Routing
 
     @property
-    def slots(self) -> tuple[int, ...]:
+    def slots_shape(self) -> tuple[int, ...]:
         """(K,) if each active expert has its own affine and so its own x̂, else ()."""
         return (self.routing.weights.shape[1],) if self.norm.weight.dim() == 3 else ()
 
@@ -51,7 +51,7 @@ class Call(NamedTuple):
         return self.experts.w_out.shape[1] // self.experts.num_experts
 
     @property
-    def active_hidden(self) -> int:
+    def active_hidden_size(self) -> int:
         """K·F, the hidden units of all active experts of a sample."""
         return self.expert_size * self.routing.weights.shape[1]
 
@@ -62,46 +62,46 @@ class Call(NamedTuple):
             return "ieee"
         return "tf32"
 
-    def tile(self, product: str, *, grouped: bool) -> TileConfig | Library:
+    def find_tile(self, product: str, *, grouped: bool) -> TileConfig | LibraryProduct:
         B, L, D = self.x.shape
         bits = 8 * self.experts.w_in.element_size()
-        return find_tile(TileKey(product, self.machine.arch, bits, grouped, D, token_class(B * L)))
+        return find_tile(TileKey(product, self.machine.arch, bits, grouped, D, token_count_class(B * L)))
 
-    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    def new_empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.x.new_empty(shape, dtype=dtype or self.experts.w_in.dtype)
 
 
-def make_call(machine: Machine, tensors: tuple[Tensor | None, ...], num_experts: int) -> Call:
+def build_call(machine: LaunchDevice, tensors: tuple[Tensor | None, ...], num_experts: int) -> OperatorCall:
     """The call of an operator with flattened arguments. Tensors that are not contiguous are copied."""
     x, gamma, beta, w_in, b_in, w_out, b_out, weights, indices = (
         None if t is None else t.contiguous() for t in tensors
     )
     experts = ExpertWeights(w_in, b_in, w_out, b_out, num_experts)
-    return Call(machine, x, NormAffine(gamma, beta), experts, Routing(weights, indices))
+    return OperatorCall(machine, x, NormAffine(gamma, beta), experts, Routing(weights, indices))
 
 
-def inference(call: Call, eps: float) -> Tensor:
+def run_inference(call: OperatorCall, eps: float) -> Tensor:
     """y (B, L, D)."""
-    x_hat = normalize(call, None, eps)
-    h = call.empty(*call.x.shape[:2], call.active_hidden)
-    activate(call, x_hat, Hidden(h, None))
+    x_hat = run_layer_norm(call, None, eps)
+    h = call.new_empty(*call.x.shape[:2], call.active_hidden_size)
+    run_first_product(call, x_hat, FirstProductOutputs(h, None))
     del x_hat
-    return project_out(call, h)
+    return run_second_product(call, h)
 
 
-def train(call: Call, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def run_training_forward(call: OperatorCall, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (B, L, D), z (B, L, 2KF), mean and rstd (B, L)."""
     B, L, _ = call.x.shape
     statistics = _empty_statistics(call)
-    x_hat = normalize(call, statistics, eps)
-    h, z = call.empty(B, L, call.active_hidden), call.empty(B, L, 2 * call.active_hidden)
-    activate(call, x_hat, Hidden(h, z))
+    x_hat = run_layer_norm(call, statistics, eps)
+    h, z = call.new_empty(B, L, call.active_hidden_size), call.new_empty(B, L, 2 * call.active_hidden_size)
+    run_first_product(call, x_hat, FirstProductOutputs(h, z))
     del x_hat
-    return project_out(call, h), z, statistics.mean, statistics.rstd
+    return run_second_product(call, h), z, statistics.mean, statistics.rstd
 
 
-def backward(
-    call: Call, grad_y: Tensor, saved: tuple[Tensor, Tensor, Tensor] | None, eps: float, expert_grads: bool
+def compute_gradients(
+    call: OperatorCall, grad_y: Tensor, saved: tuple[Tensor, Tensor, Tensor] | None, eps: float, expert_grads: bool
 ) -> tuple[Tensor, ...]:
     """The gradients of x, norm, experts and routing weights, in their dtypes.
 
@@ -119,7 +119,7 @@ def backward(
         indices = call.routing.indices.clamp(0, call.experts.num_experts - 1)
         call = call._replace(routing=Routing(call.routing.weights, indices))
     recomputed = saved is None
-    z, statistics = _recompute(call, eps) if saved is None else (saved[0], Statistics(*saved[1:]))
+    z, statistics = _recompute(call, eps) if saved is None else (saved[0], TokenStatistics(*saved[1:]))
     outputs = _activation_gradients(call, grad_y, z, in_place=recomputed, expert_grads=expert_grads)
     del z
     # The gradients of b_out, and of the weights that multiply it, need one pass over ∂y.
@@ -128,12 +128,12 @@ def backward(
     d_weights = _routing_gradient(call, outputs.d_weights, grad_y_sum)
     if outputs.h is None:
         # Experts are not trained.
-        d_experts = [call.empty(0) for _ in range(4)]
-        d_x_hat = _input_gradient(call, outputs.dz)
+        d_experts = [call.new_empty(0) for _ in range(4)]
+        d_x_hat = _input_gradient(call, outputs.d_z)
         del outputs
     else:
         d_b_in, d_b_out = _bias_gradients(call, outputs.d_bias, grad_y_sum)
-        h, dz = outputs.h, outputs.dz
+        h, dz = outputs.h, outputs.d_z
         del outputs
         # This order has the lowest peak of memory. With many tokens, h is freed before the gradient of W_in is
         # allocated. With few, gradients of weights are larger, and ∂z is freed before the gradient of W_out is
@@ -155,101 +155,106 @@ def backward(
     return d_x, *(grad.to(dtype) for grad, dtype in zip(others, dtypes, strict=True))
 
 
-def expert_hidden(
-    machine: Machine, x_hat: Tensor, w_in: Tensor, b_in: Tensor, weights: Tensor, num_experts: int
+def run_first_product_alone(
+    machine: LaunchDevice, x_hat: Tensor, w_in: Tensor, b_in: Tensor, weights: Tensor, num_experts: int
 ) -> Tensor:
     """h (B, L, H): the first product alone, for dense routing and a given x̂."""
     H = w_in.shape[0] // 2
     # The first product does not read these tensors. Their shapes say that routing is dense and what H is.
     w_out, absent = w_in.new_empty(0, H), w_in.new_empty(0)
-    call = make_call(machine, (x_hat, absent, absent, w_in, b_in, w_out, absent, weights, None), num_experts)
-    h = call.empty(*x_hat.shape[:2], H)
-    activate(call, call.x, Hidden(h, None), follows_norm=False)
+    call = build_call(machine, (x_hat, absent, absent, w_in, b_in, w_out, absent, weights, None), num_experts)
+    h = call.new_empty(*x_hat.shape[:2], H)
+    run_first_product(call, call.x, FirstProductOutputs(h, None), follows_norm=False)
     return h
 
 
-def normalize(call: Call, statistics: Statistics | None, eps: float) -> Tensor:
+def run_layer_norm(call: OperatorCall, statistics: TokenStatistics | None, eps: float) -> Tensor:
     """x̂ (B, L, D), or (B, K, L, D) for affines (B, E, D). Writes statistics unless they are ``None``."""
     B, L, D = call.x.shape
-    x_hat = call.empty(B, *call.slots, L, D)
-    overlap = supports_overlap(call.machine.arch)
-    call.machine.run(
+    x_hat = call.new_empty(B, *call.slots_shape, L, D)
+    overlap = supports_launch_overlap(call.machine.arch)
+    call.machine.run_launch(
         launch_layer_norm(call.x, call.norm, call.routing.indices, x_hat, statistics, eps, overlap=overlap)
     )
     return x_hat
 
 
-def activate(call: Call, x_hat: Tensor, outputs: Hidden, *, follows_norm: bool = True) -> None:
+def run_first_product(
+    call: OperatorCall, x_hat: Tensor, outputs: FirstProductOutputs, *, follows_norm: bool = True
+) -> None:
     """Computes the first product, which writes h, z or both.
 
     Args:
         call: the arguments of the operator.
         x_hat: (B, L, D) or (B, K, L, D) compute dtype.
         outputs: the tensors to write.
-        follows_norm: whether the previous launch is that of `normalize`, so that this one may start before it ends.
+        follows_norm: whether the previous launch is that of `run_layer_norm`, so that this one may start before it
+            ends.
     """
     product = "expert_in" if outputs.z is None else "expert_in_train"
-    tile = call.tile(product, grouped=call.routing.indices is not None or x_hat.dim() == 4)
+    tile = call.find_tile(product, grouped=call.routing.indices is not None or x_hat.dim() == 4)
     if isinstance(tile, TileConfig):
-        overlap = follows_norm and supports_overlap(call.machine.arch)
+        overlap = follows_norm and supports_launch_overlap(call.machine.arch)
         experts, routing = call.experts, call.routing
-        call.machine.run(launch_expert_in(x_hat, experts, routing, outputs, tile, call.precision, overlap=overlap))
+        call.machine.run_launch(
+            launch_expert_in(x_hat, experts, routing, outputs, tile, call.precision, overlap=overlap)
+        )
         return
-    z = call.empty(*call.x.shape[:2], 2 * call.active_hidden) if outputs.z is None else outputs.z
+    z = call.new_empty(*call.x.shape[:2], 2 * call.active_hidden_size) if outputs.z is None else outputs.z
     torch.addmm(call.experts.b_in, x_hat.flatten(0, 1), call.experts.w_in.T, out=z.flatten(0, 1))
     if outputs.h is not None:
-        call.machine.run(launch_geglu(z, call.routing.weights, outputs.h, call.expert_size, ELEMENTWISE_TILE))
+        call.machine.run_launch(launch_geglu(z, call.routing.weights, outputs.h, call.expert_size, ELEMENTWISE_TILE))
 
 
-def project_out(call: Call, h: Tensor) -> Tensor:
+def run_second_product(call: OperatorCall, h: Tensor) -> Tensor:
     """The second product, y (B, L, D)."""
     experts = call.experts
-    y = call.empty(*call.x.shape)
-    tile = call.tile("expert_sum", grouped=call.routing.indices is not None or experts.b_out.dim() == 2)
+    y = call.new_empty(*call.x.shape)
+    tile = call.find_tile("expert_sum", grouped=call.routing.indices is not None or experts.b_out.dim() == 2)
     if isinstance(tile, TileConfig):
-        summands = Summands(h, experts.w_out, False, experts.b_out, experts.num_experts)
-        call.machine.run(launch_expert_sum(summands, call.routing, y, tile, call.precision))
+        summands = ExpertSumOperands(h, experts.w_out, False, experts.b_out, experts.num_experts)
+        call.machine.run_launch(launch_expert_sum(summands, call.routing, y, tile, call.precision))
     else:
         torch.addmm(experts.b_out, h.flatten(0, 1), experts.w_out.T, out=y.flatten(0, 1))
     return y
 
 
-def _recompute(call: Call, eps: float) -> tuple[Tensor, Statistics]:
+def _recompute(call: OperatorCall, eps: float) -> tuple[Tensor, TokenStatistics]:
     statistics = _empty_statistics(call)
-    z = call.empty(*call.x.shape[:2], 2 * call.active_hidden)
-    activate(call, normalize(call, statistics, eps), Hidden(None, z))
+    z = call.new_empty(*call.x.shape[:2], 2 * call.active_hidden_size)
+    run_first_product(call, run_layer_norm(call, statistics, eps), FirstProductOutputs(None, z))
     return z, statistics
 
 
 def _activation_gradients(
-    call: Call, grad_y: Tensor, z: Tensor, *, in_place: bool, expert_grads: bool
-) -> GegluGradients:
+    call: OperatorCall, grad_y: Tensor, z: Tensor, *, in_place: bool, expert_grads: bool
+) -> GegluBackwardOutputs:
     B, L, _ = grad_y.shape
-    width = call.active_hidden
-    tile = call.tile("expert_out_backward", grouped=call.routing.indices is not None)
-    if isinstance(tile, Library):
+    width = call.active_hidden_size
+    tile = call.find_tile("expert_out_backward", grouped=call.routing.indices is not None)
+    if isinstance(tile, LibraryProduct):
         # The library's product has the size of h, which overwrites it.
         da, rows = (grad_y.flatten(0, 1) @ call.experts.w_out).view(B, L, width), ELEMENTWISE_TILE.block_m
     else:
-        da, rows = None, row_block(tile, L)
-    h = call.empty(B, L, width) if da is None and expert_grads else da
+        da, rows = None, rows_per_tile(tile, L)
+    h = call.new_empty(B, L, width) if da is None and expert_grads else da
     tiles = ceil_div(L, rows)
-    outputs = GegluGradients(
+    outputs = GegluBackwardOutputs(
         h=h if expert_grads else None,
-        dz=z if in_place else torch.empty_like(z),
-        d_weights=call.empty(B, tiles, width, dtype=torch.float32),
-        d_bias=call.empty(B, tiles, 2 * width, dtype=torch.float32) if expert_grads else None,
+        d_z=z if in_place else torch.empty_like(z),
+        d_weights=call.new_empty(B, tiles, width, dtype=torch.float32),
+        d_bias=call.new_empty(B, tiles, 2 * width, dtype=torch.float32) if expert_grads else None,
     )
-    if isinstance(tile, Library):
+    if isinstance(tile, LibraryProduct):
         launch = launch_geglu_backward(da, call.routing.weights, z, outputs, call.expert_size, ELEMENTWISE_TILE)
     else:
         precision = call.precision
         launch = launch_expert_out_backward(grad_y, call.experts, call.routing, z, outputs, tile, precision)
-    call.machine.run(launch)
+    call.machine.run_launch(launch)
     return outputs
 
 
-def _routing_gradient(call: Call, sums: Tensor, grad_y_sum: Tensor | None) -> Tensor:
+def _routing_gradient(call: OperatorCall, sums: Tensor, grad_y_sum: Tensor | None) -> Tensor:
     weights, indices = call.routing
     d_weights_BK = sums.sum(dim=1).unflatten(-1, (weights.shape[1], -1)).sum(dim=-1)
     if grad_y_sum is not None and call.experts.b_out.dim() == 2:
@@ -258,7 +263,7 @@ def _routing_gradient(call: Call, sums: Tensor, grad_y_sum: Tensor | None) -> Te
     return d_weights_BK
 
 
-def _bias_gradients(call: Call, sums: Tensor, grad_y_sum: Tensor) -> tuple[Tensor, Tensor]:
+def _bias_gradients(call: OperatorCall, sums: Tensor, grad_y_sum: Tensor) -> tuple[Tensor, Tensor]:
     weights, indices = call.routing
     d_b_in_B2KF = sums.sum(dim=1).unflatten(-1, (2, weights.shape[1], -1))
     d_b_in = _add_samples(d_b_in_B2KF.transpose(1, 2), indices, call.experts.num_experts).transpose(0, 1).flatten()
@@ -284,56 +289,60 @@ def _spread(parts: Tensor, indices: Tensor | None, num_experts: int) -> Tensor:
     return torch.where(owns, parts[:, :, None], 0).sum(dim=1)
 
 
-def _w_out_gradient(call: Call, grad_y: Tensor, h: Tensor) -> Tensor:
-    tile = call.tile("expert_weights", grouped=call.routing.indices is not None)
-    if isinstance(tile, Library):
+def _w_out_gradient(call: OperatorCall, grad_y: Tensor, h: Tensor) -> Tensor:
+    tile = call.find_tile("expert_weights", grouped=call.routing.indices is not None)
+    if isinstance(tile, LibraryProduct):
         return grad_y.flatten(0, 1).T @ h.flatten(0, 1)
     gradient = torch.empty_like(call.experts.w_out)
-    call.machine.run(launch_expert_weights(h, grad_y, call.routing, gradient.T, call.expert_size, tile, call.precision))
+    call.machine.run_launch(
+        launch_expert_weight_gradients(h, grad_y, call.routing, gradient.T, call.expert_size, tile, call.precision)
+    )
     return gradient
 
 
-def _w_in_gradient(call: Call, dz: Tensor, eps: float) -> Tensor:
+def _w_in_gradient(call: OperatorCall, dz: Tensor, eps: float) -> Tensor:
     # Computing x̂ again costs one pass over x, which is cheaper than keeping it.
-    x_hat = normalize(call, None, eps)
-    tile = call.tile("expert_weights", grouped=call.routing.indices is not None or x_hat.dim() == 4)
-    if isinstance(tile, Library):
+    x_hat = run_layer_norm(call, None, eps)
+    tile = call.find_tile("expert_weights", grouped=call.routing.indices is not None or x_hat.dim() == 4)
+    if isinstance(tile, LibraryProduct):
         return dz.flatten(0, 1).T @ x_hat.flatten(0, 1)
     gradient = torch.empty_like(call.experts.w_in)
-    call.machine.run(launch_expert_weights(dz, x_hat, call.routing, gradient, call.expert_size, tile, call.precision))
+    call.machine.run_launch(
+        launch_expert_weight_gradients(dz, x_hat, call.routing, gradient, call.expert_size, tile, call.precision)
+    )
     return gradient
 
 
-def _input_gradient(call: Call, dz: Tensor) -> Tensor:
+def _input_gradient(call: OperatorCall, dz: Tensor) -> Tensor:
     """∂x̂ (B, L, D), or (B, K, L, D) for affines (B, E, D)."""
     B, L, D = call.x.shape
-    tile = call.tile("expert_in_backward", grouped=call.routing.indices is not None or bool(call.slots))
-    if isinstance(tile, Library):
+    tile = call.find_tile("expert_in_backward", grouped=call.routing.indices is not None or bool(call.slots_shape))
+    if isinstance(tile, LibraryProduct):
         return (dz.flatten(0, 1) @ call.experts.w_in).view(B, L, D)
-    d_x_hat = call.empty(B, *call.slots, L, D)
-    summands = Summands(dz, call.experts.w_in, True, None, call.experts.num_experts)
-    call.machine.run(launch_expert_sum(summands, call.routing, d_x_hat, tile, call.precision))
+    d_x_hat = call.new_empty(B, *call.slots_shape, L, D)
+    summands = ExpertSumOperands(dz, call.experts.w_in, True, None, call.experts.num_experts)
+    call.machine.run_launch(launch_expert_sum(summands, call.routing, d_x_hat, tile, call.precision))
     return d_x_hat
 
 
-def _norm_gradients(call: Call, d_x_hat: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor, Tensor]:
+def _norm_gradients(call: OperatorCall, d_x_hat: Tensor, statistics: TokenStatistics) -> tuple[Tensor, Tensor, Tensor]:
     B, L, D = call.x.shape
-    slots = call.slots[0] if call.slots else 1
-    tiles = norm_tiles(L, D, slots)
-    sums = [call.empty(B, tiles, slots, D, dtype=torch.float32) for _ in range(2)]
-    outputs = NormGradients(torch.empty_like(call.x), *sums)
+    slots = call.slots_shape[0] if call.slots_shape else 1
+    tiles = num_norm_tiles(L, D, slots)
+    sums = [call.new_empty(B, tiles, slots, D, dtype=torch.float32) for _ in range(2)]
+    outputs = NormBackwardOutputs(torch.empty_like(call.x), *sums)
     indices = call.routing.indices
-    call.machine.run(launch_layer_norm_backward(d_x_hat, call.x, statistics, call.norm, indices, outputs))
+    call.machine.run_launch(launch_layer_norm_backward(d_x_hat, call.x, statistics, call.norm, indices, outputs))
     d_gamma_BKD, d_beta_BKD = (t.sum(dim=1) for t in sums)
-    if not call.slots:
-        return outputs.x, d_gamma_BKD[:, 0], d_beta_BKD[:, 0]
+    if not call.slots_shape:
+        return outputs.d_x, d_gamma_BKD[:, 0], d_beta_BKD[:, 0]
     num_experts = call.experts.num_experts
-    return outputs.x, _spread(d_gamma_BKD, indices, num_experts), _spread(d_beta_BKD, indices, num_experts)
+    return outputs.d_x, _spread(d_gamma_BKD, indices, num_experts), _spread(d_beta_BKD, indices, num_experts)
 
 
-def _empty_statistics(call: Call) -> Statistics:
+def _empty_statistics(call: OperatorCall) -> TokenStatistics:
     shape = call.x.shape[:2]
-    return Statistics(call.empty(*shape, dtype=torch.float32), call.empty(*shape, dtype=torch.float32))
+    return TokenStatistics(call.new_empty(*shape, dtype=torch.float32), call.new_empty(*shape, dtype=torch.float32))
 
 
 def _tf32_allowed(device: torch.device, arch: str) -> bool:

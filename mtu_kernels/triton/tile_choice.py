@@ -15,46 +15,54 @@ from collections.abc import Iterable
 import triton
 
 from mtu_kernels.triton.tile_table import ROWS
-from mtu_kernels.triton.tiles import LIBRARY, PAIR_PRODUCTS, PLAIN_PRODUCTS, Library, TableRow, TileConfig, TileKey
+from mtu_kernels.triton.tiles import (
+    LIBRARY,
+    PAIR_PRODUCTS,
+    PLAIN_PRODUCTS,
+    LibraryProduct,
+    TableRow,
+    TileConfig,
+    TileKey,
+)
 
-Table = dict[TileKey, TileConfig | Library]
+Table = dict[TileKey, TileConfig | LibraryProduct]
 
 
-def token_class(tokens: int) -> int:
+def token_count_class(tokens: int) -> int:
     """The class of token counts that share a tile: the next power of two, from 64 to 65536."""
     return min(max(1 << max(tokens - 1, 0).bit_length(), 64), 65536)
 
 
 @functools.cache
-def triton_version() -> str:
+def triton_major_minor() -> str:
     """The major and minor version of the installed Triton, as it is written in keys."""
     return ".".join(triton.__version__.split(".")[:2])
 
 
 @functools.cache
-def find_tile(key: TileKey) -> TileConfig | Library:
+def find_tile(key: TileKey) -> TileConfig | LibraryProduct:
     """The tile of the shipped table. A key without a version of Triton stands for the installed one."""
-    return look_up(_TABLE, key if key.triton else key._replace(triton=triton_version()))
+    return look_up_tile(_TABLE, key if key.triton else key._replace(triton=triton_major_minor()))
 
 
-def look_up(table: Table, key: TileKey) -> TileConfig | Library:
+def look_up_tile(table: Table, key: TileKey) -> TileConfig | LibraryProduct:
     """The tile for exactly this shape, else the one for its width, else for its architecture, else the default.
 
     Rows for the key's version of Triton are searched before those for any version.
     """
     for version in (key.triton, ""):
-        for candidate in more_general(key._replace(triton=version)):
+        for candidate in keys_from_exact_to_general(key._replace(triton=version)):
             if candidate in table:
                 return table[candidate]
     return default_tile(key)
 
 
-def more_general(key: TileKey) -> tuple[TileKey, TileKey, TileKey]:
+def keys_from_exact_to_general(key: TileKey) -> tuple[TileKey, TileKey, TileKey]:
     """The key itself, the key for any number of tokens, and the key for any shape."""
     return key, key._replace(tokens=0), key._replace(width=0, tokens=0)
 
 
-def default_tile(key: TileKey) -> TileConfig | Library:
+def default_tile(key: TileKey) -> TileConfig | LibraryProduct:
     """A tile that fits every GPU that Triton compiles for: it takes little shared memory and few registers."""
     if key.arch == "interpreter":
         # Tiles of tests are small, so that small problems take several programs and several steps of the main loop.
@@ -69,7 +77,7 @@ def default_tile(key: TileKey) -> TileConfig | Library:
     return TileConfig(64, 32 if key.product in PAIR_PRODUCTS else 64, 32, 4, 2)
 
 
-def make_table(rows: Iterable[TableRow]) -> Table:
+def table_by_key(rows: Iterable[TableRow]) -> Table:
     """The tiles of all rows by their keys.
 
     Raises:
@@ -79,10 +87,10 @@ def make_table(rows: Iterable[TableRow]) -> Table:
     for row in rows:
         if row.key in table:
             raise ValueError(f"tile_table.py has two rows for {row.key}.")
-        if row.key.grouped and isinstance(row.tile, Library):
+        if row.key.grouped and isinstance(row.tile, LibraryProduct):
             raise ValueError(f"tile_table.py must have a tile for {row.key}: a library cannot pick weights by expert.")
         table[row.key] = row.tile
     return table
 
 
-_TABLE = make_table(ROWS)
+_TABLE = table_by_key(ROWS)

@@ -32,11 +32,11 @@ class TileConfig(NamedTuple):
     persistent: bool = False
 
 
-class Library(NamedTuple):
+class LibraryProduct(NamedTuple):
     """Stands in the place of a tile for a matrix product by torch (cuBLAS), with elementwise kernels around it."""
 
 
-LIBRARY = Library()
+LIBRARY = LibraryProduct()
 
 
 class ElementwiseTile(NamedTuple):
@@ -47,7 +47,7 @@ class ElementwiseTile(NamedTuple):
     num_warps: int
 
     @property
-    def constants(self) -> dict[str, int]:
+    def block_sizes(self) -> dict[str, int]:
         """The block sizes as arguments of the kernels."""
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
 
@@ -89,5 +89,5 @@ class TableRow(NamedTuple):
     """One row of the table: a key, its tile, and the reason for the choice."""
 
     key: TileKey
-    tile: TileConfig | Library
+    tile: TileConfig | LibraryProduct
     source: str

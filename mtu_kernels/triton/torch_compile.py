@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from mtu_kernels import eager
 from mtu_kernels.arguments import ExpertWeights, NormAffine, Options
-from mtu_kernels.ops import LIBRARY, records_gradients
+from mtu_kernels.ops import LIBRARY, autograd_records
 from mtu_kernels.routing import Routing
 
 # The compiler must keep the strides that it traced: the kernel reads contiguous rows, and would copy others.
@@ -31,14 +31,14 @@ LIBRARY.define(
 _EXPERT_HIDDEN = torch.ops.mtu_kernels.expert_hidden_triton
 
 
-def supports(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing) -> bool:
+def is_plain_dense_inference(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing) -> bool:
     """Whether a call is dense inference, with one norm affine for each sample and one bias for all experts."""
     if routing.indices is not None or norm.weight.dim() != 2 or experts.b_out.dim() != 1:
         return False
-    return not records_gradients((x, *norm, *experts[:4], routing.weights))
+    return not autograd_records((x, *norm, *experts[:4], routing.weights))
 
 
-def describe_path(compute: torch.dtype) -> str:
+def describe_execution(compute: torch.dtype) -> str:
     """The operators that dense inference becomes in this compute dtype, as a phrase for the log."""
     if compute == torch.float32:
         return "dense inference in float32 as PyTorch's operators"
@@ -46,18 +46,18 @@ def describe_path(compute: torch.dtype) -> str:
 
 
 def moe_ffn(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: Routing, options: Options) -> Tensor:
-    """`mtu_kernels.moe_ffn` for calls that `supports` returns true for."""
+    """`mtu_kernels.moe_ffn` for calls that `is_plain_dense_inference` returns true for."""
     compute = experts.w_in.dtype
     if compute == torch.float32:
         return eager.moe_ffn(x, norm, experts, routing, options)
     # If x has other strides, the compiler's LayerNorm writes x̂ contiguously at no cost.
-    x_hat = eager.normalize(x, norm, compute, options.eps).contiguous()
+    x_hat = eager.layer_norm_per_sample(x, norm, compute, options.eps).contiguous()
     h = _EXPERT_HIDDEN(x_hat, experts.w_in, experts.b_in, routing.weights, experts.num_experts)
     y = F.linear(h, experts.w_out, experts.b_out)
     return x + y if options.residual else y
 
 
-def log_path(path: str) -> None:
+def log_execution_once(path: str) -> None:
     """Logs once how a compiled call runs."""
     _log_once(path)
 
@@ -82,5 +82,6 @@ def _no_derivative(ctx, grad_h: Tensor) -> tuple[None, ...]:
     raise NotImplementedError(f"{_EXPERT_HIDDEN.default} has no derivative: call `mtu_kernels.moe_ffn`, which has one.")
 
 
-# Without a rule, a call that records gradients would get zeros without an error. `supports` keeps such calls away.
+# Without a rule, a call that records gradients would get zeros without an error. `is_plain_dense_inference` keeps such
+# calls away.
 torch.library.register_autograd(_EXPERT_HIDDEN.default, _no_derivative, lib=LIBRARY)

@@ -77,7 +77,7 @@ def _elsewhere(x, norm, experts, routing, *, device, **options):
 def _places(device: str) -> list[Place]:
     if device == "cuda":
         return [Place("eager", "cuda"), Place("triton", "cuda")]
-    interpreted = triton.why_not(torch.device("cpu"), torch.float32) is None
+    interpreted = triton.why_unsupported(torch.device("cpu"), torch.float32) is None
     return [Place(name, "cpu") for name in available_backends() if name != "triton" or interpreted]
 
 

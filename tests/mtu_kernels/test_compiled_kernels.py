@@ -13,7 +13,7 @@ from benchmarks.kernels import compiled_kernels
 from benchmarks.kernels.ahead_of_time import ARCHITECTURES
 from benchmarks.kernels.kernel_calls import BITS
 from benchmarks.kernels.sass import count, count_tensor_core, count_waits, find_main_loop, parse
-from mtu_kernels.triton.launch import interpreted
+from mtu_kernels.triton.launch import is_interpreted
 from mtu_kernels.triton.tiles import PAIR_PRODUCTS, TileConfig
 
 
@@ -65,7 +65,7 @@ print(len(waits), *violations(result), *violations(result._replace(compiled=resu
 for rates in GPUS.values():
     found = kernels(rates, ((640, 1024),))
     for kernel in found:
-        print(kernel_cells(kernel, rates) | {"product": kernel.launch.product})
+        print(kernel_cells(kernel, rates) | {"product": kernel.launch.product_name})
     print(*((str(tokens), first.programs, first.early) for tokens, first in dense_firsts(found).items()))
 print(*uncovered("sm_80", [], (TableRow(TileKey("expert_in", "sm_80", 16, True), TileConfig(64, 64, 64, 4, 3), ""),)))
 """
@@ -117,7 +117,7 @@ for named in list(record(Call(top_2(640, 1024)), "sm_90"))[:3]:
     launch = named.launch
     compile_launch(launch, "sm_90", listed=False)
     before = set(os.listdir(cache))
-    launch.kernel.warmup(*launch.arguments, **launch.constants, **launch.options, grid=(1,))
+    launch.kernel.warmup(*launch.arguments, **launch.constant_arguments, **launch.compiler_options, grid=(1,))
     print(launch.kernel.__name__, len(before), len(set(os.listdir(cache)) - before))
 """
 
@@ -227,7 +227,7 @@ def test_candidates_are_listed_with_what_is_wrong_with_them_and_the_fastest_firs
     assert lines[2].endswith("shared memory must be at most 166912 bytes, got 196608")
 
 
-@pytest.mark.skipif(not interpreted(), reason="kernels are not interpreted here")
+@pytest.mark.skipif(not is_interpreted(), reason="kernels are not interpreted here")
 def test_interpreted_kernels_are_refused(capsys):
     with pytest.raises(SystemExit):
         compiled_kernels.main([])
@@ -239,7 +239,7 @@ from benchmarks.kernels.ahead_of_time import compile_launch
 from benchmarks.kernels.kernel_calls import Call, dense, record
 from benchmarks.kernels.products import draw_operands
 from benchmarks.kernels.sass import count_waits
-from mtu_kernels.triton.kernels.expert_in import Hidden, launch_expert_in
+from mtu_kernels.triton.kernels.expert_in import FirstProductOutputs, launch_expert_in
 from mtu_kernels.triton.tiles import TileConfig
 
 operands = draw_operands(dense(640, 1024), "bf16", "meta")
@@ -249,7 +249,7 @@ for tile in (
     TileConfig(256, 96, 64, 8, 3, descriptors=True),
     TileConfig(128, 64, 64, 4, 5, descriptors=True, persistent=True),
 ):
-    outputs = Hidden(operands.h, None)
+    outputs = FirstProductOutputs(operands.h, None)
     launch = launch_expert_in(operands.x_hat, operands.experts, operands.routing, outputs, tile, "ieee", overlap=True)
     code = compile_launch(launch, "sm_90").code
     names = [i.base for i in code.instructions]
@@ -257,7 +257,8 @@ for tile in (
     early = names.index("ACQBULK") < first_load
     print(launch.kernel.__name__, code.stack, count_waits(code.main_loop), early)
 for arch in "sm_80", "sm_90":
-    print(*(named.launch.overlaps for named in record(Call(dense(640, 1024)), arch) if "inference" in named.name))
+    recorded = record(Call(dense(640, 1024)), arch)
+    print(*(named.launch.may_overlap_previous for named in recorded if "inference" in named.name))
 """
 
 

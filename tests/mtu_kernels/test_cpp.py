@@ -27,8 +27,8 @@ def cpp_at(level, *arguments, **options):
     return cpp.moe_ffn(*arguments, Options(**options), level=level)
 
 
-LEVELS = [pytest.param(level, id=level) for level in cpp.levels()]
-AT_EACH_LEVEL = {level: functools.partial(cpp_at, level) for level in cpp.levels()}
+LEVELS = [pytest.param(level, id=level) for level in cpp.instruction_sets()]
+AT_EACH_LEVEL = {level: functools.partial(cpp_at, level) for level in cpp.instruction_sets()}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMS = {
     "dense": (None, {}),
@@ -104,9 +104,9 @@ def test_every_level_recomputes_what_it_saved(level):
 
 def test_the_best_level_is_the_default():
     problem = make_problem(0, SIZES["rests"], dtype=torch.bfloat16)
-    best = forward_and_gradients(functools.partial(cpp_at, cpp.levels()[0]), problem)
+    best = forward_and_gradients(functools.partial(cpp_at, cpp.instruction_sets()[0]), problem)
     assert all(torch.equal(a, b) for a, b in zip(best, forward_and_gradients(cpp_op, problem), strict=True))
-    assert cpp.levels()[-1] == "portable"
+    assert cpp.instruction_sets()[-1] == "portable"
 
 
 @pytest.fixture
@@ -274,7 +274,7 @@ def test_rounding_is_that_of_torch(level, dtype):
         D = len(x)
         one, zero = torch.ones(1, 1), torch.zeros(1, 1)
         arguments = x[None, None], zero, one, torch.ones(1, 1, D), torch.zeros(1, 1, D), torch.empty(0, dtype=low)
-        actual = torch.ops.mtu_kernels.cpp_normalize(*arguments, cpp.levels().index(level))[0, 0, 0]
+        actual = torch.ops.mtu_kernels.cpp_normalize(*arguments, cpp.instruction_sets().index(level))[0, 0, 0]
         expected = x.to(low)
         if low == torch.bfloat16 and level in ("amx", "avx512_bf16"):
             # The instruction takes numbers below the normal ones for zero.
@@ -301,7 +301,9 @@ def test_first_numbers_unlike_the_others(level):
     """Sums are taken about a guess of the mean from a row's first numbers. Where it is far off, squares cancel."""
     problem = make_problem(0, Sizes(B=1, L=3, D=1500, E=1, F=1))
     problem.x[..., :16] += 1000
-    *_, mean, rstd = torch.ops.mtu_kernels.cpp_train_at(cpp.levels().index(level), False, *problem.op_arguments)
+    *_, mean, rstd = torch.ops.mtu_kernels.cpp_train_at(
+        cpp.instruction_sets().index(level), False, *problem.op_arguments
+    )
     x = problem.x.double()
     exact_mean, exact_rstd = x.mean(dim=-1), (x.var(dim=-1, correction=0) + problem.eps).rsqrt()
     # Some ulps; about the guess, they would count 1500 / 16 times.

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from mtu_kernels import available_backends, check_backend, cpp, moe_ffn
 from mtu_kernels.arguments import Options
-from mtu_kernels.cpp.extension import Extension, load
+from mtu_kernels.cpp.extension import LoadedExtension, load_extension
 from mtu_kernels.moe_ffn import _fastest
 
 from .moe_ffn_cases import DENSE, Sizes, make_problem
@@ -122,7 +122,7 @@ def test_a_level_that_is_not_there():
 
 def test_auto_leaves_portable_kernels_alone(monkeypatch, caplog):
     """They are slower than what libraries have for any processor; asked for by name they run."""
-    monkeypatch.setattr(cpp, "EXTENSION", Extension(("portable",), None))
+    monkeypatch.setattr(cpp, "EXTENSION", LoadedExtension(("portable",), None))
     problem = make_problem(0, WHOLE)
     with caplog.at_level(logging.WARNING, logger="mtu_kernels"):
         assert torch.equal(moe_ffn(*problem.arguments), moe_ffn(*problem.arguments, backend="eager"))
@@ -132,21 +132,21 @@ def test_auto_leaves_portable_kernels_alone(monkeypatch, caplog):
 
 
 def test_an_extension_that_was_not_built(tmp_path):
-    assert load(tmp_path).levels == ()
-    assert load(tmp_path).why_not.startswith("its extension was not built when mtu was installed")
+    assert load_extension(tmp_path).instruction_sets == ()
+    assert load_extension(tmp_path).why_not_loaded.startswith("its extension was not built when mtu was installed")
 
 
 def test_an_extension_that_does_not_load(tmp_path):
     """As one built for another system; one for another torch lacks symbols, and dlopen says so in the same way."""
     (tmp_path / "_C.abi3.so").write_bytes(b"not a library")
-    extension = load(tmp_path)
-    assert extension.levels == ()
-    assert extension.why_not.startswith(f"its extension does not load with torch {torch.__version__} (")
-    assert "\n" not in extension.why_not
+    extension = load_extension(tmp_path)
+    assert extension.instruction_sets == ()
+    assert extension.why_not_loaded.startswith(f"its extension does not load with torch {torch.__version__} (")
+    assert "\n" not in extension.why_not_loaded
 
 
 def test_without_the_extension_auto_says_so_once(monkeypatch, caplog):
-    monkeypatch.setattr(cpp, "EXTENSION", Extension((), "its extension was not built"))
+    monkeypatch.setattr(cpp, "EXTENSION", LoadedExtension((), "its extension was not built"))
     problem = make_problem(0, WHOLE)
     with caplog.at_level(logging.WARNING, logger="mtu_kernels"):
         assert _fastest(problem.x, problem.experts) is _fastest(problem.x, problem.experts)

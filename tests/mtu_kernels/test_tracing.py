@@ -31,7 +31,7 @@ def test_exported_code_is(strict):
 
 @pytest.mark.skipif("cpp" not in available_backends(), reason="the extension is not built")
 def test_compiled_code_takes_the_fused_operator_by_itself(monkeypatch):
-    monkeypatch.setattr("mtu_kernels.cpp.why_slow", lambda: None)  # on any processor
+    monkeypatch.setattr("mtu_kernels.cpp.why_slower_than_eager", lambda: None)  # on any processor
     # One by one: the compiler of torch 2.10 unpacks no property.
     (x, norm, experts, routing), targets = make_problem(sizes=Sizes(L=32)).arguments, []
 

@@ -17,11 +17,11 @@ from benchmarks.ffn.training_memory import count
 from benchmarks.harness.workloads import Setting, Workload
 from benchmarks.kernels.products import Shape, draw_operands, prepare
 from mtu_kernels import ExpertWeights, available_backends, moe_ffn, reference, triton, warmup
-from mtu_kernels.arguments import indices_are_valid
+from mtu_kernels.arguments import indices_valid_flag
 from mtu_kernels.moe_ffn import _fastest
 from mtu_kernels.triton import operators
 from mtu_kernels.triton.kernels.activation import normal_cdf
-from mtu_kernels.triton.launch import Machine, execute
+from mtu_kernels.triton.launch import LaunchDevice, execute_launch
 from mtu_kernels.triton.tiles import LIBRARY, TileConfig
 
 from .moe_ffn_cases import NAMES, Sizes, forward_and_gradients, make_problem, user_moe_ffn
@@ -44,13 +44,13 @@ def test_only_the_first_call_imports_the_kernels():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def run_operators(arch, problem, run=execute):
+def run_operators(arch, problem, run=execute_launch):
     """y and gradients, y and gradients recomputed, with the tiles of an architecture."""
-    call = operators.make_call(Machine(arch, run), problem.op_arguments[:9], problem.experts.num_experts)
-    y, *saved = operators.train(call, problem.eps)
-    recomputed = operators.backward(call, problem.grad_y, None, problem.eps, True)
-    return [y, *operators.backward(call, problem.grad_y, saved, problem.eps, True)], [
-        operators.inference(call, problem.eps),
+    call = operators.build_call(LaunchDevice(arch, run), problem.op_arguments[:9], problem.experts.num_experts)
+    y, *saved = operators.run_training_forward(call, problem.eps)
+    recomputed = operators.compute_gradients(call, problem.grad_y, None, problem.eps, True)
+    return [y, *operators.compute_gradients(call, problem.grad_y, saved, problem.eps, True)], [
+        operators.run_inference(call, problem.eps),
         *recomputed,
     ]
 
@@ -102,7 +102,7 @@ def test_tiles_across_samples_and_experts(F, tile, kernel):
     work = prepare("expert_in", operands, tile)
     assert [step.kernel.__name__ for step in work.steps] == [kernel]
     work.outputs["h"].fill_(float("nan"))
-    work.run(execute)
+    work.run(execute_launch)
     z = torch.nn.functional.linear(
         *(t.double() for t in (operands.x_hat, operands.experts.w_in, operands.experts.b_in))
     )
@@ -113,7 +113,7 @@ def test_tiles_across_samples_and_experts(F, tile, kernel):
 def test_activations_after_a_library_product_are_rounded_once():
     operands = draw_operands(Shape(40, 37, 2, 4, None, 24), "fp16", "cpu")
     work = prepare("expert_in_train", operands, LIBRARY)
-    work.run(execute)
+    work.run(execute_launch)
     assert_rounded_once(work.outputs["h"], work.outputs["z"], operands.routing.weights)
 
 
@@ -157,7 +157,7 @@ def run_amid_a_pattern(launch):
             copies[argument.data_ptr()] = argument, memory, pattern, inner.copy_(argument)
         return copies[argument.data_ptr()][-1]
 
-    execute(launch._replace(arguments=tuple(map(move, launch.arguments))))
+    execute_launch(launch._replace(arguments=tuple(map(move, launch.arguments))))
     for original, memory, pattern, inner in copies.values():
         outside = torch.cat([memory[:MARGIN], memory[-MARGIN:]])
         assert (outside == pattern).all(), launch.kernel.__name__
@@ -181,8 +181,8 @@ def test_descriptors_are_used_where_strides_allow_them():
     def kernels(D):
         launches = []
         problem = make_problem(0, Sizes(2, 40, D, 4, 32, 2), dtype=torch.float16)
-        call = operators.make_call(Machine("sm_90", launches.append), problem.op_arguments[:9], 4)
-        operators.inference(call, 1e-5)
+        call = operators.build_call(LaunchDevice("sm_90", launches.append), problem.op_arguments[:9], 4)
+        operators.run_inference(call, 1e-5)
         return [launch.kernel.__name__ for launch in launches]
 
     assert kernels(32) == ["layer_norm_kernel", "expert_in_descriptor_kernel", "expert_sum_descriptor_kernel"]
@@ -239,7 +239,7 @@ def test_wrong_indices_are_clamped(place):
     assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
 
 
-@pytest.mark.parametrize("check", [indices_are_valid, triton.indices_are_valid], ids=["torch", "kernel"])
+@pytest.mark.parametrize("check", [indices_valid_flag, triton.indices_valid_flag], ids=["torch", "kernel"])
 @pytest.mark.parametrize("place", TRITON_PLACES)
 def test_indices_are_checked_on_the_device(place, check):
     def is_valid(rows, num_experts=4):

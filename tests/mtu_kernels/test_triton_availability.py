@@ -37,7 +37,7 @@ def gpu(monkeypatch, tmp_path):
     """A GPU whose driver Triton builds as it builds its own, and a C compiler that may be taken away."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(launch, "is_interpreted", lambda: False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("CC", raising=False)
     module = ModuleType("a_driver")
@@ -61,7 +61,7 @@ def gpu(monkeypatch, tmp_path):
 
 
 def asked() -> str | None:
-    return availability.why_not(CUDA, torch.bfloat16)
+    return availability.why_unsupported(CUDA, torch.bfloat16)
 
 
 def test_no_compiler_for_the_driver(gpu):
@@ -116,14 +116,14 @@ def test_which_triton_builds_launchers():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here")
 def test_an_interpreter_that_its_numpy_breaks(monkeypatch):
-    assert availability.why_not(torch.device("cpu"), torch.float32) is None
+    assert availability.why_unsupported(torch.device("cpu"), torch.float32) is None
 
     class Broken:
         def __getitem__(self, grid):
             raise TypeError("only 0-dimensional arrays can be converted to Python scalars\nand more")
 
     monkeypatch.setattr(probes, "_count", Broken())
-    assert availability.why_not(torch.device("cpu"), torch.float32) == (
+    assert availability.why_unsupported(torch.device("cpu"), torch.float32) == (
         f"the interpreter of Triton {triton.__version__} does not run with NumPy {numpy.__version__} (TypeError: only "
         "0-dimensional arrays can be converted to Python scalars)"
     )

@@ -12,7 +12,7 @@ from benchmarks.kernels.products import Shape, draw_operands, prepare
 from benchmarks.kernels.tile_measure import check
 from benchmarks.kernels.tile_measure import reference as reference_of
 from mtu_kernels import NormAffine, Routing, dense_weights, moe_ffn, reference, warmup
-from mtu_kernels.triton.launch import execute
+from mtu_kernels.triton.launch import execute_launch
 from mtu_kernels.triton.tiles import TileConfig
 
 from .moe_ffn_cases import Problem, Sizes, assert_as_exact_as_eager, make_problem
@@ -215,5 +215,5 @@ def test_first_product_with_tiles_that_the_interpreter_cannot_show(tile, shape):
     operands = draw_operands(shape, "bf16", "cuda")
     work = prepare("expert_in", operands, tile)
     work.outputs["h"].fill_(float("nan"))
-    work.run(execute)
+    work.run(execute_launch)
     check(work.outputs, reference_of("expert_in", operands), torch.bfloat16)

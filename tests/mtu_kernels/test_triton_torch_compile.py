@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mtu_kernels import moe_ffn
 from mtu_kernels.arguments import Options
 from mtu_kernels.triton import operators, torch_compile
-from mtu_kernels.triton.launch import Machine
+from mtu_kernels.triton.launch import LaunchDevice
 
 from .moe_ffn_cases import SMALL, Sizes, assert_as_exact_as_eager, make_problem
 from .places import PLACES
@@ -137,7 +137,7 @@ def test_the_operator_is_one_kernel(arch, width):
 
     launches = []
     experts = empty(8 * width, width), empty(8 * width), empty(2, 4, dtype=torch.float32)
-    operators.expert_hidden(Machine(arch, launches.append), empty(2, 1024, width), *experts, 4)
-    assert [launch.product for launch in launches] == ["expert_in"]
+    operators.run_first_product_alone(LaunchDevice(arch, launches.append), empty(2, 1024, width), *experts, 4)
+    assert [launch.product_name for launch in launches] == ["expert_in"]
     # What runs before it is not known, and may write what it reads before it would wait.
-    assert not any(launch.overlaps for launch in launches)
+    assert not any(launch.may_overlap_previous for launch in launches)

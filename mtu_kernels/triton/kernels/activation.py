@@ -19,18 +19,18 @@ from mtu_kernels.triton.launch import Launch, ceil_div
 from mtu_kernels.triton.tiles import ElementwiseTile
 
 
-class GegluGradients(NamedTuple):
+class GegluBackwardOutputs(NamedTuple):
     """The outputs of the activation's backward pass, for T row tiles per sample.
 
     Attributes:
         h: (B, L, KF) compute dtype, the weighted activation again; ``None`` if experts are frozen.
-        dz: (B, L, 2KF) compute dtype. It may be z itself.
+        d_z: (B, L, 2KF) compute dtype. It may be z itself.
         d_weights: (B, T, KF) float32, ``∂(w a) · a`` summed over the rows of each tile.
         d_bias: (B, T, 2KF) float32, dz summed over the rows of each tile; ``None`` if experts are frozen.
     """
 
     h: torch.Tensor | None
-    dz: torch.Tensor
+    d_z: torch.Tensor
     d_weights: torch.Tensor
     d_bias: torch.Tensor | None
 
@@ -59,7 +59,7 @@ def geglu(u, g, EXACT: tl.constexpr):
 
 
 @triton.jit
-def geglu_backward(da, u, g, EXACT: tl.constexpr):
+def geglu_and_gradients(da, u, g, EXACT: tl.constexpr):
     """``a = u · gelu(g)`` and its gradients ∂u and ∂g for a gradient da of a, float32."""
     cdf = normal_cdf(g, EXACT)
     # exp(-g²/2) / sqrt(2π)
@@ -104,7 +104,7 @@ def store_geglu_backward(
     u_MN = tl.where(mask_MN, u_MN.to(tl.float32), da_MN)
     g_MN = tl.where(mask_MN, g_MN.to(tl.float32), da_MN)
     w_N = tl.load(weights_ptr + sample.to(tl.int64) * K + slots_N).to(tl.float32)
-    a_MN, du_MN, dg_MN = geglu_backward(da_MN * w_N[None, :], u_MN, g_MN, EXACT)
+    a_MN, du_MN, dg_MN = geglu_and_gradients(da_MN * w_N[None, :], u_MN, g_MN, EXACT)
     dz_ptrs = dz_ptr + rows_M[:, None] * (2 * KF) + columns_N[None, :]
     tl.store(dz_ptrs, du_MN.to(dz_ptr.dtype.element_ty), mask=mask_MN)
     tl.store(dz_ptrs + KF, dg_MN.to(dz_ptr.dtype.element_ty), mask=mask_MN)
@@ -171,7 +171,7 @@ def launch_geglu(
 ) -> Launch:
     """Launches `geglu_kernel` from z (B, L, 2KF) and weights (B, K) to h (B, L, KF). The expert size is F."""
     programs = _programs(h, tile)
-    constants = {"EXACT": z.dtype == torch.float32, **tile.constants}
+    constants = {"EXACT": z.dtype == torch.float32, **tile.block_sizes}
     arguments = (z, weights, h, h.shape[1], expert_size, weights.shape[1])
     return Launch(geglu_kernel, programs, arguments, constants, tile.num_warps, 1)
 
@@ -180,12 +180,12 @@ def launch_geglu_backward(
     da: torch.Tensor,
     weights: torch.Tensor,
     z: torch.Tensor,
-    outputs: GegluGradients,
+    outputs: GegluBackwardOutputs,
     expert_size: int,
     tile: ElementwiseTile,
 ) -> Launch:
     """Launches `geglu_backward_kernel` from da (B, L, KF) and z (B, L, 2KF) to outputs. The expert size is F."""
-    constants = {"EXACT": z.dtype == torch.float32, "IN_PLACE": outputs.dz is z, **tile.constants}
+    constants = {"EXACT": z.dtype == torch.float32, "IN_PLACE": outputs.d_z is z, **tile.block_sizes}
     arguments = (da, weights, z, *outputs, da.shape[1], expert_size, weights.shape[1])
     return Launch(geglu_backward_kernel, _programs(da, tile), arguments, constants, tile.num_warps, 1)
 

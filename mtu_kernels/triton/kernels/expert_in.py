@@ -17,12 +17,19 @@ from triton.language.extra.cuda import gdc_wait
 from mtu_kernels.arguments import ExpertWeights
 from mtu_kernels.routing import Routing
 from mtu_kernels.triton.kernels.activation import expert_of_slot, geglu
-from mtu_kernels.triton.launch import Launch, ceil_div, describe, floor_power_of_2, is_describable, next_power_of_2
+from mtu_kernels.triton.launch import (
+    Launch,
+    ceil_div,
+    fits_tensor_descriptor,
+    floor_power_of_2,
+    make_descriptor,
+    next_power_of_2,
+)
 from mtu_kernels.triton.tiles import TileConfig
 
 
 @triton.jit
-def program_tile(tiles_m, tiles_n, GROUP_M: tl.constexpr):
+def tile_of_program(tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """This program's row tile and column tile. GROUP_M row tiles share the weights of a column tile in the L2 cache."""
     program = tl.program_id(0)
     group = program // (GROUP_M * tiles_n)
@@ -32,7 +39,7 @@ def program_tile(tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def load_row_weights(weights_ptr, row_M, slot, L, K):
+def load_routing_weights_of_rows(weights_ptr, row_M, slot, L, K):
     """The routing weight of a slot for each row, float32. Rows are counted over all samples, of L tokens each."""
     return tl.load(weights_ptr + (row_M // L).to(tl.int64) * K + slot).to(tl.float32)
 
@@ -50,7 +57,7 @@ def expert_in_kernel(
     """
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = K * tl.cdiv(F, BLOCK_N) if ALIGNED else tl.cdiv(K * F, BLOCK_N)
-    tile_m, tile_n = program_tile(matrices * tiles_m, tiles_n, GROUP_M)
+    tile_m, tile_n = tile_of_program(matrices * tiles_m, tiles_n, GROUP_M)
     matrix = tile_m // tiles_m
     local_M = (tile_m % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_M = tl.minimum(local_M, rows - 1)
@@ -105,7 +112,7 @@ def expert_in_kernel(
     if h_ptr is not None:
         # The weights are loaded after the loop, which needs all registers.
         if ALIGNED:
-            w_MN = load_row_weights(weights_ptr, matrix * rows + row_M, slot, L, K)[:, None]
+            w_MN = load_routing_weights_of_rows(weights_ptr, matrix * rows + row_M, slot, L, K)[:, None]
         else:
             slot_N = tl.minimum(column_N // F, K - 1)
             w_MN = tl.load(weights_ptr + matrix.to(tl.int64) * K + slot_N).to(tl.float32)[None, :]
@@ -127,7 +134,7 @@ def expert_in_descriptor_kernel(
     """
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = K * F // BLOCK_N
-    tile_m, tile_n = program_tile(matrices * tiles_m, tiles_n, GROUP_M)
+    tile_m, tile_n = tile_of_program(matrices * tiles_m, tiles_n, GROUP_M)
     matrix = tile_m // tiles_m
     row = (tile_m % tiles_m) * BLOCK_M
     column = tile_n * BLOCK_N
@@ -139,7 +146,7 @@ def expert_in_descriptor_kernel(
         if SLOT_INPUTS:
             input_matrix = matrix * K + slot
         row_M = tl.minimum(row + tl.arange(0, BLOCK_M), rows - 1)
-        w_MN = load_row_weights(weights_ptr, matrix * rows + row_M, slot, L, K)[:, None]
+        w_MN = load_routing_weights_of_rows(weights_ptr, matrix * rows + row_M, slot, L, K)[:, None]
     else:
         slot_N = (column + tl.arange(0, BLOCK_N)) // F
         w_MN = tl.load(weights_ptr + matrix.to(tl.int64) * K + slot_N).to(tl.float32)[None, :]
@@ -177,7 +184,7 @@ def expert_in_wide_descriptor_kernel(
     REST: tl.constexpr = BLOCK_N // 3
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = tl.cdiv(E * F, BLOCK_N)
-    tile_m, tile_n = program_tile(tiles_m, tiles_n, GROUP_M)
+    tile_m, tile_n = tile_of_program(tiles_m, tiles_n, GROUP_M)
     row = tile_m * BLOCK_M
     column = tile_n * FRONT
     rest = tiles_n * FRONT + tile_n * REST
@@ -193,29 +200,29 @@ def expert_in_wide_descriptor_kernel(
         w_in_RK = w_in_rest_desc.load([0, rest, k]).reshape(2 * REST, BLOCK_K)
         z_MP = tl.dot(x_hat_MK, w_in_PK.T, z_MP)
         z_MR = tl.dot(x_hat_MK, w_in_RK.T, z_MR)
-    store_activations(z_MP, h_desc, weights_ptr, rows, L, row, column, F, E, BLOCK_M, FRONT)
+    store_weighted_activations(z_MP, h_desc, weights_ptr, rows, L, row, column, F, E, BLOCK_M, FRONT)
     # This bias is added after the loop, which has no registers left for it. It is zero past the last hidden unit, whose
     # results are not stored.
     pair_R = tl.arange(0, 2 * REST)
     unit_R = rest + pair_R % REST
     bias_R = tl.load(b_in_ptr + unit_R + (pair_R // REST) * (E * F), mask=unit_R < E * F, other=0.0)
     z_MR += bias_R.to(tl.float32)[None, :]
-    store_activations(z_MR, h_rest_desc, weights_ptr, rows, L, row, rest, F, E, BLOCK_M, REST)
+    store_weighted_activations(z_MR, h_rest_desc, weights_ptr, rows, L, row, rest, F, E, BLOCK_M, REST)
 
 
 @triton.jit
-def store_activations(
+def store_weighted_activations(
     z_MP, h_desc, weights_ptr, rows, L, row, column, F, E, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """Stores h = w · u · gelu(g) for rows of all samples, and columns of one expert that start at `column`."""
     row_M = tl.minimum(row + tl.arange(0, BLOCK_M), rows - 1)
-    w = load_row_weights(weights_ptr, row_M, tl.minimum(column // F, E - 1), L, E)[:, None]
+    w = load_routing_weights_of_rows(weights_ptr, row_M, tl.minimum(column // F, E - 1), L, E)[:, None]
     u_MN, g_MN = tl.split(tl.permute(tl.reshape(z_MP, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
     h_MN = geglu(u_MN, g_MN, False) * w
     h_desc.store([0, row, column], h_MN.to(h_desc.dtype).reshape(1, BLOCK_M, BLOCK_N))
 
 
-class Hidden(NamedTuple):
+class FirstProductOutputs(NamedTuple):
     """The outputs of the first product. One of them may be ``None``.
 
     Attributes:
@@ -231,7 +238,7 @@ def launch_expert_in(
     x_hat: Tensor,
     experts: ExpertWeights,
     routing: Routing,
-    outputs: Hidden,
+    outputs: FirstProductOutputs,
     tile: TileConfig,
     precision: str,
     *,
@@ -252,13 +259,13 @@ def launch_expert_in(
     F = experts.w_out.shape[1] // E
     slot_inputs = x_hat.dim() == 4
     is_dense = routing.indices is None and not slot_inputs
-    by_descriptor = tile.descriptors and all(is_describable(t) for t in (x_hat, experts.w_in, *outputs))
+    by_descriptor = tile.descriptors and all(fits_tensor_descriptor(t) for t in (x_hat, experts.w_in, *outputs))
     block_n = floor_power_of_2(tile.block_n)
     if by_descriptor and is_dense and outputs.z is None and F % block_n == 0:
         if tile.persistent:
             # Gluon, which the kernel is written in, is experimental. So only calls that use the kernel import it.
             persistent = importlib.import_module("mtu_kernels.triton.kernels.expert_in_persistent")
-            return persistent.launch_persistent(x_hat, experts, routing, outputs.h, tile, overlap=overlap)
+            return persistent.launch_expert_in_persistent(x_hat, experts, routing, outputs.h, tile, overlap=overlap)
         if block_n < tile.block_n:
             return _launch_wide(x_hat, experts, routing, outputs.h, tile, overlap=overlap)
     if by_descriptor and F % block_n != 0:
@@ -283,10 +290,10 @@ def launch_expert_in(
     programs *= K * ceil_div(F, block_n) if is_aligned else ceil_div(K * F, block_n)
     sizes = (matrices, rows, L, D, F, K, E)
     if by_descriptor:
-        x_hat_desc = describe(x_hat.view(-1, rows, D), (1, block_m, tile.block_k))
-        w_in_desc = describe(experts.w_in.view(2, -1, D), (2, block_n, tile.block_k))
+        x_hat_desc = make_descriptor(x_hat.view(-1, rows, D), (1, block_m, tile.block_k))
+        w_in_desc = make_descriptor(experts.w_in.view(2, -1, D), (2, block_n, tile.block_k))
         written = (None if t is None else t.view(matrices, rows, -1) for t in outputs)
-        output_descs = (None if t is None else describe(t, (1, block_m, block_n)) for t in written)
+        output_descs = (None if t is None else make_descriptor(t, (1, block_m, block_n)) for t in written)
         arguments = (x_hat_desc, w_in_desc, experts.b_in, *routing, *output_descs, *sizes)
         kernel = expert_in_descriptor_kernel
     else:
@@ -313,17 +320,17 @@ def _launch_wide(
         "GROUP_M": tile.group_m,
     }
     arguments = (
-        describe(x_hat.view(1, B * L, D), (1, block_m, tile.block_k)),
-        *(describe(w_in, (2, width, tile.block_k)) for width in (front, front // 2)),
+        make_descriptor(x_hat.view(1, B * L, D), (1, block_m, tile.block_k)),
+        *(make_descriptor(w_in, (2, width, tile.block_k)) for width in (front, front // 2)),
         experts.b_in,
         routing.weights,
-        *(describe(h.view(1, B * L, -1), (1, block_m, width)) for width in (front, front // 2)),
+        *(make_descriptor(h.view(1, B * L, -1), (1, block_m, width)) for width in (front, front // 2)),
         *(B * L, L, D, w_in.shape[1] // E, E),
     )
     programs = ceil_div(B * L, block_m) * ceil_div(w_in.shape[1], tile.block_n)
     return Launch(
         expert_in_wide_descriptor_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages, overlap,
-        product="expert_in",
+        product_name="expert_in",
     )  # fmt: skip
 
 

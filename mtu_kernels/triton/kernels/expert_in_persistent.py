@@ -157,14 +157,14 @@ def _multiply(
 
 @gluon.jit
 def _rows_and_columns(tile, tiles_m, tiles_n, GROUP_M: gl.constexpr):
-    """The row tile and column tile of a tile, in the order of `expert_in.program_tile`."""
+    """The row tile and column tile of a tile, in the order of `expert_in.tile_of_program`."""
     group = tile // (GROUP_M * tiles_n)
     size = gl.minimum(tiles_m - group * GROUP_M, GROUP_M)
     within = tile % (GROUP_M * tiles_n)
     return group * GROUP_M + within % size, within // size
 
 
-def launch_persistent(
+def launch_expert_in_persistent(
     x_hat: Tensor, experts: ExpertWeights, routing: Routing, h: Tensor, tile: TileConfig, *, overlap: bool
 ) -> Launch:
     """Launches the kernel from x̂ (B, L, D) to h (B, L, H). All are describable, and the tile's columns divide F."""
@@ -190,7 +190,7 @@ def launch_persistent(
     programs = min(ceil_div(B * L, tile.block_m) * (H // tile.block_n), _processors(x_hat.device))
     return Launch(
         expert_in_persistent_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages, overlap,
-        product="expert_in",
+        product_name="expert_in",
     )  # fmt: skip
 
 

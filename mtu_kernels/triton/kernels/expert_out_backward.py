@@ -15,12 +15,12 @@ from torch import Tensor
 from mtu_kernels.arguments import ExpertWeights
 from mtu_kernels.routing import Routing
 from mtu_kernels.triton.kernels.activation import (
-    GegluGradients,
+    GegluBackwardOutputs,
     expert_of_slot,
     load_pre_activations,
     store_geglu_backward,
 )
-from mtu_kernels.triton.kernels.expert_in import program_tile
+from mtu_kernels.triton.kernels.expert_in import tile_of_program
 from mtu_kernels.triton.launch import Launch, ceil_div, next_power_of_2
 from mtu_kernels.triton.tiles import TileConfig
 
@@ -34,7 +34,7 @@ def expert_out_backward_kernel(
     """One tile of ∂(w a) (B, L, KF), with the gradients and partial sums of `store_geglu_backward`."""
     KF = K * F
     tiles_m = tl.cdiv(L, BLOCK_M)
-    tile_m, tile_n = program_tile(B * tiles_m, tl.cdiv(KF, BLOCK_N), GROUP_M)
+    tile_m, tile_n = tile_of_program(B * tiles_m, tl.cdiv(KF, BLOCK_N), GROUP_M)
     sample = tile_m // tiles_m
     local_M = (tile_m % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     column_N = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -71,20 +71,20 @@ def expert_out_backward_kernel(
 
 
 def launch_expert_out_backward(
-    grad_y: Tensor, experts: ExpertWeights, routing: Routing, z: Tensor, outputs: GegluGradients, tile: TileConfig,
-    precision: str,
+    grad_y: Tensor, experts: ExpertWeights, routing: Routing, z: Tensor, outputs: GegluBackwardOutputs,
+    tile: TileConfig, precision: str,
 ) -> Launch:  # fmt: skip
-    """Launches the kernel from grad_y (B, L, D) and z (B, L, 2KF) to outputs, in tiles of `row_block` rows."""
+    """Launches the kernel from grad_y (B, L, D) and z (B, L, 2KF) to outputs, in tiles of `rows_per_tile` rows."""
     B, L, D = grad_y.shape
     K = routing.weights.shape[1]
     E = experts.num_experts
     F = experts.w_out.shape[1] // E
-    block_m = row_block(tile, L)
+    block_m = rows_per_tile(tile, L)
     constants = {
         "EVEN_K": D % tile.block_k == 0,
         "PRECISION": precision,
         "EXACT": grad_y.element_size() == 4,
-        "IN_PLACE": outputs.dz is z,
+        "IN_PLACE": outputs.d_z is z,
         "BLOCK_M": block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
@@ -94,10 +94,10 @@ def launch_expert_out_backward(
     arguments = (grad_y, experts.w_out, *routing, z, *outputs, B, L, D, F, K, E)
     return Launch(
         expert_out_backward_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages,
-        product="expert_out_backward",
+        product_name="expert_out_backward",
     )  # fmt: skip
 
 
-def row_block(tile: TileConfig, L: int) -> int:
+def rows_per_tile(tile: TileConfig, L: int) -> int:
     """The rows of a tile, which are fewer than in the table if a sample has fewer tokens."""
     return min(tile.block_m, max(16, next_power_of_2(L)))

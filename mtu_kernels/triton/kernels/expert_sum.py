@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mtu_kernels.routing import Routing
 from mtu_kernels.triton.kernels.activation import expert_of_slot
-from mtu_kernels.triton.kernels.expert_in import program_tile
-from mtu_kernels.triton.launch import Launch, ceil_div, describe, is_describable, next_power_of_2
+from mtu_kernels.triton.kernels.expert_in import tile_of_program
+from mtu_kernels.triton.launch import Launch, ceil_div, fits_tensor_descriptor, make_descriptor, next_power_of_2
 from mtu_kernels.triton.tiles import TileConfig
 
 
@@ -65,7 +65,7 @@ def expert_sum_kernel(
     """In weight_ptr, hidden unit i of half j is at (j·H + i)·stride_k, and column n at n·stride_n."""
     tiles_m = tl.cdiv(L, BLOCK_M)
     outputs = B * K if SLOT_OUTPUTS else B
-    tile_m, tile_n = program_tile(outputs * tiles_m, tl.cdiv(N, BLOCK_N), GROUP_M)
+    tile_m, tile_n = tile_of_program(outputs * tiles_m, tl.cdiv(N, BLOCK_N), GROUP_M)
     output = tile_m // tiles_m
     sample = output // K if SLOT_OUTPUTS else output
     first_slot = output % K if SLOT_OUTPUTS else 0
@@ -123,7 +123,7 @@ def expert_sum_descriptor_kernel(
     """
     tiles_m = tl.cdiv(L, BLOCK_M)
     outputs = B * K if SLOT_OUTPUTS else B
-    tile_m, tile_n = program_tile(outputs * tiles_m, tl.cdiv(N, BLOCK_N), GROUP_M)
+    tile_m, tile_n = tile_of_program(outputs * tiles_m, tl.cdiv(N, BLOCK_N), GROUP_M)
     output = tile_m // tiles_m
     sample = output // K if SLOT_OUTPUTS else output
     first_slot = output % K if SLOT_OUTPUTS else 0
@@ -153,25 +153,27 @@ def expert_sum_descriptor_kernel(
     y_desc.store([output, row, n], y_MN.to(y_desc.dtype).reshape(1, BLOCK_M, BLOCK_N))
 
 
-class Summands(NamedTuple):
+class ExpertSumOperands(NamedTuple):
     """The operands of such a product.
 
     Attributes:
         a: (B, L, halves·K·F) compute dtype.
         weight: w_out (N, H), or w_in (2H, N).
-        units_first: whether hidden units are the first dimension of weight, as in w_in.
+        weight_has_units_first: whether hidden units are the first dimension of weight, as in w_in.
         bias: (N,) or (E, N), or ``None``.
         num_experts: E.
     """
 
     a: Tensor
     weight: Tensor
-    units_first: bool
+    weight_has_units_first: bool
     bias: Tensor | None
     num_experts: int
 
 
-def launch_expert_sum(summands: Summands, routing: Routing, y: Tensor, tile: TileConfig, precision: str) -> Launch:
+def launch_expert_sum(
+    summands: ExpertSumOperands, routing: Routing, y: Tensor, tile: TileConfig, precision: str
+) -> Launch:
     """Launches the product that writes y (B, L, N), or (B, K, L, N) with an output for each slot."""
     a, weight, units_first, bias, E = summands
     B, K = routing.weights.shape
@@ -196,14 +198,14 @@ def launch_expert_sum(summands: Summands, routing: Routing, y: Tensor, tile: Til
     }
     programs = B * (K if slot_outputs else 1) * ceil_div(L, block_m) * ceil_div(N, tile.block_n)
     sizes = (B, L, N, F, K, E)
-    if tile.descriptors and F % block_k == 0 and all(is_describable(t) for t in (a, weight, y)):
+    if tile.descriptors and F % block_k == 0 and all(fits_tensor_descriptor(t) for t in (a, weight, y)):
         weight_block = (block_k, tile.block_n) if units_first else (tile.block_n, block_k)
         arguments = (
-            describe(a, (1, block_m, block_k)),
-            describe(weight, weight_block),
+            make_descriptor(a, (1, block_m, block_k)),
+            make_descriptor(weight, weight_block),
             bias,
             *routing,
-            describe(y.flatten(0, -3), (1, block_m, tile.block_n)),
+            make_descriptor(y.flatten(0, -3), (1, block_m, tile.block_n)),
             *sizes,
         )
         constants["UNITS_FIRST"] = units_first
@@ -214,4 +216,4 @@ def launch_expert_sum(summands: Summands, routing: Routing, y: Tensor, tile: Til
         arguments = (a, weight, bias, *routing, y, *sizes, *strides)
         kernel = expert_sum_kernel
     product = "expert_in_backward" if units_first else "expert_sum"
-    return Launch(kernel, programs, arguments, constants, tile.num_warps, tile.num_stages, product=product)
+    return Launch(kernel, programs, arguments, constants, tile.num_warps, tile.num_stages, product_name=product)

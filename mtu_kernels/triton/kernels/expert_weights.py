@@ -78,7 +78,7 @@ def expert_weights_kernel(
     tl.store(gradient_ptrs, gradient_MN.to(gradient_ptr.dtype.element_ty), mask=mask_MN)
 
 
-def launch_expert_weights(
+def launch_expert_weight_gradients(
     a: Tensor, x: Tensor, routing: Routing, gradient: Tensor, expert_size: int, tile: TileConfig, precision: str
 ) -> Launch:
     """Launches the kernel from a (B, L, halves·KF) and x (B, L, N) or (B, K, L, N) to gradient (halves·H, N).
@@ -103,5 +103,11 @@ def launch_expert_weights(
     programs = halves * num_experts * ceil_div(expert_size, tile.block_m) * ceil_div(N, tile.block_n)
     arguments = (a, x, routing.indices, gradient, B, L, N, expert_size, K, num_experts, *gradient.stride())
     return Launch(
-        expert_weights_kernel, programs, arguments, constants, tile.num_warps, tile.num_stages, product="expert_weights"
+        expert_weights_kernel,
+        programs,
+        arguments,
+        constants,
+        tile.num_warps,
+        tile.num_stages,
+        product_name="expert_weights",
     )

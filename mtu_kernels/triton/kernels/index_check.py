@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mtu_kernels.triton.launch import Launch, Machine, next_power_of_2
+from mtu_kernels.triton.launch import Launch, LaunchDevice, next_power_of_2
 
 
 @triton.jit
@@ -39,8 +39,8 @@ def launch_index_check(indices: Tensor, valid: Tensor, num_experts: int) -> Laun
     return Launch(index_check_kernel, 1, (indices, valid, B, K, num_experts), constants, 4, 1)
 
 
-def indices_are_valid(indices: Tensor, num_experts: int, machine: Machine) -> Tensor:
+def indices_valid_flag(indices: Tensor, num_experts: int, machine: LaunchDevice) -> Tensor:
     """Whether indices (B, K) are valid, as a flag (1,) bool on their device."""
     valid = torch.empty(1, dtype=torch.int8, device=indices.device)
-    machine.run(launch_index_check(indices.contiguous(), valid, num_experts))
+    machine.run_launch(launch_index_check(indices.contiguous(), valid, num_experts))
     return valid.view(torch.bool)

@@ -102,7 +102,7 @@ def layer_norm_backward_kernel(
         tl.store(d_beta_ptr + sums_ptr + d_D, d_beta_D, mask=mask_D)
 
 
-class Statistics(NamedTuple):
+class TokenStatistics(NamedTuple):
     """The statistics of each token, (B, L) float32.
 
     Attributes:
@@ -114,18 +114,18 @@ class Statistics(NamedTuple):
     rstd: Tensor
 
 
-class NormGradients(NamedTuple):
+class NormBackwardOutputs(NamedTuple):
     """The outputs of LayerNorm's backward pass, for T row tiles per sample.
 
     Attributes:
-        x: (B, L, D) in the dtype of x, its gradient.
-        weight: (B, T, slots, D) float32, the gradient of γ summed over the rows of each tile.
-        bias: (B, T, slots, D) float32, the gradient of β summed over the rows of each tile.
+        d_x: (B, L, D) in the dtype of x, its gradient.
+        d_weight_per_tile: (B, T, slots, D) float32, the gradient of γ summed over the rows of each tile.
+        d_bias_per_tile: (B, T, slots, D) float32, the gradient of β summed over the rows of each tile.
     """
 
-    x: Tensor
-    weight: Tensor
-    bias: Tensor
+    d_x: Tensor
+    d_weight_per_tile: Tensor
+    d_bias_per_tile: Tensor
 
 
 def launch_layer_norm(
@@ -133,7 +133,7 @@ def launch_layer_norm(
     norm: NormAffine,
     indices: Tensor | None,
     x_hat: Tensor | None,
-    statistics: Statistics | None,
+    statistics: TokenStatistics | None,
     eps: float,
     *,
     overlap: bool = False,
@@ -163,9 +163,14 @@ def launch_layer_norm(
 
 
 def launch_layer_norm_backward(
-    d_x_hat: Tensor, x: Tensor, statistics: Statistics, norm: NormAffine, indices: Tensor | None, outputs: NormGradients
+    d_x_hat: Tensor,
+    x: Tensor,
+    statistics: TokenStatistics,
+    norm: NormAffine,
+    indices: Tensor | None,
+    outputs: NormBackwardOutputs,
 ) -> Launch:
-    """Launches `layer_norm_backward_kernel` from ∂x̂ (B, L, D), or (B, slots, L, D), in `norm_tiles` tiles a sample."""
+    """Launches `layer_norm_backward_kernel` from ∂x̂ (B, L, D), or (B, slots, L, D), in `num_norm_tiles` tiles."""
     B, L, D = x.shape
     block_d, rows, num_warps = _block(D)
     per_expert = norm.weight.dim() == 3
@@ -179,11 +184,11 @@ def launch_layer_norm_backward(
     }
     experts = norm.weight.shape[1] if per_expert else 1
     arguments = (d_x_hat, x, *statistics, norm.weight, indices, *outputs, L, D, slots, experts)
-    programs = B * norm_tiles(L, D, slots)
+    programs = B * num_norm_tiles(L, D, slots)
     return Launch(layer_norm_backward_kernel, programs, arguments, constants, num_warps, 1)
 
 
-def norm_tiles(L: int, D: int, slots: int) -> int:
+def num_norm_tiles(L: int, D: int, slots: int) -> int:
     """The number of programs that share the rows of a sample in the backward pass."""
     _, rows, _ = _block(D)
     return ceil_div(L, rows * _steps(L, rows, slots))

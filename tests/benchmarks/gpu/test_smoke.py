@@ -6,9 +6,9 @@ import torch
 from benchmarks.gpu import smoke
 from benchmarks.kernels import product_profile
 from mtu_kernels import moe_ffn
-from mtu_kernels.triton.launch import interpreted
+from mtu_kernels.triton.launch import is_interpreted
 
-pytestmark = pytest.mark.skipif(not interpreted(), reason="kernels are not interpreted here")
+pytestmark = pytest.mark.skipif(not is_interpreted(), reason="kernels are not interpreted here")
 
 
 def test_facts_and_two_passes_that_are_right(capsys):

@@ -13,8 +13,8 @@ from benchmarks.kernels.products import Shape, draw_operands, prepare
 from benchmarks.kernels.sass import Instruction, MachineCode
 from benchmarks.kernels.tile_candidates import candidates
 from benchmarks.kernels.tile_measure import Task, Timer, check, reference, why_refused
-from mtu_kernels.triton.launch import arch_of, execute, interpreted
-from mtu_kernels.triton.tile_choice import default_tile, find_tile, triton_version
+from mtu_kernels.triton.launch import arch_of, execute_launch, is_interpreted
+from mtu_kernels.triton.tile_choice import default_tile, find_tile, triton_major_minor
 from mtu_kernels.triton.tile_table import ROWS
 from mtu_kernels.triton.tiles import LIBRARY, PRODUCTS, TableRow, TileConfig, TileKey
 
@@ -80,7 +80,7 @@ def test_shapes_of_one_key_are_measured_once():
     tasks = tune.tasks_of(PRODUCTS, SD_SHAPES, "sm_90")
     # 320 with 8192 and 32768 tokens; 640 with 2048, 8192 and 32768; 1280 with 128, 512, 2048 and 8192.
     assert len(tasks) == len(PRODUCTS) * 2 * 9
-    keys = {task.shape.key(task.product, "sm_90", 16)._replace(triton=triton_version()) for task in tasks.values()}
+    keys = {task.shape.key(task.product, "sm_90", 16)._replace(triton=triton_major_minor()) for task in tasks.values()}
     assert tasks.keys() == keys
 
 
@@ -142,7 +142,7 @@ def test_tuning_writes_the_table_after_each_shape_and_stops_in_time(tmp_path, ca
     assert [(one.key.grouped, one.key.tokens) for one in done] == [(False, 2048), (True, 2048), (True, 8192)]
     assert "no candidate computed it rightly" in capsys.readouterr().err
     table = {row.key: row for row in tile_rows.read(path)}
-    assert table[KEY._replace(tokens=0, triton=triton_version())].source.startswith("measured here: ")
+    assert table[KEY._replace(tokens=0, triton=triton_major_minor())].source.startswith("measured here: ")
     # Rows for other versions of Triton stay, and so do those of other GPUs.
     assert {row.key: row for row in ROWS}.items() <= table.items()
     before = path.read_text()
@@ -180,7 +180,7 @@ def test_a_shape_that_nothing_computes_rightly_is_a_failure(times, code, tmp_pat
     facts = dict.fromkeys(("processor", "torch", "triton", "commit"), "none")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    stand_ins = {"interpreted": lambda: False, "arch_of": lambda device: "sm_90", "Timer": FakeTimer}
+    stand_ins = {"is_interpreted": lambda: False, "arch_of": lambda device: "sm_90", "Timer": FakeTimer}
     stand_ins |= {"provenance": lambda *args: facts, "compile_ahead": lambda tiles, arch: {}}
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(tune, name, stand_in)
@@ -210,12 +210,12 @@ def test_tiles_that_spill_or_do_not_fit_or_are_serialised_are_not_measured(stack
 @pytest.mark.parametrize("K", [None, 2])
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_products_are_checked_against_their_reference(product, K):
-    device = "cpu" if interpreted() else "cuda"
+    device = "cpu" if is_interpreted() else "cuda"
     operands = draw_operands(Shape(32, 20, 2, 4, K, 16), "fp16", device)
     exact = reference(product, operands)
     for tile in (TileConfig(16, 16, 16, 1, 2), *((LIBRARY,) if K is None else ())):
         work = prepare(product, operands, tile)
-        work.run(execute)
+        work.run(execute_launch)
         check(work.outputs, exact, torch.float16)
         next(iter(work.outputs.values()))[0, 0] += 1
         with pytest.raises(AssertionError, match="must be within"):
@@ -270,7 +270,7 @@ def test_tiles_are_timed_on_a_gpu_unless_they_do_not_fit(product):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not interpreted(), reason="kernels are not interpreted here")
+@pytest.mark.skipif(not is_interpreted(), reason="kernels are not interpreted here")
 def test_tiles_are_timed_unless_they_do_not_run():
     # Blocks are powers of two.
     fits, refused = TileConfig(32, 16, 16, 1, 1), TileConfig(32, 24, 16, 1, 1)
