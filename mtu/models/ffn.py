@@ -178,7 +178,7 @@ class RoutedTransformerBlock(BasicTransformerBlock):
     """
 
     ff: RoutedFeedForward
-    norm3: TaskLayerNorm
+    norm3: TaskNormAffine
 
     def __init__(
         self, stock: BasicTransformerBlock, config: ExpertConfig, num_tasks: int, routers_dropped: bool
