@@ -80,7 +80,7 @@ def default_latent_height_and_width(unet: UNet2DConditionModel) -> tuple[int, in
 
 def _check_family(config: Any) -> None:
     others = {name: config[name] for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type")}
-    if config.addition_embed_type != "text_time":
+    if config.addition_embed_type not in ("text", "text_time"):  # the former reads the text alone
         others["addition_embed_type"] = config.addition_embed_type
     unknown = [f"{name}={value!r}" for name, value in others.items() if value is not None]
     if unknown:

@@ -1,5 +1,8 @@
 """`python -m benchmarks.models.model_sizes`: parameters and FLOPs of the built-in models, stock and upcycled."""
 
+import argparse
+from collections.abc import Sequence
+
 from benchmarks.harness.provenance import RESULTS, provenance
 from benchmarks.harness.rows import write_cells
 from mtu.inspection import BUILT_IN_UNET_CONFIGS, compare_with_original
@@ -7,8 +10,10 @@ from mtu.inspection import BUILT_IN_UNET_CONFIGS, compare_with_original
 _COLUMNS = ("original", "upcycled", "ratio", "routers_dropped", "ratio_routers_dropped")
 
 
-def main() -> None:
-    """Write `results/model_sizes.csv`."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: write `results/model_sizes.csv`."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.models.model_sizes", description=__doc__)
+    parser.parse_args(argv)
     rows = []
     for name in BUILT_IN_UNET_CONFIGS:
         comparison = compare_with_original(name)

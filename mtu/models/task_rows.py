@@ -35,7 +35,8 @@ def check_per_task_modules(modules: Mapping[str, nn.Module], action: str) -> Non
         action: the name of the operation, for the message.
     """
     for name, module in modules.items():
-        if not isinstance(module, PerTaskModule):
+        # Parametrizations of torch make a subclass, whose parameters have other names.
+        if PerTaskModule not in type(module).__bases__:
             raise ValueError(f"Unload adapters before {action}: {name} is wrapped in a {type(module).__name__}.")
         parameter_access.check_plain_layers(module, action)
 

@@ -146,9 +146,12 @@ def warmup(
     """
     unet = _unet_of(model)
     factor: int = model.vae_scale_factor if isinstance(model, DiffusionPipeline) else 1
-    own_height, own_width = default_latent_height_and_width(unet) or (0, 0)
-    height = own_height * factor if height is None else height
-    width = own_width * factor if width is None else width
+    if height is None or width is None:
+        own = default_latent_height_and_width(unet)
+        if own is None:
+            raise ValueError("This UNet has no default size (sample_size is None): pass height and width.")
+        height = own[0] * factor if height is None else height
+        width = own[1] * factor if width is None else width
     if any(not isinstance(edge, int) or edge < factor or edge % factor for edge in (height, width)):
         raise ValueError(f"height and width must be positive multiples of {factor}, but got {height} and {width}.")
     if text_tokens is None:

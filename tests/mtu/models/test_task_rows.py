@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.nn.utils import parametrize
 
 from mtu import TaskSpec
 
@@ -161,3 +162,14 @@ def test_a_changed_model_saves_and_loads(tmp_path):
     loaded = type(unet).from_pretrained(tmp_path)
     assert loaded.tasks == unet.tasks
     assert torch.equal(predict(loaded, given, *names), predict(unet, given, *names))
+
+
+def test_parametrized_modules_are_refused_before_anything_changes():
+    """A parametrization makes a subclass, whose parameters no longer hold the rows."""
+    unet = upcycled_unet()
+    parametrize.register_parametrization(unet.conv_in, "bias", torch.nn.Identity())
+    before = snapshot(unet)
+    for change in (lambda: unet.add_task(TaskSpec("new")), lambda: unet.remove_task("edit")):
+        with pytest.raises(ValueError, match="conv_in is wrapped in a ParametrizedTaskConvIn"):
+            change()
+    assert_unchanged(unet, before)
