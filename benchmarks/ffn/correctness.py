@@ -14,7 +14,7 @@ from mtu_kernels import ExpertWeights, NormAffine, Routing, reference
 _TOKENS = 512
 
 
-def check(function: FFN, inputs: Inputs, residual: bool = False) -> None:
+def assert_matches_reference(function: FFN, inputs: Inputs, residual: bool = False) -> None:
     """Asserts ``max|f − ref64| <= 2 · max|user − ref64| + ulp · max|ref64|`` for y, and for gradients if any are asked.
 
     The user's code is the stock feed-forward for stock inputs, and `user_ffn` for routed ones.
@@ -43,20 +43,20 @@ def check(function: FFN, inputs: Inputs, residual: bool = False) -> None:
     exactly = _reference
     if residual:
         user_code, exactly = _plus_x(user_code), _plus_x(exactly)
-    with torch.set_grad_enabled(bool(inputs.leaves)):
-        y, *gradients = _outputs(function, inputs._replace(grad_y=grad_y), inputs.leaves)
-        user = _outputs(user_code, _excerpt(inputs, samples, tokens), inputs.leaves)
-        exact = _outputs(exactly, _excerpt(widened, samples, tokens), widened.leaves)
+    with torch.set_grad_enabled(bool(inputs.leaf_tensors)):
+        y, *gradients = _outputs(function, inputs._replace(grad_y=grad_y), inputs.leaf_tensors)
+        user = _outputs(user_code, _excerpt(inputs, samples, tokens), inputs.leaf_tensors)
+        exact = _outputs(exactly, _excerpt(widened, samples, tokens), widened.leaf_tensors)
     actual = [y[samples[:, None], tokens], *gradients]
-    labels = ("y", *(f"the gradient of {name}" for name in inputs.leaf_names))
-    dtypes = (inputs.x.dtype, *(leaf.dtype for leaf in inputs.leaves))
+    labels = ("y", *(f"the gradient of {name}" for name in inputs.names_of_leaves))
+    dtypes = (inputs.x.dtype, *(leaf.dtype for leaf in inputs.leaf_tensors))
     ulp = torch.finfo(inputs.x.dtype).eps
     for label, dtype, *tensors in zip(labels, dtypes, actual, user, exact, strict=True):
         check_close(label, *tensors, dtype=dtype, ulp=ulp)
 
 
 def _outputs(function: FFN, inputs: Inputs, leaves: Sequence[Tensor]) -> list[Tensor]:
-    y = function(*inputs.arguments)
+    y = function(*inputs.moe_ffn_arguments)
     if y.shape != inputs.x.shape:
         raise WrongResult(f"y must be {tuple(inputs.x.shape)} as x, got {tuple(y.shape)}.")
     return [y.detach(), *(torch.autograd.grad(y, leaves, inputs.grad_y) if leaves else ())]

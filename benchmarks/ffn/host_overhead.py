@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.ffn.inputs import EPS, Inputs, draw_shared, route
-from benchmarks.ffn.training_memory import make_call, step
-from benchmarks.harness.commands import make_parser, parse
-from benchmarks.harness.provenance import RESULTS, provenance
+from benchmarks.ffn.inputs import EPS, Inputs, draw_routed_inputs, draw_shared_inputs
+from benchmarks.ffn.training_memory import build_operator_call, run_training_step
+from benchmarks.harness.commands import make_parser, parse_arguments
+from benchmarks.harness.provenance import RESULTS, collect_provenance
 from benchmarks.harness.rows import write_cells
-from benchmarks.harness.timing import burst_us
+from benchmarks.harness.timing import measure_burst_us
 from benchmarks.harness.workloads import Setting, Workload
 from mtu_kernels.arguments import check_arguments
 from mtu_kernels.triton import operators
@@ -27,16 +27,16 @@ _MODULE = "benchmarks.ffn.host_overhead"
 _BURST, _BURSTS = 200, 15
 
 
-def parts_of(inputs: Inputs, run: Callable[[Launch], None]) -> dict[str, Callable[[], Any]]:
+def calls_by_part(inputs: Inputs, run: Callable[[Launch], None]) -> dict[str, Callable[[], Any]]:
     """The parts of a call by name: checks of the arguments, and the operators with their allocations."""
     # Index values are checked by a kernel on a GPU; here that would be a sort on the CPU.
     dense = inputs.routing._replace(weights=inputs.routing.weights.new_ones(len(inputs.x), inputs.experts.num_experts))
     shapes = dense._replace(indices=None)
-    make = functools.partial(make_call, inputs, LaunchDevice("sm_90", run))
+    make = functools.partial(build_operator_call, inputs, LaunchDevice("sm_90", run))
     return {
         "checks": lambda: check_arguments(inputs.x, inputs.norm, inputs.experts, shapes),
         "inference": lambda: operators.run_inference(make(), EPS),
-        "training": lambda: step(make, inputs),
+        "training": lambda: run_training_step(make, inputs),
     }
 
 
@@ -44,23 +44,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Writes `results/host_overhead.csv`."""
     parser = make_parser(_MODULE, 'Host time of a call of the backend "triton", up to Triton\'s own launcher.')
     parser.add_argument("--output", type=Path, default=RESULTS / "host_overhead.csv")
-    _, options = parse(parser, argv)
+    _, options = parse_arguments(parser, argv)
     torch.set_num_threads(1)
     # Few numbers, so that torch's own allocations and sums take no time.
-    inputs = route(draw_shared(Workload(64, 16, 2, "bf16", "forward"), torch.device("cpu"), 0), Setting(8, 2, 2), 1)
+    inputs = draw_routed_inputs(
+        draw_shared_inputs(Workload(64, 16, 2, "bf16", "forward"), torch.device("cpu"), 0), Setting(8, 2, 2), 1
+    )
     launches: list[Launch] = []
     rows = []
     with torch.no_grad():
-        recorded, timed = parts_of(inputs, launches.append), parts_of(inputs, lambda launch: None)
+        recorded, timed = calls_by_part(inputs, launches.append), calls_by_part(inputs, lambda launch: None)
         for name, part in timed.items():
             launches.clear()
             recorded[name]()
             # The first burst fills caches.
-            burst_us(part, inputs.x.device, _BURST, bursts=1)
-            median = burst_us(part, inputs.x.device, _BURST, _BURSTS)
+            measure_burst_us(part, inputs.x.device, _BURST, bursts=1)
+            median = measure_burst_us(part, inputs.x.device, _BURST, _BURSTS)
             rows.append({"part": name, "launches": len(launches), "median_us": f"{median:.1f}"})
             print(*rows[-1].values())
-    write_cells(options.output, rows, provenance(f"python -m {_MODULE}"))
+    write_cells(options.output, rows, collect_provenance(f"python -m {_MODULE}"))
     return 0
 
 

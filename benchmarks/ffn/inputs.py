@@ -35,27 +35,27 @@ class Inputs(NamedTuple):
     grad_y: Tensor
 
     @property
-    def named(self) -> dict[str, Tensor]:
+    def named_tensors(self) -> dict[str, Tensor]:
         """Everything that the call reads."""
         names = ["x", "norm.weight", "norm.bias", *ExpertWeights._fields[:4], "routing.weights", "routing.indices"]
         tensors = (self.x, *self.norm, *self.experts[:4], *self.routing)
         return {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
 
     @property
-    def leaf_names(self) -> list[str]:
+    def names_of_leaves(self) -> list[str]:
         """Names of the tensors that a gradient is asked for."""
-        return [name for name, tensor in self.named.items() if tensor.requires_grad]
+        return [name for name, tensor in self.named_tensors.items() if tensor.requires_grad]
 
     @property
-    def leaves(self) -> list[Tensor]:
-        return [self.named[name] for name in self.leaf_names]
+    def leaf_tensors(self) -> list[Tensor]:
+        return [self.named_tensors[name] for name in self.names_of_leaves]
 
     @property
-    def arguments(self) -> tuple[Tensor, NormAffine, ExpertWeights, Routing]:
+    def moe_ffn_arguments(self) -> tuple[Tensor, NormAffine, ExpertWeights, Routing]:
         return self.x, self.norm, self.experts, self.routing
 
 
-class Shared(NamedTuple):
+class SharedInputs(NamedTuple):
     """The part of the inputs that all entries of a group share."""
 
     x: Tensor
@@ -66,7 +66,7 @@ class Shared(NamedTuple):
     grad_y: Tensor
 
 
-def draw_shared(workload: Workload, device: torch.device, seed: int) -> Shared:
+def draw_shared_inputs(workload: Workload, device: torch.device, seed: int) -> SharedInputs:
     """Inputs of variance 1, weights over sqrt(fan-in). Never zeros: products of zeros run faster than those of data."""
     D, L, B, dtype = workload.D, workload.L, workload.B, DTYPES[workload.dtype]
     H = 4 * D
@@ -77,10 +77,10 @@ def draw_shared(workload: Workload, device: torch.device, seed: int) -> Shared:
         return (unit * fan_in**-0.5).requires_grad_(workload.needs_grad)
 
     weights = normal(2 * H, D, fan_in=D), normal(2 * H), normal(D, H, fan_in=H), normal(D)
-    return Shared(normal(B, L, D), *weights, normal(B, L, D).detach())
+    return SharedInputs(normal(B, L, D), *weights, normal(B, L, D).detach())
 
 
-def route(shared: Shared, setting: Setting, seed: int) -> Inputs:
+def draw_routed_inputs(shared: SharedInputs, setting: Setting, seed: int) -> Inputs:
     """The inputs of one setting: norm affines and routing are drawn for each task and gathered for each sample."""
     x, *weights, grad_y = shared
     B, _, D = x.shape
@@ -100,7 +100,7 @@ def route(shared: Shared, setting: Setting, seed: int) -> Inputs:
     return Inputs(x, NormAffine(gamma, beta), experts, Routing(weighing, indices), grad_y)
 
 
-def number_of_sets(shared: Shared, workload: Workload) -> int:
+def number_of_input_sets(shared: SharedInputs, workload: Workload) -> int:
     """The number of sets of inputs that together exceed the last-level cache three times."""
     device = shared.x.device
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else _CPU_CACHE_BYTES

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.ffn.inputs import EPS, Inputs
-from benchmarks.harness.contenders import ALL, Contender, Run
+from benchmarks.harness.contenders import ALL, Contender, RunMode
 from mtu_kernels import ExpertWeights, NormAffine, Routing, cpp, dense_weights, moe_ffn
 from mtu_kernels.arguments import Options
 
@@ -73,23 +73,23 @@ def _routed_eager(x: Tensor, norm: NormAffine, experts: ExpertWeights, routing: 
     return moe_ffn(x, norm, experts, routing, eps=EPS, backend="eager")
 
 
-def as_routed(inputs: Inputs) -> Inputs:
+def unchanged_inputs(inputs: Inputs) -> Inputs:
     return inputs
 
 
-def as_stock(inputs: Inputs) -> Inputs:
+def to_stock_inputs(inputs: Inputs) -> Inputs:
     """The inputs of the original model: one task, one expert of weight 1, an affine (D,) in the compute dtype."""
     gamma, beta = (t[0].detach().to(inputs.x.dtype).requires_grad_(t.requires_grad) for t in inputs.norm)
     one = Routing(torch.ones_like(inputs.routing.weights[:, :1]))
     return inputs._replace(norm=NormAffine(gamma, beta), experts=inputs.experts._replace(num_experts=1), routing=one)
 
 
-def as_folded(inputs: Inputs) -> Inputs:
+def to_folded_inputs(inputs: Inputs) -> Inputs:
     """The stock feed-forward with the output of the first sample's task: columns of w_out times its dense weights."""
     w_out = inputs.experts.w_out
     columns = inputs.routing.weights[0].repeat_interleave(w_out.shape[1] // inputs.experts.num_experts)
     folded = (w_out.detach() * columns.detach()).to(w_out.dtype).requires_grad_(w_out.requires_grad)
-    return as_stock(inputs._replace(experts=inputs.experts._replace(w_out=folded)))
+    return to_stock_inputs(inputs._replace(experts=inputs.experts._replace(w_out=folded)))
 
 
 class Implementation(NamedTuple):
@@ -97,29 +97,29 @@ class Implementation(NamedTuple):
 
     Attributes:
         function: x, norm, experts, routing → y. None: the bare products, whose results mean nothing.
-        prepare: changes the inputs before anything is timed.
+        prepare_inputs: changes the inputs before anything is timed.
         backend: of `mtu_kernels`, which an installation may lack.
         recompute: whether the backward pass computes hidden units again.
-        level: instruction set of its kernels, where it is not the best that the processor has.
-        waits_for_top_k: whether top-k routing makes the host wait, so that no CUDA graph can hold it.
-        residual: whether x is added to y.
+        instruction_set: instruction set of its kernels, where it is not the best that the processor has.
+        synchronizes_for_top_k: whether top-k routing makes the host wait, so that no CUDA graph can hold it.
+        adds_residual: whether x is added to y.
     """
 
     function: FFN | None
-    prepare: Callable[[Inputs], Inputs] = as_routed
+    prepare_inputs: Callable[[Inputs], Inputs] = unchanged_inputs
     backend: str | None = None
     recompute: bool = False
-    level: str | None = None
-    waits_for_top_k: bool = False
-    residual: bool = False
+    instruction_set: str | None = None
+    synchronizes_for_top_k: bool = False
+    adds_residual: bool = False
 
 
-def make(contender: Contender) -> FFN | None:
+def make_function(contender: Contender) -> FFN | None:
     """The function to call; compiled for the shapes of its first call, and never with dynamic shapes."""
     function = contender.implementation.function
-    if contender.run is None:
+    if contender.run_mode is None:
         return function
-    return torch.compile(function, mode=contender.run.mode, dynamic=False, fullgraph=True)
+    return torch.compile(function, mode=contender.run_mode.compile_mode, dynamic=False, fullgraph=True)
 
 
 def _backend(name: str, recompute: bool) -> Contender:
@@ -130,7 +130,9 @@ def _backend(name: str, recompute: bool) -> Contender:
 
 def _level(name: str) -> Contender:
     function = functools.partial(cpp.moe_ffn, options=Options(EPS), level=name)
-    return Contender(f"this library's backend 'cpp', its kernels for {name}", Implementation(function, level=name), ALL)
+    return Contender(
+        f"this library's backend 'cpp', its kernels for {name}", Implementation(function, instruction_set=name), ALL
+    )
 
 
 def _with_residual(name: str) -> dict[str, Contender]:
@@ -141,61 +143,65 @@ def _with_residual(name: str) -> dict[str, Contender]:
     about = f"this library's backend {name!r}, x added"
     ways = {"add": (add, "by an operator of its own"), "residual": (fused, "by residual=True")}
     return {
-        f"mtu-{name}-{way}": Contender(f"{about} {how}", Implementation(function, backend=name, residual=True), ALL)
+        f"mtu-{name}-{way}": Contender(
+            f"{about} {how}", Implementation(function, backend=name, adds_residual=True), ALL
+        )
         for way, (function, how) in ways.items()
     }
 
 
-_COMPILE = Run("compile", "compiled", "default")
+_COMPILE = RunMode("compile", "compiled", "default")
 # Minutes for each shape.
-TUNED = Run("max", "compiled with max-autotune-no-cudagraphs", "max-autotune-no-cudagraphs")
-_EAGER, _FOLDED = Implementation(_routed_eager), Implementation(stock_ffn, as_folded)
+TUNED = RunMode("max", "compiled with max-autotune-no-cudagraphs", "max-autotune-no-cudagraphs")
+_EAGER, _FOLDED = Implementation(_routed_eager), Implementation(stock_ffn, to_folded_inputs)
 CONTENDERS: dict[str, Contender] = {
     "products": Contender(
         "the bare matrix products into preallocated outputs: the floor", Implementation(None), ("K",)
     ),
-    "eager": Contender("the stock diffusers feed-forward, without routing", Implementation(stock_ffn, as_stock)),
-    "loop": Contender("a loop over the experts", Implementation(loop_ffn, waits_for_top_k=True), ALL),
+    "eager": Contender("the stock diffusers feed-forward, without routing", Implementation(stock_ffn, to_stock_inputs)),
+    "loop": Contender("a loop over the experts", Implementation(loop_ffn, synchronizes_for_top_k=True), ALL),
     **{f"mtu-{name}": _backend(name, recompute=False) for name in ("eager", "triton", "cpp")},
     **{f"mtu-{name}-recompute": _backend(name, recompute=True) for name in ("eager", "triton", "cpp")},
     **_with_residual("cpp"),
     **_with_residual("triton"),
     **{f"mtu-cpp@{name}": _level(name) for name in ("avx512", "avx512_bf16", "avx2", "portable")},
     "compile-routed": Contender("the routed eager code, compiled", _EAGER, ALL, _COMPILE),
-    "compile-routed-max": Contender(f"the routed eager code, {TUNED.about}", _EAGER, ALL, TUNED),
-    "compile-folded": Contender("the folded stock feed-forward, compiled", _FOLDED, run=_COMPILE),
-    "compile-folded-max": Contender(f"the folded stock feed-forward, {TUNED.about}", _FOLDED, run=TUNED),
+    "compile-routed-max": Contender(f"the routed eager code, {TUNED.description}", _EAGER, ALL, TUNED),
+    "compile-folded": Contender("the folded stock feed-forward, compiled", _FOLDED, run_mode=_COMPILE),
+    "compile-folded-max": Contender(f"the folded stock feed-forward, {TUNED.description}", _FOLDED, run_mode=TUNED),
 }
 
 
-def default_contenders() -> tuple[str, ...]:
+def default_contender_names() -> tuple[str, ...]:
     """Contenders that are measured by default: all but those that are tuned, or of a level of their own."""
-    return tuple(name for name, c in CONTENDERS.items() if c.run != TUNED and c.implementation.level is None)
+    return tuple(
+        name for name, c in CONTENDERS.items() if c.run_mode != TUNED and c.implementation.instruction_set is None
+    )
 
 
-def bind(function: FFN | None, sets: Sequence[Inputs], direction: str) -> list[Callable[[], Any]]:
+def make_calls(function: FFN | None, sets: Sequence[Inputs], direction: str) -> list[Callable[[], Any]]:
     """For each set of prepared inputs a call without arguments: the outputs, the gradients, or both."""
     if function is None:
-        return bind_products(sets, direction)
+        return make_product_calls(sets, direction)
     bound = {"forward": _forward, "backward": _backward, "forward+backward": _forward_backward}[direction]
     return [bound(function, inputs) for inputs in sets]
 
 
 def _forward(function: FFN, inputs: Inputs) -> Callable[[], Any]:
-    return torch.no_grad()(functools.partial(function, *inputs.arguments))
+    return torch.no_grad()(functools.partial(function, *inputs.moe_ffn_arguments))
 
 
 def _backward(function: FFN, inputs: Inputs) -> Callable[[], Any]:
-    y, leaves, grad_y = function(*inputs.arguments), inputs.leaves, inputs.grad_y
+    y, leaves, grad_y = function(*inputs.moe_ffn_arguments), inputs.leaf_tensors, inputs.grad_y
     return lambda: torch.autograd.grad(y, leaves, grad_y, retain_graph=True)
 
 
 def _forward_backward(function: FFN, inputs: Inputs) -> Callable[[], Any]:
-    arguments, leaves, grad_y = inputs.arguments, inputs.leaves, inputs.grad_y
+    arguments, leaves, grad_y = inputs.moe_ffn_arguments, inputs.leaf_tensors, inputs.grad_y
     return lambda: torch.autograd.grad(function(*arguments), leaves, grad_y)
 
 
-def bind_products(sets: Sequence[Inputs], direction: str) -> list[Callable[[], Any]]:
+def make_product_calls(sets: Sequence[Inputs], direction: str) -> list[Callable[[], Any]]:
     """The products over the K/E of the hidden units that are active: two forward, with their biases; four backward.
 
     All sets share the results and the hidden units, as those of other contenders share the allocator's blocks.

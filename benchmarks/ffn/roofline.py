@@ -34,11 +34,11 @@ class Cost(NamedTuple):
         """FLOP for each byte."""
         return self.flops / self.bytes
 
-    def roof(self, roofs: Row) -> float:
+    def attainable_flops_per_s(self, roofs: Row) -> float:
         """FLOP/s that the machine allows: ``min(rate of products, intensity · rate of memory)``."""
         return min(roofs.flops_per_s, self.intensity * roofs.bytes_per_s)
 
-    def bound(self, roofs: Row) -> str:
+    def name_of_lower_roof(self, roofs: Row) -> str:
         """The lower one of the two roofs: "products" or "memory"."""
         return "products" if roofs.flops_per_s <= self.intensity * roofs.bytes_per_s else "memory"
 
@@ -46,21 +46,21 @@ class Cost(NamedTuple):
 class RooflinePoint(NamedTuple):
     """A measured row, its cost, and the row of its machine's roofs in its dtype."""
 
-    row: Row
+    measured: Row
     cost: Cost
     roofs: Row
 
     @property
     def flops_per_s(self) -> float:
-        return self.cost.flops / (self.row.median_us * 1e-6)
+        return self.cost.flops / (self.measured.median_us * 1e-6)
 
     @property
-    def share(self) -> float:
+    def share_of_roof(self) -> float:
         """The reached part of the roof."""
-        return self.flops_per_s / self.cost.roof(self.roofs)
+        return self.flops_per_s / self.cost.attainable_flops_per_s(self.roofs)
 
 
-def cost(workload: Workload, setting: Setting) -> Cost:
+def forward_cost(workload: Workload, setting: Setting) -> Cost:
     """FLOPs ``6·B·L·D·H`` and bytes ``2·B·L·D + 3·H·D + 2·H + D`` numbers, where H counts active hidden units only."""
     D, L, B, dtype = workload[:4]
     H = 4 * D * (setting.K or setting.E) // setting.E
@@ -80,7 +80,8 @@ def roofline_points(rows: Sequence[Row], roofs: Roofs, experts: int = 4) -> list
     last = {(row.contender, row.workload): row for row in wanted if batch == row.workload.B}
     ordered = sorted(last.values(), key=lambda row: (row.workload.dtype, row.workload.D, -row.workload.L))
     return [
-        RooflinePoint(row, cost(row.workload, row.setting), roofs[row.device, row.workload.dtype]) for row in ordered
+        RooflinePoint(row, forward_cost(row.workload, row.setting), roofs[row.device, row.workload.dtype])
+        for row in ordered
     ]
 
 
@@ -96,7 +97,7 @@ def read_roofline_points(results: Path, device: str) -> list[RooflinePoint]:
     roofs = read_roofs(results / "machine.csv")
     # Where both have a shape, the feed-forward's own file counts.
     files = [results / f"{name}_{device}.csv" for name in ("scaling", "moe_ffn")]
-    found = roofline_points([row for file in files if file.exists() for row in TABLE.read(file)], roofs)
+    found = roofline_points([row for file in files if file.exists() for row in TABLE.read_rows(file)], roofs)
     if not found:
         raise ValueError(f"There are no rows of {device} in {results} that have roofs in machine.csv.")
     return found

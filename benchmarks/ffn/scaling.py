@@ -6,18 +6,24 @@ Rows are those of `benchmarks.ffn.moe_ffn`, in a file of their own, since its pi
 import sys
 from collections.abc import Sequence
 
-from benchmarks.ffn.moe_ffn import run
+from benchmarks.ffn.moe_ffn import measure_groups
 from benchmarks.ffn.rows import SCALING_TABLE
 from benchmarks.ffn.sweeps import Sweep
 from benchmarks.ffn.targets import TESTED
-from benchmarks.harness.commands import add_common_options, make_parser, parse, start, usage_errors
+from benchmarks.harness.commands import (
+    add_common_options,
+    exit_on_usage_errors,
+    make_parser,
+    parse_arguments,
+    start_command,
+)
 from benchmarks.harness.workloads import DENSE
 
 _SECONDS = {"cpu": 2.0, "cuda": 0.1}
 _BESIDE = ("products", "eager")
 
 
-def sweeps(device: str) -> tuple[Sweep, ...]:
+def scaling_sweeps(device: str) -> tuple[Sweep, ...]:
     """One sweep for each quantity, and one over the shapes that the roofline lacks, on a kind of device."""
     contenders, more = (*_BESIDE, TESTED[device]), device == "cuda"
     tokens = (256, 512, 1024, 2048, 4096, *((8192, 16384) if more else ()))
@@ -42,14 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_common_options(parser, "scaling_DEVICE.csv")
     parser.add_argument("--seconds", type=float, help="for each row (default: 2 on a CPU, 0.1 on a GPU)")
     parser.add_argument("--quick", action="store_true", help="a smoke test: two tiny shapes")
-    argv, options = parse(parser, argv)
-    with usage_errors(parser):
-        context = start(SCALING_TABLE, options, argv, "scaling_{device}.csv")
+    argv, options = parse_arguments(parser, argv)
+    with exit_on_usage_errors(parser):
+        context = start_command(SCALING_TABLE, options, argv, "scaling_{device}.csv")
     device = context.device.type
     groups = [
-        group for sweep in ((_QUICK,) if options.quick else sweeps(device)) for group in sweep.groups(options.dtype)
+        group
+        for sweep in ((_QUICK,) if options.quick else scaling_sweeps(device))
+        for group in sweep.groups(options.dtype)
     ]
-    _, failures = run(context, groups, _SECONDS[device] if options.seconds is None else options.seconds)
+    _, failures = measure_groups(context, groups, _SECONDS[device] if options.seconds is None else options.seconds)
     return 1 if failures else 0
 
 

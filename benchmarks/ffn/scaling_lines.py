@@ -19,15 +19,15 @@ class VariedQuantity(NamedTuple):
 
     Attributes:
         name: of the panel.
-        x: the quantity of a row, on the axis.
-        fixed: all else, which the rows of a panel share.
-        wanted: whether a setting belongs to the panel, at so many experts.
+        value_of_row: the quantity of a row, on the axis.
+        fixed_values_of_row: all else, which the rows of a panel share.
+        is_wanted: whether a setting belongs to the panel, at so many experts.
     """
 
     name: str
-    x: Callable[[Row], int]
-    fixed: Callable[[Row], Hashable]
-    wanted: Callable[[Setting, int], bool]
+    value_of_row: Callable[[Row], int]
+    fixed_values_of_row: Callable[[Row], Hashable]
+    is_wanted: Callable[[Setting, int], bool]
 
 
 def _plain(setting: Setting, experts: int) -> bool:
@@ -49,7 +49,7 @@ class Line(NamedTuple):
 
     contender: str
     K: int | None
-    rows: dict[int, Row]
+    row_by_value: dict[int, Row]
 
 
 class Panel(NamedTuple):
@@ -57,26 +57,26 @@ class Panel(NamedTuple):
 
     Attributes:
         name: "tokens", "batch", "tasks" or "experts".
-        fixed: all other quantities, for readers.
+        fixed_text: all other quantities, for readers.
         lines: the contender under test first.
     """
 
     name: str
-    fixed: str
+    fixed_text: str
     lines: tuple[Line, ...]
 
 
 def us_per_token(row: Row) -> float:
     """Median time over the tokens of all samples."""
-    return row.median_us / tokens(row)
+    return row.median_us / count_tokens(row)
 
 
-def tokens(row: Row) -> int:
+def count_tokens(row: Row) -> int:
     """Tokens of all samples."""
     return row.workload.B * row.workload.L
 
 
-def panels(rows: Sequence[Row], experts: int = 4) -> list[Panel]:
+def make_panels(rows: Sequence[Row], experts: int = 4) -> list[Panel]:
     """For each quantity the panel with the most points, if it has two at least.
 
     Rows are of one device in one dtype; only forward passes count. E is `experts` where it is not varied.
@@ -89,18 +89,20 @@ def _panel(kind: VariedQuantity, rows: Sequence[Row], experts: int) -> Panel | N
     measured = {(row.group, row.workload, Entry(row.contender, row.setting)): row for row in rows}
 
     def paired_rows(row: Row) -> list[Row]:
-        keys = ((row.group, row.workload, Entry(name, CONTENDERS[name].relevant(row.setting))) for name in _BESIDE)
+        keys = (
+            (row.group, row.workload, Entry(name, CONTENDERS[name].relevant_setting(row.setting))) for name in _BESIDE
+        )
         return [measured[key] for key in keys if key in measured]
 
     families: dict[Hashable, list[Row]] = {}
     for row in rows:
-        if row.contender == TESTED[row.device] and kind.wanted(row.setting, experts):
-            families.setdefault(kind.fixed(row), []).append(row)
-    family = max(families.values(), key=lambda family: len({kind.x(row) for row in family}), default=[])
+        if row.contender == TESTED[row.device] and kind.is_wanted(row.setting, experts):
+            families.setdefault(kind.fixed_values_of_row(row), []).append(row)
+    family = max(families.values(), key=lambda family: len({kind.value_of_row(row) for row in family}), default=[])
     groups = Counter(row.group for row in family)
     # Of several measurements: the one from the group of most other rows, or with more rows to pair, or the last one.
     family.sort(key=lambda row: (groups[row.group], len(paired_rows(row))))
-    best = {(row.setting.K, kind.x(row)): row for row in family}
+    best = {(row.setting.K, kind.value_of_row(row)): row for row in family}
     if len({x for _, x in best}) < _LEAST_POINTS:
         return None
     lines: dict[tuple[str, int | None], dict[int, Row]] = {}

@@ -32,7 +32,7 @@ class Sweep(NamedTuple):
         for direction, (D, L), B in itertools.product(self.passes, self.shapes, self.batches):
             wanted = [setting for setting in settings if B > 1 or setting.tasks == 1]
             pairs = itertools.product(wanted, self.contenders)
-            entries = dict.fromkeys(Entry(name, CONTENDERS[name].relevant(setting)) for setting, name in pairs)
+            entries = dict.fromkeys(Entry(name, CONTENDERS[name].relevant_setting(setting)) for setting, name in pairs)
             if entries:
                 yield Group(Workload(D, L, B, dtype, direction), tuple(entries))
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks.ffn.peers import CONTENDERS
 from benchmarks.harness.arguments import SHAPE_SETS
-from benchmarks.harness.report import Ratio, Ratios, Target, comparisons, ratios
+from benchmarks.harness.report import Ratio, Ratios, Target, make_ratios, pair_rows
 from benchmarks.harness.rows import Row
 from benchmarks.harness.workloads import DENSE
 
@@ -15,17 +15,17 @@ _Wanted = Callable[[Row], bool]
 
 def paired_rows(rows: Sequence[Row], of: str, to: str, **changed: int | None) -> Iterator[tuple[Row, Row]]:
     """Rows of a contender, each with that of another one in its group, whose setting has the changed fields."""
-    return comparisons(rows, of, to, lambda setting: CONTENDERS[to].relevant(setting._replace(**changed)))
+    return pair_rows(rows, of, to, lambda setting: CONTENDERS[to].relevant_setting(setting._replace(**changed)))
 
 
-def over(
+def make_ratios_function(
     to: str | None, wanted: _Wanted, figure: str = "median_us", *, of: Callable[[str], str] = str, **changed: int | None
 ) -> Ratios:
     """Figures of the wanted rows over those of another contender, or of the same one with a changed setting."""
 
     def found(rows: Sequence[Row], tested: str) -> list[Ratio]:
         pairs = paired_rows(rows, of(tested), to or tested, **changed)
-        return ratios((pair for pair in pairs if wanted(pair[0])), figure)
+        return make_ratios((pair for pair in pairs if wanted(pair[0])), figure)
 
     return found
 
@@ -72,36 +72,48 @@ def _shape(D: int, L: int) -> _Wanted:
 def _by_shape(name: str, to: str, at_most: Sequence[float]) -> tuple[Target, ...]:
     """A target for each of the CPU's shapes, in their order."""
     return tuple(
-        Target(f"forward / {name} at {D}x{L}", limit, over(to, _shape(D, L)), "bf16")
+        Target(f"forward / {name} at {D}x{L}", limit, make_ratios_function(to, _shape(D, L)), "bf16")
         for (D, L), limit in zip(SHAPE_SETS["cpu"], at_most, strict=True)
     )
 
 
 TARGETS: dict[str, tuple[Target, ...]] = {
     "cuda": (
-        Target("forward / two bare products, B >= 2", 1.10, over("products", _dense_batch), mean=True),
-        Target("forward / two bare products, any shape", 1.15, over("products", _dense)),
-        Target("forward / eager", 0.82, over("eager", _dense), mean=True),
-        Target("forward / eager at 320x4096", 0.65, over("eager", _shape(320, 4096))),
-        Target("forward / compile-folded", 0.92, over("compile-folded", _dense), mean=True),
-        Target("forward / compile-folded-max", 0.92, over("compile-folded-max", _dense), mean=True),
-        Target("forward / compile-folded-max, any shape", 1.02, over("compile-folded-max", _dense)),
-        Target("top-2 of 8 / dense of 8, D <= 640 and L >= 1024", 0.30, over(None, _top_2_of_8_large, K=DENSE)),
-        Target("top-2 of 8 / dense of 8, other shapes", 0.45, over(None, _top_2_of_8_small, K=DENSE)),
-        Target("four mixed tasks / one task", 1.03, over(None, _of_tasks(4), tasks=1)),
-        Target("64 tasks / 4 tasks", 1.03, over(None, _of_tasks(64), tasks=4)),
-        Target("forward + backward / eager", 0.75, over("eager", _training), mean=True),
-        Target("bytes saved for backward / eager", 0.60, over("eager", _training, "saved_bytes")),
-        Target("peak memory of forward + backward / eager", 0.95, over("eager", _training, "peak_bytes")),
-        Target("the same with recompute", 0.60, over("eager", _training, "peak_bytes", of=_recomputing)),
+        Target(
+            "forward / two bare products, B >= 2", 1.10, make_ratios_function("products", _dense_batch), uses_mean=True
+        ),
+        Target("forward / two bare products, any shape", 1.15, make_ratios_function("products", _dense)),
+        Target("forward / eager", 0.82, make_ratios_function("eager", _dense), uses_mean=True),
+        Target("forward / eager at 320x4096", 0.65, make_ratios_function("eager", _shape(320, 4096))),
+        Target("forward / compile-folded", 0.92, make_ratios_function("compile-folded", _dense), uses_mean=True),
+        Target(
+            "forward / compile-folded-max", 0.92, make_ratios_function("compile-folded-max", _dense), uses_mean=True
+        ),
+        Target("forward / compile-folded-max, any shape", 1.02, make_ratios_function("compile-folded-max", _dense)),
+        Target(
+            "top-2 of 8 / dense of 8, D <= 640 and L >= 1024",
+            0.30,
+            make_ratios_function(None, _top_2_of_8_large, K=DENSE),
+        ),
+        Target("top-2 of 8 / dense of 8, other shapes", 0.45, make_ratios_function(None, _top_2_of_8_small, K=DENSE)),
+        Target("four mixed tasks / one task", 1.03, make_ratios_function(None, _of_tasks(4), tasks=1)),
+        Target("64 tasks / 4 tasks", 1.03, make_ratios_function(None, _of_tasks(64), tasks=4)),
+        Target("forward + backward / eager", 0.75, make_ratios_function("eager", _training), uses_mean=True),
+        Target("bytes saved for backward / eager", 0.60, make_ratios_function("eager", _training, "saved_bytes")),
+        Target(
+            "peak memory of forward + backward / eager", 0.95, make_ratios_function("eager", _training, "peak_bytes")
+        ),
+        Target(
+            "the same with recompute", 0.60, make_ratios_function("eager", _training, "peak_bytes", of=_recomputing)
+        ),
     ),
     "cpu": (
         *_by_shape("eager", "eager", (0.42, 0.70, 0.88, 0.92)),
         *_by_shape("two bare products", "products", (1.10, 1.05, 1.00, 1.05)),
-        Target("forward / eager", 0.90, over("eager", _dense), "fp32", mean=True),
-        Target("forward / compile-folded", 0.90, over("compile-folded", _dense), mean=True),
-        Target("top-2 of 8 / dense of 8", 0.35, over(None, _top_2_of_8, K=DENSE)),
-        Target("peak memory of forward / eager", 0.50, over("eager", _dense, "peak_bytes")),
-        Target("forward + backward / eager", 1.00, over("eager", _training), mean=True),
+        Target("forward / eager", 0.90, make_ratios_function("eager", _dense), "fp32", uses_mean=True),
+        Target("forward / compile-folded", 0.90, make_ratios_function("compile-folded", _dense), uses_mean=True),
+        Target("top-2 of 8 / dense of 8", 0.35, make_ratios_function(None, _top_2_of_8, K=DENSE)),
+        Target("peak memory of forward / eager", 0.50, make_ratios_function("eager", _dense, "peak_bytes")),
+        Target("forward + backward / eager", 1.00, make_ratios_function("eager", _training), uses_mean=True),
     ),
 }

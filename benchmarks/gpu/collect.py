@@ -15,18 +15,18 @@ from benchmarks.gpu.steps import TABLE
 from benchmarks.harness.provenance import RESULTS as PLACE
 from benchmarks.harness.rows import append_cells, check_header, read_cells
 from benchmarks.kernels import tune
-from benchmarks.kernels.tile_rows import merge, read, write
+from benchmarks.kernels.tile_rows import merge_rows, read_rows, write_rows
 from mtu_kernels.triton.tiles import TableRow
 
 
 class Destinations(NamedTuple):
     """The places of the table of tiles and of the CSV files."""
 
-    table: Path = tune.SHIPPED
-    results: Path = PLACE
+    table_file: Path = tune.SHIPPED
+    results_folder: Path = PLACE
 
 
-def collect(folder: Path, places: Destinations | None = None) -> list[str]:
+def place_results(folder: Path, places: Destinations | None = None) -> list[str]:
     """Puts the output folder of a run into its places, by default the package's own. Returns a line for each place.
 
     Rows that are there already are left out. Raises ValueError where the folder holds no result of a run, or rows of
@@ -35,17 +35,17 @@ def collect(folder: Path, places: Destinations | None = None) -> list[str]:
     places = places or Destinations()
     tiles, files = _found(folder)
     for name, rows in files.items():
-        check_header(places.results / name, list(rows[0]))
+        check_header(places.results_folder / name, list(rows[0]))
     lines = []
     if tiles:
-        old = read(places.table)
+        old = read_rows(places.table_file)
         # The row of a tuned width is for all of its numbers of tokens, and replaces their rows.
         widths = {row.key for row in tiles if not row.key.tokens}
         stale = [row.key for row in old if row.key._replace(tokens=0) in widths]
-        write(places.table, merge(old, tiles, measured=stale))
-        lines.append(f"{len(tiles)} rows of tiles into {places.table}")
+        write_rows(places.table_file, merge_rows(old, tiles, measured=stale))
+        lines.append(f"{len(tiles)} rows of tiles into {places.table_file}")
     for name, rows in files.items():
-        path = places.results / name
+        path = places.results_folder / name
         known = [tuple(row.values()) for row in read_cells(path, (), tune.MODULE)] if path.exists() else []
         new = [row for row in rows if tuple(row.values()) not in known]
         for row in new:
@@ -78,7 +78,7 @@ def _tiles(contents: dict[str, str]) -> Iterator[TableRow]:
             with tempfile.TemporaryDirectory() as scratch:
                 path = Path(scratch, TABLE)
                 path.write_text(text)
-                yield from (row for row in read(path) if row.source.startswith(tune.MEASURED_ON))
+                yield from (row for row in read_rows(path) if row.source.startswith(tune.MEASURED_ON))
 
 
 def _rows(contents: dict[str, str]) -> dict[str, list[dict[str, str]]]:
@@ -97,12 +97,12 @@ def _rows(contents: dict[str, str]) -> dict[str, list[dict[str, str]]]:
     return {name: rows for name, rows in files.items() if rows}
 
 
-def collect_and_redraw(folder: Path) -> int:
+def place_results_and_redraw(folder: Path) -> int:
     """The option `--collect`: puts files into their places, then makes plots and the page anew."""
     # They need matplotlib, which a machine that measures may lack.
     from benchmarks.pages import page, plot
 
-    print("\n".join(collect(folder)))
+    print("\n".join(place_results(folder)))
     try:
         plot.main([])
     except SystemExit:

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.gpu.state import Outcome, State, replace
+from benchmarks.gpu.state import Outcome, State, replace_file
 
 # The output of each step's command.
 LOG = "log.txt"
@@ -23,33 +23,33 @@ _LOG_BYTES = 2**19
 _TAIL_LINES = 40
 
 
-class Output:
+class PackedOutput:
     """Packs the steps' files into three files, and a trained model into parts of one more.
 
     The folder is made if it is not there; ValueError says that it cannot be written. `names` are the steps in order.
     """
 
     def __init__(self, folder: Path, state: State, names: Sequence[str], commit: str, quick: bool = False) -> None:
-        check_writable(folder)
+        make_writable_folder(folder)
         self._folder, self._state, self._names = folder.resolve(), state, names
         self._commit, self._quick = commit, quick
         try:
-            self.pack()
+            self.write_files()
         except OSError as error:
             raise ValueError(_refusal(folder, error)) from None
 
-    def pack(self) -> None:
+    def write_files(self) -> None:
         """Writes the results and the summary as they are now."""
         packed = io.BytesIO()
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
             for name in self._names:
                 self._add(archive, name, self._state.folder / "steps" / name)
-        replace(self._folder / RESULTS, packed.getvalue())
-        replace(self._folder / SUMMARY, self.summary(tails=True).encode())
+        replace_file(self._folder / RESULTS, packed.getvalue())
+        replace_file(self._folder / SUMMARY, self.summary_text(tails=True).encode())
         outcomes = self._outcomes()
         facts = {"run": RUN, "commit": self._commit, "quick": self._quick}
         facts["steps"] = {name: outcome._asdict() for name, outcome in outcomes.items()}
-        replace(self._folder / FACTS, json.dumps(facts, indent=1).encode())
+        replace_file(self._folder / FACTS, json.dumps(facts, indent=1).encode())
         for name in outcomes:
             if self._model(name).exists():
                 self._pack_model(self._model(name), self._folder / f"{name}-model.zip")
@@ -70,9 +70,9 @@ class Output:
             content = stream.getvalue()
             for number in reversed(range(-(-len(content) // _PART_BYTES))):
                 part = content[number * _PART_BYTES : (number + 1) * _PART_BYTES]
-                replace(_part(packed, number), part)
+                replace_file(_part(packed, number), part)
 
-    def summary(self, tails: bool = False) -> str:
+    def summary_text(self, tails: bool = False) -> str:
         """A table of the steps for people; with the ends of their logs."""
         outcomes = self._outcomes()
         lines = [f"# Run on a GPU, commit {self._commit}", "", "| step | | s | why |", "|---|---|---|---|"]
@@ -94,14 +94,14 @@ class Output:
         return self._state.folder / "steps" / name / MODEL
 
     def _outcomes(self) -> dict[str, Outcome]:
-        return self._state.outcomes(self._names)
+        return self._state.read_outcomes(self._names)
 
 
 def _part(packed: Path, number: int) -> Path:
     return packed.with_name(f"{packed.name}.{number:03d}")
 
 
-def check_writable(folder: Path) -> None:
+def make_writable_folder(folder: Path) -> None:
     """Makes the folder if it is not there. Raises ValueError if it cannot be written."""
     probe = folder / f"{SUMMARY}.partial"
     try:

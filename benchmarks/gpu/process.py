@@ -18,10 +18,10 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _START = 'cat /proc/sys/kernel/random/boot_id "/proc/$$/stat" > "$0"; exec "$@"'
 
 
-class Group:
+class CommandGroup:
     """A command that runs in a session, and so in a process group, of its own.
 
-    Its output is added to the log; `note` is the file that identifies its process for `end_leftover`. Raises OSError
+    Its output is added to the log; `note` is the file that identifies its process for `kill_leftover`. Raises OSError
     where the log cannot be written, or there is no shell.
     """
 
@@ -42,38 +42,38 @@ class Group:
             )
 
     @property
-    def code(self) -> int | None:
+    def exit_status(self) -> int | None:
         """The exit status of the command, negative if a signal ended it; None while it runs."""
         return self._process.poll()
 
     @property
-    def seconds(self) -> float:
+    def seconds_since_start(self) -> float:
         return time.monotonic() - self.started
 
-    def ask(self, how: signal.Signals = signal.SIGTERM) -> None:
+    def ask_to_stop(self, how: signal.Signals = signal.SIGTERM) -> None:
         """Asks the command to stop, once. Commands that are to stop together are all asked before one is ended."""
         if self._asked == math.inf:
             self._asked = time.monotonic()
             with suppress(ProcessLookupError):
                 self._process.send_signal(how)
 
-    def end(self, how: signal.Signals = signal.SIGTERM) -> None:
+    def stop_or_kill(self, how: signal.Signals = signal.SIGTERM) -> None:
         """Asks the command to stop, waits a while, and kills the rest of its group, also after its end."""
-        if self.code is None:
-            self.ask(how)
-            while self.code is None and time.monotonic() < self._asked + GRACE_SECONDS:
-                pause()
+        if self.exit_status is None:
+            self.ask_to_stop(how)
+            while self.exit_status is None and time.monotonic() < self._asked + GRACE_SECONDS:
+                sleep_briefly()
         _kill_group(self._process.pid)
         self._process.wait()
         self.note.unlink(missing_ok=True)
 
 
-def pause() -> None:
+def sleep_briefly() -> None:
     """Lets the processes run for a moment."""
     time.sleep(_POLL_SECONDS)
 
 
-def end_leftover(note: Path) -> bool:
+def kill_leftover(note: Path) -> bool:
     """Kills the group that a killed run has left behind. Returns whether it was still there.
 
     A process number may have been given out again since: a process is the same if it began at the same time, and a

@@ -13,21 +13,21 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from benchmarks.ffn.correctness import check
-from benchmarks.ffn.inputs import EPS, draw_shared, route
+from benchmarks.ffn.correctness import assert_matches_reference
+from benchmarks.ffn.inputs import EPS, draw_routed_inputs, draw_shared_inputs
 from benchmarks.harness.arguments import parse_shapes
-from benchmarks.harness.commands import add_commit_option, make_parser, parse
+from benchmarks.harness.commands import add_commit_option, make_parser, parse_arguments
 from benchmarks.harness.correctness import WrongResult
-from benchmarks.harness.provenance import provenance
+from benchmarks.harness.provenance import collect_provenance
 from benchmarks.harness.workloads import Setting, Workload
 from mtu_kernels import check_backend, moe_ffn
 
 _SHAPES = ((320, 4096), (1280, 256))
 
 
-def facts(commit: str | None) -> Iterator[str]:
+def machine_facts(commit: str | None) -> Iterator[str]:
     """Lines about the machine, for people."""
-    yield from (f"{name}: {value}" for name, value in provenance("", commit=commit).items() if value)
+    yield from (f"{name}: {value}" for name, value in collect_provenance("", commit=commit).items() if value)
     yield f"cores: {os.cpu_count()}"
     yield f"C compiler: {_compiler() or 'absent'}"
     if torch.cuda.is_available():
@@ -60,7 +60,9 @@ def check_shapes(shapes: Sequence[tuple[int, int]], batch: int, dtype: str, devi
 
     def check_shape(D: int, L: int, direction: str) -> None:
         workload = Workload(D, L, batch, dtype, direction)
-        check(function, route(draw_shared(workload, device, 0), Setting(4, None, batch), 0))
+        assert_matches_reference(
+            function, draw_routed_inputs(draw_shared_inputs(workload, device, 0), Setting(4, None, batch), 0)
+        )
         print(f"{workload}: right", flush=True)
 
     for D, L in shapes:
@@ -85,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shapes", type=parse_shapes, default=_SHAPES, help=shapes_help)
     parser.add_argument("--quick", action="store_true", help="one tiny shape, also on a CPU in Triton's interpreter")
     add_commit_option(parser)
-    _, options = parse(parser, argv)
-    print("\n".join(facts(options.commit)), flush=True)
+    _, options = parse_arguments(parser, argv)
+    print("\n".join(machine_facts(options.commit)), flush=True)
     try:
         if options.quick:
             # The interpreter computes bfloat16 wrongly.

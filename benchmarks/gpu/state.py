@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.gpu.process import end_leftover
+from benchmarks.gpu.process import kill_leftover
 from benchmarks.gpu.steps import TABLE, TUNE
 from benchmarks.harness.provenance import ROOT
 
@@ -38,7 +38,7 @@ class State:
 
     def __init__(self, folder: Path, commit: str) -> None:
         self.caches, self._running = folder.resolve() / "caches", folder.resolve() / "running"
-        self.folder = folder_of(folder.resolve(), commit)
+        self.folder = folder_of_commit(folder.resolve(), commit)
         self.tree = self.folder / "tree"
         try:
             for made in (self.caches, self._running, self.folder / "steps", self.folder / "outcomes"):
@@ -49,17 +49,17 @@ class State:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.close()
+            self.release()
             raise ValueError(f"--state must be of this call alone, but another one uses {folder} now.") from None
 
-    def close(self) -> None:
+    def release(self) -> None:
         self._lock.close()
 
-    def end_leftovers(self) -> list[str]:
+    def kill_leftovers(self) -> list[str]:
         """Kills the steps that a killed call left running. Returns their names."""
-        return [note.name for note in sorted(self._running.iterdir()) if end_leftover(note)]
+        return [note.name for note in sorted(self._running.iterdir()) if kill_leftover(note)]
 
-    def copy_tree(self) -> None:
+    def copy_source_tree(self) -> None:
         """Copies the tree of this module, which stays as it is when tiles are tuned."""
         shutil.rmtree(self.tree, ignore_errors=True)
         skipped = shutil.ignore_patterns("__pycache__", "*.partial")
@@ -70,44 +70,44 @@ class State:
             else:
                 shutil.copy2(ROOT / name, self.tree / name)
 
-    def use_tuned_table(self) -> bool:
+    def copy_tuned_table(self) -> bool:
         """Puts the tuned table into the copy of the tree. Returns whether there is one."""
-        tuned = self.step(TUNE) / TABLE
+        tuned = self.step_folder(TUNE) / TABLE
         if tuned.exists():
-            replace(self.tree / _TABLE, tuned.read_bytes())
+            replace_file(self.tree / _TABLE, tuned.read_bytes())
         return tuned.exists()
 
-    def step(self, name: str) -> Path:
+    def step_folder(self, name: str) -> Path:
         """The folder of a step, made if it is not there."""
         folder = self.folder / "steps" / name
         folder.mkdir(exist_ok=True)
         return folder
 
-    def note(self, name: str) -> Path:
+    def note_file(self, name: str) -> Path:
         """The file that identifies the process of a step."""
         return self._running / name
 
-    def outcome(self, name: str) -> Outcome | None:
+    def read_outcome(self, name: str) -> Outcome | None:
         """The end of a step in this call or an earlier one; None if there is none, or it cannot be read."""
         try:
             return Outcome(**json.loads((self.folder / "outcomes" / name).read_text()))
         except (OSError, ValueError, TypeError):
             return None
 
-    def keep(self, name: str, outcome: Outcome) -> None:
-        replace(self.folder / "outcomes" / name, json.dumps(outcome._asdict()).encode())
+    def write_outcome(self, name: str, outcome: Outcome) -> None:
+        replace_file(self.folder / "outcomes" / name, json.dumps(outcome._asdict()).encode())
 
-    def outcomes(self, names: Iterable[str]) -> dict[str, Outcome]:
-        found = {name: self.outcome(name) for name in names}
+    def read_outcomes(self, names: Iterable[str]) -> dict[str, Outcome]:
+        found = {name: self.read_outcome(name) for name in names}
         return {name: outcome for name, outcome in found.items() if outcome is not None}
 
 
-def folder_of(state: Path, commit: str) -> Path:
+def folder_of_commit(state: Path, commit: str) -> Path:
     """The part of a state folder that is of one commit."""
     return state / re.sub(r"[^\w.+-]", "_", f"commit-{commit}")
 
 
-def replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Writes a file as a whole: a reader, also after a crash, finds the old content or the new one."""
     partial = path.with_name(f"{path.name}.partial")
     try:

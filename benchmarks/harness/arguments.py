@@ -30,7 +30,7 @@ def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
     return tuple(shapes)
 
 
-def choices(known: Iterable[str], noun: str) -> Callable[[str], tuple[str, ...]]:
+def names_parser(known: Iterable[str], noun: str) -> Callable[[str], tuple[str, ...]]:
     """A parser of names that are separated by commas; "all" stands for all known names."""
     known = tuple(known)
 

@@ -12,28 +12,28 @@ import torch
 
 from benchmarks.harness.contenders import Contender
 from benchmarks.harness.dtypes import DTYPES
-from benchmarks.harness.provenance import RESULTS, command_line, provenance
-from benchmarks.harness.rows import Row, Table
+from benchmarks.harness.provenance import RESULTS, collect_provenance, command_line
+from benchmarks.harness.rows import CsvTable, Row
 
 
 class CommandContext(NamedTuple):
     """The device that a command measures on, and the file of its rows with their columns and their provenance."""
 
-    table: Table
+    table: CsvTable
     device: torch.device
-    output: Path
+    output_file: Path
     source: dict[str, str]
 
-    def append(self, row: Row) -> None:
+    def append_row(self, row: Row) -> None:
         """Adds a row to the file."""
-        self.table.append(self.output, row)
+        self.table.append_row(self.output_file, row)
 
 
 def make_parser(
     module: str, description: str | None, contenders: Mapping[str, Contender] | None = None, noun: str = "contenders"
 ) -> argparse.ArgumentParser:
     """The parser of a command. Its help ends with the names of the contenders and a line about each."""
-    lines = [f"  {name:24} {contender.about}" for name, contender in (contenders or {}).items()]
+    lines = [f"  {name:24} {contender.description}" for name, contender in (contenders or {}).items()]
     return argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=description,
@@ -63,7 +63,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", type=Path, metavar="CSV", help="measure nothing: print the ratios of these rows")
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[Sequence[str], argparse.Namespace]:
+def parse_arguments(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[Sequence[str], argparse.Namespace]:
     """The arguments, by default those of the process, and the options that they stand for."""
     # Otherwise the profiler, which counts memory on a CPU, writes two lines for each row. It reads this when it starts.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -72,7 +74,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
 
 
 @contextmanager
-def usage_errors(parser: argparse.ArgumentParser, *others: type[Exception]) -> Iterator[None]:
+def exit_on_usage_errors(parser: argparse.ArgumentParser, *others: type[Exception]) -> Iterator[None]:
     """Ends the command with the message of a ValueError, as for a wrong argument."""
     try:
         yield
@@ -87,7 +89,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
-def start(table: Table, options: argparse.Namespace, argv: Sequence[str], output: str) -> CommandContext:
+def start_command(table: CsvTable, options: argparse.Namespace, argv: Sequence[str], output: str) -> CommandContext:
     """Chooses the device and checks the file before anything is measured.
 
     Args:
@@ -101,6 +103,6 @@ def start(table: Table, options: argparse.Namespace, argv: Sequence[str], output
     """
     device = choose_device(options.device)
     path = options.output or RESULTS / output.format(device=device.type)
-    source = provenance(command_line(table.module, argv), device, options.commit)
-    table.check(path, source)
+    source = collect_provenance(command_line(table.module, argv), device, options.commit)
+    table.check_columns(path, source)
     return CommandContext(table, device, path, source)

@@ -7,50 +7,50 @@ from benchmarks.harness.workloads import DENSE, Setting
 ALL = ("E", "K", "tasks")
 
 
-class Run(NamedTuple):
+class RunMode(NamedTuple):
     """A way to run a contender other than eagerly.
 
     Attributes:
         name: appended to that of the contender.
-        about: in words.
-        mode: of `torch.compile` or `mtu.compile`.
-        graphs: whether CUDA graphs are replayed.
+        description: in words.
+        compile_mode: of `torch.compile` or `mtu.compile`.
+        uses_cuda_graphs: whether CUDA graphs are replayed.
     """
 
     name: str
-    about: str
-    mode: str
-    graphs: bool = False
+    description: str
+    compile_mode: str
+    uses_cuda_graphs: bool = False
 
 
 class Contender(NamedTuple):
     """One of several ways to compute the same thing, which are measured beside each other.
 
     Attributes:
-        about: one line for people.
+        description: one line for people.
         implementation: computes it; each benchmark has a class of its own for that.
         depends_on: fields of `Setting` that make a difference to it; K without E: the share of active experts.
-        run: None where it runs eagerly.
+        run_mode: None where it runs eagerly.
         family: name of the same contender without run and variant.
         variant: the way in which it differs from its family; "" where it does not.
     """
 
-    about: str
+    description: str
     implementation: Any
     depends_on: tuple[str, ...] = ()
-    run: Run | None = None
+    run_mode: RunMode | None = None
     family: str = ""
     variant: str = ""
 
     @property
-    def compiles(self) -> bool:
-        return self.run is not None and self.run.mode != "eager"
+    def is_compiled(self) -> bool:
+        return self.run_mode is not None and self.run_mode.compile_mode != "eager"
 
     @property
-    def graphs(self) -> bool:
-        return self.run is not None and self.run.graphs
+    def uses_cuda_graphs(self) -> bool:
+        return self.run_mode is not None and self.run_mode.uses_cuda_graphs
 
-    def relevant(self, setting: Setting) -> Setting:
+    def relevant_setting(self, setting: Setting) -> Setting:
         """The fields of a setting that make a difference to the contender; the others take their defaults.
 
         So no contender is measured twice, and the row to compare with is found.

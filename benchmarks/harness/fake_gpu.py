@@ -43,23 +43,23 @@ _H100 = {
 }
 
 
-class Operator(NamedTuple):
+class RecordedOperator(NamedTuple):
     """A call of an operator that Inductor does not know; its tensors have shapes only (device "meta")."""
 
     name: str
     arguments: tuple[Any, ...]
 
 
-class Generated(NamedTuple):
+class GeneratedCode(NamedTuple):
     """Inductor's code for a function: Python that launches the kernels, and the calls of `mtu_kernels` in order."""
 
-    wrapper: str
-    operators: tuple[Operator, ...]
+    wrapper_source: str
+    operators: tuple[RecordedOperator, ...]
 
 
 @contextlib.contextmanager
 def fake_gpu() -> Iterator[None]:
-    """Within it tensors may be made on "cuda", and `generate` be called."""
+    """Within it tensors may be made on "cuda", and `generate_code` be called."""
     with contextlib.ExitStack() as stack:
         patch = functools.partial(_patch, stack)
         patch(F, "scaled_dot_product_attention", _attention)
@@ -85,9 +85,9 @@ def to_fake_gpu(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module.eval()
 
 
-def generate(function: Callable[..., Any], *arguments: Any) -> Generated:
+def generate_code(function: Callable[..., Any], *arguments: Any) -> GeneratedCode:
     """Inductor's code of a function, in one graph, for arguments made within `fake_gpu`."""
-    made: list[Generated] = []
+    made: list[GeneratedCode] = []
 
     def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         with _patched_inductor(made):
@@ -111,7 +111,7 @@ class _CodeIsThere(Exception):
 
 
 @contextlib.contextmanager
-def _patched_inductor(made: list[Generated]) -> Iterator[None]:
+def _patched_inductor(made: list[GeneratedCode]) -> Iterator[None]:
     properties = types.SimpleNamespace(**_H100, minor=0, name="H100", gcnArchName="", total_memory=80 << 30)
     hints = DeviceProperties(
         type="cuda", index=0, cc=90, **{k: v for k, v in _H100.items() if k in DeviceProperties._fields}
@@ -119,7 +119,7 @@ def _patched_inductor(made: list[Generated]) -> Iterator[None]:
     prepare_patterns = joint_graph.lazy_init
 
     def keep_code(lowering: GraphLowering) -> None:
-        made.append(Generated(lowering.codegen()[0].value, tuple(_operators(lowering.module.graph))))
+        made.append(GeneratedCode(lowering.codegen()[0].value, tuple(_operators(lowering.module.graph))))
         raise _CodeIsThere
 
     with contextlib.ExitStack() as stack:
@@ -141,7 +141,7 @@ def _patched_inductor(made: list[Generated]) -> Iterator[None]:
         yield
 
 
-def _operators(graph: torch.fx.Graph) -> Iterator[Operator]:
+def _operators(graph: torch.fx.Graph) -> Iterator[RecordedOperator]:
     def without_device(value: Any) -> Any:
         if not isinstance(value, torch.fx.Node):
             return value
@@ -151,7 +151,7 @@ def _operators(graph: torch.fx.Graph) -> Iterator[Operator]:
     for node in graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "mtu_kernels":
             with unset_fake_temporarily():
-                yield Operator(node.target._opname, torch.fx.map_arg(node.args, without_device))
+                yield RecordedOperator(node.target._opname, torch.fx.map_arg(node.args, without_device))
 
 
 def _patch(stack: contextlib.ExitStack, owner: Any, name: str, value: Any, **options: Any) -> None:

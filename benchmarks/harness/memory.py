@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+def measure_peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     """The most bytes that a call holds at once beyond those held before it, its results included.
 
     Both ways ask torch's allocator: its own statistics on a GPU, the profiler's record of it on a CPU.
@@ -34,7 +34,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     return peak
 
 
-def saved_bytes(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> int:
+def measure_saved_bytes(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> int:
     """Bytes that a forward pass saves for its backward pass.
 
     Each storage counts once and whole, however many views of it are saved. Those of the inputs (x, parameters, norm

@@ -24,7 +24,7 @@ def command_line(module: str, arguments: Sequence[str]) -> str:
     return shlex.join([*limits, "python", "-m", module, *arguments])
 
 
-def provenance(command: str, device: torch.device | None = None, commit: str | None = None) -> dict[str, str]:
+def collect_provenance(command: str, device: torch.device | None = None, commit: str | None = None) -> dict[str, str]:
     """Command, commit, library versions and machine, for the last columns of a row.
 
     `device` is the one that was measured on, by default the CPU. `commit` is for a copy of the tree without its git

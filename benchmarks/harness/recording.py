@@ -18,21 +18,21 @@ from benchmarks.harness.workloads import Entry, Group, Workload
 Figures = Iterator[tuple[Entry, dict[str, Any]]]
 
 
-def deadline(minutes: float | None) -> float:
+def deadline_after(minutes: float | None) -> float:
     """The time by `time.monotonic` in so many minutes; infinite for None."""
     return math.inf if minutes is None else time.monotonic() + 60 * minutes
 
 
-def run_name() -> str:
+def new_run_name() -> str:
     """The name of a run, by its start. Rows of different runs were not interleaved, so their groups differ in it."""
     return datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
 
 
-def is_measured(group: Group, context: CommandContext) -> bool:
+def is_group_measured(group: Group, context: CommandContext) -> bool:
     """Whether the file, which may not be there yet, has rows of the same commit for all entries of a group."""
-    if not context.output.exists():
+    if not context.output_file.exists():
         return False
-    rows = context.table.read(context.output)
+    rows = context.table.read_rows(context.output_file)
     rows = [row for row in rows if row.source.get("commit") == context.source["commit"]]
     found = {Entry(row.contender, row.setting) for row in rows if row.workload == group.workload}
     return found.issuperset(group.entries)
@@ -46,13 +46,13 @@ class Log:
         self.failures = 0
         self._refused: set[str] = set()
 
-    def row(self, row: Row) -> None:
+    def write_row(self, row: Row) -> None:
         times = f"{row.median_us:10.1f} µs  ({row.p20_us:.1f} to {row.p80_us:.1f})"
         times += ", without a graph" if row.device == "cuda" and not row.graph else ""
         self.bar.write(f"{row.workload!s:40} {row.setting!s:22} {row.contender:22} {times}", file=sys.stdout)
 
     @contextmanager
-    def attempt(self, entry: Entry, workload: Workload) -> Iterator[None]:
+    def report_errors(self, entry: Entry, workload: Workload) -> Iterator[None]:
         """Reports an error of one contender, so that the others are still measured.
 
         RuntimeError and ValueError say that a contender cannot run here; any other error is a failure.
@@ -72,7 +72,7 @@ class Log:
         self.bar.update()
 
 
-def record(
+def record_groups(
     context: CommandContext,
     groups: Sequence[Group],
     measure: Callable[[Group, Log], Figures],
@@ -94,7 +94,7 @@ def record(
     Returns:
         The rows, and how many contenders were wrong or broke.
     """
-    start, rows = run_name(), []
+    start, rows = new_run_name(), []
     log = Log(sum(len(group.entries) for group in groups) + rounds, unit)
     with log.bar:
         for number, group in enumerate(groups):
@@ -104,11 +104,11 @@ def record(
             place = {"group": f"{start}-{number}", "device": context.device.type, "workload": group.workload}
             for (name, setting), figures in measure(group, log):
                 row = Row(contender=name, setting=setting, source=context.source, **place, **figures)
-                context.append(row)
-                log.row(row)
+                context.append_row(row)
+                log.write_row(row)
                 rows.append(row)
             if context.device.type == "cuda":
                 # Blocks of memory of one group's sizes fit the next group badly.
                 torch.cuda.empty_cache()
-    print(f"{len(rows)} rows added to {context.output}")
+    print(f"{len(rows)} rows added to {context.output_file}")
     return rows, log.failures

@@ -11,7 +11,7 @@ from benchmarks.harness.workloads import Setting
 class Ratio(NamedTuple):
     """A figure of a row over one of another row in its group."""
 
-    row: Row
+    measured: Row
     value: float
 
 
@@ -22,30 +22,30 @@ class Target(NamedTuple):
     """The most that a ratio of two figures may be.
 
     Attributes:
-        what: name of the line.
+        description: name of the line.
         at_most: the target; None where the ratio is only reported.
-        ratios: rows, name of the contender under test → ratios that are compared with the target.
+        find_ratios: rows, name of the contender under test → ratios that are compared with the target.
         dtype: the compute dtype that the target is stated for; None for any.
-        mean: whether the geometric mean is compared, and not the largest ratio.
+        uses_mean: whether the geometric mean is compared, and not the largest ratio.
     """
 
-    what: str
+    description: str
     at_most: float | None
-    ratios: Ratios
+    find_ratios: Ratios
     dtype: str | None = None
-    mean: bool = False
+    uses_mean: bool = False
 
-    def of(self, rows: Sequence[Row], tested: str) -> list[Ratio]:
+    def ratios_of_rows(self, rows: Sequence[Row], tested: str) -> list[Ratio]:
         """The ratios of the rows in the target's dtype."""
-        return self.ratios([row for row in rows if self.dtype in (None, row.workload.dtype)], tested)
+        return self.find_ratios([row for row in rows if self.dtype in (None, row.workload.dtype)], tested)
 
-    def value(self, ratios: Sequence[Ratio]) -> float:
+    def mean_or_largest(self, ratios: Sequence[Ratio]) -> float:
         """The mean or the largest ratio, which is compared with the target."""
         values = [ratio.value for ratio in ratios]
-        return geometric_mean(values) if self.mean else max(values)
+        return geometric_mean(values) if self.uses_mean else max(values)
 
 
-def comparisons(
+def pair_rows(
     rows: Sequence[Row], of: str, to: str, setting: Callable[[Setting], Setting]
 ) -> Iterator[tuple[Row, Row]]:
     """Rows of the contender `of`, each with the row of `to` in its group.
@@ -60,7 +60,7 @@ def comparisons(
                 yield row, other
 
 
-def ratios(pairs: Iterable[tuple[Row, Row]], figure: str = "median_us", divisor: str | None = None) -> list[Ratio]:
+def make_ratios(pairs: Iterable[tuple[Row, Row]], figure: str = "median_us", divisor: str | None = None) -> list[Ratio]:
     """A figure of each row over that of its partner, by default the same figure, where both are known.
 
     The last measurement of each workload and setting counts.
@@ -73,7 +73,7 @@ def ratios(pairs: Iterable[tuple[Row, Row]], figure: str = "median_us", divisor:
     return list(found.values())
 
 
-def report(rows: Sequence[Row], targets: Mapping[str, Sequence[Target]], tested: Mapping[str, str]) -> list[str]:
+def report_lines(rows: Sequence[Row], targets: Mapping[str, Sequence[Target]], tested: Mapping[str, str]) -> list[str]:
     """Lines "what: measured (target)" for each device and dtype among the rows.
 
     `targets` and `tested`, the name of the contender under test, are by device.
@@ -82,27 +82,27 @@ def report(rows: Sequence[Row], targets: Mapping[str, Sequence[Target]], tested:
     for device, dtype in sorted({(row.device, row.workload.dtype) for row in rows}):
         here = [row for row in rows if (row.device, row.workload.dtype) == (device, dtype)]
         name = tested[device]
-        lines.append(f"{name}, {dtype}, {', '.join(sorted({place(row) for row in here}))}")
+        lines.append(f"{name}, {dtype}, {', '.join(sorted({processor_and_commit(row) for row in here}))}")
         lines += [f"  {_line(target, here, name)}" for target in targets[device] if target.dtype in (None, dtype)]
     return lines
 
 
-def place(row: Row) -> str:
+def processor_and_commit(row: Row) -> str:
     """The processor and the commit that a row was measured at."""
     return f"{row.source.get('processor', row.device)} at commit {row.source.get('commit', 'unknown')}"
 
 
 def _line(target: Target, rows: Sequence[Row], tested: str) -> str:
-    found = target.of(rows, tested)
+    found = target.ratios_of_rows(rows, tested)
     limit = "no target" if target.at_most is None else f"at most {target.at_most:.2f}"
     if not found:
-        return f"{target.what}: not measured ({limit})"
-    value, note = target.value(found), f"geometric mean of {len(found)}"
-    if not target.mean:
-        row = max(found, key=lambda ratio: ratio.value).row
+        return f"{target.description}: not measured ({limit})"
+    value, note = target.mean_or_largest(found), f"geometric mean of {len(found)}"
+    if not target.uses_mean:
+        row = max(found, key=lambda ratio: ratio.value).measured
         note = f"largest of {len(found)}, at {row.workload} {row.setting}"
     verdict = "" if target.at_most is None or value <= target.at_most else ", missed"
-    return f"{target.what}: {value:.3f} ({limit}{verdict}; {note})"
+    return f"{target.description}: {value:.3f} ({limit}{verdict}; {note})"
 
 
 def geometric_mean(values: Sequence[float]) -> float:

@@ -82,25 +82,25 @@ _FORMS = {
 }
 
 
-class Table(NamedTuple):
+class CsvTable(NamedTuple):
     """The rows that a benchmark writes into a CSV file.
 
     Attributes:
         module: that measures them.
         columns: in order, without those of the provenance.
-        times: format of the median and the percentiles.
-        fields: column → field of `Row`, `Workload` or `Setting`, where the two have different names.
+        time_format: format of the median and the percentiles.
+        field_of_column: column → field of `Row`, `Workload` or `Setting`, where the two have different names.
     """
 
     module: str
     columns: tuple[str, ...]
-    times: str = ".2f"
-    fields: Mapping[str, str] = {}
+    time_format: str = ".2f"
+    field_of_column: Mapping[str, str] = {}
 
-    def cells(self, row: Row) -> dict[str, str]:
+    def cells_of_row(self, row: Row) -> dict[str, str]:
         """A row as text, by column."""
         values = row.workload._asdict() | row.setting._asdict() | vars(row)
-        fields = {column: self.fields.get(column, column) for column in self.columns}
+        fields = {column: self.field_of_column.get(column, column) for column in self.columns}
         return {column: self._text(field, values[field]) for column, field in fields.items()} | dict(row.source)
 
     def _text(self, field: str, value: Any) -> str:
@@ -111,11 +111,11 @@ class Table(NamedTuple):
         return str(int(value)) if field == "graph" else format(value, self._form(field))
 
     def _form(self, field: str) -> str:
-        return self.times if field in TIMES else _FORMS.get(field, "")
+        return self.time_format if field in TIMES else _FORMS.get(field, "")
 
-    def row(self, cells: dict[str, str]) -> Row:
-        """The inverse of `cells`."""
-        fields = {column: self.fields.get(column, column) for column in self.columns}
+    def row_from_cells(self, cells: dict[str, str]) -> Row:
+        """The inverse of `cells_of_row`."""
+        fields = {column: self.field_of_column.get(column, column) for column in self.columns}
         values = {field: self._value(field, cells[column]) for column, field in fields.items()}
         workload, setting = (
             kind(**{name: values.pop(name) for name in kind._fields if name in values}) for kind in (Workload, Setting)
@@ -131,17 +131,17 @@ class Table(NamedTuple):
             return (int if form == "d" else float)(text) if text else None
         return text == "1" if field == "graph" else text
 
-    def append(self, path: Path, row: Row) -> None:
+    def append_row(self, path: Path, row: Row) -> None:
         """Adds a row to a CSV file; errors as for `append_cells`."""
-        append_cells(path, self.cells(row))
+        append_cells(path, self.cells_of_row(row))
 
-    def check(self, path: Path, source: Mapping[str, str]) -> None:
+    def check_columns(self, path: Path, source: Mapping[str, str]) -> None:
         """Raises ValueError if a file is there and has other columns."""
         check_header(path, [*self.columns, *source])
 
-    def read(self, path: Path) -> list[Row]:
+    def read_rows(self, path: Path) -> list[Row]:
         """All rows of a CSV file. Raises ValueError where there is no such file, or a column is missing."""
-        return [self.row(cells) for cells in read_cells(path, self.columns, self.module)]
+        return [self.row_from_cells(cells) for cells in read_cells(path, self.columns, self.module)]
 
 
 def append_cells(path: Path, cells: Mapping[str, str]) -> None:

@@ -40,7 +40,7 @@ class Timing(NamedTuple):
     graph: bool
 
 
-def summary(times_us: Sequence[float], graph: bool) -> Timing:
+def summarize_times(times_us: Sequence[float], graph: bool) -> Timing:
     """Median and the 20th and 80th percentile, interpolated between the two nearest times."""
     deciles = statistics.quantiles(times_us, n=10, method="inclusive")
     return Timing(deciles[4], deciles[1], deciles[7], len(times_us), graph)
@@ -90,7 +90,7 @@ def time_interleaved(
         times = _rounds(
             lambda: [_clocked(next(turn)) for turn in turns], seconds * len(contenders), at_least, after_round
         )
-        return [summary(column, graph=False) for column in zip(*times, strict=True)]
+        return [summarize_times(column, graph=False) for column in zip(*times, strict=True)]
     graphs, runs = _captured_runs(contenders, capturable)
     if replaying is not None:
         graphs = [captured or replays for captured, replays in zip(graphs, replaying, strict=True)]
@@ -103,7 +103,7 @@ def time_interleaved(
             measure = functools.partial(_events_round, chosen, counts, sleeps)
             times = _rounds(measure, seconds * len(places), at_least, after_round)
             columns = zip(*times, strict=True)
-            timings |= {place: summary(column, kind) for place, column in zip(places, columns, strict=True)}
+            timings |= {place: summarize_times(column, kind) for place, column in zip(places, columns, strict=True)}
     return [timings[place] for place in range(len(contenders))]
 
 
@@ -226,7 +226,7 @@ def warm_up(calls: Sequence[Call], device: torch.device) -> None:
     synchronize(device)
 
 
-def repeated_us(call: Call, device: torch.device, count: int) -> Timing:
+def time_repeatedly(call: Call, device: torch.device, count: int) -> Timing:
     """Times of a call by itself, each until the device is done with it."""
 
     def complete() -> None:
@@ -234,10 +234,10 @@ def repeated_us(call: Call, device: torch.device, count: int) -> Timing:
         synchronize(device)
 
     complete()
-    return summary([_clocked(complete) for _ in range(count)], graph=False)
+    return summarize_times([_clocked(complete) for _ in range(count)], graph=False)
 
 
-def burst_us(call: Call, device: torch.device, burst: int = _BURST, bursts: int = _BURSTS) -> float:
+def measure_burst_us(call: Call, device: torch.device, burst: int = _BURST, bursts: int = _BURSTS) -> float:
     """Time that the host takes to issue a call, in µs: the median over bursts of the mean over a burst.
 
     A burst of the default length fits into the queue of the device at any shape.
@@ -250,9 +250,9 @@ def burst_us(call: Call, device: torch.device, burst: int = _BURST, bursts: int 
     return statistics.median(times)
 
 
-def host_us(call: Call, device: torch.device) -> float | None:
+def measure_host_us(call: Call, device: torch.device) -> float | None:
     """Time that the host takes to issue a call, in µs; None on a CPU, where a call has no other time."""
-    return burst_us(call, device) if device.type == "cuda" else None
+    return measure_burst_us(call, device) if device.type == "cuda" else None
 
 
 def synchronize(device: torch.device) -> None:

@@ -16,53 +16,53 @@ _REGISTERS = 65536
 _TENSOR_MEMORY = 512
 
 
-class Chip(NamedTuple):
+class ProcessorLimits(NamedTuple):
     """Limits of one streaming multiprocessor.
 
     Source: CUDA C++ programming guide, technical specifications by compute capability.
 
     Attributes:
-        shared: bytes of shared memory, of which each program takes 1 KB more than it asks for.
-        threads: that are resident at most.
-        programs: that are resident at most.
-        static: bytes of shared memory of a program that Triton does not ask for.
+        shared_bytes: bytes of shared memory, of which each program takes 1 KB more than it asks for.
+        max_threads: that are resident at most.
+        max_programs: that are resident at most.
+        static_shared_bytes: bytes of shared memory of a program that Triton does not ask for.
     """
 
-    shared: int
-    threads: int
-    programs: int
-    static: int = 0
+    shared_bytes: int
+    max_threads: int
+    max_programs: int
+    static_shared_bytes: int = 0
 
     @property
-    def shared_per_program(self) -> int:
-        return self.shared - _KB
+    def max_shared_bytes_per_program(self) -> int:
+        return self.shared_bytes - _KB
 
 
 CHIPS = {
-    "sm_80": Chip(164 * _KB, 2048, 32),
-    "sm_86": Chip(100 * _KB, 1536, 16),
-    "sm_89": Chip(100 * _KB, 1536, 24),
-    "sm_90": Chip(228 * _KB, 2048, 32, static=_KB),
-    "sm_100": Chip(228 * _KB, 2048, 32, static=_KB),
-    "sm_120": Chip(100 * _KB, 1536, 24, static=_KB),
+    "sm_80": ProcessorLimits(164 * _KB, 2048, 32),
+    "sm_86": ProcessorLimits(100 * _KB, 1536, 16),
+    "sm_89": ProcessorLimits(100 * _KB, 1536, 24),
+    "sm_90": ProcessorLimits(228 * _KB, 2048, 32, static_shared_bytes=_KB),
+    "sm_100": ProcessorLimits(228 * _KB, 2048, 32, static_shared_bytes=_KB),
+    "sm_120": ProcessorLimits(100 * _KB, 1536, 24, static_shared_bytes=_KB),
 }
 # All that are compiled for. AMD's are compiled only: nothing here reads their machine code.
 ARCHITECTURES = (*CHIPS, "gfx942")
 
 
-class Compiled(NamedTuple):
+class CompiledLaunch(NamedTuple):
     """A launch, compiled.
 
     Attributes:
-        shared: bytes of shared memory of a program, the static part included.
-        tensor_memory: columns of tensor memory of a program (sm_100).
-        code: ``None`` for AMD.
+        shared_bytes: bytes of shared memory of a program, the static part included.
+        tensor_memory_columns: columns of tensor memory of a program (sm_100).
+        machine_code: ``None`` for AMD.
     """
 
     launch: Launch
-    shared: int
-    tensor_memory: int
-    code: MachineCode | None
+    shared_bytes: int
+    tensor_memory_columns: int
+    machine_code: MachineCode | None
 
     def require_code(self) -> MachineCode:
         """The machine code. Raises ValueError for an AMD architecture, whose code nothing here reads."""
@@ -71,7 +71,7 @@ class Compiled(NamedTuple):
         return self.code
 
 
-class Source(NamedTuple):
+class CompilerInput(NamedTuple):
     """The compiler's input for a launch. Launches of equal keys are one kernel."""
 
     key: tuple[str, ...]
@@ -92,7 +92,7 @@ def gpu_target(arch: str) -> GPUTarget:
     return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
 
 
-def specialize(launch: Launch, arch: str) -> Source:
+def compiler_input_of(launch: Launch, arch: str) -> CompilerInput:
     """The kernel that Triton's JIT would compile at this launch: its own code decides on types, divisors and ones.
 
     Raises:
@@ -107,42 +107,44 @@ def specialize(launch: Launch, arch: str) -> Source:
     options, signature, constants, attributes = kernel._pack_args(backend, named, bound, specialization, options)
     key = (kernel.__name__, arch, str(signature), str(constants), str(attributes), str(options))
     source = GluonASTSource if kernel.is_gluon() else ASTSource
-    return Source(key, source(kernel, signature, constants, attributes), options.__dict__)
+    return CompilerInput(key, source(kernel, signature, constants, attributes), options.__dict__)
 
 
-def compile_launch(launch: Launch, arch: str, *, listed: bool = True) -> Compiled:
+def compile_launch(launch: Launch, arch: str, *, listed: bool = True) -> CompiledLaunch:
     """Compiles the kernel of a launch for an architecture.
 
     Without `listed` the code is not disassembled, so that only its registers and its stack are known.
     """
-    _, source, options = specialize(launch, arch)
+    _, source, options = compiler_input_of(launch, arch)
     compiled = triton.compile(source, target=gpu_target(arch), options=options)
     code = disassemble(compiled.asm["cubin"], listed=listed) if "cubin" in compiled.asm else None
-    static = CHIPS[arch].static if arch in CHIPS else 0
-    return Compiled(launch, compiled.metadata.shared + static, getattr(compiled.metadata, "tmem_size", 0) or 0, code)
+    static = CHIPS[arch].static_shared_bytes if arch in CHIPS else 0
+    return CompiledLaunch(
+        launch, compiled.metadata.shared + static, getattr(compiled.metadata, "tmem_size", 0) or 0, code
+    )
 
 
-def compile_once(launch: Launch, arch: str, done: dict[tuple[str, ...], Compiled]) -> Compiled:
+def compile_once(launch: Launch, arch: str, done: dict[tuple[str, ...], CompiledLaunch]) -> CompiledLaunch:
     """The compiled launch; a kernel that is among those that are done is not compiled again."""
-    key = specialize(launch, arch).key
+    key = compiler_input_of(launch, arch).key
     if key not in done:
         done[key] = compile_launch(launch, arch)
     return done[key]._replace(launch=launch)
 
 
-def programs_per_processor(compiled: Compiled, chip: Chip) -> int:
+def programs_per_processor(compiled: CompiledLaunch, chip: ProcessorLimits) -> int:
     """The number of programs that fit on one multiprocessor at once.
 
     Registers go to warps in units of 256, and warps to the four quarters of the processor.
     """
     warps = compiled.launch.num_warps
-    per_warp = -(-compiled.require_code().registers * 32 // 256) * 256
+    per_warp = -(-compiled.machine_code.num_registers * 32 // 256) * 256
     limits = [
         _REGISTERS // 4 // per_warp * 4 // warps,
-        chip.shared // (-(-(compiled.shared - chip.static + _KB) // 128) * 128),
-        chip.threads // (32 * warps),
-        chip.programs,
+        chip.shared_bytes // (-(-(compiled.shared_bytes - chip.static_shared_bytes + _KB) // 128) * 128),
+        chip.max_threads // (32 * warps),
+        chip.max_programs,
     ]
-    if compiled.tensor_memory:
-        limits.append(_TENSOR_MEMORY // compiled.tensor_memory)
+    if compiled.tensor_memory_columns:
+        limits.append(_TENSOR_MEMORY // compiled.tensor_memory_columns)
     return min(limits)

@@ -18,11 +18,11 @@ from benchmarks.kernels.kernel_model import (
     H100,
     LATENCY_CYCLES,
     CompiledTile,
-    Program,
-    Rates,
-    library_us,
-    pass_us,
-    product_us,
+    GPURates,
+    ProgramCost,
+    predict_library_us,
+    predict_pass_us,
+    predict_product_us,
 )
 
 _BYTES = 2
@@ -30,7 +30,7 @@ _BYTES = 2
 _GATHERS = 3
 
 
-class Tokens(NamedTuple):
+class DenseFFNSizes(NamedTuple):
     """The sizes of a dense feed-forward.
 
     Attributes:
@@ -47,145 +47,149 @@ class Tokens(NamedTuple):
         return f"{self.D}x{self.L} B={self.B}"
 
     @property
-    def rows(self) -> int:
+    def num_rows(self) -> int:
         return self.B * self.L
 
     @property
-    def hidden(self) -> int:
+    def hidden_size(self) -> int:
         return 4 * self.D
 
     @property
     def x_bytes(self) -> int:
-        return _BYTES * self.rows * self.D
+        return _BYTES * self.num_rows * self.D
 
     @property
     def h_bytes(self) -> int:
-        return _BYTES * self.rows * self.hidden
+        return _BYTES * self.num_rows * self.hidden_size
 
     @property
     def w_out_bytes(self) -> int:
-        return _BYTES * self.D * self.hidden
+        return _BYTES * self.D * self.hidden_size
 
 
-class Forward(NamedTuple):
+class ForwardTimes(NamedTuple):
     """A forward pass in µs, launches included: LayerNorm, x̂ · W_in with GEGLU, h · W_out, kernels around them."""
 
-    norm: float
-    first: float
-    second: float
-    others: float
+    norm_us: float
+    first_us: float
+    second_us: float
+    others_us: float
 
     @property
-    def total(self) -> float:
+    def total_us(self) -> float:
         """The sum of all parts in µs."""
         return sum(self)
 
 
-class UNet(NamedTuple):
+class UNetWorkload(NamedTuple):
     """The feed-forwards of a UNet: number by width and tokens, share of FLOPs, and share of time on an H100."""
 
     name: str
-    blocks: dict[tuple[int, int], int]
-    flop_share: float
-    time_share: float
+    ffn_counts: dict[tuple[int, int], int]
+    ffn_flop_share: float
+    ffn_time_share: float
 
 
 UNETS = (
-    UNet("SD 1.5, 512²", {(320, 4096): 5, (640, 1024): 5, (1280, 256): 5, (1280, 64): 1}, 0.19, 0.10),
-    UNet("SDXL, 1024²", {(640, 4096): 10, (1280, 1024): 60}, 0.42, 0.31),
+    UNetWorkload("SD 1.5, 512²", {(320, 4096): 5, (640, 1024): 5, (1280, 256): 5, (1280, 64): 1}, 0.19, 0.10),
+    UNetWorkload("SDXL, 1024²", {(640, 4096): 10, (1280, 1024): 60}, 0.42, 0.31),
 )
 
 # The first product as it was at commit d34559a: tiles within samples, bias and weights loaded after the loop.
 _BEFORE = {
     "sm_80": {
-        128: CompiledTile(128, 128, 64, 4, 3, loop=284, epilogue=1551, resident=2),
-        64: CompiledTile(64, 128, 64, 4, 3, loop=185, epilogue=835, resident=3),
+        128: CompiledTile(128, 128, 64, 4, 3, loop=284, epilogue=1551, resident_programs=2),
+        64: CompiledTile(64, 128, 64, 4, 3, loop=185, epilogue=835, resident_programs=3),
     },
     "sm_90": {
-        128: CompiledTile(128, 128, 64, 4, 3, loop=96, epilogue=1340, resident=2),
-        64: CompiledTile(64, 128, 64, 4, 3, loop=86, epilogue=778, resident=3),
+        128: CompiledTile(128, 128, 64, 4, 3, loop=96, epilogue=1340, resident_programs=2),
+        64: CompiledTile(64, 128, 64, 4, 3, loop=86, epilogue=778, resident_programs=3),
     },
 }
 # A kernel in Gluon that compiles and has never run: persistent, a warp that loads, two groups of warps that take turns
 # at the tensor cores and at the epilogue, so that each hides the other's, as two resident programs do.
-_PING_PONG = CompiledTile(128, 128, 64, 4, 5, loop=96, epilogue=1055, resident=2)
+_PING_PONG = CompiledTile(128, 128, 64, 4, 5, loop=96, epilogue=1055, resident_programs=2)
 
 
-class FirstProduct(NamedTuple):
-    """The grid of the first product; `early`: it may start before LayerNorm ends (programmatic dependent launch)."""
+class FirstProductGrid(NamedTuple):
+    """The grid of the first product; `starts_early`: before LayerNorm ends (programmatic dependent launch)."""
 
-    program: Program
-    programs: int
-    early: bool = False
+    program: ProgramCost
+    num_programs: int
+    starts_early: bool = False
 
 
-def first_product_before_tuning(tokens: Tokens, rates: Rates) -> FirstProduct:
+def first_product_before_tuning(tokens: DenseFFNSizes, rates: GPURates) -> FirstProductGrid:
     """The first product as it was: tiles of 128 rows within a sample; of 64 on an A100 at width 320."""
     rows = 64 if tokens.L <= 64 or (rates.arch == "sm_80" and tokens.D == 320) else 128
     return _first(tokens, _BEFORE[rates.arch][rows], tokens.B * math.ceil(tokens.L / rows))
 
 
-def ping_pong_first_product(tokens: Tokens) -> FirstProduct:
+def ping_pong_first_product(tokens: DenseFFNSizes) -> FirstProductGrid:
     """The first product by the kernel in Gluon."""
-    return _first(tokens, _PING_PONG, math.ceil(tokens.rows / _PING_PONG.rows))
+    return _first(tokens, _PING_PONG, math.ceil(tokens.num_rows / _PING_PONG.rows))
 
 
-def _first(tokens: Tokens, tile: CompiledTile, tiles_of_rows: int) -> FirstProduct:
-    return FirstProduct(tile.program(tokens.D), tiles_of_rows * math.ceil(tokens.hidden * 2 / tile.columns))
+def _first(tokens: DenseFFNSizes, tile: CompiledTile, tiles_of_rows: int) -> FirstProductGrid:
+    return FirstProductGrid(
+        tile.make_program(tokens.D), tiles_of_rows * math.ceil(tokens.hidden_size * 2 / tile.columns)
+    )
 
 
-def predict_moe_ffn(tokens: Tokens, first: FirstProduct, rates: Rates) -> Forward:
+def predict_moe_ffn(tokens: DenseFFNSizes, first: FirstProductGrid, rates: GPURates) -> ForwardTimes:
     """A call of `mtu_kernels.moe_ffn`."""
-    reads = rates.missing(tokens.x_bytes) + 2 * tokens.w_out_bytes
-    time = product_us(first.program, first.programs, reads + tokens.h_bytes, rates)
+    reads = rates.bytes_missing_in_l2(tokens.x_bytes) + 2 * tokens.w_out_bytes
+    time = predict_product_us(first.program, first.num_programs, reads + tokens.h_bytes, rates)
     # The launch and the first loads of weights pass while LayerNorm runs: the kernel waits for the rows alone.
-    hidden = rates.edge_us + rates.microseconds(LATENCY_CYCLES) if first.early else 0.0
-    return Forward(pass_us(2 * tokens.x_bytes, rates), time - hidden, _second(tokens, rates), 0.0)
+    hidden = rates.edge_us + rates.microseconds(LATENCY_CYCLES) if first.starts_early else 0.0
+    return ForwardTimes(predict_pass_us(2 * tokens.x_bytes, rates), time - hidden, _second(tokens, rates), 0.0)
 
 
-def predict_compiled_moe_ffn(tokens: Tokens, first: FirstProduct, rates: Rates, *, opaque: bool) -> Forward:
+def predict_compiled_moe_ffn(
+    tokens: DenseFFNSizes, first: FirstProductGrid, rates: GPURates, *, opaque: bool
+) -> ForwardTimes:
     """A call between a compiler's kernels, with the residual before it, since LayerNorm may be the compiler's kernel.
 
     With `opaque` the operator is the whole feed-forward, so that the residual and the gathers of this layer's norm
     affines and routing weights are kernels of their own. Otherwise the compiler's LayerNorm contains both.
     """
-    first = first._replace(early=first.early and opaque)
+    first = first._replace(starts_early=first.starts_early and opaque)
     alone = predict_moe_ffn(tokens, first, rates)
     if not opaque:
-        return alone._replace(norm=pass_us(4 * tokens.x_bytes, rates))
-    return alone._replace(others=pass_us(3 * tokens.x_bytes, rates) + _GATHERS * pass_us(0, rates))
+        return alone._replace(norm_us=predict_pass_us(4 * tokens.x_bytes, rates))
+    return alone._replace(others_us=predict_pass_us(3 * tokens.x_bytes, rates) + _GATHERS * predict_pass_us(0, rates))
 
 
-def predict_compiled_stock_ffn(tokens: Tokens, rates: Rates) -> Forward:
+def predict_compiled_stock_ffn(tokens: DenseFFNSizes, rates: GPURates) -> ForwardTimes:
     """The original feed-forward, compiled, with the residual before it."""
     z_bytes = 2 * tokens.h_bytes
-    reads = rates.missing(tokens.x_bytes) + 2 * tokens.w_out_bytes
-    first = library_us(tokens.rows, 2 * tokens.hidden, tokens.D, reads + z_bytes, rates)
-    geglu = pass_us(rates.missing(z_bytes) + tokens.h_bytes, rates)
-    return Forward(pass_us(4 * tokens.x_bytes, rates), first, _second(tokens, rates), geglu)
+    reads = rates.bytes_missing_in_l2(tokens.x_bytes) + 2 * tokens.w_out_bytes
+    first = predict_library_us(tokens.num_rows, 2 * tokens.hidden_size, tokens.D, reads + z_bytes, rates)
+    geglu = predict_pass_us(rates.bytes_missing_in_l2(z_bytes) + tokens.h_bytes, rates)
+    return ForwardTimes(predict_pass_us(4 * tokens.x_bytes, rates), first, _second(tokens, rates), geglu)
 
 
-def predict_plain_products(tokens: Tokens, rates: Rates) -> Forward:
+def predict_plain_products(tokens: DenseFFNSizes, rates: GPURates) -> ForwardTimes:
     """The two plain products."""
-    rows, hidden, D = tokens.rows, tokens.hidden, tokens.D
-    first = library_us(rows, 2 * hidden, D, tokens.x_bytes + 2 * tokens.w_out_bytes + 2 * tokens.h_bytes, rates)
-    second = library_us(rows, D, hidden, tokens.h_bytes + tokens.w_out_bytes + tokens.x_bytes, rates)
-    return Forward(0.0, first, second, 0.0)
+    rows, hidden, D = tokens.num_rows, tokens.hidden_size, tokens.D
+    first = predict_library_us(rows, 2 * hidden, D, tokens.x_bytes + 2 * tokens.w_out_bytes + 2 * tokens.h_bytes, rates)
+    second = predict_library_us(rows, D, hidden, tokens.h_bytes + tokens.w_out_bytes + tokens.x_bytes, rates)
+    return ForwardTimes(0.0, first, second, 0.0)
 
 
-def feed_forward_time_share(unet: UNet, rates: Rates) -> float:
+def feed_forward_time_share(unet: UNetWorkload, rates: GPURates) -> float:
     """The share of a step's time that the stock feed-forwards take."""
-    rest = (1 - unet.flop_share) / unet.flop_share
-    slowness = (1 / unet.time_share - 1) / rest
+    rest = (1 - unet.ffn_flop_share) / unet.ffn_flop_share
+    slowness = (1 / unet.ffn_time_share - 1) / rest
     memory = (H100.memory_tbs / rates.memory_tbs) / (H100.tflops / rates.tflops)
     return 1 / (1 + rest * (1 + (slowness - 1) * memory))
 
 
-def predict_step_ratio(unet: UNet, ours: float, theirs: float, rates: Rates) -> float:
+def predict_step_ratio(unet: UNetWorkload, ours: float, theirs: float, rates: GPURates) -> float:
     """Time of a step over the stock step's, from the times of all feed-forwards."""
     return 1 + feed_forward_time_share(unet, rates) * (ours / theirs - 1)
 
 
-def _second(tokens: Tokens, rates: Rates) -> float:
-    memory = rates.missing(tokens.h_bytes) + tokens.w_out_bytes + tokens.x_bytes
-    return library_us(tokens.rows, tokens.D, tokens.hidden, memory, rates)
+def _second(tokens: DenseFFNSizes, rates: GPURates) -> float:
+    memory = rates.bytes_missing_in_l2(tokens.h_bytes) + tokens.w_out_bytes + tokens.x_bytes
+    return predict_library_us(tokens.num_rows, tokens.D, tokens.hidden_size, memory, rates)

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.harness.arguments import parse_count, parse_shapes
-from benchmarks.harness.commands import make_parser, parse
-from benchmarks.kernels.products import Shape, draw_operands, prepare
-from benchmarks.kernels.tile_measure import Task, Timer
+from benchmarks.harness.commands import make_parser, parse_arguments
+from benchmarks.kernels.products import ProductShape, draw_operands, prepare_product
+from benchmarks.kernels.tile_measure import ProductTask, TileTimer
 from mtu_kernels.triton.launch import arch_of, execute_launch, is_interpreted
 from mtu_kernels.triton.tile_choice import find_tile
 from mtu_kernels.triton.tiles import PAIR_PRODUCTS, PRODUCTS
@@ -22,19 +22,19 @@ _SHAPES = ((1280, 1024), (320, 4096))
 _INTERPRETED_ARCH = "interpreter"
 
 
-def profile(task: Task, device: torch.device, arch: str) -> str:
+def time_and_profile(task: ProductTask, device: torch.device, arch: str) -> str:
     """Times a product, then runs it once under the profiler, if there is one. Returns a line for people.
 
     Raises:
         RuntimeError: the tile does not run here, or its result is wrong.
     """
     shape = task.shape
-    tile = find_tile(shape.key(task.product, arch, 16))
-    with Timer(device) as timer:
-        times = timer.measure(task, (tile,))
+    tile = find_tile(shape.tile_key(task.product, arch, 16))
+    with TileTimer(device) as timer:
+        times = timer.time_tiles(task, (tile,))
         if tile not in times:
             raise RuntimeError(f"{task} must run with its tile {tile}, got: {timer.refused[task, tile]}")
-        work = prepare(task.product, draw_operands(shape, task.dtype, device), tile)
+        work = prepare_product(task.product, draw_operands(shape, task.dtype, device), tile)
         work.run(execute_launch)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -58,16 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--batch", type=parse_count, default=2, help="samples (default: 2)")
     parser.add_argument("--quick", action="store_true", help="a smoke test: a tiny shape, also in Triton's interpreter")
-    _, options = parse(parser, argv)
+    _, options = parse_arguments(parser, argv)
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not (options.quick and is_interpreted()):
         parser.error("Products are profiled on a CUDA device, and torch finds none.")
     device = torch.device("cuda" if on_gpu else "cpu")
     for D, L in ((16, 16),) if options.quick else options.shapes:
         # The interpreter computes bfloat16 wrongly.
-        task = Task(options.product, Shape(D, L, options.batch, 4, None, D), "bf16" if on_gpu else "fp16")
+        task = ProductTask(options.product, ProductShape(D, L, options.batch, 4, None, D), "bf16" if on_gpu else "fp16")
         try:
-            print(profile(task, device, arch_of(device) if on_gpu else _INTERPRETED_ARCH), flush=True)
+            print(time_and_profile(task, device, arch_of(device) if on_gpu else _INTERPRETED_ARCH), flush=True)
         except RuntimeError as error:
             print(error, file=sys.stderr)
             return 1

@@ -20,7 +20,7 @@ from mtu_kernels.triton.tiles import ELEMENTWISE_TILE, LibraryProduct, TileConfi
 Step = Launch | Callable[[], Any]
 
 
-class Shape(NamedTuple):
+class ProductShape(NamedTuple):
     """The sizes of a product: width, tokens, samples, experts, active experts (None: dense), hidden units of each."""
 
     D: int
@@ -34,7 +34,7 @@ class Shape(NamedTuple):
     def active_hidden(self) -> int:
         return (self.K or self.E) * self.F
 
-    def key(self, product: str, arch: str, bits: int) -> TileKey:
+    def tile_key(self, product: str, arch: str, bits: int) -> TileKey:
         """The key by which the package finds the tile of this shape."""
         return TileKey(product, arch, bits, self.K is not None, self.D, token_count_class(self.B * self.L))
 
@@ -61,12 +61,12 @@ class Operands(NamedTuple):
     routing: Routing
 
     @property
-    def size(self) -> int:
+    def expert_size(self) -> int:
         """F."""
         return self.experts.w_out.shape[1] // self.experts.num_experts
 
 
-class Work(NamedTuple):
+class PreparedProduct(NamedTuple):
     """A product, ready to run: its steps in order, and the tensors that they write."""
 
     steps: tuple[Step, ...]
@@ -80,7 +80,7 @@ class Work(NamedTuple):
                 step()
 
 
-def draw_operands(shape: Shape, dtype: str, device: torch.device | str, seed: int = 0) -> Operands:
+def draw_operands(shape: ProductShape, dtype: str, device: torch.device | str, seed: int = 0) -> Operands:
     """Operands of variance 1, weights over sqrt(fan-in); on the meta device without values."""
     D, L, B, E, K, F = shape
     meta = torch.device(device).type == "meta"
@@ -99,7 +99,7 @@ def draw_operands(shape: Shape, dtype: str, device: torch.device | str, seed: in
     return Operands(*tokens, ExpertWeights(*weights, E), routing)
 
 
-def prepare(product: str, operands: Operands, tile: TileConfig | LibraryProduct) -> Work:
+def prepare_product(product: str, operands: Operands, tile: TileConfig | LibraryProduct) -> PreparedProduct:
     """The product by the package's kernel with this tile, or by the library's product and the kernels around it.
 
     Raises:
@@ -110,34 +110,38 @@ def prepare(product: str, operands: Operands, tile: TileConfig | LibraryProduct)
     return _PREPARE[product](operands, tile)
 
 
-def _first_product(operands: Operands, tile: TileConfig | LibraryProduct, *, keeps_z: bool) -> Work:
+def _first_product(operands: Operands, tile: TileConfig | LibraryProduct, *, keeps_z: bool) -> PreparedProduct:
     written = FirstProductOutputs(torch.empty_like(operands.h), torch.empty_like(operands.z) if keeps_z else None)
     x_hat, experts, routing = operands.x_hat, operands.experts, operands.routing
     outputs = {name: tensor for name, tensor in written._asdict().items() if tensor is not None}
     if isinstance(tile, TileConfig):
-        return Work((launch_expert_in(x_hat, experts, routing, written, tile, "ieee"),), outputs)
+        return PreparedProduct((launch_expert_in(x_hat, experts, routing, written, tile, "ieee"),), outputs)
     z = torch.empty_like(operands.z) if written.z is None else written.z
     product = _addmm(experts.b_in, x_hat, experts.w_in.T, z)
-    return Work((product, launch_geglu(z, routing.weights, written.h, operands.size, ELEMENTWISE_TILE)), outputs)
+    return PreparedProduct(
+        (product, launch_geglu(z, routing.weights, written.h, operands.expert_size, ELEMENTWISE_TILE)), outputs
+    )
 
 
-def _expert_sum(operands: Operands, tile: TileConfig | LibraryProduct) -> Work:
+def _expert_sum(operands: Operands, tile: TileConfig | LibraryProduct) -> PreparedProduct:
     experts, y = operands.experts, torch.empty_like(operands.x_hat)
     if isinstance(tile, LibraryProduct):
-        return Work((_addmm(experts.b_out, operands.h, experts.w_out.T, y),), {"y": y})
+        return PreparedProduct((_addmm(experts.b_out, operands.h, experts.w_out.T, y),), {"y": y})
     summands = ExpertSumOperands(operands.h, experts.w_out, False, experts.b_out, experts.num_experts)
-    return Work((launch_expert_sum(summands, operands.routing, y, tile, "ieee"),), {"y": y})
+    return PreparedProduct((launch_expert_sum(summands, operands.routing, y, tile, "ieee"),), {"y": y})
 
 
-def _expert_in_backward(operands: Operands, tile: TileConfig | LibraryProduct) -> Work:
+def _expert_in_backward(operands: Operands, tile: TileConfig | LibraryProduct) -> PreparedProduct:
     experts, d_x_hat = operands.experts, torch.empty_like(operands.x_hat)
     if isinstance(tile, LibraryProduct):
-        return Work((_mm(operands.z, experts.w_in, d_x_hat),), {"d_x_hat": d_x_hat})
+        return PreparedProduct((_mm(operands.z, experts.w_in, d_x_hat),), {"d_x_hat": d_x_hat})
     summands = ExpertSumOperands(operands.z, experts.w_in, True, None, experts.num_experts)
-    return Work((launch_expert_sum(summands, operands.routing, d_x_hat, tile, "ieee"),), {"d_x_hat": d_x_hat})
+    return PreparedProduct(
+        (launch_expert_sum(summands, operands.routing, d_x_hat, tile, "ieee"),), {"d_x_hat": d_x_hat}
+    )
 
 
-def _expert_out_backward(operands: Operands, tile: TileConfig | LibraryProduct) -> Work:
+def _expert_out_backward(operands: Operands, tile: TileConfig | LibraryProduct) -> PreparedProduct:
     grad_y, z, experts, routing = operands.x_hat, operands.z, operands.experts, operands.routing
     B, L, hidden = operands.h.shape
     rows = rows_per_tile(tile, L) if isinstance(tile, TileConfig) else ELEMENTWISE_TILE.block_m
@@ -145,13 +149,13 @@ def _expert_out_backward(operands: Operands, tile: TileConfig | LibraryProduct) 
     written = GegluBackwardOutputs(torch.empty_like(operands.h), torch.empty_like(z), *sums)
     if isinstance(tile, TileConfig):
         launch = launch_expert_out_backward(grad_y, experts, routing, z, written, tile, "ieee")
-        return Work((launch,), written._asdict())
+        return PreparedProduct((launch,), written._asdict())
     da = torch.empty_like(operands.h)
-    launch = launch_geglu_backward(da, routing.weights, z, written, operands.size, ELEMENTWISE_TILE)
-    return Work((_mm(grad_y, experts.w_out, da), launch), written._asdict())
+    launch = launch_geglu_backward(da, routing.weights, z, written, operands.expert_size, ELEMENTWISE_TILE)
+    return PreparedProduct((_mm(grad_y, experts.w_out, da), launch), written._asdict())
 
 
-def _expert_weights(operands: Operands, tile: TileConfig | LibraryProduct) -> Work:
+def _expert_weights(operands: Operands, tile: TileConfig | LibraryProduct) -> PreparedProduct:
     x_hat, h, z, experts, routing = operands
     d_w_in, d_w_out = torch.empty_like(experts.w_in), torch.empty_like(experts.w_out)
     outputs = {"d_w_in": d_w_in, "d_w_out": d_w_out}
@@ -160,9 +164,9 @@ def _expert_weights(operands: Operands, tile: TileConfig | LibraryProduct) -> Wo
             lambda: torch.mm(z.flatten(0, 1).T, x_hat.flatten(0, 1), out=d_w_in),
             lambda: torch.mm(x_hat.flatten(0, 1).T, h.flatten(0, 1), out=d_w_out),
         )
-        return Work(steps, outputs)
-    size = operands.size
-    return Work(
+        return PreparedProduct(steps, outputs)
+    size = operands.expert_size
+    return PreparedProduct(
         (
             launch_expert_weight_gradients(z, x_hat, routing, d_w_in, size, tile, "ieee"),
             launch_expert_weight_gradients(h, x_hat, routing, d_w_out.T, size, tile, "ieee"),
@@ -179,7 +183,7 @@ def _mm(a: Tensor, b: Tensor, out: Tensor) -> Callable[[], Tensor]:
     return lambda: torch.mm(a.flatten(0, 1), b, out=out.flatten(0, 1))
 
 
-_PREPARE: dict[str, Callable[[Operands, TileConfig | LibraryProduct], Work]] = {
+_PREPARE: dict[str, Callable[[Operands, TileConfig | LibraryProduct], PreparedProduct]] = {
     "expert_in": lambda operands, tile: _first_product(operands, tile, keeps_z=False),
     "expert_in_train": lambda operands, tile: _first_product(operands, tile, keeps_z=True),
     "expert_sum": _expert_sum,

@@ -23,10 +23,10 @@ class Instruction(NamedTuple):
 
     address: int
     name: str
-    target: int | None
+    branch_target: int | None
 
     @property
-    def base(self) -> str:
+    def name_without_modifiers(self) -> str:
         return self.name.partition(".")[0]
 
 
@@ -34,28 +34,28 @@ class MachineCode(NamedTuple):
     """A kernel as the GPU gets it.
 
     Attributes:
-        registers: per thread.
-        stack: bytes per thread. Anything but 0 is memory that registers spill to.
+        num_registers: per thread.
+        stack_bytes: bytes per thread. Anything but 0 is memory that registers spill to.
         instructions: in the order of their addresses; empty if they were not listed.
         main_loop: those of the innermost loop around the matrix product.
         epilogue: those between the main loop and the last exit.
     """
 
-    registers: int
-    stack: int
+    num_registers: int
+    stack_bytes: int
     instructions: tuple[Instruction, ...]
     main_loop: tuple[Instruction, ...]
     epilogue: tuple[Instruction, ...]
 
 
-def count(instructions: Sequence[Instruction], *bases: str) -> int:
+def count_instructions(instructions: Sequence[Instruction], *bases: str) -> int:
     """The number of instructions with one of the names, modifiers aside."""
-    return sum(instruction.base in bases for instruction in instructions)
+    return sum(instruction.name_without_modifiers in bases for instruction in instructions)
 
 
 def count_tensor_core(instructions: Sequence[Instruction]) -> int:
     """The number of products on tensor cores."""
-    return sum(bool(_TENSOR_CORE.fullmatch(instruction.base)) for instruction in instructions)
+    return sum(bool(_TENSOR_CORE.fullmatch(instruction.name_without_modifiers)) for instruction in instructions)
 
 
 def count_waits(instructions: Sequence[Instruction]) -> int:
@@ -73,14 +73,14 @@ def disassemble(cubin: bytes, *, listed: bool = True) -> MachineCode:
         file.write(cubin)
         file.flush()
         usage = _USAGE.search(_run("cuobjdump", "-res-usage", file.name))
-        instructions = parse(_run("nvdisasm", "-ndf", "-c", file.name)) if listed else ()
+        instructions = parse_listing(_run("nvdisasm", "-ndf", "-c", file.name)) if listed else ()
     if usage is None:
         raise ValueError("cuobjdump must name REG and STACK of a kernel, got a report without them.")
     loop = find_main_loop(instructions)
     return MachineCode(int(usage[1]), int(usage[2]), instructions, loop, _epilogue(instructions, loop))
 
 
-def parse(listing: str) -> tuple[Instruction, ...]:
+def parse_listing(listing: str) -> tuple[Instruction, ...]:
     """Instructions from the text of nvdisasm, whose branches go to labels, or of cuobjdump, whose go to addresses."""
     labels: dict[str, int] = {}
     waiting: list[str] = []
@@ -104,21 +104,21 @@ def find_main_loop(instructions: Sequence[Instruction]) -> tuple[Instruction, ..
     works = count_tensor_core if count_tensor_core(instructions) else _count_plain
     loops = []
     for branch in instructions:
-        if branch.target is not None and branch.target < branch.address:
-            body = tuple(i for i in instructions if branch.target <= i.address <= branch.address)
+        if branch.branch_target is not None and branch.branch_target < branch.address:
+            body = tuple(i for i in instructions if branch.branch_target <= i.address <= branch.address)
             if works(body):
                 loops.append(body)
     return min(loops, key=len, default=())
 
 
 def _count_plain(instructions: Sequence[Instruction]) -> int:
-    return count(instructions, "FFMA", "FFMA2")
+    return count_instructions(instructions, "FFMA", "FFMA2")
 
 
 def _epilogue(instructions: Sequence[Instruction], loop: Sequence[Instruction]) -> tuple[Instruction, ...]:
     if not loop:
         return ()
-    end = max((i.address for i in instructions if i.base == "EXIT"), default=0)
+    end = max((i.address for i in instructions if i.name_without_modifiers == "EXIT"), default=0)
     return tuple(i for i in instructions if loop[-1].address < i.address <= end)
 
 

@@ -30,7 +30,7 @@ _WIDE = (
 PERSISTENT = TileConfig(128, 64, 64, 4, 5, descriptors=True, persistent=True)
 
 
-def candidates(key: TileKey) -> tuple[TileConfig | LibraryProduct, ...]:
+def candidate_tiles(key: TileKey) -> tuple[TileConfig | LibraryProduct, ...]:
     """The tile of the table, the default tile, the library where it has the product, and a grid of tiles."""
     found: dict[TileConfig | LibraryProduct, None] = dict.fromkeys((find_tile(key), default_tile(key)))
     if not key.grouped:
@@ -44,7 +44,7 @@ def candidates(key: TileKey) -> tuple[TileConfig | LibraryProduct, ...]:
 def _grid(key: TileKey) -> Iterator[TileConfig]:
     pairs = 2 if key.product in PAIR_PRODUCTS else 1
     size = key.bits // 8
-    limit = CHIPS[key.arch].shared_per_program if key.arch in CHIPS else None
+    limit = CHIPS[key.arch].max_shared_bytes_per_program if key.arch in CHIPS else None
     for block_m, block_n, num_warps in _SHAPES[key.product]:
         if block_m * block_n * pairs / (32 * num_warps) > _MOST_ACCUMULATORS:
             continue

@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.harness.timing import capture_stream, time_each, warm_up
-from benchmarks.kernels.ahead_of_time import CHIPS, Compiled, compile_launch, specialize
-from benchmarks.kernels.products import Operands, Shape, draw_operands, prepare
+from benchmarks.kernels.ahead_of_time import CHIPS, CompiledLaunch, compile_launch, compiler_input_of
+from benchmarks.kernels.products import Operands, ProductShape, draw_operands, prepare_product
 from benchmarks.kernels.sass import count_waits
 from mtu_kernels.triton.launch import execute_launch
 from mtu_kernels.triton.tiles import LibraryProduct, TileConfig
@@ -30,18 +30,18 @@ _FINALISTS = 5
 _MAX_SETS = 6
 
 
-class Task(NamedTuple):
+class ProductTask(NamedTuple):
     """A product at a shape."""
 
     product: str
-    shape: Shape
+    shape: ProductShape
     dtype: str
 
     def __str__(self) -> str:
         return f"{self.product} {self.shape} {self.dtype}"
 
 
-class Timer:
+class TileTimer:
     """Times tiles on a device (a GPU, or the interpreter's CPU), inside a `with` block.
 
     `refused` has the reason for each tile without a time.
@@ -49,7 +49,7 @@ class Timer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.refused: dict[tuple[Task, Tile], str] = {}
+        self.refused: dict[tuple[ProductTask, Tile], str] = {}
         self._stream = capture_stream(device)
 
     def __enter__(self) -> Self:
@@ -59,17 +59,17 @@ class Timer:
     def __exit__(self, *error: object) -> None:
         self._stream.__exit__(*error)
 
-    def measure(self, task: Task, tiles: Sequence[Tile], keep: Sequence[Tile] = ()) -> dict[Tile, float]:
+    def time_tiles(self, task: ProductTask, tiles: Sequence[Tile], keep: Sequence[Tile] = ()) -> dict[Tile, float]:
         """Median time in µs of each tile that computes the product rightly; tiles to keep are timed with the fastest.
 
         Tiles that do not fit, or compute something else, are missing, and `refused` has the reason.
         """
         sets = [draw_operands(task.shape, task.dtype, self.device, seed) for seed in range(self._number_of_sets(task))]
-        exact = reference(task.product, sets[0])
+        exact = reference_outputs(task.product, sets[0])
         calls = {}
         for tile in tiles:
             try:
-                check(_run(task.product, sets[0], tile), exact, sets[0].x_hat.dtype)
+                assert_matches_reference(_run(task.product, sets[0], tile), exact, sets[0].x_hat.dtype)
                 calls[tile] = [functools.partial(_run, task.product, operands, tile) for operands in sets]
                 warm_up(calls[tile], self.device)
             except (AssertionError, RuntimeError, triton.TritonError, triton.OutOfResources) as error:
@@ -86,7 +86,7 @@ class Timer:
             return {}
         return {tile: timing.median_us for tile, timing in time_each(calls, self.device, seconds).items()}
 
-    def _number_of_sets(self, task: Task) -> int:
+    def _number_of_sets(self, task: ProductTask) -> int:
         """The number of sets of operands that exceed the last-level cache twice, so that weights come from memory."""
         B, L, D = task.shape.B, task.shape.L, task.shape.D
         hidden = task.shape.E * task.shape.F
@@ -97,19 +97,19 @@ class Timer:
         return min(_MAX_SETS, max(1, math.ceil(2 * cache / set_bytes)))
 
 
-def compile_ahead(candidates: Mapping[Task, Sequence[Tile]], arch: str) -> dict[tuple[Task, Tile], str]:
+def compile_ahead(candidates: Mapping[ProductTask, Sequence[Tile]], arch: str) -> dict[tuple[ProductTask, Tile], str]:
     """Compiles candidates on all cores, into Triton's cache. Returns those that need not be measured, with the reasons.
 
     These are kernels that spill, need more shared memory than there is, or wait for Hopper's tensor cores after each
     product. A kernel that serves many shapes is compiled once.
     """
-    alike: dict[tuple, list[tuple[Task, Tile]]] = {}
+    alike: dict[tuple, list[tuple[ProductTask, Tile]]] = {}
     for task, tiles in candidates.items():
         operands = draw_operands(task.shape, task.dtype, "meta")
         for tile in tiles:
             if isinstance(tile, TileConfig):
-                steps = prepare(task.product, operands, tile).steps
-                alike.setdefault(tuple(specialize(step, arch).key for step in steps), []).append((task, tile))
+                steps = prepare_product(task.product, operands, tile).steps
+                alike.setdefault(tuple(compiler_input_of(step, arch).key for step in steps), []).append((task, tile))
     firsts = [(*same[0], arch) for same in alike.values()]
     if not firsts:
         return {}
@@ -121,22 +121,22 @@ def compile_ahead(candidates: Mapping[Task, Sequence[Tile]], arch: str) -> dict[
     return {candidate: reason for same, reason in pairs if reason for candidate in same}
 
 
-def why_refused(compiled: Compiled, arch: str) -> str | None:
+def why_refused(compiled: CompiledLaunch, arch: str) -> str | None:
     """The reason not to measure a compiled candidate, as a clause; None if it is measured."""
-    if compiled.code is not None and compiled.code.stack:
-        return f"it spills {compiled.code.stack} bytes"
-    if arch in CHIPS and compiled.shared > CHIPS[arch].shared_per_program:
-        return f"it needs {compiled.shared} bytes of shared memory"
-    waits = 0 if compiled.code is None else count_waits(compiled.code.main_loop)
+    if compiled.machine_code is not None and compiled.machine_code.stack_bytes:
+        return f"it spills {compiled.machine_code.stack_bytes} bytes"
+    if arch in CHIPS and compiled.shared_bytes > CHIPS[arch].max_shared_bytes_per_program:
+        return f"it needs {compiled.shared_bytes} bytes of shared memory"
+    waits = 0 if compiled.machine_code is None else count_waits(compiled.machine_code.main_loop)
     return f"it waits {waits} times for its products in a step of its main loop" if waits > 1 else None
 
 
-def _why_not(job: tuple[Task, TileConfig, str]) -> str | None:
+def _why_not(job: tuple[ProductTask, TileConfig, str]) -> str | None:
     task, tile, arch = job
     # Listing the code takes half as long as compiling it; the tuner needs it for Hopper's waits alone.
     listed = arch == "sm_90"
     try:
-        steps = prepare(task.product, draw_operands(task.shape, task.dtype, "meta"), tile).steps
+        steps = prepare_product(task.product, draw_operands(task.shape, task.dtype, "meta"), tile).steps
         reasons = [why_refused(compile_launch(step, arch, listed=listed), arch) for step in steps]
     except Exception as error:  # Compilers fail in many ways, and a candidate that does not compile is none.
         return f"it does not compile: {' '.join(str(error).split())[:200]}"
@@ -145,12 +145,12 @@ def _why_not(job: tuple[Task, TileConfig, str]) -> str | None:
 
 def _run(product: str, operands: Operands, tile: Tile) -> dict[str, Tensor]:
     """One call, which allocates its results, so that captured calls share their memory."""
-    work = prepare(product, operands, tile)
+    work = prepare_product(product, operands, tile)
     work.run(execute_launch)
     return work.outputs
 
 
-def check(outputs: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype) -> None:
+def assert_matches_reference(outputs: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Asserts that results are those of the reference but for rounding.
 
     With the library's product there are three roundings, each by half an ulp at most: u, g and h, or ∂(w a) and the
@@ -167,7 +167,7 @@ def check(outputs: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dty
             raise AssertionError(f"{name} must be within {allowed * scale:.3g} of the reference, got {error:.3g} off")
 
 
-def reference(product: str, operands: Operands) -> dict[str, Tensor]:
+def reference_outputs(product: str, operands: Operands) -> dict[str, Tensor]:
     """The results of a product, by float32 products of PyTorch; sums over row tiles are summed."""
     samples = [_Sample(operands, b) for b in range(operands.x_hat.shape[0])]
     if product == "expert_weights":
@@ -180,7 +180,7 @@ class _Sample:
     """One sample with the weights of its active experts, float32."""
 
     def __init__(self, operands: Operands, b: int) -> None:
-        experts, (weights, indices), F = operands.experts, operands.routing, operands.size
+        experts, (weights, indices), F = operands.experts, operands.routing, operands.expert_size
         E = experts.num_experts
         self.active = torch.arange(E, device=weights.device) if indices is None else indices[b].long()
         self.w_in = experts.w_in.float().unflatten(0, (2, E, F))[:, self.active].flatten(0, 2)
@@ -218,7 +218,7 @@ def _expert_out_backward(sample: _Sample) -> dict[str, Tensor]:
 
 
 def _weights_reference(operands: Operands, samples: list[_Sample]) -> dict[str, Tensor]:
-    experts, F = operands.experts, operands.size
+    experts, F = operands.experts, operands.expert_size
     E = experts.num_experts
     d_w_in, d_w_out = (torch.zeros_like(t, dtype=torch.float32) for t in (experts.w_in, experts.w_out))
     for sample in samples:

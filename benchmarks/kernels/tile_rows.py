@@ -11,7 +11,7 @@ _HEAD = (
 )
 
 
-def render(rows: Iterable[TableRow]) -> str:
+def render_rows(rows: Iterable[TableRow]) -> str:
     """The text of `tile_table.py`: a row a line, by architecture, product and shape."""
     ordered = sorted(rows, key=_order)
     names = ["TableRow"]
@@ -31,7 +31,9 @@ def render(rows: Iterable[TableRow]) -> str:
     return "\n".join([*lines, ")", ""])
 
 
-def merge(old: Iterable[TableRow], new: Iterable[TableRow], measured: Iterable[TileKey] = ()) -> tuple[TableRow, ...]:
+def merge_rows(
+    old: Iterable[TableRow], new: Iterable[TableRow], measured: Iterable[TileKey] = ()
+) -> tuple[TableRow, ...]:
     """The new rows, and the old ones but for the measured keys."""
     gone = set(measured)
     by_key = {row.key: row for row in old if row.key not in gone}
@@ -39,17 +41,17 @@ def merge(old: Iterable[TableRow], new: Iterable[TableRow], measured: Iterable[T
     return tuple(sorted(by_key.values(), key=_order))
 
 
-def read(path: Path) -> tuple[TableRow, ...]:
-    """The rows of a file that `render` made; none if there is no such file."""
+def read_rows(path: Path) -> tuple[TableRow, ...]:
+    """The rows of a file that `render_rows` made; none if there is no such file."""
     if not path.exists():
         return ()
     return runpy.run_path(str(path))["ROWS"]
 
 
-def write(path: Path, rows: Iterable[TableRow]) -> None:
+def write_rows(path: Path, rows: Iterable[TableRow]) -> None:
     """Replaces the file as a whole: a run that is cut off leaves the old one or the new one."""
     partial = path.with_suffix(".partial")
-    partial.write_text(render(rows))
+    partial.write_text(render_rows(rows))
     partial.replace(path)
 
 

@@ -12,10 +12,16 @@ import torch
 from torch import nn
 
 from benchmarks.harness.arguments import parse_counts
-from benchmarks.harness.commands import add_common_options, make_parser, parse, start, usage_errors
+from benchmarks.harness.commands import (
+    add_common_options,
+    exit_on_usage_errors,
+    make_parser,
+    parse_arguments,
+    start_command,
+)
 from benchmarks.harness.dtypes import DTYPES
-from benchmarks.harness.recording import Figures, Log, record
-from benchmarks.harness.rows import TIMES, Table
+from benchmarks.harness.recording import Figures, Log, record_groups
+from benchmarks.harness.rows import TIMES, CsvTable
 from benchmarks.harness.timing import Call, capture_stream, time_each, warm_up
 from benchmarks.harness.workloads import Entry, Group, Setting, Workload
 from mtu.models.conv_in import TaskConvIn
@@ -23,10 +29,10 @@ from mtu.tasks import SD_TASKS
 
 _EDGE, _CHANNELS, _LATENTS = 64, 320, 4
 _TASK, _STOCK = "task", ("stock-4", "stock-8")
-TABLE = Table("benchmarks.models.conv_in", ("group", "contender", "device", "dtype", "B", *TIMES, "rounds"))
+TABLE = CsvTable("benchmarks.models.conv_in", ("group", "contender", "device", "dtype", "B", *TIMES, "rounds"))
 
 
-def contenders(B: int, dtype: torch.dtype, device: torch.device) -> dict[str, Call]:
+def contender_calls(B: int, dtype: torch.dtype, device: torch.device) -> dict[str, Call]:
     """The calls that are compared, with random weights and inputs."""
     torch.manual_seed(0)
     counts = [spec.condition_channels for spec in SD_TASKS]
@@ -43,11 +49,11 @@ def contenders(B: int, dtype: torch.dtype, device: torch.device) -> dict[str, Ca
     return {name: torch.no_grad()(call) for name, call in calls.items()}
 
 
-def measure(group: Group, log: Log, device: torch.device, seconds: float) -> Figures:
+def measure_group(group: Group, log: Log, device: torch.device, seconds: float) -> Figures:
     """Yields the convolutions of one batch with their times, which are interleaved."""
     workload = group.workload
     with capture_stream(device):
-        calls = {name: [call] for name, call in contenders(workload.B, DTYPES[workload.dtype], device).items()}
+        calls = {name: [call] for name, call in contender_calls(workload.B, DTYPES[workload.dtype], device).items()}
         for call in calls.values():
             warm_up(call, device)
         timings = time_each(calls, device, seconds)
@@ -62,12 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_common_options(parser, "conv_in_DEVICE.csv", dtype=False)
     parser.add_argument("--batches", type=parse_counts, default=(1, 2, 4, 8), help="(default: 1,2,4,8)")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each convolution (default: 1)")
-    argv, options = parse(parser, argv)
-    with usage_errors(parser):
-        context = start(TABLE, options, argv, "conv_in_{device}.csv")
+    argv, options = parse_arguments(parser, argv)
+    with exit_on_usage_errors(parser):
+        context = start_command(TABLE, options, argv, "conv_in_{device}.csv")
     entries = tuple(Entry(name, Setting()) for name in (_TASK, *_STOCK))
     groups = [Group(Workload(B=B, dtype=dtype), entries) for dtype in ("bf16", "fp32") for B in options.batches]
-    rows, _ = record(context, groups, functools.partial(measure, device=context.device, seconds=options.seconds))
+    rows, _ = record_groups(
+        context, groups, functools.partial(measure_group, device=context.device, seconds=options.seconds)
+    )
     times = {(row.workload, row.contender): row.median_us for row in rows}
     for workload, _ in groups:
         for stock in _STOCK:

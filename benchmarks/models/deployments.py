@@ -17,20 +17,20 @@ Rows = tuple[int, ...]
 Division = Callable[[Batch], list[Rows]]
 
 
-class Part(NamedTuple):
+class UNetCall(NamedTuple):
     """One call of a UNet in a step.
 
     Attributes:
         predict: arguments → (rows, 4, height, width).
         inputs: the arguments.
         rows: of the batch.
-        prepare: runs before the call, and is timed with it.
+        prepare_call: runs before the call, and is timed with it.
     """
 
     predict: Callable[..., Tensor]
     inputs: dict[str, Any]
     rows: Rows
-    prepare: Call | None = None
+    prepare_call: Call | None = None
 
 
 class Deployment(NamedTuple):
@@ -38,70 +38,70 @@ class Deployment(NamedTuple):
 
     Attributes:
         unets: are compiled, and their weights count.
-        parts: batch → the calls of a step.
-        kept: further tensors whose memory counts.
-        switch: runs between two steps when the tasks of the batch change.
+        unet_calls_of: batch → the calls of a step.
+        kept_tensors: further tensors whose memory counts.
+        switch_tasks: runs between two steps when the tasks of the batch change.
         after_check: runs after the check, which needs the original's weights, and before timing.
-        sizes_differ: whether another mix of tasks may bring calls of other sizes, or of another UNet.
+        call_sizes_depend_on_tasks: whether another mix of tasks may bring calls of other sizes, or of another UNet.
     """
 
     unets: tuple[UNet2DConditionModel, ...]
-    parts: Callable[[Batch], list[Part]]
-    kept: Callable[[], Iterable[Tensor]] = tuple
-    switch: Call | None = None
+    unet_calls_of: Callable[[Batch], list[UNetCall]]
+    kept_tensors: Callable[[], Iterable[Tensor]] = tuple
+    switch_tasks: Call | None = None
     after_check: Call | None = None
-    sizes_differ: bool = False
+    call_sizes_depend_on_tasks: bool = False
 
-    def bind(self, batch: Batch) -> Callable[[], list[Tensor]]:
+    def make_step(self, batch: Batch) -> Callable[[], list[Tensor]]:
         """The step of a batch. Rows are selected and laid out once, outside of it."""
-        return functools.partial(_run, self.parts(batch))
+        return functools.partial(_run, self.unet_calls_of(batch))
 
     def predict(self, batch: Batch) -> Tensor:
         """The outputs of all rows, in order."""
-        parts = self.parts(batch)
+        parts = self.unet_calls_of(batch)
         outputs = torch.cat(_run(parts))
         order = torch.tensor([row for part in parts for row in part.rows], device=outputs.device)
         return torch.empty_like(outputs).index_copy_(0, order, outputs)
 
-    def weight_bytes(self, device: torch.device) -> int:
+    def count_weight_bytes(self, device: torch.device) -> int:
         """Bytes of all tensors that are kept on the device."""
-        tensors = [*self.kept()]
+        tensors = [*self.kept_tensors()]
         for unet in self.unets:
             tensors += [*unet.parameters(), *unet.buffers()]
         return storage_bytes(tensor for tensor in tensors if tensor.device.type == device.type)
 
 
 @torch.no_grad()
-def _run(parts: Sequence[Part]) -> list[Tensor]:
+def _run(parts: Sequence[UNetCall]) -> list[Tensor]:
     outputs = []
     for part in parts:
-        if part.prepare is not None:
-            part.prepare()
+        if part.prepare_call is not None:
+            part.prepare_call()
         outputs.append(part.predict(**part.inputs))
     return outputs
 
 
-def call(unet: UNet2DConditionModel, **inputs: Any) -> Tensor:
+def predict_noise(unet: UNet2DConditionModel, **inputs: Any) -> Tensor:
     """The output of a UNet as a tensor."""
     return unet(**inputs, return_dict=False)[0]
 
 
-def at_once(batch: Batch) -> list[Rows]:
+def rows_at_once(batch: Batch) -> list[Rows]:
     """The whole batch in one call."""
-    return [tuple(range(len(batch.tasks)))]
+    return [tuple(range(len(batch.task_of_row)))]
 
 
-def each_picture(batch: Batch) -> list[Rows]:
+def rows_by_picture(batch: Batch) -> list[Rows]:
     """The branches of one picture after those of another."""
-    return [tuple(range(row, row + batch.branches)) for row in range(0, len(batch.tasks), batch.branches)]
+    return [tuple(range(row, row + batch.branches)) for row in range(0, len(batch.task_of_row), batch.branches)]
 
 
-def by_task(batch: Batch) -> list[Rows]:
+def rows_by_task(batch: Batch) -> list[Rows]:
     """The rows of one task after those of another."""
-    tasks = dict.fromkeys(batch.tasks)
-    return [tuple(row for row, task in enumerate(batch.tasks) if task == wanted) for wanted in tasks]
+    tasks = dict.fromkeys(batch.task_of_row)
+    return [tuple(row for row, task in enumerate(batch.task_of_row) if task == wanted) for wanted in tasks]
 
 
-def stock_part(unet: UNet2DConditionModel, batch: Batch, rows: Rows) -> Part:
+def make_stock_call(unet: UNet2DConditionModel, batch: Batch, rows: Rows) -> UNetCall:
     """A call of an original, which reads the noisy latents alone."""
-    return Part(functools.partial(call, unet), select_rows(batch, rows, unet.config["in_channels"]), rows)
+    return UNetCall(functools.partial(predict_noise, unet), select_rows(batch, rows, unet.config.in_channels), rows)

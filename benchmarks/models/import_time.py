@@ -14,39 +14,41 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from benchmarks.harness.arguments import parse_rounds
-from benchmarks.harness.commands import make_parser, parse, usage_errors
-from benchmarks.harness.provenance import RESULTS, ROOT, command_line, provenance
-from benchmarks.harness.recording import run_name
-from benchmarks.harness.rows import TIMES, Row, Table
-from benchmarks.harness.timing import summary
+from benchmarks.harness.commands import exit_on_usage_errors, make_parser, parse_arguments
+from benchmarks.harness.provenance import RESULTS, ROOT, collect_provenance, command_line
+from benchmarks.harness.recording import new_run_name
+from benchmarks.harness.rows import TIMES, CsvTable, Row
+from benchmarks.harness.timing import summarize_times
 
 _ROUNDS = 20
 _WARM_ROUNDS = 1
 _DIFFUSERS = "import torch; import diffusers"
 
 
-class Pair(NamedTuple):
+class StatementPair(NamedTuple):
     """Two statements: the time of ours is divided by that of theirs, and compared with the target, if there is one."""
 
     part: str
     ours: str
     theirs: str
-    at_most: float | None
+    target_ratio: float | None
 
 
 PAIRS = (
-    Pair("import", "import mtu", _DIFFUSERS, 1.1),
-    Pair("first use", "from mtu import *", f"{_DIFFUSERS}; diffusers.StableDiffusionPipeline", 1.1),
-    Pair("kernels", "import mtu_kernels", "import torch", None),
+    StatementPair("import", "import mtu", _DIFFUSERS, 1.1),
+    StatementPair("first use", "from mtu import *", f"{_DIFFUSERS}; diffusers.StableDiffusionPipeline", 1.1),
+    StatementPair("kernels", "import mtu_kernels", "import torch", None),
 )
 
 
 # A contender is a statement that a fresh interpreter runs; its part is that of its pair.
 _COLUMNS = ("group", "part", "statement", *TIMES, "rounds")
-TABLE = Table("benchmarks.models.import_time", _COLUMNS, times=".0f", fields={"statement": "contender"})
+TABLE = CsvTable(
+    "benchmarks.models.import_time", _COLUMNS, time_format=".0f", field_of_column={"statement": "contender"}
+)
 
 
-def process_us(statement: str) -> float:
+def measure_process_us(statement: str) -> float:
     """Time of `python -c statement`, from its start to its end, in µs. Raises RuntimeError if it fails."""
     # It runs in the checkout's root, whose packages are then found whether they are installed or not.
     start = time.perf_counter()
@@ -58,19 +60,19 @@ def process_us(statement: str) -> float:
     return taken
 
 
-def measure(rounds: int, source: dict[str, str]) -> list[Row]:
+def measure_statements(rounds: int, source: dict[str, str]) -> list[Row]:
     """Times all statements interleaved, after a round that fills the caches of files and of bytecode."""
-    place = {"group": run_name(), "source": source}
+    place = {"group": new_run_name(), "source": source}
     contenders = [(pair.part, statement) for pair in PAIRS for statement in (pair.ours, pair.theirs)]
     times = []
     for _ in tqdm(range(_WARM_ROUNDS + rounds), unit="round", file=sys.stderr):
-        times.append([process_us(statement) for _, statement in contenders])
-    timings = [summary(column, graph=False)._asdict() for column in zip(*times[_WARM_ROUNDS:], strict=True)]
+        times.append([measure_process_us(statement) for _, statement in contenders])
+    timings = [summarize_times(column, graph=False)._asdict() for column in zip(*times[_WARM_ROUNDS:], strict=True)]
     pairs = zip(contenders, timings, strict=True)
     return [Row(part=part, contender=statement, **place, **timing) for (part, statement), timing in pairs]
 
 
-def report(rows: Sequence[Row]) -> list[str]:
+def report_lines(rows: Sequence[Row]) -> list[str]:
     """A line for each pair: both medians, their ratio, and its target."""
     medians = {(row.part, row.contender): row.median_us for row in rows}
     lines = []
@@ -90,15 +92,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--rounds", type=parse_rounds, default=_ROUNDS, help="timed runs of each (default: %(default)s)"
     )
     parser.add_argument("--output", type=Path, default=RESULTS / "import_time.csv", help="CSV to add rows to")
-    argv, options = parse(parser, argv)
-    source = provenance(command_line(TABLE.module, argv))
-    with usage_errors(parser):
-        TABLE.check(options.output, source)
-    rows = measure(options.rounds, source)
+    argv, options = parse_arguments(parser, argv)
+    source = collect_provenance(command_line(TABLE.module, argv))
+    with exit_on_usage_errors(parser):
+        TABLE.check_columns(options.output, source)
+    rows = measure_statements(options.rounds, source)
     for row in rows:
-        TABLE.append(options.output, row)
+        TABLE.append_row(options.output, row)
     print(f"{len(rows)} rows added to {options.output}")
-    print("\n".join(report(rows)))
+    print("\n".join(report_lines(rows)))
     return 0
 
 

@@ -20,14 +20,22 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtu
-from benchmarks.harness.arguments import SHAPE_SETS, choices, parse_shapes
-from benchmarks.harness.commands import add_commit_option, make_parser, parse
+from benchmarks.harness.arguments import SHAPE_SETS, names_parser, parse_shapes
+from benchmarks.harness.commands import add_commit_option, make_parser, parse_arguments
 from benchmarks.harness.contenders import Contender
 from benchmarks.harness.dtypes import DTYPES
-from benchmarks.harness.fake_gpu import ARCH, WORKS, Generated, Operator, fake_gpu, generate, to_fake_gpu
-from benchmarks.harness.provenance import RESULTS, command_line, provenance
+from benchmarks.harness.fake_gpu import (
+    ARCH,
+    WORKS,
+    GeneratedCode,
+    RecordedOperator,
+    fake_gpu,
+    generate_code,
+    to_fake_gpu,
+)
+from benchmarks.harness.provenance import RESULTS, collect_provenance, command_line
 from benchmarks.harness.rows import append_cells
-from benchmarks.models.unet_models import LATENT_FACTOR, MODELS, default_experts, default_size, tasks_of
+from benchmarks.models.unet_models import LATENT_FACTOR, MODELS, default_num_experts, picture_edge, task_specs_of
 from mtu.example_inputs import CLIP_TEXT_TOKENS, make_example_inputs
 from mtu.experts import ExpertConfig
 from mtu.models.ffn import TASK_CONTEXT_KEY, RoutedTransformerBlock
@@ -45,7 +53,7 @@ CONTENDERS = {
 _TASKS, _EXPERTS, _BATCH = 4, 4, 2
 
 
-class Launches(NamedTuple):
+class KernelNames(NamedTuple):
     """Names of kernels, in the order of their launches.
 
     Attributes:
@@ -59,7 +67,7 @@ class Launches(NamedTuple):
     ours: tuple[str, ...]
 
     @property
-    def total(self) -> int:
+    def num_kernels(self) -> int:
         return sum(map(len, self))
 
 
@@ -86,7 +94,7 @@ class CompiledPart(NamedTuple):
         return CONTENDERS[self.contender].implementation
 
     @property
-    def cells(self) -> dict[str, str]:
+    def csv_cells(self) -> dict[str, str]:
         """Those of the CSV file: a UNet's model stands with its part."""
         cells = {name: str(value) for name, value in self._asdict().items() if name != "model"}
         return cells | {"part": f"{self.part} {self.model}".strip()}
@@ -101,17 +109,17 @@ _BOOKKEEPING = {
 }  # fmt: skip
 
 
-def launches_of(code: Generated) -> Launches:
+def kernels_in_code(code: GeneratedCode) -> KernelNames:
     """The launches of generated code.
 
     Raises:
         ValueError: it calls a function that is not known to launch something or not to.
     """
-    waiting: dict[str, collections.deque[Operator]] = collections.defaultdict(collections.deque)
+    waiting: dict[str, collections.deque[RecordedOperator]] = collections.defaultdict(collections.deque)
     for operator in code.operators:
         waiting[operator.name].append(operator)
     generated, library, ours = [], [], []
-    for name in _calls(code.wrapper):
+    for name in _calls(code.wrapper_source):
         if name in _BOOKKEEPING:
             continue
         if name.startswith("triton_") and name.endswith(".run"):
@@ -119,15 +127,15 @@ def launches_of(code: Generated) -> Launches:
         elif name.startswith(("extern_kernels.", "torch.ops.aten.")):
             library.append(name.partition(".")[2])
         elif name.startswith("torch.ops.mtu_kernels."):
-            ours += recorded(waiting[name.split(".")[3]].popleft())
+            ours += kernels_of_operator(waiting[name.split(".")[3]].popleft())
         else:
             raise ValueError(f"Generated code calls {name!r}, which is neither a launch nor bookkeeping that is known.")
     if any(waiting.values()):
         raise ValueError(f"Generated code lacks calls of {[name for name, calls in waiting.items() if calls]}.")
-    return Launches(tuple(generated), tuple(library), tuple(ours))
+    return KernelNames(tuple(generated), tuple(library), tuple(ours))
 
 
-def recorded(operator: Operator) -> list[str]:
+def kernels_of_operator(operator: RecordedOperator) -> list[str]:
     """The kernels that an operator of this project launches, and the library's products in it."""
     names: list[str] = []
 
@@ -166,13 +174,13 @@ def _calls(wrapper: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
-def count(compiled: CompiledPart) -> Launches:
+def compile_and_list_kernels(compiled: CompiledPart) -> KernelNames:
     """The launches of one call of a part that is compiled for inference."""
     with fake_gpu():
         make = _whole_unet if compiled.model else _block
         function, arguments = make(compiled)
-        code = generate(function, *arguments)
-    return launches_of(code)
+        code = generate_code(function, *arguments)
+    return kernels_in_code(code)
 
 
 def _tensor(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -215,13 +223,13 @@ def _whole_unet(compiled: CompiledPart) -> tuple[Callable[..., Tensor], tuple[An
     with unset_fake_temporarily(), torch.device("meta"):
         unet = UNet2DConditionModel(**MODELS[model])
         if compiled.backend is not None:
-            options = {"num_experts": default_experts(model), "init": "paper", "backend": compiled.backend}
-            unet = mtu.upcycle(unet, tasks=tasks_of(model), **options)
+            options = {"num_experts": default_num_experts(model), "init": "paper", "backend": compiled.backend}
+            unet = mtu.upcycle(unet, tasks=task_specs_of(model), **options)
             unet.drop_routers_()
     to_fake_gpu(unet, dtype)
-    if isinstance(unet, mtu.MTUUNet2DConditionModel):
-        unet.conv_in.move_channel_counts_to_own_device_()
-    edge = default_size(model) // LATENT_FACTOR
+    if compiled.backend is not None:
+        unet.conv_in.update_channel_counts_()
+    edge = picture_edge(model) // LATENT_FACTOR
     inputs = make_example_inputs(unet, _BATCH, height=edge, width=edge, channels=unet.conv_in.in_channels)
     inputs["timestep"] = _tensor(_BATCH, dtype=torch.float32)
     if compiled.backend is not None:
@@ -232,7 +240,7 @@ def _whole_unet(compiled: CompiledPart) -> tuple[Callable[..., Tensor], tuple[An
 # --------------------------------------------------------------------------------------------------------- command line
 
 
-def all_parts(shapes: Sequence[tuple[int, int]], models: Sequence[str], dtype: str) -> Iterator[CompiledPart]:
+def all_compiled_parts(shapes: Sequence[tuple[int, int]], models: Sequence[str], dtype: str) -> Iterator[CompiledPart]:
     """Each part for all contenders."""
     parts = [(part, *shape, "") for part in ("feed-forward", "block") for shape in shapes]
     for part, width, tokens, model in [*parts, *(("unet", 0, 0, model) for model in models)]:
@@ -245,22 +253,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(MODULE, "The kernels that compiled blocks and UNets launch on a GPU.", CONTENDERS)
     add = parser.add_argument
     add("--shapes", type=parse_shapes, default="sd15,sdxl", help="of blocks (default: sd15,sdxl)")
-    add("--unets", type=choices(MODELS, "model"), default=(), help="whole UNets (default: none)")
+    add("--unets", type=names_parser(MODELS, "model"), default=(), help="whole UNets (default: none)")
     add("--dtype", choices=("bf16", "fp16"), default="bf16", help="(default: bf16)")
     add("--output", type=Path, default=RESULTS / "launch_count.csv")
     add_commit_option(parser)
-    argv, options = parse(parser, argv)
+    argv, options = parse_arguments(parser, argv)
     if not WORKS:
         parser.error(f"Kernels are counted with torch 2.11 or newer, got {torch.__version__}.")
-    source = provenance(command_line(MODULE, argv), commit=options.commit)
+    source = collect_provenance(command_line(MODULE, argv), commit=options.commit)
     options.output.unlink(missing_ok=True)
-    for compiled in all_parts(options.shapes, options.unets, options.dtype):
-        launches = count(compiled)
+    for compiled in all_compiled_parts(options.shapes, options.unets, options.dtype):
+        launches = compile_and_list_kernels(compiled)
         counts = {name: len(kernels) for name, kernels in launches._asdict().items()}
         shape = f"{compiled.width}x{compiled.tokens}" if compiled.width else ""
-        part = f"{compiled.cells['part']:14} {shape:10} {compiled.contender:8}"
-        print(f"{part} {launches.total:5} = {' + '.join(map(str, counts.values()))}")
-        cells = compiled.cells | {"B": _BATCH} | counts | {"launches": launches.total} | source
+        part = f"{compiled.csv_cells['part']:14} {shape:10} {compiled.contender:8}"
+        print(f"{part} {launches.num_kernels:5} = {' + '.join(map(str, counts.values()))}")
+        cells = compiled.csv_cells | {"B": _BATCH} | counts | {"launches": launches.num_kernels} | source
         append_cells(options.output, {name: str(cell) for name, cell in cells.items()})
     return 0
 

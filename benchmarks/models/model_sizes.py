@@ -1,9 +1,6 @@
 """`python -m benchmarks.models.model_sizes`: parameters and FLOPs of the built-in models, stock and upcycled."""
 
-import argparse
-from collections.abc import Sequence
-
-from benchmarks.harness.provenance import RESULTS, provenance
+from benchmarks.harness.provenance import RESULTS, collect_provenance
 from benchmarks.harness.rows import write_cells
 from mtu.inspection import BUILT_IN_UNET_CONFIGS, compare_with_original
 
@@ -22,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             values = {column: row.to_dict()[column] for column in _COLUMNS}
             values |= {column: f"{value:.5f}" for column, value in values.items() if isinstance(value, float)}
             rows.append(place | {"quantity": row.key} | values)
-    write_cells(RESULTS / "model_sizes.csv", rows, provenance("python -m benchmarks.models.model_sizes"))
+    write_cells(RESULTS / "model_sizes.csv", rows, collect_provenance("python -m benchmarks.models.model_sizes"))
 
 
 if __name__ == "__main__":

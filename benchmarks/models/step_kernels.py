@@ -10,20 +10,20 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks.harness.rows import Table
+from benchmarks.harness.rows import CsvTable
 
-TABLE = Table(
+TABLE = CsvTable(
     "benchmarks.models.unet",
     (
         *("contender", "device", "model", "size", "B", "branches", "dtype", "E", "K", "tasks"),
         *("kernel", "count", "total_us"),
     ),
-    fields={"kernel": "part"},
+    field_of_column={"kernel": "part"},
 )
 _DEVICES = {"cuda": DeviceType.CUDA, "cpu": DeviceType.CPU}
 
 
-class Kernel(NamedTuple):
+class KernelTotal(NamedTuple):
     """One kernel in a step: its name, the number of its runs, and their time in µs."""
 
     part: str
@@ -31,7 +31,7 @@ class Kernel(NamedTuple):
     total_us: float
 
 
-def kernels_of(step: Callable[[], Any], device: torch.device) -> list[Kernel]:
+def profile_kernels(step: Callable[[], Any], device: torch.device) -> list[KernelTotal]:
     """The kernels of a step, those that take longest first. The step must be warmed up."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
@@ -46,5 +46,5 @@ def kernels_of(step: Callable[[], Any], device: torch.device) -> list[Kernel]:
         if event.device_type == _DEVICES[device.type]:
             us = event.time_range.elapsed_us() if device.type == "cuda" else event.self_cpu_time_total
             runs.setdefault(event.name, []).append(us)
-    kernels = [Kernel(name, len(times), sum(times)) for name, times in runs.items()]
+    kernels = [KernelTotal(name, len(times), sum(times)) for name, times in runs.items()]
     return sorted(kernels, key=lambda kernel: -kernel.total_us)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from benchmarks.harness.rows import Row
 from benchmarks.harness.workloads import DENSE
-from benchmarks.models.unet_catalogue import ONE_BY_ONE, ORIGINAL, ROUTERS, find, sibling
+from benchmarks.models.unet_catalogue import ONE_BY_ONE, ORIGINAL, ROUTERS, find_contender, sibling_name
 
 # In the order they are shown.
 FAMILIES = ("stock", "stock-recipe", "mtu-eager", "mtu-cpp", "mtu-triton", "mtu-cpp-folded", "mtu-triton-folded")
@@ -46,11 +46,11 @@ class Case(NamedTuple):
 
     @property
     def family(self) -> str:
-        return find(self.contender).family
+        return find_contender(self.contender).family
 
     @property
     def variant(self) -> str:
-        return find(self.contender).variant
+        return find_contender(self.contender).variant
 
     @property
     def is_usual(self) -> bool:
@@ -67,23 +67,23 @@ class Case(NamedTuple):
         return text + ", one task" * self.one_task
 
 
-class Step(NamedTuple):
+class MeasuredStep(NamedTuple):
     """A row, and the one of the original, run eagerly, in its group; None where the group has none."""
 
-    row: Row
-    original: Row | None
+    measured: Row
+    original_row: Row | None
 
-    def relative(self, us: float) -> float:
+    def relative_to_original(self, us: float) -> float:
         """A time over the original's median; NaN where the group has no original."""
-        return us / self.original.median_us if self.original else math.nan
+        return us / self.original_row.median_us if self.original_row else math.nan
 
 
-Steps = dict[Case, dict[int, Step]]
+Steps = dict[Case, dict[int, MeasuredStep]]
 
 
 def case_of(row: Row) -> Case:
     """The contender of a row with its differences from the usual setting."""
-    (E, K, tasks), contender = row.setting, find(row.contender)
+    (E, K, tasks), contender = row.setting, find_contender(row.contender)
     experts, top_k = None, None
     if "E" in contender.depends_on:
         if K is not DENSE:
@@ -94,7 +94,7 @@ def case_of(row: Row) -> Case:
 
 
 def _order(row: Row) -> tuple:
-    contender = find(row.contender)
+    contender = find_contender(row.contender)
     place = FAMILIES.index(contender.family) if contender.family in FAMILIES else len(FAMILIES)
     E, K, tasks = row.setting
     return place, bool(contender.variant), row.contender, K or 0, E, -min(tasks, row.workload.B)
@@ -107,17 +107,17 @@ def steps_by_setup(rows: Sequence[Row]) -> dict[ModelSetup, Steps]:
     for row in sorted(rows, key=_order):
         workload = row.workload
         setup = ModelSetup(workload.model, workload.size, workload.branches, workload.dtype)
-        step = Step(row, originals.get((row.group, workload)))
+        step = MeasuredStep(row, originals.get((row.group, workload)))
         found.setdefault(setup, {}).setdefault(case_of(row), {})[workload.B] = step
     return dict(sorted(found.items()))
 
 
-def usual(cases: Steps) -> Steps:
+def usual_cases(cases: Steps) -> Steps:
     """The usual cases."""
     return {case: steps for case, steps in cases.items() if case.is_usual}
 
 
-def deployed(cases: Steps) -> tuple[int, dict[Case, Step]]:
+def deployed_batch_and_steps(cases: Steps) -> tuple[int, dict[Case, MeasuredStep]]:
     """The batch of four samples, one of each task, or else the largest one; and its steps."""
     batches = {B for steps in cases.values() for B in steps}
     B = _MANY_TASKS if _MANY_TASKS in batches else max(batches)
@@ -133,8 +133,8 @@ def _usual_counterparts(case: Case) -> dict[str, Case]:
     if case.one_task:
         found["one task / mixed tasks"] = case._replace(one_task=False)
     if case.variant:
-        run = find(case.contender).run
-        found[_VARIANTS[case.variant]] = case._replace(contender=sibling(case.contender, run=run and run.name))
+        run = find_contender(case.contender).run_mode
+        found[_VARIANTS[case.variant]] = case._replace(contender=sibling_name(case.contender, run=run and run.name))
     if case.top_k is not None:
         found["top-k / dense"] = case._replace(top_k=None)
     return found
@@ -143,11 +143,11 @@ def _usual_counterparts(case: Case) -> dict[str, Case]:
 class Comparison(NamedTuple):
     """Steps with one difference, by batch, each with the usual step of its contender in the same group."""
 
-    ratio: str
-    pairs: dict[int, tuple[Step, Step]]
+    ratio_name: str
+    pairs_by_batch: dict[int, tuple[MeasuredStep, MeasuredStep]]
 
 
-def comparisons(cases: Steps) -> dict[Case, Comparison]:
+def compare_with_usual(cases: Steps) -> dict[Case, Comparison]:
     """Steps with one difference beside the usual ones; cases with several differences are left out."""
     found = {}
     for case, steps in cases.items():
@@ -156,7 +156,7 @@ def comparisons(cases: Steps) -> dict[Case, Comparison]:
             continue
         ((ratio, counterpart),) = counterparts.items()
         both = ((B, step, cases.get(counterpart, {}).get(B)) for B, step in steps.items())
-        pairs = {B: (own, other) for B, own, other in both if other and other.row.group == own.row.group}
+        pairs = {B: (own, other) for B, own, other in both if other and other.measured.group == own.measured.group}
         if pairs:
             found[case] = Comparison(ratio, pairs)
     return found

@@ -21,35 +21,35 @@ from pathlib import Path
 import torch
 import torch.compiler.config
 
-from benchmarks.harness.arguments import choices, parse_counts, parse_rounds, parse_top_k
+from benchmarks.harness.arguments import names_parser, parse_counts, parse_rounds, parse_top_k
 from benchmarks.harness.commands import (
     CommandContext,
     add_common_options,
     add_run_options,
     choose_device,
+    exit_on_usage_errors,
     make_parser,
-    parse,
-    start,
-    usage_errors,
+    parse_arguments,
+    start_command,
 )
-from benchmarks.harness.recording import Figures, Log, deadline, is_measured, record
-from benchmarks.harness.report import report
+from benchmarks.harness.recording import Figures, Log, deadline_after, is_group_measured, record_groups
+from benchmarks.harness.report import report_lines
 from benchmarks.harness.rows import Row
 from benchmarks.harness.timing import MIN_ROUNDS, WARM_ROUNDS, Call
 from benchmarks.harness.workloads import DENSE, Entry, Group, Setting, Workload
 from benchmarks.models import step_kernels
-from benchmarks.models.unet_catalogue import CONTENDERS, default_contenders
+from benchmarks.models.unet_catalogue import CONTENDERS, default_contender_names
 from benchmarks.models.unet_measure import GroupMeasurement, MeasurementPlan, make_group
 from benchmarks.models.unet_models import (
     LATENT_FACTOR,
     MODELS,
     TASKS,
-    Family,
     ReferenceOutputs,
+    UNetFamily,
     check_setting,
     compute_reference_outputs,
-    default_experts,
-    default_size,
+    default_num_experts,
+    picture_edge,
 )
 from benchmarks.models.unet_targets import TABLE, TARGETS, TESTED
 
@@ -58,26 +58,28 @@ _SECONDS = {"cuda": 1.0, "cpu": 0.0}
 _POLL_SECONDS = 0.05
 
 
-def run(context: CommandContext, groups: Sequence[Group], plan: MeasurementPlan, until: float) -> tuple[list[Row], int]:
-    """Measures groups of one model in one dtype, as `record` does."""
+def measure_groups(
+    context: CommandContext, groups: Sequence[Group], plan: MeasurementPlan, until: float
+) -> tuple[list[Row], int]:
+    """Measures groups of one model in one dtype, as `record_groups` does."""
     first = groups[0].workload
-    family = Family(first.model, first.dtype, context.device)
+    family = UNetFamily(first.model, first.dtype, context.device)
     reference = functools.cache(functools.partial(_reference_outputs, family))
 
     def measure(group: Group, log: Log) -> Figures:
-        with _compiler_caches(plan.cold):
-            yield from GroupMeasurement(group, log, family, plan, reference).figures()
+        with _compiler_caches(plan.compiles_without_caches):
+            yield from GroupMeasurement(group, log, family, plan, reference).measure()
         # Compiled code is of this group's sizes.
         torch.compiler.reset()
         gc.collect()
 
     # Graphs have rounds of their own.
-    kinds = {CONTENDERS[entry.contender].graphs for group in groups for entry in group.entries}
+    kinds = {CONTENDERS[entry.contender].uses_cuda_graphs for group in groups for entry in group.entries}
     rounds = len(groups) * len(kinds) * (WARM_ROUNDS + plan.runs)
-    return record(context, groups, measure, unit="step", rounds=rounds, until=until)
+    return record_groups(context, groups, measure, unit="step", rounds=rounds, until=until)
 
 
-def _reference_outputs(family: Family, workload: Workload, setting: Setting) -> ReferenceOutputs:
+def _reference_outputs(family: UNetFamily, workload: Workload, setting: Setting) -> ReferenceOutputs:
     outputs = compute_reference_outputs(family, workload, setting)
     if family.device.type == "cuda":
         # Contenders need the memory of the wide copy of the UNet, which is 20 GB for SDXL.
@@ -107,9 +109,9 @@ def _wait_for(file: Path) -> None:
 
 def _record_kernels(context: CommandContext, workload: Workload, entry: Entry, step: Call) -> None:
     place = {"device": context.device.type, "workload": workload, "source": context.source}
-    kernels = step_kernels.kernels_of(step, context.device)
+    kernels = step_kernels.profile_kernels(step, context.device)
     for kernel in kernels:
-        context.append(Row(contender=entry.contender, setting=entry.setting, **place, **kernel._asdict()))
+        context.append_row(Row(contender=entry.contender, setting=entry.setting, **place, **kernel._asdict()))
     total = sum(kernel.total_us for kernel in kernels)
     count = sum(kernel.count for kernel in kernels)
     print(f"{workload} {entry.setting} {entry.contender}: {count} kernels, {total:.0f} µs, profiled")
@@ -137,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--experts", type=parse_counts, help="(default: 4; 1 for sdxl)")
     add("--top-k", type=parse_top_k, default=(DENSE,), help="active experts, or dense (default: dense)")
     add("--tasks", type=_up_to(TASKS), default=(1, TASKS), help=f"in a batch (default: 1,{TASKS})")
-    names = choices(CONTENDERS, "contender")
+    names = names_parser(CONTENDERS, "contender")
     add("--contenders", type=names, help="names, or all (default: most; on a CPU some that are not compiled)")
     add("--runs", type=parse_rounds, help=f"least timed steps of each contender (default: {MIN_ROUNDS})")
     add("--seconds", type=float, help="for each contender (default: 1; 0 on a CPU)")
@@ -155,10 +157,10 @@ def _fill_in(options: argparse.Namespace) -> None:
     small = options.quick or options.device == "cpu"
     options.model = options.model or ("tiny" if options.quick else "sd15")
     defaults = {
-        "size": default_size(options.model),
+        "size": picture_edge(options.model),
         "batches": (TASKS,) if small else (1, 2, 4, 8),
-        "experts": (default_experts(options.model),),
-        "contenders": default_contenders(options.device),
+        "experts": (default_num_experts(options.model),),
+        "contenders": default_contender_names(options.device),
         "runs": 2 if options.quick else MIN_ROUNDS,
         "seconds": 0.0 if options.quick else _SECONDS[options.device],
     }
@@ -186,19 +188,19 @@ def _groups(options: argparse.Namespace) -> list[Group]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 if a contender was wrong or broke."""
     parser = _parser()
-    argv, options = parse(parser, argv)
-    with usage_errors(parser):
+    argv, options = parse_arguments(parser, argv)
+    with exit_on_usage_errors(parser):
         if options.report is not None:
-            print("\n".join(report(TABLE.read(options.report), TARGETS, TESTED)))
+            print("\n".join(report_lines(TABLE.read_rows(options.report), TARGETS, TESTED)))
             return 0
         _fill_in(options)
         groups = _groups(options)
-        context = start(TABLE, options, argv, "unet_{device}.csv")
+        context = start_command(TABLE, options, argv, "unet_{device}.csv")
         files = [context]
         if options.kernels is not None:
-            files.append(context._replace(table=step_kernels.TABLE, output=options.kernels))
-            step_kernels.TABLE.check(options.kernels, context.source)
-    until = deadline(options.minutes)
+            files.append(context._replace(table=step_kernels.TABLE, output_file=options.kernels))
+            step_kernels.TABLE.check_columns(options.kernels, context.source)
+    until = deadline_after(options.minutes)
     plan = MeasurementPlan(options.runs, options.seconds, not options.warm_caches)
     if options.kernels is not None:
         plan = plan._replace(after_timing=functools.partial(_record_kernels, files[1]))
@@ -206,12 +208,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = plan._replace(before_timing=functools.partial(_wait_for, options.wait_for))
     if options.resume:
         # A run may have been cut off after its rows, before its kernels.
-        groups = [group for group in groups if not all(is_measured(group, file) for file in files)]
+        groups = [group for group in groups if not all(is_group_measured(group, file) for file in files)]
         if not groups:
-            print(f"All rows are in {context.output} already")
+            print(f"All rows are in {context.output_file} already")
             return 0
-    rows, failures = run(context, groups, plan, until)
-    print("\n".join(report(rows, TARGETS, TESTED)))
+    rows, failures = measure_groups(context, groups, plan, until)
+    print("\n".join(report_lines(rows, TARGETS, TESTED)))
     return 1 if failures else 0
 
 

@@ -50,17 +50,17 @@ _MOST_BRANCHES = 8
 Unet = TypeVar("Unet", bound=UNet2DConditionModel)
 
 
-def tasks_of(model: str) -> tuple[TaskSpec, ...]:
+def task_specs_of(model: str) -> tuple[TaskSpec, ...]:
     """The paper's tasks as they are sampled on this model."""
     return SDXL_TASKS if MODELS[model].get("addition_embed_type") == "text_time" else SD_TASKS
 
 
-def default_experts(model: str) -> int:
+def default_num_experts(model: str) -> int:
     """E of the paper's best layout."""
-    return 1 if tasks_of(model) is SDXL_TASKS else 4
+    return 1 if task_specs_of(model) is SDXL_TASKS else 4
 
 
-def default_size(model: str) -> int:
+def picture_edge(model: str) -> int:
     """Edge of the pictures that the model was made for, in pixels; 64 for the tiny models."""
     return 64 if model in _SMOKE_TESTS else LATENT_FACTOR * MODELS[model]["sample_size"]
 
@@ -103,14 +103,14 @@ def build_original(model: str, dtype: str, device: torch.device) -> UNet2DCondit
     return unet
 
 
-def share_weights(unet: Unet) -> Unet:
+def copy_unet_sharing_weights(unet: Unet) -> Unet:
     """A copy of a UNet on the same memory. Changes of its modules and parameters leave the other one unchanged."""
     tensors: dict[int, Tensor] = {id(t): nn.Parameter(t.detach(), requires_grad=False) for t in unet.parameters()}
     tensors |= {id(t): t.detach() for t in unet.buffers()}
     return copy.deepcopy(unet, tensors)
 
 
-class Family:
+class UNetFamily:
     """The original and the UNets made from it, each once: contenders share the weights that they do not change."""
 
     def __init__(self, model: str, dtype: str, device: torch.device) -> None:
@@ -124,15 +124,15 @@ class Family:
 
     @functools.cached_property
     def _folded(self) -> mtu.MTUUNet2DConditionModel:
-        task = tasks_of(self.model)[0]
-        exported = self.upcycled(Setting(default_experts(self.model)), "eager").export_task(task.name)
+        task = task_specs_of(self.model)[0]
+        exported = self.new_upcycled(Setting(default_num_experts(self.model)), "eager").export_task(task.name)
         return mtu.upcycle(exported, [task], num_experts=1, backend="eager").requires_grad_(False)
 
-    def original(self) -> UNet2DConditionModel:
+    def new_original(self) -> UNet2DConditionModel:
         """The stock UNet."""
-        return share_weights(self._original)
+        return copy_unet_sharing_weights(self._original)
 
-    def upcycled(self, setting: Setting, backend: str, routers: bool = False) -> mtu.MTUUNet2DConditionModel:
+    def new_upcycled(self, setting: Setting, backend: str, routers: bool = False) -> mtu.MTUUNet2DConditionModel:
         """The original upcycled to the paper's four tasks, in eval mode; routers are dropped, as for deployment.
 
         Raises:
@@ -143,15 +143,15 @@ class Family:
             with warnings.catch_warnings():
                 # Top-k routing does not preserve the original, and may leave experts without a task: neither matters.
                 warnings.simplefilter("ignore", UserWarning)
-                unet = mtu.upcycle(self.original(), num_experts=setting.E, top_k=setting.K, backend="eager")
+                unet = mtu.upcycle(self.new_original(), num_experts=setting.E, top_k=setting.K, backend="eager")
             self._upcycled[setting] = unet.requires_grad_(False)
-        return _deployed(share_weights(self._upcycled[setting]), backend, routers)
+        return _deployed(copy_unet_sharing_weights(self._upcycled[setting]), backend, routers)
 
-    def folded(self, backend: str) -> mtu.MTUUNet2DConditionModel:
+    def new_folded(self, backend: str) -> mtu.MTUUNet2DConditionModel:
         """One task of the upcycled UNet, folded into plain layers and upcycled again to one expert."""
-        return _deployed(share_weights(self._folded), backend, routers=False)
+        return _deployed(copy_unet_sharing_weights(self._folded), backend, routers=False)
 
-    def fine_tuned(self, task: int) -> UNet2DConditionModel:
+    def fine_tuned_unet(self, task: int) -> UNet2DConditionModel:
         """A stock UNet of one task, with memory of its own; the same one at every call."""
         if task not in self._fine_tuned:
             self._fine_tuned[task] = copy.deepcopy(self._original)
@@ -170,12 +170,12 @@ class Batch(NamedTuple):
 
     Attributes:
         inputs: arguments of the UNet, their rows in the order of pictures; `sample` with the channels of all tasks.
-        tasks: the task of each row.
+        task_of_row: the task of each row.
         branches: rows of each picture.
     """
 
     inputs: dict[str, Any]
-    tasks: tuple[int, ...]
+    task_of_row: tuple[int, ...]
     branches: int
 
 
@@ -184,7 +184,7 @@ def draw_batch(workload: Workload, device: torch.device, tasks: int, first: int 
 
     Pictures take turns at so many `tasks`, from the task `first` on; as `first` increases, all of the model's occur.
     """
-    specs, edge = tasks_of(workload.model), workload.size // LATENT_FACTOR
+    specs, edge = task_specs_of(workload.model), workload.size // LATENT_FACTOR
     channels = 4 + max(spec.condition_channels for spec in specs)
     example = make_example_inputs(_without_weights(workload.model), height=edge, width=edge, channels=channels)
     example |= example.pop("added_cond_kwargs", {})
@@ -223,29 +223,29 @@ class ReferenceOutputs(NamedTuple):
 
     Attributes:
         dtype: of the contender.
-        user: in that dtype, computed by the code whose error sets the tolerance.
-        exact: by the same code and weights in a wider dtype.
+        user_output: in that dtype, computed by the code whose error sets the tolerance.
+        exact_output: by the same code and weights in a wider dtype.
     """
 
     dtype: torch.dtype
-    user: Tensor
-    exact: Tensor
+    user_output: Tensor
+    exact_output: Tensor
 
-    def check(self, output: Tensor, branches: int) -> None:
+    def check_output(self, output: Tensor, branches: int) -> None:
         """Asserts ``max|output − exact| <= 2 · max|user − exact| + ulp · max|exact|`` for an output of all rows.
 
         Raises:
             WrongResult: one sentence with the error and the tolerance.
         """
-        compared = output[::branches][: len(self.exact)]
-        user, exact = self.user[: len(compared)], self.exact[: len(compared)]
+        compared = output[::branches][: len(self.exact_output)]
+        user, exact = self.user_output[: len(compared)], self.exact_output[: len(compared)]
         # NaN in other rows counts, too.
         compared = torch.where(output.isfinite().all(), compared, torch.nan)
         check_close("the UNet's output", compared, user, exact, self.dtype, torch.finfo(self.dtype).eps)
 
 
 @torch.no_grad()
-def compute_reference_outputs(family: Family, workload: Workload, setting: Setting) -> ReferenceOutputs:
+def compute_reference_outputs(family: UNetFamily, workload: Workload, setting: Setting) -> ReferenceOutputs:
     """The outputs that UNets of this setting are checked against, at this size.
 
     With dense routing, a freshly upcycled UNet has the output of the original for each of its tasks, so the original is
@@ -254,7 +254,7 @@ def compute_reference_outputs(family: Family, workload: Workload, setting: Setti
     """
     batch = draw_batch(workload._replace(B=TASKS, branches=1), family.device, setting.tasks)
     # It has tables in place of routers, which might choose other experts in a wider dtype.
-    unet = family.original() if setting.K is None else family.upcycled(setting, "reference")
+    unet = family.new_original() if setting.K is None else family.new_upcycled(setting, "reference")
     user = _one_by_one(unet, batch)
     # Products of float32 may be rounded to TF32 on a GPU.
     wide = torch.float64 if workload.dtype == "fp32" or family.device.type == "cuda" else torch.float32
@@ -263,7 +263,7 @@ def compute_reference_outputs(family: Family, workload: Workload, setting: Setti
 
 def _one_by_one(unet: UNet2DConditionModel, batch: Batch) -> Tensor:
     outputs = []
-    for row, task in enumerate(batch.tasks):
+    for row, task in enumerate(batch.task_of_row):
         inputs = select_rows(batch, [row], unet.conv_in.in_channels)
         inputs |= {name: inputs[name].to(unet.dtype) for name in ("sample", "encoder_hidden_states")}
         if "added_cond_kwargs" in inputs:

@@ -2,18 +2,18 @@
 
 from collections.abc import Callable, Sequence
 
-from benchmarks.harness.report import Ratio, Ratios, Target, comparisons, ratios
-from benchmarks.harness.rows import TIMES, Row, Table
+from benchmarks.harness.report import Ratio, Ratios, Target, make_ratios, pair_rows
+from benchmarks.harness.rows import TIMES, CsvTable, Row
 from benchmarks.harness.workloads import DENSE, Workload
-from benchmarks.models.unet_catalogue import ONE_BY_ONE, ORIGINAL, find, sibling
+from benchmarks.models.unet_catalogue import ONE_BY_ONE, ORIGINAL, find_contender, sibling_name
 
-TABLE = Table(
+TABLE = CsvTable(
     "benchmarks.models.unet",
     (
         *("group", "contender", "device", "model", "size", "B", "branches", "dtype", "E", "K", "tasks", "graph"),
         *(*TIMES, "rounds", "peak_bytes", "weight_bytes", "warmup_s", "switch_us", "images_per_s"),
     ),
-    times=".0f",
+    time_format=".0f",
 )
 # The contender under test, unless another one is named.
 TESTED = {"cuda": "mtu-triton", "cpu": "mtu-cpp"}
@@ -31,11 +31,11 @@ def _sdxl(workload: Workload) -> bool:
 
 
 def _original(run: str | None) -> _Name:
-    return lambda tested: sibling(ORIGINAL, run=run)
+    return lambda tested: sibling_name(ORIGINAL, run=run)
 
 
 def _tested(run: str | None, variant: str = "") -> _Name:
-    return lambda tested: sibling(tested, run=run, variant=variant)
+    return lambda tested: sibling_name(tested, run=run, variant=variant)
 
 
 def _over(
@@ -47,10 +47,10 @@ def _over(
         to = other(tested)
         pairs = [
             (row, divisor)
-            for row, divisor in comparisons(rows, own(tested), to, find(to).relevant)
+            for row, divisor in pair_rows(rows, own(tested), to, find_contender(to).relevant_setting)
             if row.setting.K is DENSE and row.setting.tasks == tasks and E in (None, row.setting.E)
         ]
-        return ratios((pair for pair in pairs if where(pair[0].workload)), *figures)
+        return make_ratios((pair for pair in pairs if where(pair[0].workload)), *figures)
 
     return found
 

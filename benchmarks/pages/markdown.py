@@ -8,7 +8,7 @@ _MOST_COMMANDS = 2
 _MODULE = re.compile(r".*?(python -m [\w.]+).*")
 
 
-def table(header: Sequence[str], lines: Iterable[Sequence[str]], words: int = 1) -> list[str]:
+def table_lines(header: Sequence[str], lines: Iterable[Sequence[str]], words: int = 1) -> list[str]:
     """A Markdown table whose first columns, so many as are `words`, are aligned left; numbers are aligned right."""
     rule = ["---"] * words + ["---:"] * (len(header) - words)
     return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *lines)]
@@ -36,7 +36,7 @@ def provenance_line(sources: Iterable[Mapping[str, str]], *files: str) -> str:
     return f"<sub>{', '.join([*places, *versions])}: {named} → {links}</sub>"
 
 
-def digits(value: float) -> str:
+def format_digits(value: float) -> str:
     """Three digits of a positive number, all of those before the point."""
     # 9.996 has as many digits as 10.0.
     rounded = float(f"{value:.3g}")
@@ -45,23 +45,23 @@ def digits(value: float) -> str:
     return f"{value:.1f}" if rounded >= 10 else f"{value:.2f}" if rounded >= 1 else f"{value:#.3g}"
 
 
-def duration(us: float) -> str:
+def format_duration(us: float) -> str:
     """A time in µs, ms or s."""
     for unit, size in (("s", 1e6), ("ms", 1e3)):
         # Times that round to the unit have it, too.
         if us >= 0.9995 * size:
-            return f"{digits(us / size)} {unit}"
-    return f"{digits(us)} µs"
+            return f"{format_digits(us / size)} {unit}"
+    return f"{format_digits(us)} µs"
 
 
-def gigabytes(count: float) -> str:
-    return f"{digits(count / 1e9)} GB"
+def format_gigabytes(count: float) -> str:
+    return f"{format_digits(count / 1e9)} GB"
 
 
-def ratio(value: float) -> str:
+def format_ratio(value: float) -> str:
     return f"{value:.2f}"
 
 
-def small_ratio(value: float) -> str:
+def format_small_ratio(value: float) -> str:
     """A ratio that may be far below one: three places from a tenth on, or else two digits."""
     return f"{value:.3f}" if value >= 0.1 else f"{value:.2g}" if value >= 1e-4 else "< 0.0001"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.harness.commands import make_parser, parse, usage_errors
+from benchmarks.harness.commands import exit_on_usage_errors, make_parser, parse_arguments
 from benchmarks.harness.provenance import RESULTS, ROOT
 from benchmarks.pages import tables_ffn, tables_models
 
@@ -21,23 +21,23 @@ _MARKED = re.compile(r"(<!-- table: (\S*) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 _MARKER = re.compile(r"<!-- (?:table: \S*|end) -->")
 
 
-class Part(NamedTuple):
+class PageTable(NamedTuple):
     """One of the tables between two markers.
 
     Attributes:
-        make: folder of the CSV files → lines; ValueError where they have no rows for it.
+        make_lines: folder of the CSV files → lines; ValueError where they have no rows for it.
         command: measures the rows.
-        picture: stands above the lines, where it has been drawn.
+        picture_name: stands above the lines, where it has been drawn.
     """
 
-    make: Callable[[Path], list[str]]
+    make_lines: Callable[[Path], list[str]]
     command: str
-    picture: str | None = None
+    picture_name: str | None = None
 
 
-def _of_devices(make: Callable[..., list[str]], module: str, picture: str = "") -> tuple[Part, ...]:
+def _of_devices(make: Callable[..., list[str]], module: str, picture: str = "") -> tuple[PageTable, ...]:
     return tuple(
-        Part(
+        PageTable(
             functools.partial(make, device=device),
             f"python -m benchmarks.{module} --device {device}",
             f"{picture}_{device}.png" if picture else None,
@@ -46,17 +46,17 @@ def _of_devices(make: Callable[..., list[str]], module: str, picture: str = "") 
     )
 
 
-BLOCKS: dict[str, tuple[Part, ...]] = {
-    "targets": (Part(tables_models.targets, "python -m benchmarks.models.unet"),),
-    "imports": (Part(tables_models.imports, "python -m benchmarks.models.import_time"),),
-    "sizes": (Part(tables_ffn.sizes, "python -m benchmarks.models.model_sizes"),),
-    "unet": _of_devices(tables_models.unet, "models.unet", "unet"),
-    "settings": _of_devices(tables_models.settings, "models.unet"),
-    "pipeline": _of_devices(tables_models.pipeline, "pipelines.pipeline"),
-    "image_psnr": _of_devices(tables_models.image_psnr, "pipelines.image_psnr"),
-    "ffn": _of_devices(tables_ffn.feed_forward, "ffn.moe_ffn", "moe_ffn"),
-    "roofline": _of_devices(tables_ffn.roofline, "ffn.machine", "roofline"),
-    "scaling": _of_devices(tables_ffn.scaling, "ffn.scaling", "scaling"),
+BLOCKS: dict[str, tuple[PageTable, ...]] = {
+    "targets": (PageTable(tables_models.targets_table, "python -m benchmarks.models.unet"),),
+    "imports": (PageTable(tables_models.imports_table, "python -m benchmarks.models.import_time"),),
+    "sizes": (PageTable(tables_ffn.sizes_table, "python -m benchmarks.models.model_sizes"),),
+    "unet": _of_devices(tables_models.unet_tables, "models.unet", "unet"),
+    "settings": _of_devices(tables_models.settings_table, "models.unet"),
+    "pipeline": _of_devices(tables_models.pipeline_tables, "pipelines.pipeline"),
+    "image_psnr": _of_devices(tables_models.image_psnr_table, "pipelines.image_psnr"),
+    "ffn": _of_devices(tables_ffn.feed_forward_table, "ffn.moe_ffn", "moe_ffn"),
+    "roofline": _of_devices(tables_ffn.roofline_table, "ffn.machine", "roofline"),
+    "scaling": _of_devices(tables_ffn.scaling_table, "ffn.scaling", "scaling"),
 }
 
 
@@ -75,18 +75,18 @@ def render_page(text: str, results: Path, images: Path) -> str:
     return _MARKED.sub(lambda match: match[1] + _block(BLOCKS[match[2]], results, images) + match[4], text)
 
 
-def _block(parts: Sequence[Part], results: Path, images: Path) -> str:
+def _block(parts: Sequence[PageTable], results: Path, images: Path) -> str:
     made, missing = [], []
     for part in parts:
         try:
-            lines = part.make(results)
+            lines = part.make_lines(results)
         except ValueError:
             # Nothing was measured, or the benchmark has other columns now.
             missing.append(f"`{part.command}`")
             continue
-        if part.picture and (images / part.picture).exists():
-            name = part.picture.removesuffix(".png")
-            lines = [f"![{name}]({images.name}/{part.picture})", "", *lines]
+        if part.picture_name and (images / part.picture_name).exists():
+            name = part.picture_name.removesuffix(".png")
+            lines = [f"![{name}]({images.name}/{part.picture_name})", "", *lines]
         made += [*lines, ""]
     if missing:
         # This line joins the paragraph of the last provenance line, if there is one.
@@ -100,11 +100,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing, and fail if the page would change")
     parser.add_argument("--page", type=Path, default=PAGE, help="(default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files (default: %(default)s)")
-    _, options = parse(parser, argv)
+    _, options = parse_arguments(parser, argv)
     if not options.page.exists():
         parser.error(f"There is no {options.page} with markers to write tables between.")
     text = options.page.read_text(encoding="utf-8")
-    with usage_errors(parser):
+    with exit_on_usage_errors(parser):
         new = render_page(text, options.results, options.page.parent / "images")
     if not options.check:
         options.page.write_text(new, encoding="utf-8")

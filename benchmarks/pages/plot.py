@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.ffn import rows as ffn_rows
 from benchmarks.ffn.machine import read_roofs
 from benchmarks.ffn.roofline import read_roofline_points
-from benchmarks.harness.commands import make_parser, parse
+from benchmarks.harness.commands import make_parser, parse_arguments
 from benchmarks.harness.provenance import RESULTS, ROOT
 from benchmarks.models import unet_targets
 from benchmarks.pages import plot_ffn, plot_roofline, plot_scaling, plot_unet
@@ -16,12 +16,12 @@ from benchmarks.pages import plot_ffn, plot_roofline, plot_scaling, plot_unet
 IMAGES = ROOT / "docs" / "images"
 
 
-def pictures(results: Path, images: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+def pictures_to_draw(results: Path, images: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
     """Paths of the pictures of a folder's files, each with the function that draws it."""
     kinds = {
-        "moe_ffn_*.csv": lambda file, picture: plot_ffn.plot(ffn_rows.TABLE.read(file), picture),
-        "scaling_*.csv": lambda file, picture: plot_scaling.plot(ffn_rows.TABLE.read(file), picture),
-        "unet_*.csv": lambda file, picture: plot_unet.plot(unet_targets.TABLE.read(file), picture),
+        "moe_ffn_*.csv": lambda file, picture: plot_ffn.write_plot(ffn_rows.TABLE.read_rows(file), picture),
+        "scaling_*.csv": lambda file, picture: plot_scaling.write_plot(ffn_rows.TABLE.read_rows(file), picture),
+        "unet_*.csv": lambda file, picture: plot_unet.write_plot(unet_targets.TABLE.read_rows(file), picture),
     }
     for pattern, draw in kinds.items():
         for file in sorted(results.glob(pattern)):
@@ -35,7 +35,7 @@ def pictures(results: Path, images: Path) -> Iterator[tuple[Path, Callable[[], N
 
 
 def _draw_roofline(results: Path, device: str, picture: Path) -> None:
-    plot_roofline.plot(read_roofline_points(results, device), picture)
+    plot_roofline.write_plot(read_roofline_points(results, device), picture)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser("benchmarks.pages.plot", "Draws all pictures that there are rows for, from the CSV files.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=IMAGES, help="folder of the pictures (default: %(default)s)")
-    _, options = parse(parser, argv)
+    _, options = parse_arguments(parser, argv)
     found, reasons = False, []
-    for picture, draw in pictures(options.results, options.output):
+    for picture, draw in pictures_to_draw(options.results, options.output):
         found = True
         try:
             draw()

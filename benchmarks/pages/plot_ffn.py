@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 from benchmarks.ffn.targets import paired_rows
 from benchmarks.harness.rows import Row
 from benchmarks.harness.workloads import Setting, Workload
-from benchmarks.pages.plot_style import FFN_LOOKS, FLOOR_LOOK, legend, most_common_dtype, save, text_style
+from benchmarks.pages.plot_style import FFN_LOOKS, FLOOR_LOOK, add_legend, most_common_dtype, text_style, write_picture
 
 _FLOOR = "products"
 _EXPERTS = 4
 _PASSES = ("forward", "forward+backward")
 
 
-class Point(NamedTuple):
+class RelativeTime(NamedTuple):
     """A contender's time over that of the two (or six) bare products, at its median and the percentiles 20 and 80."""
 
     row: Row
@@ -26,7 +26,7 @@ class Point(NamedTuple):
     p80: float
 
 
-def points(rows: Sequence[Row], batch: int, experts: int) -> dict[tuple[str, Workload], Point]:
+def last_relative_times(rows: Sequence[Row], batch: int, experts: int) -> dict[tuple[str, Workload], RelativeTime]:
     """For each contender and workload of this batch size the last measurement with dense routing.
 
     Rows of contenders that depend on the routing are those of `experts` experts and one task.
@@ -39,11 +39,11 @@ def points(rows: Sequence[Row], batch: int, experts: int) -> dict[tuple[str, Wor
                 # Where one expert was measured, too, the row of several experts counts.
                 known = drawn.get((name, row.workload))
                 if known is None or row.setting.E >= known.row.setting.E:
-                    drawn[name, row.workload] = Point(row, *times)
+                    drawn[name, row.workload] = RelativeTime(row, *times)
     return drawn
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
+def write_plot(rows: Sequence[Row], path: Path) -> None:
     """Draws a panel for each pass that was measured on one device, and writes a PNG.
 
     The batch is 8, or the largest that was measured. Raises ValueError without rows of the bare products.
@@ -52,7 +52,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     rows = [row for row in rows if row.workload.dtype == dtype]
     batches = {row.workload.B for row in rows}
     batch = 8 if 8 in batches else max(batches, default=1)
-    drawn = points(rows, batch, _EXPERTS)
+    drawn = last_relative_times(rows, batch, _EXPERTS)
     passes = [name for name in _PASSES if any(workload.direction == name for _, workload in drawn)]
     if not passes:
         raise ValueError(f"{path.name} needs rows of {_FLOOR} and of other contenders at B = {batch}, got none.")
@@ -62,11 +62,13 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         for axes, name in zip(panels, passes, strict=True):
             _panel(axes, {key: point for key, point in drawn.items() if key[1].direction == name}, name)
         title = f"One feed-forward, B = {batch}, {dtype}, {_EXPERTS} experts, dense routing: lower is faster"
-        legend(figure, panels, title, [label for _, label in FFN_LOOKS.values()])
-        save(figure, path, [point.row for point in drawn.values()], "Medians; whiskers: 20th to 80th percentile.")
+        add_legend(figure, panels, title, [label for _, label in FFN_LOOKS.values()])
+        write_picture(
+            figure, path, [point.row for point in drawn.values()], "Medians; whiskers: 20th to 80th percentile."
+        )
 
 
-def _panel(axes: Axes, drawn: dict[tuple[str, Workload], Point], direction: str) -> None:
+def _panel(axes: Axes, drawn: dict[tuple[str, Workload], RelativeTime], direction: str) -> None:
     workloads = sorted({workload for _, workload in drawn}, key=lambda workload: (workload.D, -workload.L))
     width = min(0.14, 0.84 / len({name for name, _ in drawn}))
     crowded = len(drawn) > 30

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.ffn.roofline import RooflinePoint
-from benchmarks.pages.plot_style import FFN_LOOKS, legend, save, text_style
+from benchmarks.pages.plot_style import FFN_LOOKS, add_legend, text_style, write_picture
 
 _ROOF = "#D55E00"
 _SHAPE = {"color": "#999999", "linewidth": 0.6, "linestyle": ":"}
@@ -18,7 +18,7 @@ _TERA = 1e12
 _LEAST_GAP = 0.011
 
 
-def plot(roofline_points: Sequence[RooflinePoint], path: Path) -> None:
+def write_plot(roofline_points: Sequence[RooflinePoint], path: Path) -> None:
     """Draws a panel for each dtype on one device, and writes a PNG. Raises ValueError without points."""
     if not roofline_points:
         raise ValueError(f"{path.name} needs forward passes with dense routing at the models' shapes, got none.")
@@ -28,11 +28,11 @@ def plot(roofline_points: Sequence[RooflinePoint], path: Path) -> None:
         panels = figure.subplots(len(dtypes), squeeze=False)[:, 0]
         for axes, dtype in zip(panels, dtypes, strict=True):
             _panel(axes, [point for point in roofline_points if point.roofs.workload.dtype == dtype])
-        batch = roofline_points[0].row.workload.B
+        batch = roofline_points[0].measured.workload.B
         title = f"Roofline of one feed-forward, forward, B = {batch}, dense routing: higher is faster"
-        legend(figure, panels, title)
+        add_legend(figure, panels, title)
         caption = "Roofs: the fastest matrix product of torch, and the fastest way through memory, measured."
-        save(figure, path, [point.row for point in roofline_points], caption)
+        write_picture(figure, path, [point.measured for point in roofline_points], caption)
 
 
 def _panel(axes: Axes, roofline_points: Sequence[RooflinePoint]) -> None:
@@ -41,9 +41,9 @@ def _panel(axes: Axes, roofline_points: Sequence[RooflinePoint]) -> None:
     low, high = _span([point.cost.intensity for point in roofline_points] + [ridge], 2)
     peak, slope = roofs.flops_per_s / _TERA, roofs.bytes_per_s / _TERA
     axes.plot([low, ridge, high], [low * slope, peak, peak], color=_ROOF, label="the roofs")
-    for name in dict.fromkeys(point.row.contender for point in roofline_points):
+    for name in dict.fromkeys(point.measured.contender for point in roofline_points):
         color, label = FFN_LOOKS[name]
-        chosen = [point for point in roofline_points if point.row.contender == name]
+        chosen = [point for point in roofline_points if point.measured.contender == name]
         xs, ys = [point.cost.intensity for point in chosen], [point.flops_per_s / _TERA for point in chosen]
         axes.plot(xs, ys, _MARKS.get(name, "o"), color=color, markersize=7, label=label)
     axes.set_xscale("log")
@@ -67,7 +67,7 @@ def _name_shapes(axes: Axes, roofline_points: Sequence[RooflinePoint]) -> None:
     low, high = axes.get_xlim()
     gap = (high / low) ** _LEAST_GAP
     free = low
-    for x, shape in sorted({(point.cost.intensity, point.row.workload[:2]) for point in roofline_points}):
+    for x, shape in sorted({(point.cost.intensity, point.measured.workload[:2]) for point in roofline_points}):
         axes.axvline(x, **_SHAPE, zorder=0)
         # Neighbours' names would cover each other.
         at = max(x, free)

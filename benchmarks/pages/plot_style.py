@@ -35,7 +35,9 @@ def text_style() -> AbstractContextManager[None]:
     return mpl.rc_context(_LETTERS)
 
 
-def legend(figure: Figure, panels: Sequence[Axes], title: str, labels: Sequence[str] = (), columns: int = 4) -> None:
+def add_legend(
+    figure: Figure, panels: Sequence[Axes], title: str, labels: Sequence[str] = (), columns: int = 4
+) -> None:
     """One legend above all panels, each label once, those of `labels` first; its title is that of the picture.
 
     A title of the figure would be laid out over the legend.
@@ -51,7 +53,7 @@ def legend(figure: Figure, panels: Sequence[Axes], title: str, labels: Sequence[
     figure.legend(handles, ordered, **place, **style)
 
 
-def save(figure: Figure, path: Path, rows: Sequence[Row], caption: str) -> None:
+def write_picture(figure: Figure, path: Path, rows: Sequence[Row], caption: str) -> None:
     """Writes a PNG with a line below it: the caption, and the provenance of the rows."""
     device = "" if rows[0].device == "cuda" else f", threads: {_values(rows, 'threads')}"
     versions = " · ".join(f"{name} {_values(rows, name)}" for name in ("commit", "torch", "triton"))

@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from benchmarks.harness.rows import TIMES, Row
-from benchmarks.models.steps import Case, ModelSetup, Step, Steps, steps_by_setup, usual
-from benchmarks.pages.plot_style import save, text_style
+from benchmarks.models.steps import Case, MeasuredStep, ModelSetup, Steps, steps_by_setup, usual_cases
+from benchmarks.pages.plot_style import text_style, write_picture
 
 # Families as in the pictures of one feed-forward; folded ones darker, peers apart from all.
 _COLORS = {
@@ -30,12 +30,12 @@ _ORIGINAL = "#D55E00"
 _LONGEST = 3.0
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
+def write_plot(rows: Sequence[Row], path: Path) -> None:
     """Draws a panel for each model and batch, of dense routing with mixed tasks on one device, and writes a PNG.
 
     Raises ValueError where no contender was measured beside the original.
     """
-    drawn = {setup: _relative(usual(cases)) for setup, cases in steps_by_setup(rows).items()}
+    drawn = {setup: _relative(usual_cases(cases)) for setup, cases in steps_by_setup(rows).items()}
     drawn = {setup: cases for setup, cases in drawn.items() if cases}
     if not drawn:
         raise ValueError(f"{path.name} needs rows of stock and of contenders in its group, got none.")
@@ -48,36 +48,38 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         parts = figure.subfigures(len(drawn), squeeze=False, height_ratios=heights)[:, 0]
         for part, (setup, cases) in zip(parts, drawn.items(), strict=True):
             _setup(part, setup, cases)
-        shown = [step.row for cases in drawn.values() for steps in cases.values() for step in steps.values()]
-        save(figure, path, shown, "Medians; whiskers: 20th to 80th percentile.")
+        shown = [step.measured for cases in drawn.values() for steps in cases.values() for step in steps.values()]
+        write_picture(figure, path, shown, "Medians; whiskers: 20th to 80th percentile.")
 
 
 def _relative(cases: Steps) -> Steps:
-    paired_rows = {case: {B: step for B, step in steps.items() if step.original} for case, steps in cases.items()}
+    paired_rows = {case: {B: step for B, step in steps.items() if step.original_row} for case, steps in cases.items()}
     return {case: steps for case, steps in paired_rows.items() if steps}
 
 
 def _setup(part: SubFigure, setup: ModelSetup, cases: Steps) -> None:
     batches = sorted({B for steps in cases.values() for B in steps})
-    longest = max(step.relative(step.row.p80_us) for steps in cases.values() for step in steps.values())
+    longest = max(
+        step.relative_to_original(step.measured.p80_us) for steps in cases.values() for step in steps.values()
+    )
     limit = min(longest, _LONGEST) * 1.25
     part.suptitle(str(setup), x=0.01, ha="left", fontsize=10, fontweight="bold")
     panels = part.subplots(1, len(batches), sharey=True, squeeze=False)[0]
     for axes, B in zip(panels, batches, strict=True):
         steps = {case: steps[B] for case, steps in cases.items() if B in steps}
-        original = next(step.original for step in steps.values() if step.original is not None)
+        original = next(step.original_row for step in steps.values())
         axes.set_title(f"B = {B}  ({original.median_us / 1e3:,.0f} ms)", loc="left", fontsize=9)
         _bars(axes, list(cases), steps, limit)
     panels[0].set_yticks(range(len(cases)), list(map(str, cases)), fontsize=8)
     panels[0].set_ylim(len(cases) - 0.4, -0.6)
 
 
-def _bars(axes: Axes, cases: Sequence[Case], steps: dict[Case, Step], limit: float) -> None:
+def _bars(axes: Axes, cases: Sequence[Case], steps: dict[Case, MeasuredStep], limit: float) -> None:
     for at, case in enumerate(cases):
         if case not in steps:
             continue
         step = steps[case]
-        median, low, high = (step.relative(getattr(step.row, column)) for column in TIMES)
+        median, low, high = (step.relative_to_original(getattr(step.measured, column)) for column in TIMES)
         axes.barh(at, min(median, limit), 0.8, color=_COLORS.get(case.family, _OTHER))
         axes.hlines(at, min(low, limit), min(high, limit), color="#444444", linewidth=0.8)
         cut = high > limit * 0.85

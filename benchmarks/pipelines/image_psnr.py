@@ -25,14 +25,14 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import mtu
-from benchmarks.harness.arguments import choices, parse_count
+from benchmarks.harness.arguments import names_parser, parse_count
 from benchmarks.harness.commands import (
     CommandContext,
     add_common_options,
+    exit_on_usage_errors,
     make_parser,
-    parse,
-    start,
-    usage_errors,
+    parse_arguments,
+    start_command,
 )
 from benchmarks.harness.contenders import Contender
 from benchmarks.harness.dtypes import DTYPES
@@ -42,16 +42,16 @@ from benchmarks.harness.workloads import Entry, Setting, Workload
 from benchmarks.pipelines.pipeline_models import (
     Sample,
     add_model_options,
-    cast,
+    cast_copy,
     draw_samples,
-    each_task,
-    export,
+    export_stock_pipeline,
     load_pipeline,
-    stock_images,
-    upcycled_images,
-    workload_of,
+    make_stock_images,
+    make_upcycled_images,
+    positions_by_task,
+    workload_from_options,
 )
-from benchmarks.pipelines.psnr_rows import STOCK, TABLE, compare, squared_errors, table, verdict
+from benchmarks.pipelines.psnr_rows import STOCK, TABLE, make_psnr_rows, squared_errors, table_lines, verdict
 from mtu.experts import stock_config
 
 # With 16 the standard error is itself too uncertain: one row in twenty was three of them off, and not so with more.
@@ -64,88 +64,94 @@ _BATCH = 16
 class PipelinePair(NamedTuple):
     """One pipeline in float32, which is folded, and the same in the dtype and on the device of a workload."""
 
-    exact: mtu.MTUPipeline
-    upcycled: mtu.MTUPipeline
+    exact_pipeline: mtu.MTUPipeline
+    upcycled_pipeline: mtu.MTUPipeline
 
-    def on(self, backend: str) -> mtu.MTUPipeline:
+    def upcycled_on_backend(self, backend: str) -> mtu.MTUPipeline:
         """The upcycled pipeline, its UNet on another backend."""
-        self.upcycled.unet.set_backend(backend)
-        return self.upcycled
+        self.upcycled_pipeline.unet.set_backend(backend)
+        return self.upcycled_pipeline
 
 
 class ExecutionPath(NamedTuple):
     """The implementation of a contender: the function that makes its images, and the devices that it runs on."""
 
-    images: Callable[[PipelinePair, Sequence[Sample], int], Tensor]
-    devices: tuple[str, ...] = ("cpu", "cuda")
+    make_images: Callable[[PipelinePair, Sequence[Sample], int], Tensor]
+    device_types: tuple[str, ...] = ("cpu", "cuda")
     is_reference: bool = False
 
 
-def stock(layout: torch.memory_format, origin: PipelinePair, samples: Sequence[Sample], steps: int) -> Tensor:
+def stock_path_images(
+    layout: torch.memory_format, origin: PipelinePair, samples: Sequence[Sample], steps: int
+) -> Tensor:
     """A stock pipeline for each task, folded in float32, whose UNet has a memory layout."""
 
     def pipeline(name: str) -> DiffusionPipeline:
-        pipe = export(origin.exact, name, origin.upcycled)
+        pipe = export_stock_pipeline(origin.exact_pipeline, name, origin.upcycled_pipeline)
         pipe.unet.to(memory_format=layout)
         return pipe
 
-    return _by_task(samples, pipeline, stock_images, steps)
+    return _by_task(samples, pipeline, make_stock_images, steps)
 
 
-def routed(backend: str, origin: PipelinePair, samples: Sequence[Sample], steps: int) -> Tensor:
+def routed_path_images(backend: str, origin: PipelinePair, samples: Sequence[Sample], steps: int) -> Tensor:
     """The upcycled pipeline, one task in each call."""
-    pipe = origin.on(backend)
-    return _by_task(samples, lambda name: pipe, upcycled_images, steps)
+    pipe = origin.upcycled_on_backend(backend)
+    return _by_task(samples, lambda name: pipe, make_upcycled_images, steps)
 
 
-def mixed(backend: str, origin: PipelinePair, samples: Sequence[Sample], steps: int) -> Tensor:
+def mixed_path_images(backend: str, origin: PipelinePair, samples: Sequence[Sample], steps: int) -> Tensor:
     """The upcycled pipeline, all tasks in each call."""
-    return _in_batches(origin.on(backend), samples, upcycled_images, steps)
+    return _in_batches(origin.upcycled_on_backend(backend), samples, make_upcycled_images, steps)
 
 
-def compiled(mode: str, origin: PipelinePair, samples: Sequence[Sample], steps: int) -> Tensor:
+def compiled_path_images(mode: str, origin: PipelinePair, samples: Sequence[Sample], steps: int) -> Tensor:
     """The upcycled pipeline compiled, all tasks in each call."""
-    unet = origin.upcycled.unet
-    pipe = mtu.compile(cast(origin.upcycled, unet.dtype, unet.device, "auto"), mode)
+    unet = origin.upcycled_pipeline.unet
+    pipe = mtu.compile(cast_copy(origin.upcycled_pipeline, unet.dtype, unet.device, "auto"), mode)
     names = [sample.spec.name for sample in samples]
     mtu.warmup(pipe, list(dict.fromkeys(tuple(names[i : i + _BATCH]) for i in range(0, len(names), _BATCH))))
-    return _in_batches(pipe, samples, upcycled_images, steps)
+    return _in_batches(pipe, samples, make_upcycled_images, steps)
 
 
-def folded(backend: str, origin: PipelinePair, samples: Sequence[Sample], steps: int) -> Tensor:
+def folded_path_images(backend: str, origin: PipelinePair, samples: Sequence[Sample], steps: int) -> Tensor:
     """The exported UNet of each task as a model of one task and one expert, on a backend."""
 
     def pipeline(name: str) -> DiffusionPipeline:
-        pipe = cast(origin.exact, torch.float32, torch.device("cpu"), "eager")
-        pipe.unet = one_expert(origin.exact.unet, name)
-        return cast(pipe, origin.upcycled.unet.dtype, origin.upcycled.unet.device, backend)
+        pipe = cast_copy(origin.exact_pipeline, torch.float32, torch.device("cpu"), "eager")
+        pipe.unet = fold_to_one_expert(origin.exact_pipeline.unet, name)
+        return cast_copy(pipe, origin.upcycled_pipeline.unet.dtype, origin.upcycled_pipeline.unet.device, backend)
 
-    return _by_task(samples, pipeline, upcycled_images, steps)
+    return _by_task(samples, pipeline, make_upcycled_images, steps)
 
 
 _CPU, _CUDA = ("cpu",), ("cuda",)
-_STOCK = functools.partial(stock, torch.contiguous_format)
-_CHANNELS_LAST = functools.partial(stock, torch.channels_last)
-_EAGER = ExecutionPath(functools.partial(routed, "eager"), is_reference=True)
-_GRAPHS = functools.partial(compiled, "reduce-overhead")
-_FOLDED_CPP, _FOLDED_TRITON = (functools.partial(folded, backend) for backend in ("cpp", "triton"))
+_STOCK = functools.partial(stock_path_images, torch.contiguous_format)
+_CHANNELS_LAST = functools.partial(stock_path_images, torch.channels_last)
+_EAGER = ExecutionPath(functools.partial(routed_path_images, "eager"), is_reference=True)
+_GRAPHS = functools.partial(compiled_path_images, "reduce-overhead")
+_FOLDED_CPP, _FOLDED_TRITON = (functools.partial(folded_path_images, backend) for backend in ("cpp", "triton"))
 PATHS: dict[str, Contender] = {
     STOCK: Contender("the stock pipelines of the exported tasks", ExecutionPath(_STOCK)),
     "stock-channels-last": Contender("the same in another memory layout", ExecutionPath(_CHANNELS_LAST)),
     "mtu-eager": Contender("one task a call, backend 'eager'", _EAGER),
-    "mtu-cpp": Contender("one task a call, backend 'cpp'", ExecutionPath(functools.partial(routed, "cpp"), _CPU)),
-    "mtu-triton": Contender(
-        "one task a call, backend 'triton'", ExecutionPath(functools.partial(routed, "triton"), _CUDA)
+    "mtu-cpp": Contender(
+        "one task a call, backend 'cpp'", ExecutionPath(functools.partial(routed_path_images, "cpp"), _CPU)
     ),
-    "mixed": Contender("all tasks in each call, backend 'auto'", ExecutionPath(functools.partial(mixed, "auto"))),
-    "compiled": Contender("the same, compiled", ExecutionPath(functools.partial(compiled, "default"))),
+    "mtu-triton": Contender(
+        "one task a call, backend 'triton'", ExecutionPath(functools.partial(routed_path_images, "triton"), _CUDA)
+    ),
+    "mixed": Contender(
+        "all tasks in each call, backend 'auto'", ExecutionPath(functools.partial(mixed_path_images, "auto"))
+    ),
+    "compiled": Contender("the same, compiled", ExecutionPath(functools.partial(compiled_path_images, "default"))),
     "graphs": Contender("the same in CUDA graphs", ExecutionPath(_GRAPHS, _CUDA)),
     "folded-cpp": Contender("exported, one expert, backend 'cpp'", ExecutionPath(_FOLDED_CPP, _CPU)),
     "folded-triton": Contender("exported, one expert, backend 'triton'", ExecutionPath(_FOLDED_TRITON, _CUDA)),
 }
 
 
-def one_expert(unet: mtu.MTUUNet2DConditionModel, name: str) -> mtu.MTUUNet2DConditionModel:
+def fold_to_one_expert(unet: mtu.MTUUNet2DConditionModel, name: str) -> mtu.MTUUNet2DConditionModel:
     """One task folded into its weights, as a model of that task alone with one expert, which the fused kernels run."""
     exported = unet.export_task(name)
     alone = mtu.MTUUNet2DConditionModel(
@@ -167,7 +173,7 @@ def one_expert(unet: mtu.MTUUNet2DConditionModel, name: str) -> mtu.MTUUNet2DCon
     return alone.requires_grad_(False).eval()
 
 
-def measure(
+def measure_errors(
     pipe: mtu.MTUPipeline, paths: Sequence[str], workloads: Sequence[Workload], device: torch.device, log: Log
 ) -> Iterator[tuple[Workload, dict[str, Tensor]]]:
     """Yields each workload with the squared errors of its samples, by path; paths that cannot run here are left out.
@@ -182,29 +188,31 @@ def measure(
     steps = workloads[0].steps
     samples = draw_samples(pipe, workloads[0].B // len(pipe.unet.tasks))
     log.bar.set_description("float32, eager")
-    exact = routed("eager", PipelinePair(pipe, cast(pipe, torch.float32, device, "eager")), samples, steps)
+    exact = routed_path_images(
+        "eager", PipelinePair(pipe, cast_copy(pipe, torch.float32, device, "eager")), samples, steps
+    )
     for workload in workloads:
-        origin, errors = PipelinePair(pipe, cast(pipe, DTYPES[workload.dtype], device, "eager")), {}
+        origin, errors = PipelinePair(pipe, cast_copy(pipe, DTYPES[workload.dtype], device, "eager")), {}
         for path in paths:
             log.bar.set_description(f"{path} {workload.dtype}")
-            with log.attempt(Entry(path, Setting()), workload):
+            with log.report_errors(Entry(path, Setting()), workload):
                 implementation = PATHS[path].implementation
                 # The reference is not compared with itself.
                 if not (implementation.is_reference and workload.dtype == "fp32"):
-                    errors[path] = squared_errors(implementation.images(origin, samples, steps), exact)
+                    errors[path] = squared_errors(implementation.make_images(origin, samples, steps), exact)
         yield workload, errors
 
 
-def run(
+def compare_paths(
     context: CommandContext, pipe: mtu.MTUPipeline, paths: Sequence[str], workloads: Sequence[Workload]
 ) -> tuple[list[Row], int]:
     """Compares all paths in each workload, and appends rows to the file. Returns also how many paths broke."""
     log, rows = Log(len(paths) * len(workloads), unit="path"), []
     tasks = [spec.name for spec in pipe.unet.tasks]
     with log.bar:
-        for workload, errors in measure(pipe, paths, workloads, context.device, log):
-            for row in compare(errors, tasks, workload, context.device.type, context.source):
-                context.append(row)
+        for workload, errors in measure_errors(pipe, paths, workloads, context.device, log):
+            for row in make_psnr_rows(errors, tasks, workload, context.device.type, context.source):
+                context.append_row(row)
                 rows.append(row)
     return rows, log.failures
 
@@ -217,7 +225,7 @@ def _by_task(
 ) -> Tensor:
     """Images in the order of the samples, made task by task."""
     made = {}
-    for name, positions in each_task(samples).items():
+    for name, positions in positions_by_task(samples).items():
         own = _in_batches(pipeline(name), [samples[i] for i in positions], images, steps)
         made |= dict(zip(positions, own, strict=True))
     return torch.stack([made[i] for i in range(len(samples))])
@@ -237,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser(TABLE.module, description, PATHS, "paths")
     add_common_options(parser, "image_psnr_DEVICE.csv", dtype=False)
     add_model_options(parser)
-    add, paths, dtypes = parser.add_argument, choices(PATHS, "path"), choices(DTYPES, "dtype")
+    add, paths, dtypes = parser.add_argument, names_parser(PATHS, "path"), names_parser(DTYPES, "dtype")
     add("--dtypes", type=dtypes, default=("bf16", "fp32"), help="(default: bf16,fp32)")
     add("--paths", type=paths, help="names, separated by commas (default: all that the device has)")
     add("--samples", type=parse_count, help=f"of each task (default: {_PER_TASK})")
@@ -248,24 +256,24 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 if a path missed its target."""
     parser = _parser()
-    argv, options = parse(parser, argv)
-    with usage_errors(parser):
-        context = start(TABLE, options, argv, "image_psnr_{device}.csv")
-    here = [name for name, path in PATHS.items() if context.device.type in path.implementation.devices]
+    argv, options = parse_arguments(parser, argv)
+    with exit_on_usage_errors(parser):
+        context = start_command(TABLE, options, argv, "image_psnr_{device}.csv")
+    here = [name for name, path in PATHS.items() if context.device.type in path.implementation.device_types]
     paths = here if options.paths is None else [STOCK, *(name for name in options.paths if name != STOCK)]
     elsewhere = [name for name in paths if name not in here]
     if elsewhere:
         parser.error(f"--paths must be some of {', '.join(here)} on this device, got {elsewhere[0]}.")
-    with usage_errors(parser, TypeError):
+    with exit_on_usage_errors(parser, TypeError):
         pipe = load_pipeline(options.folder)
-        workload = workload_of(pipe, options, _QUICK["steps"])
+        workload = workload_from_options(pipe, options, _QUICK["steps"])
     # Otherwise convolutions of float32 tensors have products of ten bits.
     torch.backends.cudnn.allow_tf32 = False
     images = len(pipe.unet.tasks) * (options.samples or (_QUICK["samples"] if options.quick else _PER_TASK))
     workloads = [workload._replace(B=images, dtype=dtype) for dtype in options.dtypes]
-    rows, failures = run(context, pipe, paths, workloads)
-    print("\n".join(table(rows)))
-    print(f"{len(rows)} rows added to {context.output}")
+    rows, failures = compare_paths(context, pipe, paths, workloads)
+    print("\n".join(table_lines(rows)))
+    print(f"{len(rows)} rows added to {context.output_file}")
     return int(failures > 0 or any(verdict(row) == "missed" for row in rows))
 
 

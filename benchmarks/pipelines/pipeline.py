@@ -17,30 +17,36 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import mtu
-from benchmarks.harness.arguments import choices, parse_rounds
-from benchmarks.harness.commands import add_common_options, make_parser, parse, start, usage_errors
+from benchmarks.harness.arguments import names_parser, parse_rounds
+from benchmarks.harness.commands import (
+    add_common_options,
+    exit_on_usage_errors,
+    make_parser,
+    parse_arguments,
+    start_command,
+)
 from benchmarks.harness.contenders import Contender
 from benchmarks.harness.dtypes import DTYPES
-from benchmarks.harness.memory import peak_bytes
-from benchmarks.harness.recording import Figures, Log, record
+from benchmarks.harness.memory import measure_peak_bytes
+from benchmarks.harness.recording import Figures, Log, record_groups
 from benchmarks.harness.timing import WARM_ROUNDS, Call, synchronize, time_interleaved
 from benchmarks.harness.workloads import DENSE, Entry, Group, Setting, Workload
-from benchmarks.pipelines.pipeline_contenders import CONTENDERS, EAGER, TABLE, Calls, comparison
+from benchmarks.pipelines.pipeline_contenders import CONTENDERS, EAGER, TABLE, ImageCalls, comparison_lines
 from benchmarks.pipelines.pipeline_models import (
     Sample,
     add_model_options,
-    cast,
+    cast_copy,
     check_images,
     copy_sharing_weights,
+    count_weight_bytes,
     draw_samples,
-    export,
+    export_stock_pipeline,
     load_pipeline,
-    output_size,
-    stock_images,
-    stock_rows,
-    upcycled_images,
-    weight_bytes,
-    workload_of,
+    make_stock_images,
+    make_upcycled_images,
+    picture_edge,
+    stock_rows_per_sample,
+    workload_from_options,
 )
 
 _RUNS, _QUICK_RUNS, _QUICK_STEPS = 5, 2, 2
@@ -51,7 +57,7 @@ _CHECKED_STEPS = 2
 class PreparedContender(NamedTuple):
     """A contender that was built: the call that makes all its images, and the figures that are known already."""
 
-    generate: Call
+    generate_images: Call
     figures: dict[str, Any]
 
 
@@ -61,82 +67,92 @@ class PipelineBenchmark:
     def __init__(self, pipe: mtu.MTUPipeline, dtype: str, device: torch.device, steps: int) -> None:
         self.exact, self.device, self.steps = pipe, device, steps
         self.samples: list[Sample] = draw_samples(pipe, 1)
-        self.size = output_size(pipe)
-        self.upcycled = cast(pipe, DTYPES[dtype], device, "auto")
+        self.size = picture_edge(pipe)
+        self.upcycled = cast_copy(pipe, DTYPES[dtype], device, "auto")
 
     @functools.cached_property
-    def stock(self) -> dict[str, DiffusionPipeline]:
+    def stock_pipelines(self) -> dict[str, DiffusionPipeline]:
         """The exported pipelines, by task."""
-        return {sample.spec.name: export(self.exact, sample.spec.name, self.upcycled) for sample in self.samples}
+        return {
+            sample.spec.name: export_stock_pipeline(self.exact, sample.spec.name, self.upcycled)
+            for sample in self.samples
+        }
 
     @functools.cached_property
-    def reference(self) -> tuple[Tensor, Tensor]:
+    def reference_images(self) -> tuple[Tensor, Tensor]:
         """Images of a user's code, whose error sets the tolerance, and of the same code in a wider dtype."""
         dtype = self.upcycled.unet.dtype
         wide = torch.float64 if dtype == torch.float32 else torch.float32
-        pipes = (cast(self.exact, to, self.device, "eager") for to in (dtype, wide))
-        user, exact = (upcycled_images(pipe, self.samples, _CHECKED_STEPS) for pipe in pipes)
+        pipes = (cast_copy(self.exact, to, self.device, "eager") for to in (dtype, wide))
+        user, exact = (make_upcycled_images(pipe, self.samples, _CHECKED_STEPS) for pipe in pipes)
         return user, exact
 
-    def build(self, contender: Contender) -> PreparedContender:
+    def prepare_contender(self, contender: Contender) -> PreparedContender:
         """Builds a contender, warms it up, and checks its images.
 
         Raises:
             ValueError: this device cannot run it so.
             WrongResult: its images are wrong.
         """
-        sources = self.stock if contender.implementation.stock else {"": self.upcycled}
+        sources = self.stock_pipelines if contender.implementation.uses_stock_pipelines else {"": self.upcycled}
         pipes, seconds = {name: copy_sharing_weights(pipe) for name, pipe in sources.items()}, None
-        if contender.run is not None:
+        if contender.run_mode is not None:
             for pipe in pipes.values():
-                mtu.compile(pipe, contender.run.mode)
+                mtu.compile(pipe, contender.run_mode.compile_mode)
             seconds = sum(self._warm_up(contender.implementation, name, pipe) for name, pipe in pipes.items())
         generate = functools.partial(self._generate, contender.implementation, pipes)
-        check_images(generate(_CHECKED_STEPS), *self.reference)
-        figures = {"warmup_s": seconds, "weight_bytes": weight_bytes(pipes.values()), "graph": contender.graphs}
+        check_images(generate(_CHECKED_STEPS), *self.reference_images)
+        figures = {
+            "warmup_s": seconds,
+            "weight_bytes": count_weight_bytes(pipes.values()),
+            "graph": contender.uses_cuda_graphs,
+        }
         # More steps hold no more at once.
-        figures["peak_bytes"] = peak_bytes(functools.partial(generate, _CHECKED_STEPS), self.device)
+        figures["peak_bytes"] = measure_peak_bytes(functools.partial(generate, _CHECKED_STEPS), self.device)
         return PreparedContender(functools.partial(generate, self.steps), figures)
 
-    def _warm_up(self, calls: Calls, name: str, pipe: DiffusionPipeline) -> float:
+    def _warm_up(self, calls: ImageCalls, name: str, pipe: DiffusionPipeline) -> float:
         specs = [sample.spec for sample in self.samples]
-        if calls.stock:
-            batches = [stock_rows(spec) for spec in specs if spec.name == name]
+        if calls.uses_stock_pipelines:
+            batches = [stock_rows_per_sample(spec) for spec in specs if spec.name == name]
         else:
-            batches = [(spec.name,) for spec in specs] if calls.each else [tuple(spec.name for spec in specs)]
+            batches = (
+                [(spec.name,) for spec in specs] if calls.one_task_per_call else [tuple(spec.name for spec in specs)]
+            )
         return sum(mtu.warmup(pipe, batches, height=self.size, width=self.size).values())
 
-    def _generate(self, calls: Calls, pipes: dict[str, DiffusionPipeline], steps: int) -> Tensor:
-        if calls.stock:
-            images = torch.cat([stock_images(pipes[sample.spec.name], [sample], steps) for sample in self.samples])
-        elif calls.each:
-            images = torch.cat([upcycled_images(pipes[""], [sample], steps) for sample in self.samples])
+    def _generate(self, calls: ImageCalls, pipes: dict[str, DiffusionPipeline], steps: int) -> Tensor:
+        if calls.uses_stock_pipelines:
+            images = torch.cat([make_stock_images(pipes[sample.spec.name], [sample], steps) for sample in self.samples])
+        elif calls.one_task_per_call:
+            images = torch.cat([make_upcycled_images(pipes[""], [sample], steps) for sample in self.samples])
         else:
-            images = upcycled_images(pipes[""], self.samples, steps)
+            images = make_upcycled_images(pipes[""], self.samples, steps)
         synchronize(self.device)
         return images
 
-    def group(self, names: Sequence[str], workload: Workload) -> Group:
+    def make_group(self, names: Sequence[str], workload: Workload) -> Group:
         """The contenders in the setting of the upcycled model, which all make the same images."""
         config = self.upcycled.unet.expert_config
-        setting = Setting(config.num_experts, DENSE if config.has_dense_routing else config.top_k)
-        tasks = {name: 1 if CONTENDERS[name].implementation.each else len(self.samples) for name in names}
+        setting = Setting(config.num_experts, DENSE if config.is_dense else config.top_k)
+        tasks = {name: 1 if CONTENDERS[name].implementation.one_task_per_call else len(self.samples) for name in names}
         entries = (
-            Entry(name, CONTENDERS[name].relevant(setting._replace(tasks=number))) for name, number in tasks.items()
+            Entry(name, CONTENDERS[name].relevant_setting(setting._replace(tasks=number)))
+            for name, number in tasks.items()
         )
         return Group(workload, tuple(entries))
 
-    def measure(self, group: Group, runs: int, log: Log) -> Figures:
+    def measure_group(self, group: Group, runs: int, log: Log) -> Figures:
         """Yields the contenders that run here with their figures; their times are interleaved."""
         ready: dict[Entry, PreparedContender] = {}
         for entry in group.entries:
             log.bar.set_description(f"warm-up and check of {entry.contender}")
-            with log.attempt(entry, group.workload):
-                ready[entry] = self.build(CONTENDERS[entry.contender])
+            with log.report_errors(entry, group.workload):
+                ready[entry] = self.prepare_contender(CONTENDERS[entry.contender])
         if not ready:
             return
         log.bar.set_description(f"rounds of {group.workload}")
-        calls = [[prepared.generate] for prepared in ready.values()]
+        calls = [[prepared.generate_images] for prepared in ready.values()]
         # The clock of a CPU on GPUs, too: the host's work between steps is part of an image's time, and every call ends
         # in a synchronisation.
         clock = torch.device("cpu")
@@ -152,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     add_common_options(parser, "pipeline_DEVICE.csv")
     add_model_options(parser)
     parser.add_argument("--runs", type=parse_rounds, help=f"timed runs of each contender (default: {_RUNS})")
-    names = choices(CONTENDERS, "contender")
+    names = names_parser(CONTENDERS, "contender")
     parser.add_argument("--contenders", type=names, help="names, separated by commas (default: all)")
     parser.add_argument("--quick", action="store_true", help="a smoke test: two steps, two runs, nothing compiled")
     return parser
@@ -161,21 +177,23 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 if a contender was wrong or broke."""
     parser = _parser()
-    argv, options = parse(parser, argv)
+    argv, options = parse_arguments(parser, argv)
     runs = options.runs or (_QUICK_RUNS if options.quick else _RUNS)
     names = options.contenders or (EAGER if options.quick else tuple(CONTENDERS))
-    with usage_errors(parser, TypeError):
-        context = start(TABLE, options, argv, "pipeline_{device}.csv")
+    with exit_on_usage_errors(parser, TypeError):
+        context = start_command(TABLE, options, argv, "pipeline_{device}.csv")
         pipe = load_pipeline(options.folder)
-        workload = workload_of(pipe, options, _QUICK_STEPS)._replace(B=len(pipe.unet.tasks), dtype=options.dtype)
+        workload = workload_from_options(pipe, options, _QUICK_STEPS)._replace(
+            B=len(pipe.unet.tasks), dtype=options.dtype
+        )
     bench = PipelineBenchmark(pipe, options.dtype, context.device, workload.steps)
-    group = bench.group(names, workload)
+    group = bench.make_group(names, workload)
 
     def measure(group: Group, log: Log) -> Figures:
-        return bench.measure(group, runs, log)
+        return bench.measure_group(group, runs, log)
 
-    rows, failures = record(context, [group], measure, unit="step", rounds=WARM_ROUNDS + runs)
-    print("\n".join(comparison(rows)))
+    rows, failures = record_groups(context, [group], measure, unit="step", rounds=WARM_ROUNDS + runs)
+    print("\n".join(comparison_lines(rows)))
     return 1 if failures else 0
 
 

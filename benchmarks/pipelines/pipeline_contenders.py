@@ -3,59 +3,59 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from benchmarks.harness.contenders import ALL, Contender, Run
-from benchmarks.harness.rows import TIMES, Row, Table
+from benchmarks.harness.contenders import ALL, Contender, RunMode
+from benchmarks.harness.rows import TIMES, CsvTable, Row
 
-TABLE = Table(
+TABLE = CsvTable(
     "benchmarks.pipelines.pipeline",
     (
         *("group", "contender", "device", "model", "size", "images", "steps", "dtype", "E", "K", "tasks", "graph"),
         *(*TIMES, "rounds", "warmup_s", "peak_bytes", "weight_bytes", "images_per_s"),
     ),
-    times=".0f",
-    fields={"images": "B"},
+    time_format=".0f",
+    field_of_column={"images": "B"},
 )
 
 
-class Calls(NamedTuple):
+class ImageCalls(NamedTuple):
     """The calls that make images of several tasks.
 
     Attributes:
-        stock: whether a stock pipeline makes those of each task, and not the upcycled model.
-        each: whether one task follows another.
+        uses_stock_pipelines: whether a stock pipeline makes those of each task, and not the upcycled model.
+        one_task_per_call: whether one task follows another.
     """
 
-    stock: bool
-    each: bool
+    uses_stock_pipelines: bool
+    one_task_per_call: bool
 
 
 _RUNS = (
     None,
-    Run("compile", "compiled", "default"),
-    Run("graphs", "compiled and in CUDA graphs", "reduce-overhead", graphs=True),
+    RunMode("compile", "compiled", "default"),
+    RunMode("graphs", "compiled and in CUDA graphs", "reduce-overhead", uses_cuda_graphs=True),
 )
 _FAMILIES = {
-    "stock-each": Contender("a stock pipeline for each task, all resident, one after another", Calls(True, True)),
-    "mtu": Contender("the upcycled model, one call for all tasks", Calls(False, False), ALL),
-    "mtu-each": Contender("the upcycled model, a call for each task", Calls(False, True), ALL),
+    "stock-each": Contender("a stock pipeline for each task, all resident, one after another", ImageCalls(True, True)),
+    "mtu": Contender("the upcycled model, one call for all tasks", ImageCalls(False, False), ALL),
+    "mtu-each": Contender("the upcycled model, a call for each task", ImageCalls(False, True), ALL),
 }
 CONTENDERS: dict[str, Contender] = {
     family + (f"+{run.name}" if run else ""): contender._replace(
-        about=contender.about + (f", {run.about}" if run else ""), run=run, family=family
+        description=contender.description + (f", {run.description}" if run else ""), run_mode=run, family=family
     )
     for run in _RUNS
     for family, contender in _FAMILIES.items()
 }
-EAGER = tuple(name for name, contender in CONTENDERS.items() if contender.run is None)
+EAGER = tuple(name for name, contender in CONTENDERS.items() if contender.run_mode is None)
 STOCK = "stock-each"
 
 
-def comparison(rows: Sequence[Row]) -> list[str]:
+def comparison_lines(rows: Sequence[Row]) -> list[str]:
     """The time of each contender over that of the stock pipelines, run in the same way and run eagerly."""
     medians, lines = {row.contender: row.median_us for row in rows}, []
     for row in rows:
-        runs = (CONTENDERS[row.contender].run, None)
-        stock = [name for run in runs for name, c in CONTENDERS.items() if (c.family, c.run) == (STOCK, run)]
+        runs = (CONTENDERS[row.contender].run_mode, None)
+        stock = [name for run in runs for name, c in CONTENDERS.items() if (c.family, c.run_mode) == (STOCK, run)]
         ratios = [
             f"{row.median_us / medians[name]:.3f} of {name}"
             for name in dict.fromkeys(stock)

@@ -16,7 +16,7 @@ from benchmarks.harness.arguments import parse_count
 from benchmarks.harness.correctness import WrongResult
 from benchmarks.harness.memory import storage_bytes
 from benchmarks.harness.workloads import Workload
-from benchmarks.models.unet_models import share_weights
+from benchmarks.models.unet_models import copy_unet_sharing_weights
 from mtu.data.icons import examples as icons
 from mtu.data.icons.examples import IconDataset
 from mtu.pipelines.inputs import prepare_condition_image
@@ -56,15 +56,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=parse_count, help="denoising steps (default: the tasks' own)")
 
 
-def workload_of(pipe: mtu.MTUPipeline, options: argparse.Namespace, quick_steps: int) -> Workload:
+def workload_from_options(pipe: mtu.MTUPipeline, options: argparse.Namespace, quick_steps: int) -> Workload:
     """Model, size and steps of the images that the options ask for.
 
     Raises:
         ValueError: the pictures are no squares, or tasks have different numbers of steps and none is given.
     """
-    steps = steps_of(pipe.unet.tasks, options.steps or (quick_steps if options.quick else None))
+    steps = denoising_steps(pipe.unet.tasks, options.steps or (quick_steps if options.quick else None))
     model = "icons" if options.folder is None else options.folder.resolve().name
-    return Workload(model=model, size=output_size(pipe), steps=steps)
+    return Workload(model=model, size=picture_edge(pipe), steps=steps)
 
 
 def load_pipeline(folder: Path | None) -> mtu.MTUPipeline:
@@ -116,7 +116,7 @@ def separate_tasks_(unet: mtu.MTUUNet2DConditionModel) -> None:
 
 def draw_samples(pipe: mtu.MTUPipeline, per_task: int) -> list[Sample]:
     """Samples of all tasks, in turn: captions, instructions and pictures of icons, and latents by seed."""
-    size, factor = output_size(pipe), pipe.vae_scale_factor
+    size, factor = picture_edge(pipe), pipe.vae_scale_factor
     shape = (pipe.unet.config.in_channels, size // factor, size // factor)
     data, samples = IconDataset("test"), []
     for number in range(per_task):
@@ -131,7 +131,7 @@ def draw_samples(pipe: mtu.MTUPipeline, per_task: int) -> list[Sample]:
     return samples
 
 
-def output_size(pipe: DiffusionPipeline) -> int:
+def picture_edge(pipe: DiffusionPipeline) -> int:
     """Edge of the pictures that the model was made for, in pixels. Raises ValueError if they are no squares."""
     size = pipe.unet.config.sample_size
     edges = {size} if isinstance(size, int) else set(size)
@@ -140,7 +140,7 @@ def output_size(pipe: DiffusionPipeline) -> int:
     return edges.pop() * pipe.vae_scale_factor
 
 
-def steps_of(specs: Sequence[TaskSpec], given: int | None) -> int:
+def denoising_steps(specs: Sequence[TaskSpec], given: int | None) -> int:
     """Denoising steps of a call: those given, or the tasks' own. Raises ValueError where these differ."""
     own = {spec.num_inference_steps for spec in specs}
     if given is None and len(own) > 1:
@@ -148,13 +148,13 @@ def steps_of(specs: Sequence[TaskSpec], given: int | None) -> int:
     return own.pop() if given is None else given
 
 
-def stock_rows(spec: TaskSpec) -> int:
+def stock_rows_per_sample(spec: TaskSpec) -> int:
     """Rows of the UNet's batch for one sample in a stock pipeline."""
     guided = spec.guidance != "none" and spec.guidance_scale > 1
     return (3 if spec.takes_image else 2) if guided else 1
 
 
-def cast(pipe: mtu.MTUPipeline, dtype: torch.dtype, device: torch.device, backend: str) -> mtu.MTUPipeline:
+def cast_copy(pipe: mtu.MTUPipeline, dtype: torch.dtype, device: torch.device, backend: str) -> mtu.MTUPipeline:
     """A copy in another dtype, on another device and backend. Raises RuntimeError for a backend that is missing."""
     copied = copy.deepcopy(pipe)
     for part in _modules(copied):
@@ -166,7 +166,7 @@ def cast(pipe: mtu.MTUPipeline, dtype: torch.dtype, device: torch.device, backen
     return copied
 
 
-def export(pipe: mtu.MTUPipeline, name: str, parts: mtu.MTUPipeline) -> StockPipeline:
+def export_stock_pipeline(pipe: mtu.MTUPipeline, name: str, parts: mtu.MTUPipeline) -> DiffusionPipeline:
     """The stock pipeline of one task: folded in the precision of `pipe`, with the dtype and the device of `parts`.
 
     `parts` is a pipeline of the same model, which shares all its modules but the UNet.
@@ -181,25 +181,25 @@ def export(pipe: mtu.MTUPipeline, name: str, parts: mtu.MTUPipeline) -> StockPip
 def copy_sharing_weights(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """A pipeline with a UNet of its own on the same weights, so that one may be compiled and the other not."""
     copied = copy.copy(pipe)
-    copied.unet = share_weights(pipe.unet)
+    copied.unet = copy_unet_sharing_weights(pipe.unet)
     return copied
 
 
-def weight_bytes(pipes: Iterable[DiffusionPipeline]) -> int:
+def count_weight_bytes(pipes: Iterable[DiffusionPipeline]) -> int:
     """Bytes of all parameters and buffers that pipelines keep, shared ones counted once."""
     modules = [module for pipe in pipes for module in _modules(pipe)]
     return storage_bytes(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
 
 
-def upcycled_images(pipe: mtu.MTUPipeline, samples: Sequence[Sample], steps: int) -> Tensor:
+def make_upcycled_images(pipe: mtu.MTUPipeline, samples: Sequence[Sample], steps: int) -> Tensor:
     """Images of any mix of tasks from one call: (n, 3, H, W) in [0, 1], in the pipeline's dtype."""
     prompts, images = [sample.prompt for sample in samples], [sample.image for sample in samples]
-    tasks, size = [sample.spec.name for sample in samples], output_size(pipe)
+    tasks, size = [sample.spec.name for sample in samples], picture_edge(pipe)
     output: Any = pipe(prompts, images, tasks, **_common(pipe, samples, steps), height=size, width=size)
     return output.images
 
 
-def stock_images(pipe: StockPipeline, samples: Sequence[Sample], steps: int) -> Tensor:
+def make_stock_images(pipe: DiffusionPipeline, samples: Sequence[Sample], steps: int) -> Tensor:
     """Images of one task from one call of its exported pipeline: (n, 3, H, W) in [0, 1], in the pipeline's dtype."""
     spec = samples[0].spec
     given: dict[str, Any] = {"guidance_scale": spec.guidance_scale}
@@ -211,7 +211,7 @@ def stock_images(pipe: StockPipeline, samples: Sequence[Sample], steps: int) -> 
     return output.images
 
 
-def each_task(samples: Sequence[Sample]) -> Mapping[str, list[int]]:
+def positions_by_task(samples: Sequence[Sample]) -> Mapping[str, list[int]]:
     """Positions of the samples of each task, by its name."""
     positions: dict[str, list[int]] = {}
     for i, sample in enumerate(samples):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.harness.rows import Row, Table
+from benchmarks.harness.rows import CsvTable, Row
 from benchmarks.harness.workloads import Workload
 
 # The path that the others are compared with.
@@ -21,13 +21,13 @@ _EVEN = 3
 _ALL = "all"
 
 # A contender is an execution path.
-TABLE = Table(
+TABLE = CsvTable(
     "benchmarks.pipelines.image_psnr",
     (
         *("path", "task", "dtype", "images", "psnr_db", "allowed_db", "error_db", "pooled_db"),
         *("model", "device", "size", "steps"),
     ),
-    fields={"path": "contender", "task": "part", "images": "B"},
+    field_of_column={"path": "contender", "task": "part", "images": "B"},
 )
 
 
@@ -55,7 +55,7 @@ def squared_errors(images: Tensor, exact: Tensor) -> Tensor:
     return (images.double().cpu() - exact.double().cpu()).square().flatten(1).mean(1)
 
 
-def compare(
+def make_psnr_rows(
     errors: dict[str, Tensor], tasks: Sequence[str], workload: Workload, device: str, source: dict[str, str]
 ) -> list[Row]:
     """Rows of all paths, for each task and for all of them.
@@ -82,7 +82,7 @@ def compare(
     return rows
 
 
-def table(rows: Sequence[Row]) -> list[str]:
+def table_lines(rows: Sequence[Row]) -> list[str]:
     """A line for each row, for people."""
     lines = [f"{'path':20} {'dtype':6} {'task':18} {'PSNR dB':>8} {'allowed':>8} {'error':>6} {'pooled':>8}"]
     for row in rows:

@@ -35,7 +35,8 @@ def moe_ffn(
 
     Args:
         x, norm, experts, routing, options: as for `mtu_kernels.moe_ffn`.
-        level: the instruction set to use, one of ``instruction_sets()``. ``None`` takes the first and fastest.
+        level: the instruction set to use, one of ``instruction_sets()``. ``None`` takes the first, which is the
+            fastest.
 
     Raises:
         ValueError: this machine does not have the level.

@@ -17,12 +17,12 @@ STEPS = {"stock": 1000.0, "stock+graphs": 600.0, "mtu-triton": 900.0, "mtu-trito
 
 def make_step(contender, median, B=4, model="sd15", setting=MIXED, group=None, **columns):
     """A row of a made-up GPU: a denoising step, its median in µs."""
-    mixed = CONTENDERS[contender].relevant(setting._replace(tasks=min(setting.tasks, B)))
+    mixed = CONTENDERS[contender].relevant_setting(setting._replace(tasks=min(setting.tasks, B)))
     size = 1024 if model == "sdxl" else 512
     times = {"median_us": median, "p20_us": median * 0.9, "p80_us": median * 1.2, "rounds": 20}
     counts = {"peak_bytes": 2 * 10**9, "weight_bytes": 17 * 10**8, "images_per_s": 4.25, "source": SOURCE}
     known = CONTENDERS[contender]
-    waits = {"warmup_s": 31.5 if known.compiles else None, "graph": known.graphs}
+    waits = {"warmup_s": 31.5 if known.is_compiled else None, "graph": known.uses_cuda_graphs}
     waits |= {"switch_us": 30.0 if "tasks" in known.depends_on else None}
     return Row(
         group=f"{model}-{B}" if group is None else group,
@@ -94,7 +94,7 @@ _TABLES = {
 def write_rows(path, made):
     name, _, device = path.stem.rpartition("_")
     for row in made:
-        _TABLES[name or device].append(path, row)
+        _TABLES[name or device].append_row(path, row)
 
 
 def write_cells(path, columns, lines):

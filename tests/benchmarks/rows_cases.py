@@ -18,7 +18,7 @@ def make_row(contender, median, shape=(320, 4096), B=8, setting=FOUR, group="g",
         contender=contender,
         device="cuda",
         workload=Workload(*shape, B, "bf16", direction),
-        setting=CONTENDERS[contender].relevant(setting),
+        setting=CONTENDERS[contender].relevant_setting(setting),
         **(times | defaults | columns),
         source=SOURCE,
     )

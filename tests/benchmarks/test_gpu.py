@@ -5,8 +5,8 @@ import torch
 
 from benchmarks.ffn import moe_ffn
 from benchmarks.ffn.rows import TABLE
-from benchmarks.harness.memory import peak_bytes
-from benchmarks.harness.timing import host_us, time_interleaved, warm_up
+from benchmarks.harness.memory import measure_peak_bytes
+from benchmarks.harness.timing import measure_host_us, time_interleaved, warm_up
 from benchmarks.models import unet, unet_targets
 from benchmarks.models.unet_catalogue import CONTENDERS
 
@@ -45,21 +45,21 @@ def test_graphs_are_replayed_and_what_waits_for_the_host_is_timed_without(cuda):
     assert 3 < four.median_us / one.median_us < 5
     assert waiting.median_us > one.median_us
     assert runs.item() > before + 2 * one.rounds
-    issued = host_us(once, cuda)
+    issued = measure_host_us(once, cuda)
     assert issued is not None
     assert 0 < issued < 1e4
 
 
 def test_peak_of_a_call(cuda):
     x = torch.randn(N, N, device=cuda)
-    assert peak_bytes(lambda: (x + 1) + 1, cuda) == 2 * x.nbytes
+    assert measure_peak_bytes(lambda: (x + 1) + 1, cuda) == 2 * x.nbytes
 
 
 def test_a_quick_run(tmp_path):
     output = tmp_path / "rows.csv"
     arguments = ["--quick", "--seconds", "0", "--device", "cuda", "--shapes", "64x64", "--output", str(output)]
     assert moe_ffn.main([*arguments, "--contenders", "products,eager,loop,mtu-eager,mtu-triton"]) == 0
-    rows = TABLE.read(output)
+    rows = TABLE.read_rows(output)
     assert {row.contender for row in rows} == {"products", "eager", "loop", "mtu-eager", "mtu-triton"}
     for row in rows:
         assert row.graph == (row.contender != "loop" or row.setting.K is None)
@@ -80,11 +80,11 @@ def test_whole_unets(model, tmp_path, capfd):
     arguments = ["--quick", "--device", "cuda", "--model", model, "--tasks", "4", "--warm-caches"]
     arguments += ["--contenders", ",".join(names), "--output", str(output)]
     assert unet.main(arguments) == 0
-    rows = {row.contender: row for row in unet_targets.TABLE.read(output)}
+    rows = {row.contender: row for row in unet_targets.TABLE.read_rows(output)}
     assert list(rows) == names
     assert "without a CUDA graph" not in capfd.readouterr().err
     for name, row in rows.items():
-        assert row.graph == CONTENDERS[name].graphs
+        assert row.graph == CONTENDERS[name].uses_cuda_graphs
         assert row.peak_bytes > 0
         assert row.source["processor"] == torch.cuda.get_device_name()
     # Sources of the swap are in the host's memory.
@@ -98,7 +98,7 @@ def test_several_sizes_and_settings_of_captured_unets(tmp_path):
     arguments = ["--quick", "--device", "cuda", "--batches", "2,1", "--branches", "1,2", "--top-k", "dense,2"]
     arguments += ["--contenders", "stock+graphs,mtu-triton+graphs", "--output", str(output)]
     assert unet.main(arguments) == 0
-    rows = unet_targets.TABLE.read(output)
+    rows = unet_targets.TABLE.read_rows(output)
     # Of two pictures with one task and two, of one picture with one; each dense and with top-2.
     assert len(rows) == 2 * (1 + 4) + 2 * (1 + 2)
     assert all(row.graph and row.warmup_s for row in rows)

@@ -12,7 +12,7 @@ from benchmarks.harness.provenance import ROOT
 from benchmarks.kernels import compiled_kernels
 from benchmarks.kernels.ahead_of_time import ARCHITECTURES
 from benchmarks.kernels.kernel_calls import BITS
-from benchmarks.kernels.sass import count, count_tensor_core, count_waits, find_main_loop, parse
+from benchmarks.kernels.sass import count_instructions, count_tensor_core, count_waits, find_main_loop, parse_listing
 from mtu_kernels.triton.launch import is_interpreted
 from mtu_kernels.triton.tiles import PAIR_PRODUCTS, TileConfig
 
@@ -34,40 +34,46 @@ def test_shipped_tiles_compile_without_spills_within_the_chip_and_with_loads_tha
     with output.open(newline="") as file:
         kernels = list(csv.DictReader(file))
     compiled = {(name, kernel["dtype"]) for kernel in kernels for name in kernel["table_rows"].split("; ")}
-    rows = [row for row in compiled_kernels.rows_of(arch) if isinstance(row.tile, TileConfig)]
+    rows = [row for row in compiled_kernels.table_rows_of_arch(arch) if isinstance(row.tile, TileConfig)]
     dtypes = {16: ("bf16", "fp16"), 32: ("fp32",)}
-    assert {(compiled_kernels.row_name(row), dtype) for row in rows for dtype in dtypes[row.key.bits]} <= compiled
+    assert {
+        (compiled_kernels.format_table_key(row), dtype) for row in rows for dtype in dtypes[row.key.bits]
+    } <= compiled
     names = {kernel["kernel"] for kernel in kernels}
     assert {"layer_norm_kernel", "layer_norm_backward_kernel", "geglu_kernel", "geglu_backward_kernel"} <= names
     assert BITS.keys() >= {kernel["dtype"] for kernel in kernels}
 
 
 CHECKER = """
-from benchmarks.kernels.compiled_kernels import compile_all, rows_of, uncovered, violations
-from benchmarks.kernels.kernel_calls import record_rows
+from benchmarks.kernels.compiled_kernels import compile_all, describe_faults, describe_uncovered_rows
+from benchmarks.kernels.compiled_kernels import table_rows_of_arch
+from benchmarks.kernels.kernel_calls import record_launches_of_rows
 from benchmarks.kernels.kernel_model import GPUS
-from benchmarks.kernels.prediction import dense_firsts, kernel_cells, kernels
+from benchmarks.kernels.prediction import cells_of_product, compile_products, first_products_of_dense_calls
 from mtu_kernels.triton.tiles import TableRow, TileConfig, TileKey
 
 def show(arch, product, *tile):
     rows = (TableRow(TileKey(product, arch, 16, True), TileConfig(*tile), ""),)
-    print(*tile, *violations(next(compile_all(arch, record_rows(rows)))), sep=" | ")
+    print(*tile, *describe_faults(next(compile_all(arch, record_launches_of_rows(rows)))), sep=" | ")
 
 show("sm_80", "expert_in", 128, 128, 32, 4, 3)
 show("sm_80", "expert_in", 128, 128, 64, 8, 5)
 show("sm_86", "expert_sum", 128, 64, 64, 4, 1)
 show("sm_90", "expert_sum", 128, 64, 64, 4, 3, True)
-result = next(compile_all("sm_90", record_rows(rows_of("sm_90")[:1])))
-code = result.compiled.code
+result = next(compile_all("sm_90", record_launches_of_rows(table_rows_of_arch("sm_90")[:1])))
+code = result.compiled.machine_code
 waits = tuple(i for i in code.main_loop if i.name.startswith("WARPGROUP.DEPBAR"))
 serialised = code._replace(main_loop=(*code.main_loop, *waits))
-print(len(waits), *violations(result), *violations(result._replace(compiled=result.compiled._replace(code=serialised))))
+faulty = result._replace(compiled=result.compiled._replace(machine_code=serialised))
+print(len(waits), *describe_faults(result), *describe_faults(faulty))
 for rates in GPUS.values():
-    found = kernels(rates, ((640, 1024),))
+    found = compile_products(rates, ((640, 1024),))
     for kernel in found:
-        print(kernel_cells(kernel, rates) | {"product": kernel.launch.product_name})
-    print(*((str(tokens), first.programs, first.early) for tokens, first in dense_firsts(found).items()))
-print(*uncovered("sm_80", [], (TableRow(TileKey("expert_in", "sm_80", 16, True), TileConfig(64, 64, 64, 4, 3), ""),)))
+        print(cells_of_product(kernel, rates) | {"product": kernel.launch.product_name})
+    firsts = first_products_of_dense_calls(found)
+    print(*((str(tokens), first.num_programs, first.starts_early) for tokens, first in firsts.items()))
+row = TableRow(TileKey("expert_in", "sm_80", 16, True), TileConfig(64, 64, 64, 4, 3), "")
+print(*describe_uncovered_rows("sm_80", [], (row,)))
 """
 
 
@@ -75,7 +81,7 @@ print(*uncovered("sm_80", [], (TableRow(TileKey("expert_in", "sm_80", 16, True),
 def test_the_check_rejects_spills_and_what_does_not_fit_and_loads_and_products_that_wait():
     result = python("-c", CHECKER)
     assert result.returncode == 0, result.stderr
-    spills, too_large, waits, right, serialised, *predicted, uncovered = result.stdout.splitlines()
+    spills, too_large, waits, right, serialised, *predicted, describe_uncovered_rows = result.stdout.splitlines()
     assert spills.startswith("128 | 128 | 32 | 4 | 3 | registers must not spill, got ")
     assert too_large.endswith("shared memory must be at most 166912 bytes, got 196608")
     assert "the main loop must load by LDGSTS alone, got 0 of it and " in waits
@@ -96,7 +102,7 @@ def test_the_check_rejects_spills_and_what_does_not_fit_and_loads_and_products_t
         rows, columns = map(int, row["tile"].split("x")[:2])
         columns *= 2 if row["product"] in PAIR_PRODUCTS else 1
         assert float(row["l2_bytes_per_flop"]) == pytest.approx((rows + columns) / (rows * columns), rel=1e-3)
-    assert uncovered.count("no kernel of 64x64x64 warps=4 stages=3 was compiled in") == 2
+    assert describe_uncovered_rows.count("no kernel of 64x64x64 warps=4 stages=3 was compiled in") == 2
 
 
 JUST_IN_TIME = """
@@ -104,7 +110,7 @@ import os
 
 import triton
 from benchmarks.kernels.ahead_of_time import compile_launch, gpu_target
-from benchmarks.kernels.kernel_calls import Call, record, top_2
+from benchmarks.kernels.kernel_calls import FFNCall, record_launches, top_2_shape
 
 class Driver:
     def get_current_device(self): return 0
@@ -113,7 +119,7 @@ class Driver:
 
 triton.runtime.driver.set_active(Driver())
 cache = os.environ["TRITON_CACHE_DIR"]
-for named in list(record(Call(top_2(640, 1024)), "sm_90"))[:3]:
+for named in list(record_launches(FFNCall(top_2_shape(640, 1024)), "sm_90"))[:3]:
     launch = named.launch
     compile_launch(launch, "sm_90", listed=False)
     before = set(os.listdir(cache))
@@ -137,12 +143,12 @@ def test_what_is_compiled_ahead_is_what_a_call_would_compile(tmp_path):
 
 
 AHEAD = """
-from benchmarks.kernels.products import Shape
-from benchmarks.kernels.tile_measure import Task, compile_ahead
+from benchmarks.kernels.products import ProductShape
+from benchmarks.kernels.tile_measure import ProductTask, compile_ahead
 from mtu_kernels.triton.tiles import LIBRARY, TileConfig
 
 if __name__ == "__main__":
-    task = Task("expert_sum", Shape(320, 256, 2, 8, 2, 320), "bf16")
+    task = ProductTask("expert_sum", ProductShape(320, 256, 2, 8, 2, 320), "bf16")
     tiles = LIBRARY, TileConfig(128, 128, 64, 8, 9)
     for (_, tile), reason in compile_ahead({task: tiles}, "sm_90").items():
         print(tiles.index(tile), reason)
@@ -191,20 +197,20 @@ SERIALISED = """
 
 
 def test_waits_for_tensor_cores_are_counted_within_the_loop():
-    loop = find_main_loop(parse(SERIALISED))
+    loop = find_main_loop(parse_listing(SERIALISED))
     assert (count_tensor_core(loop), count_waits(loop)) == (2, 2)
-    assert count_waits(find_main_loop(parse(LISTING))) == 0
+    assert count_waits(find_main_loop(parse_listing(LISTING))) == 0
 
 
 def test_the_main_loop_is_the_shortest_around_the_product():
-    instructions = parse(LISTING)
+    instructions = parse_listing(LISTING)
     assert len(instructions) == 9
     loop = find_main_loop(instructions)
     assert [instruction.address for instruction in loop] == [0x30, 0x40, 0x50]
     assert count_tensor_core(loop) == 2
-    assert count(instructions, "LDGSTS", "STG") == 2
+    assert count_instructions(instructions, "LDGSTS", "STG") == 2
     by_address = LISTING.replace("`(.L_x_0)", "0x30").replace("`(.L_x_1)", "0x10").replace("`(.L_x_2)", "0x60")
-    assert parse(by_address) == instructions
+    assert parse_listing(by_address) == instructions
 
 
 CANDIDATES = ["expert_sum", "--arch", "sm_80", "--top-k", "--shapes", "1280x1024"]
@@ -236,13 +242,13 @@ def test_interpreted_kernels_are_refused(capsys):
 
 EARLY = """
 from benchmarks.kernels.ahead_of_time import compile_launch
-from benchmarks.kernels.kernel_calls import Call, dense, record
+from benchmarks.kernels.kernel_calls import FFNCall, dense_shape, record_launches
 from benchmarks.kernels.products import draw_operands
 from benchmarks.kernels.sass import count_waits
 from mtu_kernels.triton.kernels.expert_in import FirstProductOutputs, launch_expert_in
 from mtu_kernels.triton.tiles import TileConfig
 
-operands = draw_operands(dense(640, 1024), "bf16", "meta")
+operands = draw_operands(dense_shape(640, 1024), "bf16", "meta")
 for tile in (
     TileConfig(128, 64, 64, 4, 3),
     TileConfig(128, 64, 64, 4, 3, descriptors=True),
@@ -251,13 +257,13 @@ for tile in (
 ):
     outputs = FirstProductOutputs(operands.h, None)
     launch = launch_expert_in(operands.x_hat, operands.experts, operands.routing, outputs, tile, "ieee", overlap=True)
-    code = compile_launch(launch, "sm_90").code
-    names = [i.base for i in code.instructions]
+    code = compile_launch(launch, "sm_90").machine_code
+    names = [i.name_without_modifiers for i in code.instructions]
     first_load = min(names.index(name) for name in ("LDGSTS", "UTMALDG") if name in names)
     early = names.index("ACQBULK") < first_load
-    print(launch.kernel.__name__, code.stack, count_waits(code.main_loop), early)
+    print(launch.kernel.__name__, code.stack_bytes, count_waits(code.main_loop), early)
 for arch in "sm_80", "sm_90":
-    recorded = record(Call(dense(640, 1024)), arch)
+    recorded = record_launches(FFNCall(dense_shape(640, 1024)), arch)
     print(*(named.launch.may_overlap_previous for named in recorded if "inference" in named.name))
 """
 

@@ -13,9 +13,9 @@ import triton as triton_package
 import triton.language as tl
 from torch import Tensor
 
-from benchmarks.ffn.training_memory import count
+from benchmarks.ffn.training_memory import count_step_bytes
 from benchmarks.harness.workloads import Setting, Workload
-from benchmarks.kernels.products import Shape, draw_operands, prepare
+from benchmarks.kernels.products import ProductShape, draw_operands, prepare_product
 from mtu_kernels import ExpertWeights, available_backends, moe_ffn, reference, triton, warmup
 from mtu_kernels.arguments import indices_valid_flag
 from mtu_kernels.moe_ffn import _fastest
@@ -98,8 +98,8 @@ def test_the_tiles_of_architectures(arch, dtype, K, options):
 )
 def test_tiles_across_samples_and_experts(F, tile, kernel):
     """The first product with dense routing, where a row tile ends amid a sample and a column tile amid an expert."""
-    operands = draw_operands(Shape(40, 37, 2, 4, None, F), "fp16", "cpu")
-    work = prepare("expert_in", operands, tile)
+    operands = draw_operands(ProductShape(40, 37, 2, 4, None, F), "fp16", "cpu")
+    work = prepare_product("expert_in", operands, tile)
     assert [step.kernel.__name__ for step in work.steps] == [kernel]
     work.outputs["h"].fill_(float("nan"))
     work.run(execute_launch)
@@ -111,8 +111,8 @@ def test_tiles_across_samples_and_experts(F, tile, kernel):
 
 @interpreted
 def test_activations_after_a_library_product_are_rounded_once():
-    operands = draw_operands(Shape(40, 37, 2, 4, None, 24), "fp16", "cpu")
-    work = prepare("expert_in_train", operands, LIBRARY)
+    operands = draw_operands(ProductShape(40, 37, 2, 4, None, 24), "fp16", "cpu")
+    work = prepare_product("expert_in_train", operands, LIBRARY)
     work.run(execute_launch)
     assert_rounded_once(work.outputs["h"], work.outputs["z"], operands.routing.weights)
 
@@ -314,7 +314,7 @@ def test_the_activation_is_exact_to_storage():
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_memory_of_training(arch):
     """Where a batch has fewer tokens than this, gradients of weights, the same for both, outweigh all else."""
-    ratios = count(Workload(320, 1024, 2, "bf16", "forward+backward"), Setting(E=4), arch).ratios
+    ratios = count_step_bytes(Workload(320, 1024, 2, "bf16", "forward+backward"), Setting(E=4), arch).ratios
     assert ratios["saved"] <= 0.6
     assert ratios["peak"] <= 0.95
     assert ratios["recomputed_peak"] <= 0.6

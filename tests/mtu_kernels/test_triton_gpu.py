@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.products import Shape, draw_operands, prepare
-from benchmarks.kernels.tile_measure import check
-from benchmarks.kernels.tile_measure import reference as reference_of
+from benchmarks.kernels.products import ProductShape, draw_operands, prepare_product
+from benchmarks.kernels.tile_measure import assert_matches_reference
+from benchmarks.kernels.tile_measure import reference_outputs as reference_of
 from mtu_kernels import NormAffine, Routing, dense_weights, moe_ffn, reference, warmup
 from mtu_kernels.triton.launch import execute_launch
 from mtu_kernels.triton.tiles import TileConfig
@@ -196,7 +196,9 @@ def test_routings_of_a_batch_are_independent():
         assert (alone - mixed[rows]).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * mixed.abs().max()
 
 
-@pytest.mark.parametrize("shape", [Shape(1280, 1024, 2, 4, None, 1280), Shape(320, 77, 3, 4, None, 320)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [ProductShape(1280, 1024, 2, 4, None, 1280), ProductShape(320, 77, 3, 4, None, 320)], ids=str
+)
 @pytest.mark.parametrize(
     "tile",
     [
@@ -213,7 +215,7 @@ def test_routings_of_a_batch_are_independent():
 def test_first_product_with_tiles_that_the_interpreter_cannot_show(tile, shape):
     """More tiles than multiprocessors, and fewer; rows of several samples in one tile."""
     operands = draw_operands(shape, "bf16", "cuda")
-    work = prepare("expert_in", operands, tile)
+    work = prepare_product("expert_in", operands, tile)
     work.outputs["h"].fill_(float("nan"))
     work.run(execute_launch)
-    check(work.outputs, reference_of("expert_in", operands), torch.bfloat16)
+    assert_matches_reference(work.outputs, reference_of("expert_in", operands), torch.bfloat16)

@@ -12,7 +12,7 @@ from benchmarks.ffn.peers import CONTENDERS, Implementation
 from benchmarks.ffn.rows import TABLE
 from benchmarks.ffn.sweeps import DEFAULT_SWEEPS, QUICK
 from benchmarks.harness.contenders import ALL, Contender
-from benchmarks.harness.provenance import ROOT, provenance
+from benchmarks.harness.provenance import ROOT, collect_provenance
 from benchmarks.harness.workloads import Setting
 from benchmarks.pages import plot, plot_ffn
 
@@ -36,7 +36,7 @@ def test_a_run_from_start_to_picture(tmp_path, capsys, no_compiler):
     out = capsys.readouterr().out
     assert "mtu-cpp, bf16, " in out
     assert "forward / compile-folded: not measured (at most 0.90)" in out
-    rows = TABLE.read(output)
+    rows = TABLE.read_rows(output)
     # products, loop and mtu-eager dense and with top-2; the others once; for two passes.
     assert len(rows) == 2 * (3 * 2 + 2)
     assert f"{len(rows)} rows added" in out
@@ -45,7 +45,7 @@ def test_a_run_from_start_to_picture(tmp_path, capsys, no_compiler):
         assert 0 < row.p20_us <= row.median_us <= row.p80_us
         assert row.rounds == 20
         assert not row.graph
-        assert row.source == provenance(f"python -m benchmarks.ffn.moe_ffn {' '.join(arguments)}")
+        assert row.source == collect_provenance(f"python -m benchmarks.ffn.moe_ffn {' '.join(arguments)}")
         training = row.workload.direction == "forward+backward" and row.contender != "products"
         assert (row.saved_bytes is not None) == training
 
@@ -68,7 +68,7 @@ def test_a_run_goes_on_where_it_was_cut_off(tmp_path, capsys):
     assert not output.exists()
     assert moe_ffn.main([*arguments[:-1], "backward"]) == 0
     assert moe_ffn.main([*arguments, "--resume"]) == 0
-    assert [row.workload.direction for row in TABLE.read(output)] == ["backward"] * 2 + ["forward"] * 2
+    assert [row.workload.direction for row in TABLE.read_rows(output)] == ["backward"] * 2 + ["forward"] * 2
     assert moe_ffn.main([*arguments, "--resume"]) == 0
     assert "0 rows added" in capsys.readouterr().out
 
@@ -93,7 +93,7 @@ def test_refusals_are_said_once_and_failures_end_in_an_error(tmp_path, capsys, m
     assert error.count(refusal) == 1
     assert "FAILED, not timed: loop at 32x16 B=2 bf16 forward E=4 dense tasks=1: WrongResult: y must be" in error
     assert "FAILED, not timed: mtu-eager at 32x16 B=2 bf16 forward E=4 top-2 tasks=1: KeyError: 'tile'" in error
-    assert {row.contender for row in TABLE.read(output)} == {"products"}
+    assert {row.contender for row in TABLE.read_rows(output)} == {"products"}
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_file_of_other_columns_is_refused_before_anything_is_measured(tmp_path
 
 def test_arguments_choose_between_the_default_sweep_and_all_combinations():
     def sweeps(arguments, device="cuda"):
-        return moe_ffn.sweeps_of(moe_ffn._parser().parse_args(arguments), device)
+        return moe_ffn.sweeps_from_options(moe_ffn._parser().parse_args(arguments), device)
 
     assert sweeps([]) == DEFAULT_SWEEPS["cuda"]
     assert sweeps(["--quick"]) == (QUICK,)
@@ -157,11 +157,11 @@ def test_measuring_needs_neither_diffusers_nor_matplotlib_nor_the_installed_pack
         "print(benchmarks.harness.provenance.provenance('x')['commit'])"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == provenance("x")["commit"]
+    assert run.stdout.strip() == collect_provenance("x")["commit"]
 
 
 def test_provenance(monkeypatch, tmp_path):
-    source = provenance("make it", commit="abc")
+    source = collect_provenance("make it", commit="abc")
     assert source["command"] == "make it"
     assert source["commit"] == "abc"
     assert source["torch"] == torch.__version__
@@ -169,7 +169,7 @@ def test_provenance(monkeypatch, tmp_path):
     # Neither git nor the packages: a bare copy of the tree on another machine.
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("importlib.metadata.version", _not_there)
-    source = provenance("make it")
+    source = collect_provenance("make it")
     assert source["commit"] == "unknown"
     assert source["triton"] == source["diffusers"] == "absent"
 
@@ -193,18 +193,18 @@ def test_the_commit_of_a_changed_tree_is_marked(monkeypatch, tmp_path):
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
     (results / "new.csv").write_text("1")
-    clean = provenance("x")["commit"]
+    clean = collect_provenance("x")["commit"]
     assert len(clean) >= 7
     assert clean.isalnum()
     (tmp_path / "file").write_text("2")
-    assert provenance("x")["commit"] == f"{clean}-dirty"
+    assert collect_provenance("x")["commit"] == f"{clean}-dirty"
 
 
 def test_pictures_need_results(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         plot.main(["--results", str(tmp_path)])
     assert f"error: There is no moe_ffn_*.csv in {tmp_path}" in capsys.readouterr().err
-    TABLE.append(tmp_path / "moe_ffn_cuda.csv", make_row("eager", 1))
+    TABLE.append_row(tmp_path / "moe_ffn_cuda.csv", make_row("eager", 1))
     with pytest.raises(SystemExit, match="2"):
         plot.main(["--results", str(tmp_path), "--output", str(tmp_path)])
     assert "needs rows of products and of other contenders at B = 8, got none." in capsys.readouterr().err
@@ -215,9 +215,11 @@ def test_points_are_the_routing_asked_for_over_the_products():
     rows = [make_row("products", 100), make_row("eager", 200)]
     rows += [make_row("mtu-triton", time, setting=Setting(E)) for E, time in ((1, 120), (4, 110), (8, 300))]
     rows += [make_row("mtu-triton", 50, setting=Setting(4, 2)), make_row("eager", 10, B=1)]
-    drawn = plot_ffn.points(rows, batch=8, experts=4)
+    drawn = plot_ffn.last_relative_times(rows, batch=8, experts=4)
     assert {name: point.median for (name, _), point in drawn.items()} == {"eager": 2.0, "mtu-triton": 1.1}
-    assert [plot_ffn.points(rows, 8, experts)["mtu-triton", rows[0].workload].median for experts in (1, 8)] == [
+    assert [
+        plot_ffn.last_relative_times(rows, 8, experts)["mtu-triton", rows[0].workload].median for experts in (1, 8)
+    ] == [
         1.2,
         3.0,
     ]

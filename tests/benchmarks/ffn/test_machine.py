@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from benchmarks.ffn import machine
-from benchmarks.ffn.roofline import cost, read_roofline_points, roofline_points
-from benchmarks.harness.provenance import provenance
+from benchmarks.ffn.roofline import forward_cost, read_roofline_points, roofline_points
+from benchmarks.harness.provenance import collect_provenance
 from benchmarks.harness.timing import Timing
 from benchmarks.harness.workloads import Setting, Workload
 
@@ -33,13 +33,13 @@ def clock(monkeypatch):
 def test_roofs_are_the_best_of_the_medians(clock):
     # Products of edges 8, 16, 32 at 1 ms each: the largest one is the fastest. Then a copy and a triad of 4 KiB arrays.
     clock += [1, 1, 1, 2, 2.5]
-    roofs = machine.measure(CPU, "fp32", {"commit": "abc"}, (8, 16, 32), 4096, rounds=7)
+    roofs = machine.measure_roofs(CPU, "fp32", {"commit": "abc"}, (8, 16, 32), 4096, rounds=7)
     assert (roofs.device, roofs.workload.dtype, roofs.matrix, roofs.rounds) == ("cpu", "fp32", 32, 7)
     assert roofs.flops_per_s == pytest.approx(2 * 32**3 / 1e-3)
     assert (roofs.part, roofs.array_bytes) == ("triad", 4096)
     assert roofs.bytes_per_s == pytest.approx(3 * 4096 / 2.5e-3)
     clock += [1, 1, 9, 2, 4]
-    roofs = machine.measure(CPU, "fp32", {}, (8, 16, 32), 4096)
+    roofs = machine.measure_roofs(CPU, "fp32", {}, (8, 16, 32), 4096)
     assert (roofs.matrix, roofs.part) == (16, "copy")
 
 
@@ -54,7 +54,7 @@ def test_a_quick_run_and_reading_back(tmp_path, capsys):
     for known in roofs.values():
         assert known.flops_per_s > 0
         assert known.bytes_per_s > 0
-        assert known.source == provenance(f"python -m benchmarks.ffn.machine {' '.join(arguments)}")
+        assert known.source == collect_provenance(f"python -m benchmarks.ffn.machine {' '.join(arguments)}")
     assert len(output.read_text().splitlines()) == 1 + 4
 
 
@@ -88,22 +88,22 @@ def test_roofs_of_a_gpu(tmp_path):
 
 def test_the_cost_of_a_feed_forward():
     D, L, B = 320, 4096, 2
-    dense = cost(Workload(D, L, B, "bf16", "forward"), Setting(4))
+    dense = forward_cost(Workload(D, L, B, "bf16", "forward"), Setting(4))
     # Two products of B·L rows: D by 2·H, and H by D, where H = 4·D.
     assert dense.flops == 2 * B * L * D * 8 * D + 2 * B * L * 4 * D * D
     weights = 8 * D * D + 8 * D + 4 * D * D + D
     assert dense.bytes == 2 * (2 * B * L * D + weights)
-    half = cost(Workload(D, L, B, "fp32", "forward"), Setting(8, 4))
+    half = forward_cost(Workload(D, L, B, "fp32", "forward"), Setting(8, 4))
     assert half.flops * 2 == dense.flops
     assert half.bytes == 4 * (2 * B * L * D + (weights - D) // 2 + D)
 
 
 def test_which_roof_binds():
     roofs = make_roofs(flops_per_s=1000.0, bytes_per_s=10.0)
-    light, heavy = (cost(Workload(1280, L, 1, "bf16", "forward"), Setting()) for L in (64, 1024))
+    light, heavy = (forward_cost(Workload(1280, L, 1, "bf16", "forward"), Setting()) for L in (64, 1024))
     assert light.intensity < 100 < heavy.intensity
-    assert (light.bound(roofs), light.roof(roofs)) == ("memory", light.intensity * 10)
-    assert (heavy.bound(roofs), heavy.roof(roofs)) == ("products", 1000)
+    assert (light.name_of_lower_roof(roofs), light.attainable_flops_per_s(roofs)) == ("memory", light.intensity * 10)
+    assert (heavy.name_of_lower_roof(roofs), heavy.attainable_flops_per_s(roofs)) == ("products", 1000)
 
 
 def test_marks_are_dense_rows_of_known_shapes_and_one_batch():
@@ -111,10 +111,13 @@ def test_marks_are_dense_rows_of_known_shapes_and_one_batch():
     rows += [make_row("mtu-triton", 60), make_row("mtu-triton", 50, setting=Setting(8, 2))]
     rows += [make_row("mtu-triton", 10, B=1), make_row("mtu-triton", 1, shape=(96, 100))]
     drawn = roofline_points(rows, {("cuda", "bf16"): make_roofs()})
-    assert {(mark.row.contender, mark.row.median_us) for mark in drawn} == {("eager", 200), ("mtu-triton", 60)}
-    (tested,) = (mark for mark in drawn if mark.row.contender == "mtu-triton")
+    assert {(mark.measured.contender, mark.measured.median_us) for mark in drawn} == {
+        ("eager", 200),
+        ("mtu-triton", 60),
+    }
+    (tested,) = (mark for mark in drawn if mark.measured.contender == "mtu-triton")
     assert tested.flops_per_s == pytest.approx(24 * 8 * 4096 * 320**2 / 60e-6)
-    assert tested.share == pytest.approx(tested.flops_per_s / 8e14)
+    assert tested.share_of_roof == pytest.approx(tested.flops_per_s / 8e14)
     assert roofline_points(rows, {("cpu", "bf16"): make_roofs("cpu")}) == []
 
 
@@ -124,4 +127,4 @@ def test_marks_of_files(tmp_path):
         read_roofline_points(tmp_path, "cuda")
     write_rows(tmp_path / "scaling_cuda.csv", [make_row("mtu-triton", 70), make_row("eager", 90, shape=(640, 1024))])
     write_rows(tmp_path / "moe_ffn_cuda.csv", [make_row("mtu-triton", 60)])
-    assert [mark.row.median_us for mark in read_roofline_points(tmp_path, "cuda")] == [60, 90]
+    assert [mark.measured.median_us for mark in read_roofline_points(tmp_path, "cuda")] == [60, 90]

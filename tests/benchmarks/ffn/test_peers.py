@@ -4,9 +4,17 @@ import pytest
 import torch
 from diffusers.models.attention import FeedForward
 
-from benchmarks.ffn.correctness import check
-from benchmarks.ffn.inputs import EPS, draw_shared, route
-from benchmarks.ffn.peers import CONTENDERS, as_folded, as_stock, bind, loop_ffn, stock_ffn, user_ffn
+from benchmarks.ffn.correctness import assert_matches_reference
+from benchmarks.ffn.inputs import EPS, draw_routed_inputs, draw_shared_inputs
+from benchmarks.ffn.peers import (
+    CONTENDERS,
+    loop_ffn,
+    make_calls,
+    stock_ffn,
+    to_folded_inputs,
+    to_stock_inputs,
+    user_ffn,
+)
 from benchmarks.ffn.sweeps import PASSES
 from benchmarks.harness.correctness import WrongResult
 from benchmarks.harness.dtypes import DTYPES
@@ -23,7 +31,7 @@ SETTINGS = {
 
 
 def make(setting=SETTINGS["dense"], dtype="fp32", direction="forward+backward", B=3):
-    return route(draw_shared(Workload(16, 9, B, dtype, direction), CPU, 0), setting, 0)
+    return draw_routed_inputs(draw_shared_inputs(Workload(16, 9, B, dtype, direction), CPU, 0), setting, 0)
 
 
 def doubled(inputs):
@@ -35,7 +43,7 @@ def doubled(inputs):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_eager_is_the_layer_norm_and_feed_forward_of_diffusers_bit_for_bit(dtype):
-    inputs = as_stock(make(dtype=dtype, direction="forward"))
+    inputs = to_stock_inputs(make(dtype=dtype, direction="forward"))
     norm = torch.nn.LayerNorm(16, eps=EPS)
     ffn = FeedForward(16, activation_fn="geglu")
     tensors = dict(zip(("weight", "bias"), inputs.norm, strict=True))
@@ -43,25 +51,27 @@ def test_eager_is_the_layer_norm_and_feed_forward_of_diffusers_bit_for_bit(dtype
     names = ("net.0.proj.weight", "net.0.proj.bias", "net.2.weight", "net.2.bias")
     ffn.load_state_dict(dict(zip(names, inputs.experts[:4], strict=True)))
     expected = ffn.to(DTYPES[dtype])(norm.to(DTYPES[dtype])(inputs.x))
-    assert torch.equal(stock_ffn(*inputs.arguments), expected)
+    assert torch.equal(stock_ffn(*inputs.moe_ffn_arguments), expected)
 
 
 @pytest.mark.parametrize("function", [user_ffn, loop_ffn], ids=["user", "loop"])
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
 def test_routed_peers_are_the_reference(setting, function):
     inputs = doubled(make(setting, direction="forward"))
-    torch.testing.assert_close(function(*inputs.arguments), reference.moe_ffn(*inputs.arguments))
+    torch.testing.assert_close(function(*inputs.moe_ffn_arguments), reference.moe_ffn(*inputs.moe_ffn_arguments))
 
 
 def test_folded_is_routed_for_one_task():
     routed = doubled(make(Setting(4, None, 1), direction="forward"))
-    torch.testing.assert_close(stock_ffn(*as_folded(routed).arguments), reference.moe_ffn(*routed.arguments))
+    torch.testing.assert_close(
+        stock_ffn(*to_folded_inputs(routed).moe_ffn_arguments), reference.moe_ffn(*routed.moe_ffn_arguments)
+    )
 
 
 def test_stock_inputs_forget_the_routing():
     inputs = make(SETTINGS["top2"])
-    stock = as_stock(inputs)
-    assert stock.leaf_names == [name for name in inputs.leaf_names if name != "routing.weights"]
+    stock = to_stock_inputs(inputs)
+    assert stock.names_of_leaves == [name for name in inputs.names_of_leaves if name != "routing.weights"]
     assert stock.experts.num_experts == 1
     assert stock.norm.weight.shape == (16,)
     assert torch.equal(stock.routing.weights, torch.ones(3, 1))
@@ -79,7 +89,7 @@ def test_samples_of_one_task_share_its_rows_and_tasks_differ():
 @pytest.mark.parametrize("K", [None, 1], ids=["dense", "top1"])
 def test_products_do_the_share_of_the_active_experts(K, direction):
     inputs = make(Setting(4, K, 1), direction=direction)
-    (call,) = bind(None, [inputs], direction)
+    (call,) = make_calls(None, [inputs], direction)
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         call()
     forward = 2 * 3 * 9 * 16 * (3 * 4 * 16) // (4 if K else 1)
@@ -90,20 +100,20 @@ def test_products_do_the_share_of_the_active_experts(K, direction):
 @pytest.mark.parametrize("name", ["eager", "loop", "mtu-eager", "mtu-eager-recompute"])
 def test_bound_calls_return_outputs_or_gradients(name, direction):
     implementation = CONTENDERS[name].implementation
-    inputs = implementation.prepare(make(direction=direction))
-    (call,) = bind(implementation.function, [inputs], direction)
+    inputs = implementation.prepare_inputs(make(direction=direction))
+    (call,) = make_calls(implementation.function, [inputs], direction)
     results = [call(), call()][1]
     if direction == "forward":
         assert results.shape == inputs.x.shape
         assert not results.requires_grad
     else:
-        assert [grad.shape for grad in results] == [leaf.shape for leaf in inputs.leaves]
+        assert [grad.shape for grad in results] == [leaf.shape for leaf in inputs.leaf_tensors]
 
 
 CHECKED = [
     name
     for name, c in CONTENDERS.items()
-    if c.implementation.function and c.run is None and c.implementation.backend in (None, "eager")
+    if c.implementation.function and c.run_mode is None and c.implementation.backend in (None, "eager")
 ]
 CHECKED += [f"mtu-cpp-{way}" for way in ("add", "residual") if "cpp" in available_backends()]
 
@@ -113,10 +123,10 @@ CHECKED += [f"mtu-cpp-{way}" for way in ("add", "residual") if "cpp" in availabl
 @pytest.mark.parametrize("name", CHECKED)
 def test_right_contenders_pass_the_check(name, dtype, direction):
     implementation = CONTENDERS[name].implementation
-    inputs = implementation.prepare(make(SETTINGS["top2"], dtype, direction))
-    check(implementation.function, inputs, implementation.residual)
+    inputs = implementation.prepare_inputs(make(SETTINGS["top2"], dtype, direction))
+    assert_matches_reference(implementation.function, inputs, implementation.adds_residual)
     with pytest.raises(WrongResult):
-        check(implementation.function, inputs, not implementation.residual)
+        assert_matches_reference(implementation.function, inputs, not implementation.adds_residual)
 
 
 def without_bias(x, norm, experts, routing):
@@ -159,4 +169,4 @@ def one_sample_too_few(x, norm, experts, routing):
 )
 def test_wrong_contenders_fail_the_check(function, words):
     with pytest.raises(WrongResult, match=words):
-        check(function, make())
+        assert_matches_reference(function, make())

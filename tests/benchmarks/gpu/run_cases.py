@@ -4,21 +4,21 @@ import json
 import time
 import zipfile
 
-from benchmarks.gpu.output import FACTS, RESULTS, Output
-from benchmarks.gpu.stages import RESERVE_SECONDS, Run
+from benchmarks.gpu.output import FACTS, RESULTS, PackedOutput
+from benchmarks.gpu.stages import RESERVE_SECONDS, GPURun
 from benchmarks.gpu.state import State
 from benchmarks.gpu.steps import Step
 
 COMMIT = "abc1234"
 
 
-def shell(name, script, seconds=30.0, least=0.0, **options):
+def shell(name, script, seconds=30.0, least_seconds=0.0, **options):
     """A step that runs a script in its folder."""
 
     def command(place):
         return ["/bin/sh", "-c", f"cd {place.folder}; {script}"]
 
-    return Step(name, "nothing", command, seconds, least, **options)
+    return Step(name, "nothing", command, seconds, least_seconds, **options)
 
 
 class Folders:
@@ -30,15 +30,15 @@ class Folders:
     def call(self, *steps, seconds=30.0):
         """Runs steps, and returns how each of them ended, by name."""
         state = State(self.state, COMMIT)
-        state.end_leftovers()
+        state.kill_leftovers()
         state.tree.mkdir(exist_ok=True)
         names = [step.name for step in steps]
         try:
-            output = Output(self.output, state, names, COMMIT)
-            Run(state, output, time.monotonic() + seconds + RESERVE_SECONDS, COMMIT, quick=False).run(steps)
-            return {name: outcome.status for name, outcome in state.outcomes(names).items()}
+            output = PackedOutput(self.output, state, names, COMMIT)
+            GPURun(state, output, time.monotonic() + seconds + RESERVE_SECONDS, COMMIT, quick=False).run_steps(steps)
+            return {name: outcome.status for name, outcome in state.read_outcomes(names).items()}
         finally:
-            state.close()
+            state.release()
 
     def sentence(self, name):
         return json.loads((self.output / FACTS).read_text())["steps"][name]["sentence"]

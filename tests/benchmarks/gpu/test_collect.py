@@ -10,9 +10,9 @@ import pytest
 
 from benchmarks import gpu_run
 from benchmarks.ffn.rows import TABLE as ROWS_TABLE
-from benchmarks.gpu.collect import Destinations, collect
-from benchmarks.gpu.output import FACTS, RESULTS, Output
-from benchmarks.gpu.stages import RESERVE_SECONDS, Run
+from benchmarks.gpu.collect import Destinations, place_results
+from benchmarks.gpu.output import FACTS, RESULTS, PackedOutput
+from benchmarks.gpu.stages import RESERVE_SECONDS, GPURun
 from benchmarks.gpu.state import State
 from benchmarks.gpu.steps import TABLE, TUNE, Step
 from benchmarks.kernels import tile_rows, tune
@@ -39,52 +39,54 @@ def returned(tmp_path):
     """The output folder of a run that tuned a tile, and measured rows in two steps."""
     files = tmp_path / "measured"
     files.mkdir()
-    tile_rows.write(files / TABLE, tile_rows.merge(ROWS, [TUNED]))
+    tile_rows.write_rows(files / TABLE, tile_rows.merge_rows(ROWS, [TUNED]))
     for name, contenders in (("a", ("products", "eager")), ("b", ("mtu-triton",))):
         for place, contender in enumerate(contenders):
-            ROWS_TABLE.append(files / f"{name}.csv", make_row(contender, 10.0 + place))
+            ROWS_TABLE.append_row(files / f"{name}.csv", make_row(contender, 10.0 + place))
 
     def copy(name, source, target):
         return Step(name, "", lambda place: ["cp", str(files / source), str(place.folder / target)], 30, 0)
 
     steps = [copy(TUNE, TABLE, TABLE), copy("a", "a.csv", "moe_ffn_cuda.csv"), copy("b", "b.csv", "moe_ffn_cuda.csv")]
     state = State(tmp_path / "state", "abc1234")
-    state.copy_tree()
-    output = Output(tmp_path / "output", state, [step.name for step in steps], "abc1234")
-    Run(state, output, time.monotonic() + 60 + RESERVE_SECONDS, "abc1234", quick=True).run(steps)
+    state.copy_source_tree()
+    output = PackedOutput(tmp_path / "output", state, [step.name for step in steps], "abc1234")
+    GPURun(state, output, time.monotonic() + 60 + RESERVE_SECONDS, "abc1234", quick=True).run_steps(steps)
     # The tree that runs has the tuned table, and its own keeps the shipped one.
-    assert TUNED in tile_rows.read(state.tree / "mtu_kernels" / "triton" / TABLE)
-    assert TUNED not in tile_rows.read(tune.SHIPPED)
-    state.close()
+    assert TUNED in tile_rows.read_rows(state.tree / "mtu_kernels" / "triton" / TABLE)
+    assert TUNED not in tile_rows.read_rows(tune.SHIPPED)
+    state.release()
     return tmp_path / "output"
 
 
 def contents(places):
-    files = [places.table, *places.results.glob("*")] if places.results.exists() else [places.table]
+    files = (
+        [places.table_file, *places.results_folder.glob("*")] if places.results_folder.exists() else [places.table_file]
+    )
     return {file: file.read_text() for file in files}
 
 
 def test_rows_and_tiles_come_to_their_places_once(returned, places):
-    file = places.results / "moe_ffn_cuda.csv"
-    ROWS_TABLE.append(file, make_row("loop", 99.0))
-    assert collect(returned, places)[-1] == f"3 rows into {file}, 0 were there"
-    assert [row.contender for row in ROWS_TABLE.read(file)] == ["loop", "products", "eager", "mtu-triton"]
-    table = tile_rows.read(places.table)
+    file = places.results_folder / "moe_ffn_cuda.csv"
+    ROWS_TABLE.append_row(file, make_row("loop", 99.0))
+    assert place_results(returned, places)[-1] == f"3 rows into {file}, 0 were there"
+    assert [row.contender for row in ROWS_TABLE.read_rows(file)] == ["loop", "products", "eager", "mtu-triton"]
+    table = tile_rows.read_rows(places.table_file)
     assert TUNED in table
     # Other widths, products and architectures stay; the earlier choice for this width is gone.
     same = {row for row in ROWS if row.key._replace(tokens=0) == KEY}
     assert set(table) == (set(ROWS) - same) | {TUNED}
     before = contents(places)
-    assert collect(returned, places)[-1] == f"0 rows into {file}, 3 were there"
+    assert place_results(returned, places)[-1] == f"0 rows into {file}, 3 were there"
     assert contents(places) == before
 
 
 def test_tiles_of_a_width_that_was_cut_off_leave_its_other_rows(returned, places):
     only = TUNED._replace(key=KEY._replace(tokens=2048))
     with zipfile.ZipFile(returned / RESULTS, "w") as archive:
-        archive.writestr(f"tune/{TABLE}", tile_rows.render([only]))
-    collect(returned, places)
-    assert set(tile_rows.read(places.table)) == {row for row in ROWS if row.key != only.key} | {only}
+        archive.writestr(f"tune/{TABLE}", tile_rows.render_rows([only]))
+    place_results(returned, places)
+    assert set(tile_rows.read_rows(places.table_file)) == {row for row in ROWS if row.key != only.key} | {only}
 
 
 def _without_facts(folder):
@@ -109,7 +111,7 @@ def _with_rows_of_a_smoke_test(folder):
     row = dataclasses.replace(
         row, source=row.source | {"command": "python -m benchmarks.ffn.moe_ffn --quick --seconds 0"}
     )
-    ROWS_TABLE.append(folder / "quick.csv", row)
+    ROWS_TABLE.append_row(folder / "quick.csv", row)
     with zipfile.ZipFile(folder / RESULTS, "a") as archive:
         archive.write(folder / "quick.csv", "c/moe_ffn_cuda.csv")
 
@@ -141,24 +143,24 @@ def test_a_folder_that_is_no_result_is_refused_before_anything_changes(spoil, re
     spoil(returned)
     before = contents(places)
     with pytest.raises(ValueError, match="--collect must be the output folder of a run, got ") as error:
-        collect(returned, places)
+        place_results(returned, places)
     assert reason in str(error.value)
     assert str(error.value).count("\n") == 0
     assert contents(places) == before
 
 
 def test_a_file_of_older_columns_is_refused_before_anything_changes(returned, places):
-    places.results.mkdir()
-    (places.results / "moe_ffn_cuda.csv").write_text("model\n")
+    places.results_folder.mkdir()
+    (places.results_folder / "moe_ffn_cuda.csv").write_text("model\n")
     before = contents(places)
     with pytest.raises(ValueError, match="must have the columns"):
-        collect(returned, places)
+        place_results(returned, places)
     assert contents(places) == before
 
 
 def test_the_command_draws_and_writes_the_page_anew(returned, monkeypatch, capsys):
     called = []
-    monkeypatch.setattr("benchmarks.gpu.collect.collect", lambda folder: [f"rows of {folder}"])
+    monkeypatch.setattr("benchmarks.gpu.collect.place_results", lambda folder: [f"rows of {folder}"])
     monkeypatch.setattr(plot, "main", lambda argv: called.append("plot"))
     monkeypatch.setattr("benchmarks.pages.page.main", lambda argv: called.append("page") or 0)
     assert gpu_run.main(["--collect", str(returned)]) == 0

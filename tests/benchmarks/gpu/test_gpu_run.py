@@ -14,8 +14,15 @@ import pytest
 
 from benchmarks import gpu_run
 from benchmarks.gpu.output import FACTS, RESULTS, SUMMARY
-from benchmarks.gpu.process import Group, end_leftover
-from benchmarks.gpu.stages import RESERVE_SECONDS, Interrupted, Run, order_steps, stages, steps_that_fit
+from benchmarks.gpu.process import CommandGroup, kill_leftover
+from benchmarks.gpu.stages import (
+    RESERVE_SECONDS,
+    GPURun,
+    RunInterrupted,
+    group_into_stages,
+    order_steps,
+    steps_that_fit,
+)
 from benchmarks.gpu.state import CUT, DONE, ENDED, FAILED, LATE, Outcome, State
 from benchmarks.gpu.steps import GO, STEPS, Step
 from benchmarks.harness.provenance import ROOT
@@ -100,18 +107,18 @@ def test_a_step_that_hangs_or_crashes_costs_no_other(folders):
 
 def test_steps_that_fill_the_time_come_after_failed_ones_and_tuning_is_the_last_failed_one():
     names = ["smoke", "tune", "ffn", "unet", "icons", "new", "cut", "done"]
-    steps = [shell(name, "true", decides=name == "smoke", fills=name == "icons") for name in names]
+    steps = [shell(name, "true", decides_run=name == "smoke", fills_time=name == "icons") for name in names]
     before = {"smoke": FAILED, "tune": ENDED, "ffn": FAILED, "unet": ENDED, "cut": CUT, "icons": LATE, "done": DONE}
     todo = order_steps(steps, {name: Outcome(status, 1) for name, status in before.items()})
     assert [step.name for step in todo] == ["smoke", "new", "cut", "ffn", "unet", "tune", "icons"]
-    assert [step.name for step in STEPS if step.fills] == ["icons"]
+    assert [step.name for step in STEPS if step.fills_time] == ["icons"]
 
 
 @pytest.mark.slow
 def test_the_run_ends_in_time_and_the_next_call_goes_on(folders):
     steps = [
         shell("long", "echo x >> rows.csv; test $(wc -l < rows.csv) = 2 || sleep 60"),
-        shell("late", "true", least=5),
+        shell("late", "true", least_seconds=5),
     ]
     start = time.monotonic()
     assert folders.call(*steps, seconds=1) == {"long": CUT, "late": LATE}
@@ -124,7 +131,7 @@ def test_the_run_ends_in_time_and_the_next_call_goes_on(folders):
 @pytest.mark.slow
 def test_steps_that_do_not_stop_are_waited_for_together(folders, monkeypatch):
     monkeypatch.setattr("benchmarks.gpu.process.GRACE_SECONDS", 1.0)
-    steps = [shell(name, "trap '' TERM; sleep 60; sleep 60", alone=False) for name in "abcde"]
+    steps = [shell(name, "trap '' TERM; sleep 60; sleep 60", runs_alone=False) for name in "abcde"]
     start = time.monotonic()
     assert set(folders.call(*steps, seconds=0.5).values()) == {CUT}
     assert time.monotonic() - start < 4
@@ -136,20 +143,24 @@ def test_a_run_that_is_told_to_end_notes_what_it_cut(folders, monkeypatch):
 
     def interrupt():
         if file.exists():
-            raise Interrupted
+            raise RunInterrupted
 
-    monkeypatch.setattr("benchmarks.gpu.stages.pause", interrupt)
-    with pytest.raises(Interrupted):
+    monkeypatch.setattr("benchmarks.gpu.stages.sleep_briefly", interrupt)
+    with pytest.raises(RunInterrupted):
         folders.call(*steps)
     assert folders.sentence("two") == "The run was told to end."
     assert folders.packed()["two/rows.csv"] == "x\n"
 
 
 def test_nothing_is_measured_before_the_first_step_is_right(folders, capsys):
-    steps = [shell("smoke", "echo 'y must be within 1'; exit 1", decides=True), shell("other", "true")]
+    steps = [shell("smoke", "echo 'y must be within 1'; exit 1", decides_run=True), shell("other", "true")]
     assert folders.call(*steps) == {"smoke": FAILED}
     assert "The rest of the time is kept" in capsys.readouterr().out
-    assert folders.call(steps[0]._replace(command=lambda place: ["true"]), steps[1]) == {"smoke": DONE, "other": DONE}
+    again = steps[0]._replace(make_command=lambda place: ["true"])
+    assert folders.call(again, steps[1]) == {
+        "smoke": DONE,
+        "other": DONE,
+    }
 
 
 @pytest.mark.slow
@@ -157,10 +168,10 @@ def test_steps_that_compile_do_so_beside_others_and_are_timed_alone(folders):
     clock = "date +%s%N >"
     hold = f"touch {GO}.ready; while ! test -e {GO}; do sleep 0.02; done; {clock} begin.txt; sleep 0.2; {clock} end.txt"
     steps = [
-        shell("one", f"sleep 0.3; {hold}", alone=False, timed=5),
-        shell("two", hold, alone=False, timed=5, seconds=0.2),
-        shell("beside", f"sleep 0.5; {clock} end.txt", alone=False),
-        shell("stuck", "sleep 60", alone=False, timed=5, seconds=0.4),
+        shell("one", f"sleep 0.3; {hold}", runs_alone=False, seconds_alone=5),
+        shell("two", hold, runs_alone=False, seconds_alone=5, seconds=0.2),
+        shell("beside", f"sleep 0.5; {clock} end.txt", runs_alone=False),
+        shell("stuck", "sleep 60", runs_alone=False, seconds_alone=5, seconds=0.4),
     ]
     assert folders.call(*steps) == {"one": DONE, "two": DONE, "beside": DONE, "stuck": ENDED}
     times = {name: int(text) for name, text in folders.packed().items() if name.endswith(("begin.txt", "end.txt"))}
@@ -168,13 +179,13 @@ def test_steps_that_compile_do_so_beside_others_and_are_timed_alone(folders):
 
 
 def test_only_steps_that_follow_each_other_run_together():
-    a, b, c, d, e = (shell(name, "true", alone=name in "ad") for name in "abcde")
-    assert list(stages([a, b, c, d, e])) == [[a], [b, c], [d], [e]]
+    a, b, c, d, e = (shell(name, "true", runs_alone=name in "ad") for name in "abcde")
+    assert list(group_into_stages([a, b, c, d, e])) == [[a], [b, c], [d], [e]]
 
 
 def test_the_times_of_steps_that_are_timed_alone_add_up():
-    a, b, c = (Step(name, "", lambda place: [], 100, 40, alone=False, timed=20) for name in "abc")
-    beside = Step("beside", "", lambda place: [], 100, 30, alone=False)
+    a, b, c = (Step(name, "", lambda place: [], 100, 40, runs_alone=False, seconds_alone=20) for name in "abc")
+    beside = Step("beside", "", lambda place: [], 100, 30, runs_alone=False)
     stage = [a, b, c, beside]
     assert [steps_that_fit(stage, left) for left in (100, 99, 60, 59, 29)] == [
         stage,
@@ -188,7 +199,10 @@ def test_the_times_of_steps_that_are_timed_alone_add_up():
 @pytest.mark.slow
 def test_compiling_leaves_time_for_timing(folders):
     hold = f"touch {GO}.ready; while ! test -e {GO}; do sleep 0.02; done; sleep 0.5; echo x > rows.csv"
-    steps = shell("one", hold, alone=False, timed=1), shell("stuck", "sleep 60", alone=False, timed=1)
+    steps = (
+        shell("one", hold, runs_alone=False, seconds_alone=1),
+        shell("stuck", "sleep 60", runs_alone=False, seconds_alone=1),
+    )
     # Its budget was not over: the next call begins with it.
     assert folders.call(*steps, seconds=3) == {"one": DONE, "stuck": CUT}
     assert folders.packed()["one/rows.csv"] == "x\n"
@@ -229,10 +243,10 @@ def test_a_run_that_is_killed_loses_nothing_and_what_it_left_is_ended(folders):
 
 def test_a_command_runs_also_where_its_note_cannot_be_written(tmp_path):
     log = tmp_path / "log.txt"
-    group = Group(["echo", "here"], tmp_path / "no" / "note", log, tmp_path, {"PATH": os.environ["PATH"]})
-    while group.code is None:
+    group = CommandGroup(["echo", "here"], tmp_path / "no" / "note", log, tmp_path, {"PATH": os.environ["PATH"]})
+    while group.exit_status is None:
         time.sleep(0.01)
-    group.end()
+    group.stop_or_kill()
     assert log.read_text().endswith("here\n")
 
 
@@ -246,11 +260,11 @@ def test_a_process_that_got_a_number_anew_is_left_alone(tmp_path):
         fields[21] = str(int(fields[21]) - 1)
         for text in (boot + " ".join(fields), f"another boot\n{line}", boot, ""):
             note.write_text(text)
-            assert not end_leftover(note)
+            assert not kill_leftover(note)
             assert not note.exists()
         assert other.poll() is None
         note.write_text(boot + line)
-        assert end_leftover(note)
+        assert kill_leftover(note)
         assert other.wait() == -signal.SIGKILL
     finally:
         other.kill()
@@ -283,7 +297,7 @@ def test_one_call_at_a_time_uses_a_state_folder(folders):
     state = State(folders.state, COMMIT)
     with pytest.raises(ValueError, match=f"--state must be of this call alone, but another one uses {folders.state}"):
         folders.call()
-    state.close()
+    state.release()
     assert folders.call() == {}
 
 
@@ -300,13 +314,13 @@ def test_results_that_cannot_be_copied_out_stay_and_the_rest_goes_on(folders, ca
 def test_steps_of_another_commit_do_not_count(folders):
     assert folders.call(shell("one", "true")) == {"one": DONE}
     state = State(folders.state, "def5678+tuned/../x")
-    assert state.outcome("one") is None
+    assert state.read_outcome("one") is None
     assert state.folder.parent == folders.state.resolve()
-    state.close()
+    state.release()
 
 
 def test_a_smoke_test_does_nothing_for_a_run_of_the_same_commit(tmp_path, monkeypatch):
-    monkeypatch.setattr(State, "copy_tree", lambda state: state.tree.mkdir(exist_ok=True))
+    monkeypatch.setattr(State, "copy_source_tree", lambda state: state.tree.mkdir(exist_ok=True))
     for options in ([], ["--quick"], []):
         monkeypatch.setattr(gpu_run, "STEPS", (shell("smoke", f"echo {options} > said.txt"),))
         command = ["--state", str(tmp_path / "state"), "--output", str(tmp_path / "output"), "--commit", COMMIT]
@@ -323,11 +337,11 @@ def test_only_a_copy_of_the_tree_that_fails_is_told_as_one(tmp_path, monkeypatch
         raise BrokenPipeError
 
     command = ["--state", str(tmp_path / "state"), "--output", str(tmp_path / "output"), "--commit", COMMIT]
-    monkeypatch.setattr(Run, "run", refuse)
-    monkeypatch.setattr(State, "copy_tree", lambda state: None)
+    monkeypatch.setattr(GPURun, "run_steps", refuse)
+    monkeypatch.setattr(State, "copy_source_tree", lambda state: None)
     with pytest.raises(BrokenPipeError):
         gpu_run.main(command)
-    monkeypatch.setattr(State, "copy_tree", refuse)
+    monkeypatch.setattr(State, "copy_source_tree", refuse)
     assert gpu_run.main(command) == 1
     assert "The copy of the tree cannot be written" in capsys.readouterr().err
 

@@ -49,7 +49,7 @@ def test_a_machine_without_a_gpu_or_a_compiler_is_unfit(monkeypatch, capsys):
     assert smoke.main([]) == 1
     assert capsys.readouterr().err == "A CUDA device is needed, and torch finds none.\n"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(smoke, "facts", lambda commit: ["commit: abc1234"])
+    monkeypatch.setattr(smoke, "machine_facts", lambda commit: ["commit: abc1234"])
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "")
     assert smoke.main([]) == 1
@@ -58,7 +58,7 @@ def test_a_machine_without_a_gpu_or_a_compiler_is_unfit(monkeypatch, capsys):
 
 
 def test_a_product_that_is_wrong_is_not_profiled(capsys, monkeypatch):
-    monkeypatch.setattr("benchmarks.kernels.tile_measure.check", _refuse)
+    monkeypatch.setattr("benchmarks.kernels.tile_measure.assert_matches_reference", _refuse)
     assert product_profile.main(["--quick"]) == 1
     assert "must run with its tile TileConfig(" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):

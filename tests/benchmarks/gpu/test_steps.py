@@ -14,9 +14,9 @@ import torch
 from benchmarks import gpu_run
 from benchmarks.ffn import moe_ffn
 from benchmarks.gpu.output import FACTS
-from benchmarks.gpu.stages import stages
+from benchmarks.gpu.stages import group_into_stages
 from benchmarks.gpu.state import DONE, FAILED
-from benchmarks.gpu.steps import STEPS, StepContext, find_tests
+from benchmarks.gpu.steps import STEPS, StepContext, find_test_paths
 from benchmarks.harness.provenance import ROOT
 from benchmarks.kernels import tune
 from benchmarks.models import unet
@@ -31,7 +31,7 @@ def test_a_dry_run_says_when_each_step_begins_and_how_to_make_it(tmp_path, capsy
     assert lines[0].startswith("   0 s  smoke: 10 to 40 s, alone: ")
     assert [line.split(":")[0].split()[-1] for line in lines[:-1:2]] == [step.name for step in STEPS[:-1]]
     # The second batch of compiled UNets does not slow the first one down.
-    beside = [[step.name for step in stage] for stage in stages(STEPS) if len(stage) > 1]
+    beside = [[step.name for step in stage] for stage in group_into_stages(STEPS) if len(stage) > 1]
     assert beside == [["unet-sdxl-b4", "unet-sd15-b4", "tests"], ["unet-sd15-b8", "unet-sd15-b2"]]
     assert all(f" -m {'pytest' if ' pytest ' in line else 'benchmarks.'}" in line for line in lines[1:-1:2])
     assert lines[-1].endswith("s at most, of 540; 8 s are kept for the end.")
@@ -39,15 +39,15 @@ def test_a_dry_run_says_when_each_step_begins_and_how_to_make_it(tmp_path, capsy
 
 
 def test_the_tests_are_those_with_a_gpu_and_give_way_to_what_compiles(tmp_path):
-    command = next(step for step in STEPS if step.name == "tests").command(
+    command = next(step for step in STEPS if step.name == "tests").make_command(
         StepContext(tmp_path, COMMIT, False, True, 100)
     )
     assert command[:3] == ["nice", "-n", "15"]
     assert "--continue-on-collection-errors" in command
     assert command[command.index("-k") + 1].endswith(" and not persistent")
-    assert [path for path in command if path.startswith("tests/")] == find_tests()
-    assert all((ROOT / path).exists() for path in find_tests())
-    assert {"tests/benchmarks/test_gpu.py", "tests/benchmarks/kernels/test_tune.py"} < set(find_tests())
+    assert [path for path in command if path.startswith("tests/")] == find_test_paths()
+    assert all((ROOT / path).exists() for path in find_test_paths())
+    assert {"tests/benchmarks/test_gpu.py", "tests/benchmarks/kernels/test_tune.py"} < set(find_test_paths())
 
 
 def test_steps_in_a_copy_of_the_tree_find_the_packages_that_the_run_finds_and_share_the_cores(tmp_path, monkeypatch):
@@ -55,7 +55,7 @@ def test_steps_in_a_copy_of_the_tree_find_the_packages_that_the_run_finds_and_sh
     monkeypatch.setenv("PYTHONPATH", f"wheels{os.pathsep}/abs{os.pathsep}")
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     say = 'echo "$PYTHONPATH $TORCHINDUCTOR_COMPILE_THREADS" > said.txt'
-    steps = shell("a", say, alone=False), shell("b", say, alone=False), shell("c", say)
+    steps = shell("a", say, runs_alone=False), shell("b", say, runs_alone=False), shell("c", say)
     folders.call(*steps)
     paths = f"{Path.cwd() / 'wheels'}{os.pathsep}/abs"
     said = [folders.packed()[f"{name}/said.txt"] for name in "abc"]
@@ -69,8 +69,8 @@ _WITH_ROWS = {step.name for step in STEPS} - _OTHERS
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("step", [s for s in STEPS if s.name in _WITH_ROWS], ids=lambda step: step.name)
 def test_commands_for_a_gpu_are_understood(step, quick, tmp_path):
-    place = StepContext(tmp_path, COMMIT, quick, True, step.seconds)
-    python, flag, module, *arguments = step.command(place)
+    place = StepContext(tmp_path, COMMIT, quick, True, step.budget_seconds)
+    python, flag, module, *arguments = step.make_command(place)
     assert (python, flag) == (sys.executable, "-m")
     modules = {known.__name__: known for known in (moe_ffn, unet, tune)}
     options = modules[module]._parser().parse_args(arguments)
@@ -80,8 +80,8 @@ def test_commands_for_a_gpu_are_understood(step, quick, tmp_path):
         assert options.output.name in ("moe_ffn_cuda.csv", "unet_cuda.csv")
         assert options.resume
     # Steps that are timed alone wait for their turn; all others stop by themselves.
-    assert bool(step.timed) == (getattr(options, "wait_for", None) is not None)
-    assert step.timed or 60 * options.minutes == pytest.approx(step.seconds, abs=0.5)
+    assert bool(step.seconds_alone) == (getattr(options, "wait_for", None) is not None)
+    assert step.seconds_alone or 60 * options.minutes == pytest.approx(step.budget_seconds, abs=0.5)
 
 
 @pytest.mark.slow

@@ -3,11 +3,18 @@
 import pytest
 import torch
 
-from benchmarks.ffn.inputs import draw_shared, number_of_sets
+from benchmarks.ffn.inputs import draw_shared_inputs, number_of_input_sets
 from benchmarks.ffn.peers import CONTENDERS
 from benchmarks.ffn.sweeps import DEFAULT_SWEEPS, QUICK, Sweep
-from benchmarks.harness.memory import peak_bytes, saved_bytes
-from benchmarks.harness.timing import MIN_ROUNDS, WARM_ROUNDS, host_us, summary, time_interleaved, warm_up
+from benchmarks.harness.memory import measure_peak_bytes, measure_saved_bytes
+from benchmarks.harness.timing import (
+    MIN_ROUNDS,
+    WARM_ROUNDS,
+    measure_host_us,
+    summarize_times,
+    time_interleaved,
+    warm_up,
+)
 from benchmarks.harness.workloads import DENSE, Entry, Setting, Workload
 
 CPU = torch.device("cpu")
@@ -15,7 +22,7 @@ CPU = torch.device("cpu")
 
 def test_summary_of_times():
     # Of 0, 10, …, 100 the p-th percentile is p.
-    timing = summary([float(t) for t in range(100, -1, -10)], graph=True)
+    timing = summarize_times([float(t) for t in range(100, -1, -10)], graph=True)
     assert timing == (50.0, 20.0, 80.0, 11, True)
 
 
@@ -38,7 +45,7 @@ def test_calls_that_take_long_are_timed_as_often_as_asked():
 
 
 def test_a_cpu_has_no_host_time():
-    assert host_us(lambda: None, CPU) is None
+    assert measure_host_us(lambda: None, CPU) is None
 
 
 def test_saved_bytes_count_each_storage_once_and_no_input():
@@ -51,10 +58,10 @@ def test_saved_bytes_count_each_storage_once_and_no_input():
         h = (a * b).exp()  # saves a and b, and the result, (10, 3) float32
         return h @ weight[:3]  # saves the result again, and a view of an input
 
-    assert saved_bytes(forward, [x, weight]) == 10 * 6 * 4 + 10 * 3 * 4
-    assert saved_bytes(forward, [weight]) == 10 * 6 * 4 + 10 * 3 * 4 + 10 * 4 * 4
+    assert measure_saved_bytes(forward, [x, weight]) == 10 * 6 * 4 + 10 * 3 * 4
+    assert measure_saved_bytes(forward, [weight]) == 10 * 6 * 4 + 10 * 3 * 4 + 10 * 4 * 4
     with torch.no_grad():
-        assert saved_bytes(forward, []) == 0
+        assert measure_saved_bytes(forward, []) == 0
 
 
 def test_peak_bytes_of_a_call():
@@ -67,16 +74,16 @@ def test_peak_bytes_of_a_call():
         return z + 1
 
     # The number 1 is a tensor of a few bytes on its way.
-    assert 2 * x.nbytes <= peak_bytes(call, CPU) < 2 * x.nbytes + 64
+    assert 2 * x.nbytes <= measure_peak_bytes(call, CPU) < 2 * x.nbytes + 64
 
 
 def test_sets_of_inputs_exceed_the_cache_together():
     workload = Workload(16, 1024, 8, "fp32", "forward")
-    shared = draw_shared(workload, CPU, 0)
-    assert number_of_sets(shared, workload) == 32
+    shared = draw_shared_inputs(workload, CPU, 0)
+    assert number_of_input_sets(shared, workload) == 32
     large = shared._replace(x=torch.ones(1).expand(2**25))
-    assert number_of_sets(large, workload) == 1
-    assert number_of_sets(shared, workload._replace(direction="backward")) == 2
+    assert number_of_input_sets(large, workload) == 1
+    assert number_of_input_sets(shared, workload._replace(direction="backward")) == 2
 
 
 def test_warm_up_calls_the_first():
@@ -110,7 +117,7 @@ def test_entries_of_a_group_differ():
     ids=lambda value: value if isinstance(value, str) else "setting",
 )
 def test_settings_that_make_no_difference_are_left_out(name, expected):
-    assert CONTENDERS[name].relevant(Setting(8, 2, 4)) == expected
+    assert CONTENDERS[name].relevant_setting(Setting(8, 2, 4)) == expected
 
 
 def test_sweeps_name_contenders_that_exist():

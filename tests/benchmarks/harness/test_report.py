@@ -7,7 +7,7 @@ import pytest
 from benchmarks.ffn.moe_ffn import main
 from benchmarks.ffn.rows import TABLE
 from benchmarks.ffn.targets import TARGETS, TESTED, paired_rows
-from benchmarks.harness.report import Target, geometric_mean, ratios, report
+from benchmarks.harness.report import Target, geometric_mean, make_ratios, report_lines
 from benchmarks.harness.workloads import Setting
 
 from ..rows_cases import make_row
@@ -17,12 +17,12 @@ TRITON = "mtu-triton"
 
 def values(rows, to, figure="median_us", divisor=None, **changed):
     """Ratios of the contender under test to another one."""
-    return [ratio.value for ratio in ratios(paired_rows(rows, TRITON, to, **changed), figure, divisor)]
+    return [ratio.value for ratio in make_ratios(paired_rows(rows, TRITON, to, **changed), figure, divisor)]
 
 
 def of_target(what, rows):
-    (target,) = (target for target in TARGETS["cuda"] if target.what == what)
-    return [ratio.value for ratio in target.of(rows, TRITON)]
+    (target,) = (target for target in TARGETS["cuda"] if target.description == what)
+    return [ratio.value for ratio in target.ratios_of_rows(rows, TRITON)]
 
 
 def test_geometric_mean():
@@ -75,12 +75,12 @@ def test_a_ratio_without_a_target_is_said():
     rows = [make_row("eager", 100), make_row(TRITON, 300)]
     chosen = {
         "cuda": [
-            Target(f"to {to}", None, lambda rows, tested, to=to: ratios(paired_rows(rows, tested, to)))
+            Target(f"to {to}", None, lambda rows, tested, to=to: make_ratios(paired_rows(rows, tested, to)))
             for to in ("eager", "products")
         ]
     }
     at = "largest of 1, at 320x4096 B=8 bf16 forward E=4 dense tasks=1"
-    assert report(rows, chosen, TESTED)[1:] == [
+    assert report_lines(rows, chosen, TESTED)[1:] == [
         f"  to eager: 3.000 (no target; {at})",
         "  to products: not measured (no target)",
     ]
@@ -89,7 +89,7 @@ def test_a_ratio_without_a_target_is_said():
 def test_the_table_says_what_was_measured_and_what_was_not():
     rows = [make_row("products", 100), make_row("eager", 200), make_row(TRITON, 120)]
     rows += [make_row("products", 50, B=1), make_row(TRITON, 50, B=1)]
-    lines = report(rows, TARGETS, TESTED)
+    lines = report_lines(rows, TARGETS, TESTED)
     assert lines[0] == "mtu-triton, bf16, Some GPU at commit abc1234"
     assert len(lines) == 1 + len(TARGETS["cuda"])
     assert "  forward / two bare products, B >= 2: 1.200 (at most 1.10, missed; geometric mean of 1)" in lines
@@ -102,7 +102,7 @@ def test_the_table_says_what_was_measured_and_what_was_not():
 def test_another_contender_may_be_tested():
     rows = [make_row("eager", 100), make_row("loop", 300), make_row(TRITON, 50)]
     assert any(
-        "forward / eager: 3.000 (at most 0.82, missed" in line for line in report(rows, TARGETS, {"cuda": "loop"})
+        "forward / eager: 3.000 (at most 0.82, missed" in line for line in report_lines(rows, TARGETS, {"cuda": "loop"})
     )
 
 
@@ -111,7 +111,7 @@ def test_targets_of_one_shape_or_dtype_are_of_no_other():
     assert of_target("forward / eager", rows) == [1.0]
     assert of_target("forward / eager at 320x4096", rows) == []
     (target,) = (target for target in TARGETS["cpu"] if target.dtype == "fp32")
-    assert target.of(rows, TRITON) == []
+    assert target.ratios_of_rows(rows, TRITON) == []
     assert TESTED.keys() == TARGETS.keys()
 
 
@@ -120,19 +120,21 @@ def test_rows_survive_a_file(tmp_path, capsys):
     rows.append(make_row("eager", 7.0, host_us=None, graph=False))
     path = tmp_path / "deep" / "rows.csv"
     for row in rows:
-        TABLE.append(path, row)
+        TABLE.append_row(path, row)
     rounded = [{name: round(getattr(row, name), 2) for name in ("p20_us", "p80_us")} for row in rows]
-    assert TABLE.read(path) == [dataclasses.replace(row, **times) for row, times in zip(rows, rounded, strict=True)]
+    assert TABLE.read_rows(path) == [
+        dataclasses.replace(row, **times) for row, times in zip(rows, rounded, strict=True)
+    ]
     assert main(["--report", str(path)]) == 0
-    assert capsys.readouterr().out.splitlines() == report(rows, TARGETS, TESTED)
+    assert capsys.readouterr().out.splitlines() == report_lines(rows, TARGETS, TESTED)
 
 
 def test_files_of_other_columns_are_refused(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("group,contender\na,b\n")
     with pytest.raises(ValueError, match=r"must have the columns group, contender, device.* got group,"):
-        TABLE.append(path, make_row("eager", 1))
+        TABLE.append_row(path, make_row("eager", 1))
     with pytest.raises(ValueError, match=r"must have the columns .*, got none named device, D,"):
-        TABLE.read(path)
+        TABLE.read_rows(path)
     with pytest.raises(ValueError, match=r"There is no .*nothing\.csv"):
-        TABLE.read(tmp_path / "nothing.csv")
+        TABLE.read_rows(tmp_path / "nothing.csv")

@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 
-from benchmarks.harness.provenance import provenance
+from benchmarks.harness.provenance import collect_provenance
 from benchmarks.models import conv_in
 
 
@@ -23,10 +23,10 @@ def test_rows_and_ratios(tmp_path, capsys):
     ]
     assert len({row["group"] for row in rows}) == 4
     assert all(0 < float(row["p20_us"]) <= float(row["median_us"]) <= float(row["p80_us"]) for row in rows)
-    assert set(provenance("")) < set(rows[0])
+    assert set(collect_provenance("")) < set(rows[0])
 
 
 def test_the_timed_convolutions_have_the_size_of_stable_diffusion():
-    calls = conv_in.contenders(3, torch.float32, torch.device("cpu"))
+    calls = conv_in.contender_calls(3, torch.float32, torch.device("cpu"))
     assert {name: call().shape for name, call in calls.items()} == dict.fromkeys(calls, (3, 320, 64, 64))
     assert not any(call().requires_grad for call in calls.values())

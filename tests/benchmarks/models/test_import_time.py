@@ -5,12 +5,12 @@ import dataclasses
 
 import pytest
 
-from benchmarks.harness.provenance import provenance
+from benchmarks.harness.provenance import collect_provenance
 from benchmarks.harness.rows import Row
 from benchmarks.models import import_time
-from benchmarks.models.import_time import PAIRS, TABLE, Pair
+from benchmarks.models.import_time import PAIRS, TABLE, StatementPair
 
-SWIFT = (Pair("swift", "import math", "import json", 1.1), Pair("other", "pass", "import this", None))
+SWIFT = (StatementPair("swift", "import math", "import json", 1.1), StatementPair("other", "pass", "import this", None))
 
 
 def read(path):
@@ -27,7 +27,7 @@ def test_a_run_from_start_to_report(tmp_path, capsys, monkeypatch):
     assert f"4 rows added to {output}" in out
     assert "swift: import math 0." in out
     assert "(at most 1.10" in out
-    rows, source = read(output), provenance(f"python -m benchmarks.models.import_time {' '.join(arguments)}")
+    rows, source = read(output), collect_provenance(f"python -m benchmarks.models.import_time {' '.join(arguments)}")
     assert tuple(rows[0]) == (*TABLE.columns, *source)
     statements = ["import math", "import json", "pass", "import this"]
     assert [row["statement"] for row in rows] == statements
@@ -50,18 +50,18 @@ def test_the_report_divides_within_a_pair():
         for statement, time in zip((pair.ours, pair.theirs), both, strict=True)
     ]
     theirs = "import torch; import diffusers"
-    assert import_time.report(rows) == [
+    assert import_time.report_lines(rows) == [
         f"import: import mtu 0.50 s / {theirs} 2.00 s = 0.250 (at most 1.10)",
         f"first use: from mtu import * 1.00 s / {theirs}; diffusers.StableDiffusionPipeline 2.00 s = 0.500 "
         "(at most 1.10)",
         "kernels: import mtu_kernels 1.50 s / import torch 2.00 s = 0.750",
     ]
     slow = [dataclasses.replace(row, median_us=2.3e6) if row.contender == "import mtu" else row for row in rows]
-    assert import_time.report(slow)[0].endswith("= 1.150 (at most 1.10, missed)")
+    assert import_time.report_lines(slow)[0].endswith("= 1.150 (at most 1.10, missed)")
 
 
 def test_a_statement_that_fails_ends_the_run_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(import_time, "PAIRS", (Pair("broken", "import math", "import no_such_module", None),))
+    monkeypatch.setattr(import_time, "PAIRS", (StatementPair("broken", "import math", "import no_such_module", None),))
     output = tmp_path / "rows.csv"
     words = r"'import no_such_module' ended with 1: ModuleNotFoundError: No module named 'no_such_module'"
     with pytest.raises(RuntimeError, match=words):

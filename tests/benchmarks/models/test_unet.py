@@ -7,15 +7,15 @@ import gc
 import pytest
 import torch
 
-from benchmarks.harness.provenance import provenance
-from benchmarks.harness.report import report
+from benchmarks.harness.provenance import collect_provenance
+from benchmarks.harness.report import report_lines
 from benchmarks.harness.rows import Row
 from benchmarks.harness.workloads import Setting, Workload
 from benchmarks.models import unet
-from benchmarks.models.deployments import Deployment, Part, at_once, call, stock_part
-from benchmarks.models.unet_catalogue import CONTENDERS, ONE_BY_ONE, default_contenders, sibling
+from benchmarks.models.deployments import Deployment, UNetCall, make_stock_call, predict_noise, rows_at_once
+from benchmarks.models.unet_catalogue import CONTENDERS, ONE_BY_ONE, default_contender_names, sibling_name
 from benchmarks.models.unet_contenders import BUILDERS
-from benchmarks.models.unet_models import tasks_of
+from benchmarks.models.unet_models import task_specs_of
 from benchmarks.models.unet_targets import TABLE, TARGETS, TESTED
 
 DENSE = Setting(4, None, 4)
@@ -49,14 +49,14 @@ def make_row(contender, seconds, workload=PUBLISHED, setting=DENSE, group="g", *
         "images_per_s": 0.5,
         **columns,
     }
-    setting = CONTENDERS[contender].relevant(setting)
+    setting = CONTENDERS[contender].relevant_setting(setting)
     place = {"group": group, "contender": contender, "workload": workload, "setting": setting}
     return Row(**place, rounds=20, source=SOURCE, **columns)
 
 
 def run_quickly(path, *arguments, contenders="stock,mtu-eager"):
     arguments = ["--quick", "--device", "cpu", "--contenders", contenders, "--output", str(path), *arguments]
-    return unet.main(arguments), provenance(f"python -m benchmarks.models.unet {' '.join(arguments)}")
+    return unet.main(arguments), collect_provenance(f"python -m benchmarks.models.unet {' '.join(arguments)}")
 
 
 # ------------------------------------------------------------------------------------------------------ the command
@@ -72,7 +72,7 @@ def test_a_run_from_start_to_report(tmp_path, capsys):
     assert f"  {TARGET}: not measured (at most 0.97)" in out
     with output.open(newline="") as file:
         assert tuple(next(csv.reader(file))) == (*TABLE.columns, *source)
-    rows = TABLE.read(output)
+    rows = TABLE.read_rows(output)
     assert [(row.contender, row.workload.B, row.setting) for row in rows] == [
         ("stock", 4, Setting()),
         ("mtu-eager", 4, Setting(4)),
@@ -94,7 +94,7 @@ def test_a_run_from_start_to_report(tmp_path, capsys):
     assert stock.weight_bytes < routed.weight_bytes <= 1.02 * stock.weight_bytes
 
     assert unet.main(["--report", str(output)]) == 0
-    assert capsys.readouterr().out.splitlines() == report(rows, TARGETS, TESTED)
+    assert capsys.readouterr().out.splitlines() == report_lines(rows, TARGETS, TESTED)
 
 
 @pytest.mark.slow
@@ -103,11 +103,11 @@ def test_settings_branches_and_the_larger_model(tmp_path):
     arguments = ["--model", "tiny-xl", "--top-k", "dense,2", "--experts", "8", "--dtype", "fp32"]
     arguments += ["--tasks", "2", "--batches", "2", "--branches", "3", "--commit", "abc1234"]
     assert run_quickly(output, *arguments)[0] == 0
-    rows = TABLE.read(output)
+    rows = TABLE.read_rows(output)
     assert {row.workload for row in rows} == {Workload(model="tiny-xl", size=64, B=2, branches=3, dtype="fp32")}
     assert {row.source["commit"] for row in rows} == {"abc1234"}
     assert [row.setting for row in rows] == [Setting(), Setting(8, None, 2), Setting(8, 2, 2)]
-    assert tasks_of("tiny-xl")[0].num_inference_steps == 50
+    assert task_specs_of("tiny-xl")[0].num_inference_steps == 50
     assert rows[0].images_per_s == pytest.approx(2e6 / rows[0].median_us / 50, rel=1e-3)
 
 
@@ -131,11 +131,11 @@ def test_contenders_that_are_missing_are_skipped_and_wrong_ones_end_in_an_error(
     assert error.count(skipped) == 2
     failed = "FAILED, not timed: mtu-eager at tiny 64x64 B=4 bf16 E=4 dense tasks=4: WrongResult: the UNet's output"
     assert failed in error
-    assert [row.contender for row in TABLE.read(output)] == ["stock"]
+    assert [row.contender for row in TABLE.read_rows(output)] == ["stock"]
 
 
 def test_graphs_are_refused_off_cuda(tmp_path, capsys):
-    names = [name for name, contender in CONTENDERS.items() if contender.graphs]
+    names = [name for name, contender in CONTENDERS.items() if contender.uses_cuda_graphs]
     assert {"stock+graphs", "stock+captured", "stock-recipe+max", "mtu-triton+graphs@each", "four-unets+graphs"} <= set(
         names
     )
@@ -153,7 +153,7 @@ def test_compiled_contenders_are_warmed_up_once_for_all_tasks(tmp_path, monkeypa
     monkeypatch.setattr(torch, "compile", lambda model, *, mode, **options: compile(model, backend="eager", **options))
     output = tmp_path / "rows.csv"
     assert run_quickly(output, contenders="mtu-eager+compile")[0] == 0
-    one, four = TABLE.read(output)
+    one, four = TABLE.read_rows(output)
     assert (one.setting.tasks, four.setting.tasks) == (1, 4)
     assert not four.graph
     # The first calls compile; those of other tasks only run.
@@ -166,11 +166,11 @@ def _specialised(family, setting, contender):
     add = torch.compile(lambda output, task: output + task, backend="eager", fullgraph=True, dynamic=False)
 
     def predict(task, **inputs):
-        return add(call(unet, **inputs), task)
+        return add(predict_noise(unet, **inputs), task)
 
     def parts(batch):
-        (rows,) = at_once(batch)
-        return [Part(predict, stock_part(unet, batch, rows).inputs | {"task": batch.tasks[0]}, rows)]
+        (rows,) = rows_at_once(batch)
+        return [UNetCall(predict, make_stock_call(unet, batch, rows).inputs | {"task": batch.tasks[0]}, rows)]
 
     return Deployment((), parts)
 
@@ -184,7 +184,7 @@ def test_contenders_that_are_compiled_again_for_other_tasks_are_not_timed(tmp_pa
     # One task asks for no other code. With caches, the time of compiling means nothing.
     assert run_quickly(output, "--tasks", "1", contenders="mtu-eager+compile")[0] == 0
     assert run_quickly(output, "--tasks", "1", "--warm-caches", contenders="mtu-eager+compile")[0] == 0
-    cold, warm = TABLE.read(output)
+    cold, warm = TABLE.read_rows(output)
     assert cold.warmup_s is not None
     assert warm.warmup_s is None
 
@@ -200,7 +200,7 @@ def test_a_group_that_is_prepared_waits_for_its_turn_and_its_kernels_are_counted
     monkeypatch.setattr("benchmarks.models.unet.time.sleep", sleep)
     assert run_quickly(output, "--wait-for", str(go), "--tasks", "4", "--kernels", str(kernels))[0] == 0
     assert seen == [(True, False)]
-    assert len(TABLE.read(output)) == 2
+    assert len(TABLE.read_rows(output)) == 2
     with kernels.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {(row["contender"], row["model"], row["tasks"]) for row in rows} == {
@@ -227,7 +227,7 @@ def test_a_run_that_was_cut_off_before_its_kernels_were_counted_goes_on(tmp_path
     assert run_quickly(output, *arguments, contenders="stock")[0] == 0
     for number in (2, 2):
         assert run_quickly(output, *arguments, "--kernels", str(kernels), contenders="stock")[0] == 0
-        assert len(TABLE.read(output)) == number
+        assert len(TABLE.read_rows(output)) == number
         assert "aten::conv2d" in kernels.read_text()
     assert f"All rows are in {output} already" in capsys.readouterr().out
 
@@ -240,13 +240,13 @@ def test_a_run_goes_on_where_it_was_cut_off(tmp_path, capsys):
     assert not output.exists()
     assert run_quickly(output, *arguments[2:], "--batches", "1", contenders="stock")[0] == 0
     assert run_quickly(output, *arguments, "--resume", contenders="stock")[0] == 0
-    assert [row.workload.B for row in TABLE.read(output)] == [1, 2]
+    assert [row.workload.B for row in TABLE.read_rows(output)] == [1, 2]
     assert run_quickly(output, *arguments, "--resume", contenders="stock")[0] == 0
-    assert len(TABLE.read(output)) == 2
+    assert len(TABLE.read_rows(output)) == 2
     # Rows of another commit are no rows of this one.
     other = [*arguments[:-1], "def5678", "--resume"]
     assert run_quickly(output, *other, contenders="stock")[0] == 0
-    assert len(TABLE.read(output)) == 4
+    assert len(TABLE.read_rows(output)) == 4
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_cuda_is_asked_for_in_vain(monkeypatch, capsys):
 
 
 def test_a_file_of_other_columns_is_refused_before_anything_is_built(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(unet, "run", None)
+    monkeypatch.setattr(unet, "measure_groups", None)
     output = tmp_path / "rows.csv"
     output.write_text("model\n")
     for arguments in ((output,), (tmp_path / "new.csv", "--kernels", str(output))):
@@ -294,12 +294,12 @@ def test_a_file_of_other_columns_is_refused_before_anything_is_built(tmp_path, c
 
 
 def test_contenders_that_are_measured_by_default():
-    assert {*default_contenders("cuda"), *default_contenders("cpu")} <= {*CONTENDERS}
+    assert {*default_contender_names("cuda"), *default_contender_names("cpu")} <= {*CONTENDERS}
     assert {"stock+graphs", "mtu-triton+graphs", "mtu-triton+graphs@each", "lora-hotswap"} <= {
-        *default_contenders("cuda")
+        *default_contender_names("cuda")
     }
     # Compiling takes minutes there.
-    assert not any(CONTENDERS[name].compiles for name in default_contenders("cpu"))
+    assert not any(CONTENDERS[name].is_compiled for name in default_contender_names("cpu"))
 
 
 # -------------------------------------------------------------------------------------------------------- the report
@@ -309,14 +309,14 @@ def test_the_report_holds_four_tasks_to_the_original():
     rows = [make_row("stock", 6.0), make_row("mtu-eager", 6.6), make_row("mtu-cpp@each", 7.6)]
     rows.append(make_row("mtu-cpp", 5.7, weight_bytes=103, switch_us=570.0))
     at = "largest of 1, at sd15 512x512 B=4 bf16 E=4 dense tasks=4"
-    assert report(rows, TARGETS, TESTED) == [
+    assert report_lines(rows, TARGETS, TESTED) == [
         "mtu-cpp, bf16, Some CPU at commit abc1234",
         f"  {TARGET}: 0.950 (at most 0.97; {at})",
         f"  switching tasks / a step: 0.000 (at most 0.01; {at})",
         f"  weights of four tasks / the original's: 1.030 (at most 1.02, missed; {at})",
         f"  four tasks at once / one after another: 0.750 (no target; {at})",
     ]
-    line = report(rows, TARGETS, {"cpu": "mtu-eager"})[1]
+    line = report_lines(rows, TARGETS, {"cpu": "mtu-eager"})[1]
     assert line == f"  {TARGET}: 1.100 (at most 0.97, missed; {at})"
 
 
@@ -327,7 +327,7 @@ def test_the_report_of_a_gpu_is_of_graphs():
     rows += [make("mtu-triton+graphs@each", 3.8), make("stock", 4.0, **two), make("mtu-triton+graphs", 2.0, **two)]
     xl = {"workload": Workload(model="sdxl", size=1024, B=8), "setting": Setting(1, None, 4), "group": "xl"}
     rows += [make("stock+graphs", 4.0, **xl), make("mtu-triton+graphs", 4.4, **xl)]
-    values = [line.partition(": ")[2].split(";")[0] for line in report(rows, TARGETS, TESTED)[1:]]
+    values = [line.partition(": ")[2].split(";")[0] for line in report_lines(rows, TARGETS, TESTED)[1:]]
     assert values == [
         "0.950 (at most 1.00",
         "1.100 (at most 0.97, missed",
@@ -350,7 +350,7 @@ def test_the_report_of_a_gpu_is_of_graphs():
 )
 def test_other_rows_are_not_what_the_target_is_of(changes):
     rows = [make_row(name, 1.0, **changes) for name in ("stock", "mtu-cpp")]
-    assert TARGETS["cpu"][0].of(rows, "mtu-cpp") == []
+    assert TARGETS["cpu"][0].ratios_of_rows(rows, "mtu-cpp") == []
 
 
 def test_settings_that_make_no_difference_to_a_contender_are_left_out():
@@ -358,21 +358,21 @@ def test_settings_that_make_no_difference_to_a_contender_are_left_out():
         routed = contender.implementation.source == "upcycled"
         mixed = contender.implementation.source in ("four", "swapped", "hotswap", "per-sample")
         expected = DENSE if routed else Setting(tasks=4) if mixed else Setting()
-        assert contender.relevant(DENSE) == expected, name
+        assert contender.relevant_setting(DENSE) == expected, name
 
 
 def test_names_say_the_family_the_run_and_the_variant():
     for name, contender in CONTENDERS.items():
-        run = "" if contender.run is None else f"+{contender.run.name}"
+        run = "" if contender.run_mode is None else f"+{contender.run_mode.name}"
         assert name == contender.family + run + (f"@{contender.variant}" if contender.variant else "")
         assert contender.implementation.source in BUILDERS
-    assert sibling("mtu-cpp", run="graphs", variant=ONE_BY_ONE) == "mtu-cpp+graphs@each"
-    assert sibling("lora-per-sample", run="graphs") == ""
+    assert sibling_name("mtu-cpp", run="graphs", variant=ONE_BY_ONE) == "mtu-cpp+graphs@each"
+    assert sibling_name("lora-per-sample", run="graphs") == ""
 
 
 def test_rows_are_compared_within_their_group_only():
     rows = [make_row("stock", 1.0, group="a"), make_row("mtu-cpp", 1.0, group="b")]
-    assert "not measured" in report(rows, TARGETS, TESTED)[1]
+    assert "not measured" in report_lines(rows, TARGETS, TESTED)[1]
 
 
 def test_rows_survive_a_file(tmp_path):
@@ -380,8 +380,8 @@ def test_rows_survive_a_file(tmp_path):
     workload = PUBLISHED._replace(branches=3)
     rows = [make_row("mtu-cpp", 5.5), make_row("stock", 5.0, workload, warmup_s=12.5, switch_us=3.5, graph=True)]
     for row in rows:
-        TABLE.append(path, row)
-    assert TABLE.read(path) == rows
+        TABLE.append_row(path, row)
+    assert TABLE.read_rows(path) == rows
     with path.open(newline="") as file:
         cells = next(csv.DictReader(file))
     assert tuple(cells) == (*TABLE.columns, *SOURCE)

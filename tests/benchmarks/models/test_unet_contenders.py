@@ -8,19 +8,19 @@ import torch
 from benchmarks.harness.correctness import WrongResult
 from benchmarks.harness.workloads import Setting, Workload
 from benchmarks.models.unet_catalogue import CONTENDERS
-from benchmarks.models.unet_contenders import build
+from benchmarks.models.unet_contenders import build_deployment
 from benchmarks.models.unet_models import (
     TASKS,
-    Family,
+    UNetFamily,
     build_original,
     check_setting,
     compute_reference_outputs,
-    default_experts,
-    default_size,
+    copy_unet_sharing_weights,
+    default_num_experts,
     draw_batch,
+    picture_edge,
     select_rows,
-    share_weights,
-    tasks_of,
+    task_specs_of,
 )
 
 CPU = torch.device("cpu")
@@ -31,14 +31,14 @@ draw = functools.partial(draw_batch, device=CPU)
 HERE = [
     name
     for name, contender in CONTENDERS.items()
-    if not contender.compiles and contender.implementation.backend != "triton"
+    if not contender.is_compiled and contender.implementation.backend != "triton"
 ]
 PEERS = ["four-unets", "swapped-unets", "lora-hotswap", "lora-per-sample"]
 
 
 @functools.cache
 def family():
-    return Family("tiny", "bf16", CPU)
+    return UNetFamily("tiny", "bf16", CPU)
 
 
 @functools.cache
@@ -61,14 +61,14 @@ def test_the_original_is_the_same_at_every_call():
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "size", "experts", "steps"), [("sd15", 512, 4, 20), ("sdxl", 1024, 1, 50)])
 def test_models_are_measured_as_the_paper_has_them(model, size, experts, steps):
-    assert (default_size(model), default_experts(model)) == (size, experts)
-    assert {task.num_inference_steps for task in tasks_of(model)} == {steps}
+    assert (picture_edge(model), default_num_experts(model)) == (size, experts)
+    assert {task.num_inference_steps for task in task_specs_of(model)} == {steps}
     check_setting(model, Setting(experts))
 
 
 def test_a_picture_has_the_same_numbers_in_every_batch():
     small, large = draw(WORKLOAD._replace(B=1), tasks=1), draw(WORKLOAD._replace(branches=3), tasks=4)
-    assert large.tasks == (0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3)
+    assert large.task_of_row == (0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3)
     assert large.inputs["sample"].shape == (12, 8, 8, 8)
     for name in ("sample", "encoder_hidden_states"):
         assert torch.equal(small.inputs[name][0], large.inputs[name][0])
@@ -77,13 +77,13 @@ def test_a_picture_has_the_same_numbers_in_every_batch():
 
 
 def test_all_tasks_have_their_turn():
-    mixes = [draw(WORKLOAD._replace(B=2), tasks=2, first=first).tasks for first in range(3)]
+    mixes = [draw(WORKLOAD._replace(B=2), tasks=2, first=first).task_of_row for first in range(3)]
     assert mixes == [(0, 1), (1, 2), (2, 3)]
 
 
 def test_copies_share_memory_but_not_what_is_done_to_them():
     unet = build_original("tiny", "bf16", CPU)
-    copied = share_weights(unet)
+    copied = copy_unet_sharing_weights(unet)
     for a, b in zip(unet.parameters(), copied.parameters(), strict=True):
         assert a is not b
         assert a.data_ptr() == b.data_ptr()
@@ -98,27 +98,27 @@ def test_copies_share_memory_but_not_what_is_done_to_them():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HERE)
 def test_contenders_compute_what_the_original_does(name):
-    setting = CONTENDERS[name].relevant(DENSE)
-    deployment = build(CONTENDERS[name], family(), setting)
+    setting = CONTENDERS[name].relevant_setting(DENSE)
+    deployment = build_deployment(CONTENDERS[name], family(), setting)
     workload = WORKLOAD._replace(branches=2)
     batch = draw(workload, tasks=setting.tasks)
     output = deployment.predict(batch)
-    reference(Setting()).check(output, branches=2)
-    rows = sorted(row for part in deployment.parts(batch) for row in part.rows)
+    reference(Setting()).check_output(output, branches=2)
+    rows = sorted(row for part in deployment.unet_calls_of(batch) for row in part.rows)
     assert rows == [*range(8)]
     if deployment.after_check is not None:
         deployment.after_check()
         assert not torch.equal(deployment.predict(batch), output)
-    if deployment.switch is not None:
-        deployment.switch()
+    if deployment.switch_tasks is not None:
+        deployment.switch_tasks()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PEERS)
 def test_peers_give_each_sample_its_task(name):
-    peer = build(CONTENDERS[name], fine_tuned := Family("tiny", "fp32", CPU), Setting(tasks=4))
+    peer = build_deployment(CONTENDERS[name], fine_tuned := UNetFamily("tiny", "fp32", CPU), Setting(tasks=4))
     for task in range(TASKS):
-        fine_tuned.fine_tuned(task).conv_out.bias.data += task
+        fine_tuned.fine_tuned_unet(task).conv_out.bias.data += task
     if peer.after_check is not None:
         peer.after_check()
     workload = WORKLOAD._replace(dtype="fp32")
@@ -134,10 +134,12 @@ def test_peers_give_each_sample_its_task(name):
 
 def test_weights_are_counted_once_for_each_storage():
     names = ("stock", "mtu-eager", "mtu-eager@routers", "four-unets", "swapped-unets", "lora-per-sample")
-    deployments = {name: build(CONTENDERS[name], family(), CONTENDERS[name].relevant(DENSE)) for name in names}
-    held = {name: deployment.weight_bytes(CPU) for name, deployment in deployments.items()}
+    deployments = {
+        name: build_deployment(CONTENDERS[name], family(), CONTENDERS[name].relevant_setting(DENSE)) for name in names
+    }
+    held = {name: deployment.count_weight_bytes(CPU) for name, deployment in deployments.items()}
     stock = held["stock"]
-    assert stock == sum(p.numel() * 2 for p in family().original().parameters())
+    assert stock == sum(p.numel() * 2 for p in family().new_original().parameters())
     assert stock < held["mtu-eager"] <= 1.02 * stock
     assert held["mtu-eager"] < held["mtu-eager@routers"]
     assert held["four-unets"] == 4 * stock
@@ -183,8 +185,8 @@ def test_wrong_results_are_not_timed(setting, spoil):
     # The last row is not among those that are compared.
     batch = draw(WORKLOAD._replace(B=5), tasks=4)
     expected = reference(setting if setting.K else Setting())
-    deployment = build(CONTENDERS["mtu-eager"], family(), setting)
-    expected.check(deployment.predict(batch), branches=1)
+    deployment = build_deployment(CONTENDERS["mtu-eager"], family(), setting)
+    expected.check_output(deployment.predict(batch), branches=1)
     spoil(deployment.unets[0])
     with pytest.raises(WrongResult, match=r"the UNet's output must be torch.bfloat16 within .* of float32, got"):
-        expected.check(deployment.predict(batch), branches=1)
+        expected.check_output(deployment.predict(batch), branches=1)

@@ -114,15 +114,17 @@ def test_targets_are_met_missed_or_not_measured(paths):
     rows = [make_step(name, time) for name, time in STEPS.items()]
     rows += [make_step("mtu-triton+graphs@each", 600), make_step("stock+graphs", 100, group="other")]
     write_rows(results / "unet_cuda.csv", rows)
-    lines = [line.split(" | ") for line in tables_models.targets(results) if line.startswith("| GPU")]
+    lines = [line.split(" | ") for line in tables_models.targets_table(results) if line.startswith("| GPU")]
     found = {line[1]: line[2:] for line in lines}
-    whats = [target.what for target in TARGETS["cuda"]]
+    whats = [target.description for target in TARGETS["cuda"]]
     assert list(found) == whats
     assert found["SD 1.5 at 512x512, four mixed tasks, graphs / the original, graphs"] == ["1.00", "0.917", "met |"]
     assert found["switching tasks / a step"] == ["0.01", "0.055", "**missed** |"]
     assert found["four tasks at once / one after another"] == ["0.85", "0.917", "**missed** |"]
     assert found["SDXL at 1024x1024, four mixed tasks, graphs / the original, graphs"][1] == "not measured yet"
-    assert len([line for line in tables_models.targets(results) if line.startswith("| CPU")]) == len(TARGETS["cpu"])
+    assert len([line for line in tables_models.targets_table(results) if line.startswith("| CPU")]) == len(
+        TARGETS["cpu"]
+    )
 
 
 def test_steps_by_batch(paths):
@@ -130,12 +132,12 @@ def test_steps_by_batch(paths):
     rows = [make_step(name, time * B, B=B) for B in (1, 4) for name, time in STEPS.items()]
     rows += [make_step("mtu-cpp", 2000, B=4, group="alone"), make_step("mtu-triton", 870, setting=Setting(4))]
     write_rows(results / "unet_cuda.csv", rows)
-    table = cells(tables_models.unet(results, "cuda"))
+    table = cells(tables_models.unet_tables(results, "cuda"))
     assert table["`stock`"][:2] == ["1.00 (1.00 ms)", "1.00 (4.00 ms)"]
     assert table["`mtu-triton+graphs`"][:2] == ["0.55", "0.55"]
     assert table["`mtu-cpp`"][:2] == ["–", "2.00 ms"]
     assert "`mtu-triton, one task`" not in table
-    assert tables_models.unet(results, "cuda")[-1] == (
+    assert tables_models.unet_tables(results, "cuda")[-1] == (
         "<sub>Some GPU, 1 threads, commit abc1234, torch 2.0: `none` → "
         "[unet_cuda.csv](../benchmarks/results/unet_cuda.csv)</sub>"
     )
@@ -146,13 +148,13 @@ def test_settings_over_the_usual(paths):
     rows = [make_step("mtu-triton", 100), make_step("mtu-triton@each", 130), make_step("four-unets", 100)]
     rows += [make_step("four-unets", 90, setting=Setting(4)), make_step("mtu-triton", 80, setting=Setting(4, 2, 4))]
     write_rows(results / "unet_cuda.csv", rows)
-    table = cells(tables_models.settings(results, "cuda"))
+    table = cells(tables_models.settings_table(results, "cuda"))
     assert table["`mtu-triton@each`"] == ["samples one after another / at once", "1.30"]
     assert table["`mtu-triton, top-2 of 4`"] == ["top-k / dense", "0.80"]
     assert len(table) == 3
     write_rows(results / "unet_cpu.csv", rows[:1])
     with pytest.raises(ValueError, match="no settings to compare"):
-        tables_models.settings(results, "cpu")
+        tables_models.settings_table(results, "cpu")
 
 
 def test_the_costs_of_serving_are_those_of_four_tasks(paths):
@@ -160,7 +162,7 @@ def test_the_costs_of_serving_are_those_of_four_tasks(paths):
     rows = [make_step(name, time * B, B=B, images_per_s=4.25 * B) for B in (4, 8) for name, time in STEPS.items()]
     rows += [make_step("mtu-cpp", 900, B=8), make_step("mtu-eager", 100, switch_us=0.004)]
     write_rows(results / "unet_cuda.csv", rows)
-    table = cells(tables_models.unet(results, "cuda"))
+    table = cells(tables_models.unet_tables(results, "cuda"))
     (header,) = (name for name in table if name.startswith("SD 1.5"))
     assert table[header][2:] == ["B = 4: images/s", "weights", "peak beside them", "a switch / a step", "warm-up"]
     assert table["`stock`"][2:] == ["17.0", "1.70 GB", "2.00 GB", "–", "–"]
@@ -172,7 +174,7 @@ def test_the_costs_of_serving_are_those_of_four_tasks(paths):
 def test_whole_images(paths):
     results, _, _ = paths
     write_rows(results / "pipeline_cuda.csv", [make_images("stock-each", 4e6), make_images("mtu", 3e6)])
-    table = cells(tables_models.pipeline(results, "cuda"))
+    table = cells(tables_models.pipeline_tables(results, "cuda"))
     assert table["`mtu`"] == ["3.00 s", "0.75", "1.33", "0.500 GB", "–"]
     assert "icons, 4 images of 64², 20 steps, bf16" in table
 
@@ -187,7 +189,7 @@ def test_psnr_says_what_was_missed(paths):
     rows = [dict(zip(names, line, strict=True)) | place for line in lines]
     columns = psnr_rows.TABLE.columns
     write_cells(results / "image_psnr_cuda.csv", columns, [[row[name] for name in columns] for row in rows])
-    table = cells(tables_models.image_psnr(results, "cuda"))
+    table = cells(tables_models.image_psnr_table(results, "cuda"))
     assert table["icons, 16 images of 20 steps: PSNR in dB (allowed)"] == ["bf16, edit", "fp32, worst task"]
     assert table["`stock-eager`"] == ["30.0 (30.0)", "110.0 (60.0)"]
     assert table["`mtu-cpp`"] == ["29.5 (30.0) even", "–"]
@@ -200,7 +202,7 @@ def test_imports(paths):
     part, ours, theirs, at_most = import_time.PAIRS[0]
     lines = [("g", part, statement, us, us, us, 20) for statement, us in ((ours, 2.2e6), (theirs, 2e6))]
     write_cells(results / "import_time.csv", import_time.TABLE.columns, lines)
-    assert cells(tables_models.imports(results))[f"`{ours}`"] == [
+    assert cells(tables_models.imports_table(results))[f"`{ours}`"] == [
         f"`{theirs}`",
         "2.20 s",
         "2.00 s",
@@ -216,7 +218,7 @@ def test_one_feed_forward(paths):
     rows += [make_row("mtu-triton", 104, setting=MIXED), make_row("eager", 1, B=1), make_row("mtu-triton", 9, B=1)]
     rows += [make_row(name, us, direction="forward+backward") for name, us in (("eager", 500), ("mtu-triton", 400))]
     write_rows(results / "moe_ffn_cuda.csv", rows)
-    lines = tables_ffn.feed_forward(results, "cuda")
+    lines = tables_ffn.feed_forward_table(results, "cuda")
     assert lines[0] == "|  | `mtu-triton`, B = 8, width × tokens | 320×4096 |"
     found = dict(line.strip("|").split(" | ")[1:] for line in lines if line.startswith("| bf16"))
     assert {what: value.strip() for what, value in found.items()} == {
@@ -233,7 +235,7 @@ def test_the_roofline(paths):
     results, _, _ = paths
     write_rows(results / "machine.csv", [make_roofs()])
     write_rows(results / "moe_ffn_cuda.csv", [make_row("mtu-triton", 200), make_row("mtu-triton", 30, (1280, 64))])
-    lines = tables_ffn.roofline(results, "cuda")
+    lines = tables_ffn.roofline_table(results, "cuda")
     assert (
         lines[0]
         == "Roofs: bf16 800 TFLOP/s (matrices of edge 8192) and 4,000 GB/s (triad); they meet at 200 FLOP/byte."
@@ -250,7 +252,7 @@ def test_scaling_has_a_line_for_each_contender_and_routing(paths):
         write_rows(
             results / "scaling_cuda.csv", [make_row(name, us, (640, L), B=1, group=str(L)) for name, us in names]
         )
-    lines = [line for line in tables_ffn.scaling(results, "cuda") if line.startswith("| tokens")]
+    lines = [line for line in tables_ffn.scaling_table(results, "cuda") if line.startswith("| tokens")]
     assert lines == [
         "| tokens (width 640, B = 1, 4 experts, bf16) | `mtu-triton` | 256: **0.500** | 512: **0.500** |",
         "| tokens (width 640, B = 1, 4 experts, bf16) | `eager` | 256: **1.00** | 512: **1.00** |",
@@ -258,9 +260,9 @@ def test_scaling_has_a_line_for_each_contender_and_routing(paths):
 
 
 def test_numbers_and_where_they_come_from():
-    texts = [markdown.digits(value) for value in (1234.5, 99.96, 12.34, 9.996, 1.234, 0.5)]
+    texts = [markdown.format_digits(value) for value in (1234.5, 99.96, 12.34, 9.996, 1.234, 0.5)]
     assert texts == ["1,234", "100", "12.3", "10.0", "1.23", "0.500"]
-    texts = [markdown.duration(us) for us in (12.34, 999.6, 5e4, 31.5e6)]
+    texts = [markdown.format_duration(us) for us in (12.34, 999.6, 5e4, 31.5e6)]
     assert texts == ["12.3 µs", "1.00 ms", "50.0 ms", "31.5 s"]
     sources = [SOURCE | {"command": f"A=1 python -m benchmarks.ffn.moe_ffn --seconds {s}"} for s in (1, 2, 2, 3)]
     assert markdown.provenance_line(sources[:3], "a.csv", "b.csv") == (

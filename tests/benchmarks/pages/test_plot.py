@@ -7,7 +7,14 @@ from matplotlib.image import imread
 
 from benchmarks.ffn.roofline import roofline_points
 from benchmarks.harness.workloads import DENSE, Setting
-from benchmarks.models.steps import Case, case_of, comparisons, deployed, steps_by_setup, usual
+from benchmarks.models.steps import (
+    Case,
+    case_of,
+    compare_with_usual,
+    deployed_batch_and_steps,
+    steps_by_setup,
+    usual_cases,
+)
 from benchmarks.pages import plot, plot_roofline, plot_scaling, plot_unet
 
 from ..page_cases import STEPS, grown, make_roofs, make_step, write_rows
@@ -39,9 +46,9 @@ def test_steps_are_relative_to_the_original_of_their_group():
     rows += [make_step("mtu-cpp", 1, B=2, group="alone")]
     (cases,) = steps_by_setup(rows).values()
     steps = cases[Case("mtu-cpp")]
-    assert steps[4].relative(900) == 0.9
-    assert steps[2].original is None
-    assert math.isnan(steps[2].relative(1))
+    assert steps[4].relative_to_original(900) == 0.9
+    assert steps[2].original_row is None
+    assert math.isnan(steps[2].relative_to_original(1))
 
 
 def test_unusual_steps_are_divided_by_the_usual_step_of_their_group():
@@ -51,20 +58,23 @@ def test_unusual_steps_are_divided_by_the_usual_step_of_their_group():
     rows += [make_step("mtu-cpp@each", 130), make_step("mtu-cpp@routers", 50, group="other")]
     (cases,) = steps_by_setup(rows).values()
     ratios = {
-        str(case): own.row.median_us / plain.row.median_us
-        for case, comparison in comparisons(cases).items()
-        for own, plain in comparison.pairs.values()
+        str(case): own.measured.median_us / plain.measured.median_us
+        for case, comparison in compare_with_usual(cases).items()
+        for own, plain in comparison.pairs_by_batch.values()
     }
     assert ratios == {"mtu-cpp, one task": 0.98, "mtu-cpp, top-2 of 4": 0.8, "mtu-cpp@each": 1.3}
-    assert list(usual(cases)) == [Case("mtu-cpp")]
+    assert list(usual_cases(cases)) == [Case("mtu-cpp")]
 
 
 def test_deployed_are_four_tasks_or_the_largest_batch():
     rows = [make_step(name, time, B=B) for name, time in STEPS.items() for B in (2, 4, 8)]
-    ((B, steps),) = (deployed(cases) for cases in steps_by_setup(rows).values())
+    ((B, steps),) = (deployed_batch_and_steps(cases) for cases in steps_by_setup(rows).values())
     assert B == 4
     assert list(map(str, steps)) == ["stock", "stock+graphs", "mtu-triton", "mtu-triton+graphs", "four-unets"]
-    ((B, _),) = (deployed(cases) for cases in steps_by_setup([row for row in rows if row.workload.B != 4]).values())
+    ((B, _),) = (
+        deployed_batch_and_steps(cases)
+        for cases in steps_by_setup([row for row in rows if row.workload.B != 4]).values()
+    )
     assert B == 8
 
 
@@ -72,13 +82,13 @@ def test_deployed_are_four_tasks_or_the_largest_batch():
 def test_pictures_of_each_kind(tmp_path):
     places = [{"model": model, "B": B} for model in ("sd15", "sdxl") for B in (1, 4)]
     steps = [make_step(name, time * place["B"], **place) for place in places for name, time in STEPS.items()]
-    plot_unet.plot([*steps, make_step("swapped-unets", 9e4)], tmp_path / "unet.png")
-    plot_scaling.plot(grown(), tmp_path / "deep" / "scaling.png")
+    plot_unet.write_plot([*steps, make_step("swapped-unets", 9e4)], tmp_path / "unet.png")
+    plot_scaling.write_plot(grown(), tmp_path / "deep" / "scaling.png")
     shapes = ((320, 4096), (640, 1024), (1280, 64))
     rows = [
         make_row(name, 100 + at, shape=shape) for shape in shapes for at, name in enumerate(("eager", "mtu-triton"))
     ]
-    plot_roofline.plot(roofline_points(rows, {("cuda", "bf16"): make_roofs()}), tmp_path / "roofline.png")
+    plot_roofline.write_plot(roofline_points(rows, {("cuda", "bf16"): make_roofs()}), tmp_path / "roofline.png")
     for name in ("unet", "deep/scaling", "roofline"):
         assert colors(tmp_path / f"{name}.png") > 10
 
@@ -107,6 +117,6 @@ def test_pictures_that_cannot_be_drawn_are_reported_after_the_others(tmp_path, c
 
 def test_a_picture_needs_what_it_compares_with(tmp_path):
     with pytest.raises(ValueError, match=r"unet\.png needs rows of stock and of contenders in its group, got none\."):
-        plot_unet.plot([make_step("mtu-triton", 9)], tmp_path / "unet.png")
+        plot_unet.write_plot([make_step("mtu-triton", 9)], tmp_path / "unet.png")
     with pytest.raises(ValueError, match=r"roofline\.png needs forward passes .*, got none\."):
-        plot_roofline.plot([], tmp_path / "roofline.png")
+        plot_roofline.write_plot([], tmp_path / "roofline.png")

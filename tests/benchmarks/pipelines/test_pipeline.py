@@ -10,15 +10,15 @@ from diffusers import StableDiffusionPipeline
 
 import mtu
 from benchmarks.harness.correctness import WrongResult
-from benchmarks.harness.provenance import provenance
+from benchmarks.harness.provenance import collect_provenance
 from benchmarks.harness.rows import Row
 from benchmarks.harness.workloads import Workload
 from benchmarks.pipelines import image_psnr, pipeline, pipeline_models, psnr_rows
 from benchmarks.pipelines.image_psnr import ExecutionPath
-from benchmarks.pipelines.pipeline_contenders import TABLE, comparison
-from benchmarks.pipelines.pipeline_models import check_images, copy_sharing_weights, draw_samples, stock_rows
-from benchmarks.pipelines.psnr_rows import STOCK, compare, psnr, squared_errors, standard_error, verdict
-from mtu.recipes.icons.base_model import BaseModelConfig, build_untrained_pipeline, convert_to_float16_and_save
+from benchmarks.pipelines.pipeline_contenders import TABLE, comparison_lines
+from benchmarks.pipelines.pipeline_models import check_images, copy_sharing_weights, draw_samples, stock_rows_per_sample
+from benchmarks.pipelines.psnr_rows import STOCK, make_psnr_rows, psnr, squared_errors, standard_error, verdict
+from mtu.recipes.icons.base_model import BaseModelConfig, build_untrained_pipeline, save_float16_pipeline
 from mtu.recipes.icons.denoiser import DenoiserConfig
 from mtu.recipes.icons.text_encoder import TextEncoderConfig
 from mtu.recipes.icons.vae import VAEConfig
@@ -88,7 +88,7 @@ def test_a_run_from_start_to_report(folder, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"2 rows added to {output}" in out
     assert "miniature 64x64 images=4 steps=1 bf16 " in out
-    rows, source = read(output), provenance(f"python -m benchmarks.pipelines.pipeline {' '.join(arguments)}")
+    rows, source = read(output), collect_provenance(f"python -m benchmarks.pipelines.pipeline {' '.join(arguments)}")
     assert tuple(rows[0]) == (*TABLE.columns, *source)
     assert [(row["contender"], row["E"], row["tasks"]) for row in rows] == [
         ("stock-each", "1", "1"),
@@ -129,8 +129,8 @@ def test_compiled_contenders_are_warmed_up_and_graphs_refused_off_gpus(folder, t
 @pytest.mark.slow
 @pytest.mark.usefixtures("loaded")
 def test_wrong_images_end_in_an_error(folder, tmp_path, capsys, monkeypatch):
-    right = pipeline.stock_images
-    monkeypatch.setattr(pipeline, "stock_images", lambda *given: 1 - right(*given))
+    right = pipeline.make_stock_images
+    monkeypatch.setattr(pipeline, "make_stock_images", lambda *given: 1 - right(*given))
     output = tmp_path / "rows.csv"
     assert run_quickly(pipeline, folder, output, "--contenders", "stock-each,mtu", "--steps", "1")[0] == 1
     failed = "FAILED, not timed: stock-each at miniature 64x64 images=4 steps=1 bf16 E=1 dense tasks=1: WrongResult: "
@@ -212,13 +212,13 @@ def test_each_task_makes_images_of_its_own(pipe):
     edit = samples[1]
     for other in (SUPER_RESOLUTION.name, "remove"):
         index = pipe.unet.task_index(other)
-        own = pipeline_models.upcycled_images(pipe, [edit], 2)
+        own = pipeline_models.make_upcycled_images(pipe, [edit], 2)
         pipe.unet.task_ids = lambda names, device=None, index=index: torch.full((len(names),), index)
-        swapped = pipeline_models.upcycled_images(pipe, [edit], 2)
+        swapped = pipeline_models.make_upcycled_images(pipe, [edit], 2)
         del pipe.unet.task_ids
         assert (own - swapped).abs().max() > 1e-3
     turned = edit._replace(image=edit.image.flip(-1))
-    assert (own - pipeline_models.upcycled_images(pipe, [turned], 2)).abs().max() > 1e-3
+    assert (own - pipeline_models.make_upcycled_images(pipe, [turned], 2)).abs().max() > 1e-3
 
 
 def test_samples_are_the_same_at_every_call_and_all_different(pipe):
@@ -242,14 +242,14 @@ def test_a_task_of_ones_own_is_asked_for_too(folder):
 
 def test_steps_are_those_of_the_tasks_or_those_given():
     longer = TaskSpec("longer", num_inference_steps=50)
-    assert pipeline_models.steps_of(SD_TASKS, None) == 20
-    assert pipeline_models.steps_of((EDIT, longer), 7) == 7
+    assert pipeline_models.denoising_steps(SD_TASKS, None) == 20
+    assert pipeline_models.denoising_steps((EDIT, longer), 7) == 7
     with pytest.raises(ValueError, match=r"--steps must be given for tasks of different .* steps, got \[20, 50\]"):
-        pipeline_models.steps_of((EDIT, longer), None)
+        pipeline_models.denoising_steps((EDIT, longer), None)
 
 
 def test_rows_of_the_unets_batches():
-    assert [stock_rows(spec) for spec in SD_TASKS] == [2, 3, 1, 3]
+    assert [stock_rows_per_sample(spec) for spec in SD_TASKS] == [2, 3, 1, 3]
 
 
 def test_copies_share_weights_but_not_their_layout(pipe):
@@ -274,7 +274,7 @@ def test_wrong_results_are_not_timed():
 def test_contenders_are_compared_with_the_stock_pipelines_run_in_the_same_way():
     times = {"stock-each": 8.0, "mtu": 6.0, "stock-each+compile": 4.0, "mtu+compile": 3.0}
     rows = [Row(contender=name, workload=WORKLOAD, median_us=time, source=SOURCE) for name, time in times.items()]
-    assert comparison(rows) == [
+    assert comparison_lines(rows) == [
         "mtu: 0.750 of stock-each",
         "stock-each+compile: 0.500 of stock-each",
         "mtu+compile: 0.750 of stock-each+compile, 0.375 of stock-each",
@@ -291,7 +291,7 @@ def test_a_run_of_all_paths_from_start_to_table(folder, tmp_path, capsys):
     arguments = ["--paths", "mtu-eager,mixed,compiled", "--samples", "1", "--steps", "1"]
     _, arguments = run_quickly(image_psnr, folder, output, *arguments)
     out = capsys.readouterr().out
-    rows, source = read(output), provenance(f"python -m benchmarks.pipelines.image_psnr {' '.join(arguments)}")
+    rows, source = read(output), collect_provenance(f"python -m benchmarks.pipelines.image_psnr {' '.join(arguments)}")
     assert tuple(rows[0]) == (*psnr_rows.TABLE.columns, *source)
     paths = [STOCK, "mtu-eager", "mixed", "compiled"]
     expected = [(path, task, "bf16") for path in paths for task in (*NAMES, "all")]
@@ -314,7 +314,7 @@ def test_paths_that_cannot_run_are_skipped_and_wrong_ones_end_in_an_error(folder
         raise RuntimeError("Nothing of the kind runs here.")
 
     right = image_psnr.PATHS["mtu-eager"]
-    paths = {"mtu-cpp": refuse, "mixed": lambda *given: 1 - right.implementation.images(*given)}
+    paths = {"mtu-cpp": refuse, "mixed": lambda *given: 1 - right.implementation.make_images(*given)}
     for name, images in paths.items():
         monkeypatch.setitem(image_psnr.PATHS, name, right._replace(implementation=ExecutionPath(images)))
     output = tmp_path / "rows.csv"
@@ -350,7 +350,7 @@ def test_rows_are_compared_with_the_stock_pipelines_task_by_task():
     worse[:2] *= 100
     workload = WORKLOAD._replace(B=16)
     errors = {STOCK: stock, "worse": worse, "better": stock / 2, "even": stock * torch.tensor([2, 2, 0.49, 0.49] * 4)}
-    rows = {(row.contender, row.part): row for row in compare(errors, ["a", "b"], workload, "cpu", SOURCE)}
+    rows = {(row.contender, row.part): row for row in make_psnr_rows(errors, ["a", "b"], workload, "cpu", SOURCE)}
     assert [rows[STOCK, task].allowed_db for task in "ab"] == pytest.approx([40, 30])
     assert [rows["better", task].psnr_db for task in "ab"] == pytest.approx([43.01, 33.01], abs=0.01)
     assert rows["worse", "a"].psnr_db == pytest.approx(40 - 3.01 - 20 / 8, abs=0.01)
@@ -361,7 +361,7 @@ def test_rows_are_compared_with_the_stock_pipelines_task_by_task():
     assert verdict(rows["worse", "all"]) == "missed", "twice as many samples show it"
     assert rows["worse", "all"].workload.B == 16
     assert rows["worse", "a"].workload.B == 8
-    single = compare(errors, ["a", "b"], workload._replace(dtype="fp32"), "cpu", SOURCE)
+    single = make_psnr_rows(errors, ["a", "b"], workload._replace(dtype="fp32"), "cpu", SOURCE)
     assert {verdict(row) for row in single} == {"missed"}, "30 and 40 dB are no rounding of float32"
 
 
@@ -373,4 +373,4 @@ def test_verdicts(psnr_db, error_db, expected):
     figures = {"psnr_db": psnr_db, "allowed_db": 40.0, "error_db": error_db, "pooled_db": 39.0}
     row = Row(contender="mixed", part="edit", workload=WORKLOAD, source=SOURCE, **figures)
     assert verdict(row) == expected
-    assert tuple(psnr_rows.TABLE.cells(row)) == (*psnr_rows.TABLE.columns, *SOURCE)
+    assert tuple(psnr_rows.TABLE.cells_of_row(row)) == (*psnr_rows.TABLE.columns, *SOURCE)

@@ -6,7 +6,7 @@ import torch
 import mtu_kernels
 from benchmarks.pipelines import image_psnr
 from benchmarks.pipelines.image_psnr import PipelinePair
-from benchmarks.pipelines.pipeline_models import cast, draw_samples, load_pipeline, upcycled_images
+from benchmarks.pipelines.pipeline_models import cast_copy, draw_samples, load_pipeline, make_upcycled_images
 from benchmarks.pipelines.psnr_rows import STOCK, psnr, squared_errors
 from mtu.runtime.compiling import CompiledUNetCalls, ExecutionPlan
 from tests.mtu.recorded_graphs import RecordedGraphs
@@ -41,7 +41,7 @@ def samples(pipe):
 @pytest.fixture(scope="module")
 def exact(pipe, samples):
     """Images of the eager path in float32."""
-    return image_psnr.mixed("eager", origin_of(pipe, torch.float32), samples, STEPS)
+    return image_psnr.mixed_path_images("eager", origin_of(pipe, torch.float32), samples, STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def dynamo():
 
 
 def origin_of(pipe, dtype):
-    return PipelinePair(pipe, cast(pipe, dtype, CPU, "eager"))
+    return PipelinePair(pipe, cast_copy(pipe, dtype, CPU, "eager"))
 
 
 def psnrs(pipe, images, exact):
@@ -75,7 +75,7 @@ def through(plan):
         unet = origin.upcycled.unet
         unet.to(memory_format=torch.channels_last)
         unet._compiled_call_impl = CompiledUNetCalls(unet, plan, 8, RecordedGraphs())
-        return upcycled_images(origin.upcycled, samples, steps)
+        return make_upcycled_images(origin.upcycled, samples, steps)
 
     return images
 
@@ -114,12 +114,12 @@ def test_bfloat16_paths_are_as_near_as_the_stock_pipelines_on_the_exported_tasks
 def test_a_mixed_up_task_is_far_below(pipe, samples, exact, allowed):
     """What the tolerances must tell apart: each task has the norms, input convolution and routing of the one before."""
     origin = origin_of(pipe, torch.float32)
-    unet = origin.upcycled.unet
-    mixed_up = [parameter for block in unet.routed_blocks_by_name().values() for parameter in block.norm3.parameters()]
+    unet = origin.upcycled_pipeline.unet
+    mixed_up = [parameter for block in unet.routed_blocks().values() for parameter in block.norm3.parameters()]
     mixed_up += [unet.conv_in.weight, unet.task_embedding.weight]
     with torch.no_grad():
         for parameter in mixed_up:
             parameter.copy_(parameter.roll(1, 0))
-    values = psnrs(pipe, image_psnr.mixed("eager", origin, samples, STEPS), exact)
+    values = psnrs(pipe, image_psnr.mixed_path_images("eager", origin, samples, STEPS), exact)
     assert max(values.values()) < FLOAT32_DB - 40
     assert values["all"] < allowed["all"] - BFLOAT16_DB
