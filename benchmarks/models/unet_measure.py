@@ -109,7 +109,7 @@ class GroupMeasurement:
         for prepared, timing in zip(ready, self._times(ready), strict=True):
             yield prepared.entry, self._row(prepared, timing)
         for prepared in ready:
-            self._plan.after_timing(self._workload, prepared.entry, prepared.steps[0])
+            self._plan.after_timing(self._workload, prepared.entry, prepared.step_calls[0])
 
     def _prepare(self, entry: Entry) -> PreparedEntry:
         contender = CONTENDERS[entry.contender]
