@@ -66,9 +66,9 @@ class CompiledLaunch(NamedTuple):
 
     def require_code(self) -> MachineCode:
         """The machine code. Raises ValueError for an AMD architecture, whose code nothing here reads."""
-        if self.code is None:
+        if self.machine_code is None:
             raise ValueError("This needs code for an NVIDIA architecture, got a kernel compiled for AMD.")
-        return self.code
+        return self.machine_code
 
 
 class CompilerInput(NamedTuple):
@@ -138,7 +138,7 @@ def programs_per_processor(compiled: CompiledLaunch, chip: ProcessorLimits) -> i
     Registers go to warps in units of 256, and warps to the four quarters of the processor.
     """
     warps = compiled.launch.num_warps
-    per_warp = -(-compiled.machine_code.num_registers * 32 // 256) * 256
+    per_warp = -(-compiled.require_code().num_registers * 32 // 256) * 256
     limits = [
         _REGISTERS // 4 // per_warp * 4 // warps,
         chip.shared_bytes // (-(-(compiled.shared_bytes - chip.static_shared_bytes + _KB) // 128) * 128),

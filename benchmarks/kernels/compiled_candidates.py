@@ -97,7 +97,7 @@ def table_lines(found: Sequence[CompiledCandidate], arch: str, shapes: Sequence[
         if candidate.compiled is None:
             yield f"{name:38}{'; '.join(candidate.faults)}"
             continue
-        code, compiled = candidate.compiled.machine_code, candidate.compiled
+        code, compiled = candidate.compiled.require_code(), candidate.compiled
         resident = programs_per_processor(compiled, CHIPS[arch])
         cells = (
             f"{code.num_registers:>10}{compiled.shared_bytes:>8}{resident:>6}{len(code.main_loop):>6}"

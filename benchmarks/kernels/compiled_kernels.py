@@ -113,11 +113,10 @@ def describe_faults(result: CompiledKernel) -> Iterator[str]:
     elif programs_per_processor(result.compiled, chip) == 0:
         yield f"a program must fit on a multiprocessor, got {code.num_registers} registers in {launch.num_warps} warps"
     if is_product(launch) and code.instructions and result.named_launch.dtype != "fp32":
-        yield from _product_violations(result, code.main_loop)
+        yield from _product_violations(result, launch, code.main_loop)
 
 
-def _product_violations(result: CompiledKernel, loop: Sequence) -> Iterator[str]:
-    launch = result.compiled.launch
+def _product_violations(result: CompiledKernel, launch: Launch, loop: Sequence) -> Iterator[str]:
     bases = {instruction.base for instruction in loop}
     wanted = "HMMA"
     if launch.constant_arguments["BLOCK_M"] >= 64 and launch.num_warps >= 4:
@@ -188,11 +187,10 @@ def describe_uncovered_rows(
 
 
 def _shows(result: CompiledKernel, row: TableRow) -> bool:
-    launch = result.named_launch.launch
-    return (
-        format_tile_of_launch(launch) == format_table_tile(row.tile)
-        and uses_descriptors(launch) == row.tile.descriptors
-    )
+    launch, tile = result.named_launch.launch, row.tile
+    if not isinstance(tile, TileConfig):
+        return False
+    return format_tile_of_launch(launch) == format_table_tile(tile) and uses_descriptors(launch) == tile.descriptors
 
 
 def csv_cells(result: CompiledKernel) -> dict[str, str]:

@@ -182,7 +182,7 @@ class CompiledTile(NamedTuple):
 
 def read_tile(compiled: CompiledLaunch, arch: str) -> CompiledTile:
     """The figures of a compiled product, from its block sizes and its listed code."""
-    launch, code = compiled.launch, compiled.machine_code
+    launch, code = compiled.launch, compiled.require_code()
     rows, columns, step = tile_block_of(launch)
     columns *= 2 if launch.product_name in PAIR_PRODUCTS else 1
     return CompiledTile(

@@ -104,4 +104,4 @@ def rows_by_task(batch: Batch) -> list[Rows]:
 
 def make_stock_call(unet: UNet2DConditionModel, batch: Batch, rows: Rows) -> UNetCall:
     """A call of an original, which reads the noisy latents alone."""
-    return UNetCall(functools.partial(predict_noise, unet), select_rows(batch, rows, unet.config.in_channels), rows)
+    return UNetCall(functools.partial(predict_noise, unet), select_rows(batch, rows, unet.config["in_channels"]), rows)

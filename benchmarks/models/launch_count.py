@@ -227,8 +227,8 @@ def _whole_unet(compiled: CompiledPart) -> tuple[Callable[..., Tensor], tuple[An
             unet = mtu.upcycle(unet, tasks=task_specs_of(model), **options)
             unet.drop_routers_()
     to_fake_gpu(unet, dtype)
-    if compiled.backend is not None:
-        unet.conv_in.update_channel_counts_()
+    if isinstance(unet, mtu.MTUUNet2DConditionModel):
+        unet.conv_in.move_channel_counts_to_own_device_()
     edge = picture_edge(model) // LATENT_FACTOR
     inputs = make_example_inputs(unet, _BATCH, height=edge, width=edge, channels=unet.conv_in.in_channels)
     inputs["timestep"] = _tensor(_BATCH, dtype=torch.float32)

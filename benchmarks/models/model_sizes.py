@@ -1,5 +1,8 @@
 """`python -m benchmarks.models.model_sizes`: parameters and FLOPs of the built-in models, stock and upcycled."""
 
+import argparse
+from collections.abc import Sequence
+
 from benchmarks.harness.provenance import RESULTS, collect_provenance
 from benchmarks.harness.rows import write_cells
 from mtu.inspection import BUILT_IN_UNET_CONFIGS, compare_with_original

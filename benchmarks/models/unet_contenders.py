@@ -41,12 +41,13 @@ def build_deployment(contender: Contender, family: UNetFamily, setting: Setting)
         raise ValueError(f"CUDA graphs need a CUDA device, got the device {str(family.device)!r}.")
     unets = contender.implementation
     deployment = BUILDERS[unets.source](family, setting, contender)
-    for unet in deployment.unets if contender.run_mode is not None else ():
-        if unets.by_user:
-            # Each size is compiled by itself: a second one would bring dynamic shapes, which are slower.
-            unet.compile(mode=contender.run_mode.compile_mode, fullgraph=True, dynamic=False)
-        else:
-            mtu.compile(unet, contender.run_mode.compile_mode)
+    if contender.run_mode is not None:
+        for unet in deployment.unets:
+            if unets.by_user:
+                # Each size is compiled by itself: a second one would bring dynamic shapes, which are slower.
+                unet.compile(mode=contender.run_mode.compile_mode, fullgraph=True, dynamic=False)
+            else:
+                mtu.compile(unet, contender.run_mode.compile_mode)
     # The next replay of a user's graph overwrites the outputs of this one.
     return (
         deployment._replace(unet_calls_of=_cloned(deployment.unet_calls_of))
@@ -70,7 +71,8 @@ def _stock(family: UNetFamily, setting: Setting, contender: Contender) -> Deploy
 def _stock_recipe(family: UNetFamily, setting: Setting, contender: Contender) -> Deployment:
     """The steps of diffusers' guide to faster inference before compiling: channels-last, projections fused."""
     unet = family.new_original()
-    unet.to(memory_format=torch.channels_last)
+    # Neither torch nor diffusers declares this argument.
+    unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     unet.fuse_qkv_projections()
 
     def parts(batch: Batch) -> list[UNetCall]:

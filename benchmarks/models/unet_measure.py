@@ -181,7 +181,9 @@ class GroupMeasurement:
             prepared.warm_up_cost,
         )
         steps = task_specs_of(self._workload.model)[0].num_inference_steps
-        peak = warm_up.peak_bytes if graphs else measure_peak_bytes(prepared.step_calls[0], self._device)
+        # A replay allocates nothing, so the memory of graphs is that of their capture.
+        captured = warm_up if graphs else None
+        peak = captured.peak_bytes if captured else measure_peak_bytes(prepared.step_calls[0], self._device)
         switch = deployment.switch_tasks
         return timing._asdict() | {
             "peak_bytes": peak,

@@ -67,7 +67,7 @@ def _setup(part: SubFigure, setup: ModelSetup, cases: Steps) -> None:
     panels = part.subplots(1, len(batches), sharey=True, squeeze=False)[0]
     for axes, B in zip(panels, batches, strict=True):
         steps = {case: steps[B] for case, steps in cases.items() if B in steps}
-        original = next(step.original_row for step in steps.values())
+        original = next(step.original_row for step in steps.values() if step.original_row is not None)
         axes.set_title(f"B = {B}  ({original.median_us / 1e3:,.0f} ms)", loc="left", fontsize=9)
         _bars(axes, list(cases), steps, limit)
     panels[0].set_yticks(range(len(cases)), list(map(str, cases)), fontsize=8)

@@ -166,7 +166,7 @@ def cast_copy(pipe: mtu.MTUPipeline, dtype: torch.dtype, device: torch.device, b
     return copied
 
 
-def export_stock_pipeline(pipe: mtu.MTUPipeline, name: str, parts: mtu.MTUPipeline) -> DiffusionPipeline:
+def export_stock_pipeline(pipe: mtu.MTUPipeline, name: str, parts: mtu.MTUPipeline) -> StockPipeline:
     """The stock pipeline of one task: folded in the precision of `pipe`, with the dtype and the device of `parts`.
 
     `parts` is a pipeline of the same model, which shares all its modules but the UNet.
@@ -199,7 +199,7 @@ def make_upcycled_images(pipe: mtu.MTUPipeline, samples: Sequence[Sample], steps
     return output.images
 
 
-def make_stock_images(pipe: DiffusionPipeline, samples: Sequence[Sample], steps: int) -> Tensor:
+def make_stock_images(pipe: StockPipeline, samples: Sequence[Sample], steps: int) -> Tensor:
     """Images of one task from one call of its exported pipeline: (n, 3, H, W) in [0, 1], in the pipeline's dtype."""
     spec = samples[0].spec
     given: dict[str, Any] = {"guidance_scale": spec.guidance_scale}

@@ -18,7 +18,7 @@ from benchmarks.pipelines.image_psnr import ExecutionPath
 from benchmarks.pipelines.pipeline_contenders import TABLE, comparison_lines
 from benchmarks.pipelines.pipeline_models import check_images, copy_sharing_weights, draw_samples, stock_rows_per_sample
 from benchmarks.pipelines.psnr_rows import STOCK, make_psnr_rows, psnr, squared_errors, standard_error, verdict
-from mtu.recipes.icons.base_model import BaseModelConfig, build_untrained_pipeline, save_float16_pipeline
+from mtu.recipes.icons.base_model import BaseModelConfig, build_untrained_pipeline, convert_to_float16_and_save
 from mtu.recipes.icons.denoiser import DenoiserConfig
 from mtu.recipes.icons.text_encoder import TextEncoderConfig
 from mtu.recipes.icons.vae import VAEConfig
