@@ -134,7 +134,7 @@ class PipelineBenchmark:
     def make_group(self, names: Sequence[str], workload: Workload) -> Group:
         """The contenders in the setting of the upcycled model, which all make the same images."""
         config = self.upcycled.unet.expert_config
-        setting = Setting(config.num_experts, DENSE if config.is_dense else config.top_k)
+        setting = Setting(config.num_experts, DENSE if config.has_dense_routing else config.top_k)
         tasks = {name: 1 if CONTENDERS[name].implementation.one_task_per_call else len(self.samples) for name in names}
         entries = (
             Entry(name, CONTENDERS[name].relevant_setting(setting._replace(tasks=number)))

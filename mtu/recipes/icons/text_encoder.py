@@ -22,8 +22,8 @@ class TextEncoderConfig:
 
     Attributes:
         width: width of the embeddings, which the UNet attends to.
-        layers: number of transformer layers.
-        heads: number of attention heads.
+        num_layers: number of transformer layers.
+        num_heads: number of attention heads.
         max_length: tokens per prompt, including begin and end.
     """
 

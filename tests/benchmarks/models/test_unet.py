@@ -162,7 +162,7 @@ def test_compiled_contenders_are_warmed_up_once_for_all_tasks(tmp_path, monkeypa
 
 def _specialised(family, setting, contender):
     """The original, and code behind it that is compiled anew for each task; for the first one it changes nothing."""
-    unet = family.original()
+    unet = family.new_original()
     add = torch.compile(lambda output, task: output + task, backend="eager", fullgraph=True, dynamic=False)
 
     def predict(task, **inputs):
@@ -170,7 +170,7 @@ def _specialised(family, setting, contender):
 
     def parts(batch):
         (rows,) = rows_at_once(batch)
-        return [UNetCall(predict, make_stock_call(unet, batch, rows).inputs | {"task": batch.tasks[0]}, rows)]
+        return [UNetCall(predict, make_stock_call(unet, batch, rows).inputs | {"task": batch.task_of_row[0]}, rows)]
 
     return Deployment((), parts)
 

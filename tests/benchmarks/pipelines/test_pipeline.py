@@ -26,7 +26,7 @@ from mtu.tasks import EDIT, SD_TASKS, SUPER_RESOLUTION, TaskSpec
 
 MINIATURE = BaseModelConfig(
     vae=VAEConfig(block_out_channels=(8, 8, 16), norm_num_groups=4),
-    text=TextEncoderConfig(width=16, layers=1, heads=2),
+    text_encoder=TextEncoderConfig(width=16, num_layers=1, num_heads=2),
     denoiser=DenoiserConfig(block_out_channels=(8, 16), heads=2, norm_num_groups=4),
 )
 NAMES = [spec.name for spec in SD_TASKS]

@@ -81,7 +81,7 @@ def through(plan):
 
 
 PATHS = {
-    name: image_psnr.PATHS[name].implementation.images
+    name: image_psnr.PATHS[name].implementation.make_images
     for name in (STOCK, "mtu-eager", "mtu-cpp", "mixed", "folded-cpp")
 }
 PATHS |= {"compiled": through(ExecutionPlan({"backend": "eager"}, False)), "graphs": through(ExecutionPlan(None, True))}
@@ -115,7 +115,7 @@ def test_a_mixed_up_task_is_far_below(pipe, samples, exact, allowed):
     """What the tolerances must tell apart: each task has the norms, input convolution and routing of the one before."""
     origin = origin_of(pipe, torch.float32)
     unet = origin.upcycled_pipeline.unet
-    mixed_up = [parameter for block in unet.routed_blocks().values() for parameter in block.norm3.parameters()]
+    mixed_up = [parameter for block in unet.routed_blocks_by_name().values() for parameter in block.norm3.parameters()]
     mixed_up += [unet.conv_in.weight, unet.task_embedding.weight]
     with torch.no_grad():
         for parameter in mixed_up:

@@ -104,7 +104,7 @@ def test_training_combinations_are_all_there_and_none_is_held_out() -> None:
 def test_the_autoencoder_never_sees_held_out_combinations(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, shown = vae_module._drawable()
     painted = Counter()
-    full = vae_module.paint
+    full = vae_module.paint_mask
 
     def spy(mask: np.ndarray, colour: np.ndarray, background: np.ndarray) -> np.ndarray:
         if mask.shape == (64, 64):
