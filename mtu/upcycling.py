@@ -26,7 +26,7 @@ from mtu.models.initial_routing import count_experts_with_proportional_weights, 
 from mtu.models.settings import copy_settings_, unfused_state_dict
 from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.pipelines import MTUPipeline
-from mtu.pipelines.conversion import check_pipeline_not_offloaded, convert_pipeline
+from mtu.pipelines.conversion import check_pipeline_not_offloaded, pipeline_with_class_and_unet
 from mtu.tasks import SD_TASKS, SDXL_TASKS, TaskSpec, as_task_specs
 
 __all__ = ["load_trained", "upcycle"]
@@ -122,7 +122,7 @@ def upcycle(
     upcycled = _convert(unet, specs, config, preserve=init == "preserve", seed=seed)
     upcycled.set_backend(backend)
     _warn_of_wasted_experts(upcycled)
-    return upcycled if pipeline is None else convert_pipeline(pipeline, MTUPipeline, upcycled)
+    return upcycled if pipeline is None else pipeline_with_class_and_unet(pipeline, MTUPipeline, upcycled)
 
 
 def _unet_of(pipeline: DiffusionPipeline, verb: str) -> UNet2DConditionModel:
@@ -185,7 +185,7 @@ def load_trained(
     upcycled = _convert(unet, specs, config, preserve=False, seed=0)
     upcycled.load_state_dict({k: v.to(unet.device, unet.dtype) for k, v in tensors.items()}, strict=False)
     upcycled.set_backend(backend)
-    return upcycled if pipeline is None else convert_pipeline(pipeline, MTUPipeline, upcycled)
+    return upcycled if pipeline is None else pipeline_with_class_and_unet(pipeline, MTUPipeline, upcycled)
 
 
 def _skeleton(unet: UNet2DConditionModel, specs: tuple[TaskSpec, ...], config: ExpertConfig) -> MTUUNet2DConditionModel:

@@ -39,7 +39,7 @@ from benchmarks.kernels.kernel_calls import (
 )
 from benchmarks.kernels.sass import count_instructions, count_tensor_core, count_waits
 from mtu_kernels.triton.launch import Launch
-from mtu_kernels.triton.tile_choice import keys_from_exact_to_general, triton_major_minor
+from mtu_kernels.triton.tile_choice import keys_from_exact_to_general, triton_version_string
 from mtu_kernels.triton.tile_table import ROWS
 from mtu_kernels.triton.tiles import TableRow, TileConfig
 
@@ -89,7 +89,7 @@ def format_table_key(row: TableRow) -> str:
 
 def table_rows_of_arch(arch: str, rows: Iterable[TableRow] = ROWS) -> list[TableRow]:
     """Rows of an architecture that the installed Triton gets: those of its version, and those for any version else."""
-    ours = [row for row in rows if row.key.arch == arch and row.key.triton in ("", triton_major_minor())]
+    ours = [row for row in rows if row.key.arch == arch and row.key.triton in ("", triton_version_string())]
     named = {row.key._replace(triton="") for row in ours if row.key.triton}
     return [row for row in ours if row.key.triton or named.isdisjoint(keys_from_exact_to_general(row.key))]
 

@@ -29,7 +29,7 @@ from benchmarks.kernels.tile_measure import ProductTask, Tile, TileTimer, compil
 from benchmarks.kernels.tile_rows import merge_rows, read_rows, write_rows
 from mtu_kernels.triton import tile_table
 from mtu_kernels.triton.launch import arch_of, is_interpreted
-from mtu_kernels.triton.tile_choice import find_tile, triton_major_minor
+from mtu_kernels.triton.tile_choice import find_tile, triton_version_string
 from mtu_kernels.triton.tiles import PRODUCTS, TableRow, TileKey
 
 MODULE = "benchmarks.kernels.tune"
@@ -75,7 +75,7 @@ def tasks_by_key(
             for D, L in shapes:
                 for B in batches:
                     task = ProductTask(product, ProductShape(D, L, B, E, K, 4 * D // E), DTYPE)
-                    key = task.shape.tile_key(product, arch, BITS)._replace(triton=triton_major_minor())
+                    key = task.shape.tile_key(product, arch, BITS)._replace(triton=triton_version_string())
                     tasks.setdefault(key, task)
     return tasks
 

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from mtu.experts import ExpertConfig, NormMode
 from mtu.inspection.counting import count_flops, count_parameters
 from mtu.inspection.inspected_model import InspectedModel, load_inspected_model
-from mtu.inspection.reports import Report, describe_flop_count, format_count, format_flops
+from mtu.inspection.reports import Report, flop_counting_note, format_count, format_flops
 from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.tasks import TaskSpec
 
@@ -108,7 +108,7 @@ class Comparison(NamedTuple):
             f"Tasks: {tasks}."
         )
         notes = [
-            describe_flop_count(self.image_size, self.latent_size),
+            flop_counting_note(self.image_size, self.latent_size),
             "Routers run once per call, whatever the batch; drop_routers_() leaves only their output.",
             f"Output of the original preserved at initialisation: {'yes' if reason is None else f'no, {reason}'}.",
         ]

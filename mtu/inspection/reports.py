@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from mtu.example_inputs import CLIP_TEXT_TOKENS
 
-__all__ = ["Report", "describe_flop_count", "format_count", "format_flops"]
+__all__ = ["Report", "flop_counting_note", "format_count", "format_flops"]
 
 
 class Report(NamedTuple):
@@ -34,7 +34,7 @@ class Report(NamedTuple):
         return "\n".join("  ".join(cells).rstrip() for cells in aligned)
 
 
-def describe_flop_count(image_size: int, latent_size: int) -> str:
+def flop_counting_note(image_size: int, latent_size: int) -> str:
     """Explain the FLOPs of a table in two lines of text.
 
     Args:

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from mtu.experts import ExpertConfig, NormMode
 from mtu.inspection.counting import Flops, count_flops, count_parameters
 from mtu.inspection.inspected_model import load_inspected_model
-from mtu.inspection.reports import Report, describe_flop_count, format_count, format_flops
+from mtu.inspection.reports import Report, flop_counting_note, format_count, format_flops
 from mtu.models.unet import MTUUNet2DConditionModel
 
 __all__ = ["LayoutCost", "LayoutSweep", "sweep_layouts"]
@@ -159,7 +159,7 @@ class LayoutSweep(NamedTuple):
             rest,
             "Preserved: training starts from the output of the original.",
             "Idle: experts that top-k routing leaves without a task, and so without a gradient.",
-            describe_flop_count(self.image_size, self.latent_size),
+            flop_counting_note(self.image_size, self.latent_size),
             "Routers, which run once per call whatever the batch, are left out.",
             "",
             "The paper's recipe (section 8) for this budget:",

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from mtu.compat.plain_linear import is_plain_linear
 from mtu.experts import ExpertConfig
-from mtu.models.norm import TaskNormAffine
+from mtu.models.norm import TaskAffineTable
 from mtu.models.router import Router, RoutingTable, TaskContext
 from mtu_kernels import ExpertWeights, NormAffine, Routing, dense_weights, moe_ffn
 from mtu_kernels.tracing import static_size
@@ -178,7 +178,7 @@ class RoutedTransformerBlock(BasicTransformerBlock):
     """
 
     ff: RoutedFeedForward
-    norm3: TaskNormAffine
+    norm3: TaskAffineTable
 
     def __init__(
         self, stock: BasicTransformerBlock, config: ExpertConfig, num_tasks: int, routers_dropped: bool
@@ -205,7 +205,7 @@ class RoutedTransformerBlock(BasicTransformerBlock):
         router = RoutingTable(config, num_tasks) if routers_dropped else Router(config)
         num_norms = config.num_experts if config.norm == "task_expert" else None
         eps = stock_norm.eps
-        self.norm3 = TaskNormAffine(num_tasks, self.dim, num_norms, eps)
+        self.norm3 = TaskAffineTable(num_tasks, self.dim, num_norms, eps)
         self.ff = RoutedFeedForward(stock.ff, router, config, eps)
 
     def set_chunk_feed_forward(self, chunk_size: int | None, dim: int = 0) -> None:

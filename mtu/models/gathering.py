@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mtu.compat.plain_linear import RouterLinear, has_replaced_forward, has_unmodified_call, is_plain_linear
 from mtu.compat.private_interfaces import has_accelerate_hook
-from mtu.models.norm import TaskNormAffine
+from mtu.models.norm import TaskAffineTable
 from mtu.models.router import GatheredTaskValues, Router, RoutingTable
 from mtu_kernels import NormAffine, Routing
 from mtu_kernels.tracing import is_exporting_or_tracing
@@ -40,7 +40,7 @@ class ConsecutiveBlocks(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    norm: TaskNormAffine
+    norm: TaskAffineTable
     router: Router | RoutingTable
 
 
@@ -157,7 +157,7 @@ def _open_layers(group: ConsecutiveBlocks, device: torch.device) -> Iterator[_La
         norm, feed_forward = block._modules["norm3"], block._modules["ff"]
         router = None if feed_forward is None else feed_forward._modules.get("router")
         if (
-            type(norm) is TaskNormAffine
+            type(norm) is TaskAffineTable
             # A wrapper of the network (a compiler's or an adapter's) has no router of its own.
             and router is not None
             and all(map(has_unmodified_call, (block, norm, feed_forward, router)))

@@ -10,10 +10,10 @@ from mtu.models.router import select_rows
 from mtu.models.task_rows import PerTaskModule
 from mtu_kernels import NormAffine
 
-__all__ = ["TaskNormAffine"]
+__all__ = ["TaskAffineTable"]
 
 
-class TaskNormAffine(PerTaskModule):
+class TaskAffineTable(PerTaskModule):
     """γ and β of every task: a call selects those of each sample, and the feed-forward network normalises.
 
     Args:

@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 
 from mtu import storage
 
-__all__ = ["check_safetensors_only", "load_strictly", "save_atomically"]
+__all__ = ["check_saves_safetensors", "load_strictly", "save_atomically"]
 
 _HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
 
-def check_safetensors_only(arguments: Mapping[str, Any]) -> None:
+def check_saves_safetensors(arguments: Mapping[str, Any]) -> None:
     """Raise a ValueError if the arguments of diffusers' `save_pretrained` ask for another format than safetensors."""
     if not arguments.get("safe_serialization", True) or arguments.get("use_flashpack", False):
         raise ValueError("Only safetensors files are saved, but got safe_serialization=False or use_flashpack=True.")
@@ -40,7 +40,7 @@ def save_atomically(save: Callable[..., None], arguments: dict[str, Any]) -> Non
     Raises:
         ValueError: the arguments ask for another format than safetensors, or the directory is a file.
     """
-    check_safetensors_only(arguments)
+    check_saves_safetensors(arguments)
     rest = {key: value for key, value in arguments.items() if key not in ("save_directory", "kwargs")}
     extra = dict(arguments.get("kwargs", {}))
     if not arguments.get("is_main_process", True):

@@ -24,7 +24,7 @@ from mtu.compat.private_interfaces import (
 )
 from mtu.models.conv_in import TaskConvIn
 from mtu.models.ffn import RoutedFeedForward, RoutedTransformerBlock
-from mtu.models.norm import TaskNormAffine
+from mtu.models.norm import TaskAffineTable
 
 __all__ = ["copy_settings_", "unfused_state_dict"]
 
@@ -43,7 +43,7 @@ _IGNORED = {
 _STOCK = {
     RoutedTransformerBlock: BasicTransformerBlock,
     RoutedFeedForward: FeedForward,
-    TaskNormAffine: nn.LayerNorm,
+    TaskAffineTable: nn.LayerNorm,
     TaskConvIn: nn.Conv2d,
 }
 
@@ -73,7 +73,7 @@ def copy_settings_(source: UNet2DConditionModel, target: UNet2DConditionModel) -
         other = theirs.get(name)
         if other is not None:
             changes += [(other, key, value) for key, value in _changed(name, module, other)]
-            if isinstance(other, TaskNormAffine):
+            if isinstance(other, TaskAffineTable):
                 # The feed-forward network beside the norm computes the normalisation.
                 changes.append((theirs[f"{name.rpartition('.')[0]}.ff"], "eps", module.eps))
     chunks = {name: _chunk_size(name, m) for name, m in ours.items() if isinstance(m, BasicTransformerBlock)}
@@ -116,7 +116,7 @@ def _changed(name: str, module: nn.Module, other: nn.Module) -> list[tuple[str, 
     if name and type(module) is not expected and not _is_routed(module):
         # A subclass is refused, too, because its own behaviour would be lost.
         raise ValueError(f"{name} is a {type(module).__name__}, but the UNet's configuration says {expected.__name__}.")
-    if isinstance(module, TaskNormAffine) or isinstance(other, TaskNormAffine):
+    if isinstance(module, TaskAffineTable) or isinstance(other, TaskAffineTable):
         return [("eps", module.eps)]
     if isinstance(module, TaskConvIn):
         return []

@@ -29,7 +29,7 @@ from mtu.models.conv_in import TaskConvIn
 from mtu.models.ffn import TASK_CONTEXT_KEY, Backend, RoutedFeedForward, RoutedTransformerBlock, check_upcyclable
 from mtu.models.folding import stock_unet_and_folded_tensors
 from mtu.models.gathering import can_precompute_routing, find_consecutive_blocks, gather_task_values
-from mtu.models.norm import TaskNormAffine
+from mtu.models.norm import TaskAffineTable
 from mtu.models.router import (
     Router,
     RoutingTable,
@@ -344,7 +344,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
 
     def named_trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """`trainable_parameters` with their names."""
-        owners = (RoutedFeedForward, TaskNormAffine, TaskConvIn, TaskEmbedding)
+        owners = (RoutedFeedForward, TaskAffineTable, TaskConvIn, TaskEmbedding)
         trainable = {
             id(p) for m in self.modules() if isinstance(m, owners) for p in m.parameters()
         } - routing_table_parameter_ids(self)

@@ -118,11 +118,11 @@ def _stock_order(plan: GuidancePlan) -> Tensor:
 
     Stable Diffusion puts the negative prompts first, and InstructPix2Pix the prompts.
     """
-    samples, branches = len(plan.text_branch_indices), len(plan.sample_indices)
-    if branches == 2 * samples and bool((plan.text_branch_indices != plan.unconditional_branch_indices).all()):
-        return torch.cat([plan.unconditional_branch_indices, plan.text_branch_indices])
-    if branches == 3 * samples and bool((plan.image_branch_indices != plan.unconditional_branch_indices).all()):
-        return torch.cat([plan.text_branch_indices, plan.image_branch_indices, plan.unconditional_branch_indices])
+    samples, branches = len(plan.text_branch_of_sample), len(plan.sample_indices)
+    if branches == 2 * samples and bool((plan.text_branch_of_sample != plan.unconditional_branch_of_sample).all()):
+        return torch.cat([plan.unconditional_branch_of_sample, plan.text_branch_of_sample])
+    if branches == 3 * samples and bool((plan.image_branch_of_sample != plan.unconditional_branch_of_sample).all()):
+        return torch.cat([plan.text_branch_of_sample, plan.image_branch_of_sample, plan.unconditional_branch_of_sample])
     return torch.arange(branches, device=plan.sample_indices.device)
 
 

@@ -14,7 +14,7 @@ from mtu.compat.private_interfaces import (
     pipeline_attributes_outside_config,
 )
 
-__all__ = ["check_pipeline_not_offloaded", "convert_pipeline"]
+__all__ = ["check_pipeline_not_offloaded", "pipeline_with_class_and_unet"]
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
@@ -28,7 +28,7 @@ def check_pipeline_not_offloaded(pipeline: DiffusionPipeline) -> None:
         )
 
 
-def convert_pipeline(
+def pipeline_with_class_and_unet(
     pipeline: DiffusionPipeline, pipeline_class: type[Pipeline], unet: UNet2DConditionModel
 ) -> Pipeline:
     """Make a pipeline of another class from a pipeline, with another UNet.

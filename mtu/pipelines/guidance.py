@@ -24,10 +24,10 @@ class GuidancePlan(NamedTuple):
         sample_indices: (N,) int64, the sample that a branch belongs to.
         use_prompt_per_branch: (N,) bool, True for the prompt and False for the negative prompt.
         use_image_per_branch: (N,) bool, True for the condition image and False for zeros.
-        text_branch_indices: (B,) int64, the branch `t` with prompt and image.
-        image_branch_indices: (B,) int64, the branch `i` with negative prompt and image; `u` for samples without such a
-            branch.
-        unconditional_branch_indices: (B,) int64, the branch `u` with negative prompt and no image; `t` for samples
+        text_branch_of_sample: (B,) int64, the branch `t` with prompt and image.
+        image_branch_of_sample: (B,) int64, the branch `i` with negative prompt and image; `u` for samples that have no
+            such branch.
+        unconditional_branch_of_sample: (B,) int64, the branch `u` with negative prompt and no image; `t` for samples
             without such a branch.
         guidance_scales: (B,) float32, s_text.
         image_guidance_scales: (B,) float32, s_image.
@@ -36,9 +36,9 @@ class GuidancePlan(NamedTuple):
     sample_indices: Tensor
     use_prompt_per_branch: Tensor
     use_image_per_branch: Tensor
-    text_branch_indices: Tensor
-    image_branch_indices: Tensor
-    unconditional_branch_indices: Tensor
+    text_branch_of_sample: Tensor
+    image_branch_of_sample: Tensor
+    unconditional_branch_of_sample: Tensor
     guidance_scales: Tensor
     image_guidance_scales: Tensor
 
@@ -99,7 +99,7 @@ def apply_guidance(predictions: Tensor, plan: GuidancePlan) -> Tensor:
     dtype = torch.promote_types(predictions.dtype, torch.float32)
     t, i, u = (
         predictions[index].to(dtype)
-        for index in (plan.text_branch_indices, plan.image_branch_indices, plan.unconditional_branch_indices)
+        for index in (plan.text_branch_of_sample, plan.image_branch_of_sample, plan.unconditional_branch_of_sample)
     )
     s_text, s_image = (scale.to(dtype).view(shape) for scale in (plan.guidance_scales, plan.image_guidance_scales))
     return (u + s_text * (t - i) + s_image * (i - u)).to(predictions.dtype)

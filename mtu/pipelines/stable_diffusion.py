@@ -16,7 +16,7 @@ from mtu.compat.private_interfaces import MTUPipelineDownloader, retrieve_timest
 from mtu.example_inputs import default_latent_height_and_width
 from mtu.models import pretrained
 from mtu.pipelines.callbacks import StepEndCallback, collapse_guidance_scales
-from mtu.pipelines.conversion import check_pipeline_not_offloaded, convert_pipeline
+from mtu.pipelines.conversion import check_pipeline_not_offloaded, pipeline_with_class_and_unet
 from mtu.pipelines.denoising import (
     BranchInputs,
     SampleConditioning,
@@ -175,7 +175,7 @@ class MTUPipeline(StableDiffusionPipeline):
         spec = self.unet.tasks[self.unet.task_index(name)]
         check_pipeline_not_offloaded(self)
         stock = StableDiffusionInstructPix2PixPipeline if spec.takes_image else StableDiffusionPipeline
-        return convert_pipeline(self, stock, self.unet.export_task(name))
+        return pipeline_with_class_and_unet(self, stock, self.unet.export_task(name))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
@@ -238,7 +238,7 @@ class MTUPipeline(StableDiffusionPipeline):
         """
         self._check_upcycled()
         parameter_access.check_saveable(self.unet, "save_pretrained")
-        pretrained.check_safetensors_only(
+        pretrained.check_saves_safetensors(
             inspect.signature(super().save_pretrained).bind(save_directory, *args, **kwargs).arguments
         )
         super().save_pretrained(save_directory, *args, **kwargs)

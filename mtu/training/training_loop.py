@@ -95,7 +95,7 @@ def fit(
         while training.step < config.steps and training.seconds < limit:
             loss = loss_fn(training.step)
             norm = training.backward(loss)
-            value = training.check_finite(loss, norm)
+            value = training.finite_loss_or_raise(loss, norm)
             training.optimizer_step(norm)
             training.seconds = time.monotonic() - started
             log.add_loss(value)

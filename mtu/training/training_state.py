@@ -133,7 +133,7 @@ class TrainingState:
         trained = [p.to(a.dtype) for p, a in zip(self.parameters.values(), averages, strict=True)]
         torch._foreach_lerp_(averages, trained, fraction)
 
-    def check_finite(self, loss: Tensor, norm: Tensor) -> float:
+    def finite_loss_or_raise(self, loss: Tensor, norm: Tensor) -> float:
         """Check that the loss of a step and its gradients are finite, and return the loss.
 
         Only here does a step wait for its device.

@@ -34,7 +34,7 @@ def token_count_class(tokens: int) -> int:
 
 
 @functools.cache
-def triton_major_minor() -> str:
+def triton_version_string() -> str:
     """The major and minor version of the installed Triton, as it is written in keys."""
     return ".".join(triton.__version__.split(".")[:2])
 
@@ -42,7 +42,7 @@ def triton_major_minor() -> str:
 @functools.cache
 def find_tile(key: TileKey) -> TileConfig | LibraryProduct:
     """The tile of the shipped table. A key without a version of Triton stands for the installed one."""
-    return look_up_tile(_TABLE, key if key.triton else key._replace(triton=triton_major_minor()))
+    return look_up_tile(_TABLE, key if key.triton else key._replace(triton=triton_version_string()))
 
 
 def look_up_tile(table: Table, key: TileKey) -> TileConfig | LibraryProduct:

@@ -3,7 +3,7 @@
 import pytest
 
 from mtu_kernels.triton.availability import MINIMUM_VERSION
-from mtu_kernels.triton.tile_choice import default_tile, find_tile, look_up_tile, table_by_key, triton_major_minor
+from mtu_kernels.triton.tile_choice import default_tile, find_tile, look_up_tile, table_by_key, triton_version_string
 from mtu_kernels.triton.tile_table import ROWS
 from mtu_kernels.triton.tiles import LIBRARY, TableRow, TileConfig, TileKey
 
@@ -27,12 +27,12 @@ def test_rows_of_the_version_go_before_rows_for_any_and_exact_shapes_before_gene
 def test_a_key_without_a_version_is_for_the_installed_triton():
     for row in ROWS:
         key = row.key._replace(triton="")
-        assert find_tile(key) == find_tile(key._replace(triton=triton_major_minor()))
+        assert find_tile(key) == find_tile(key._replace(triton=triton_version_string()))
         assert find_tile(row.key._replace(triton=row.key.triton or "0.0")) == row.tile
 
 
 def test_versions_are_named_as_the_package_names_them():
-    major, minor = map(int, triton_major_minor().split("."))
+    major, minor = map(int, triton_version_string().split("."))
     assert (major, minor) >= tuple(map(int, MINIMUM_VERSION.split(".")))
     assert all(row.key.triton.count(".") == 1 for row in ROWS if row.key.triton)
 

@@ -11,7 +11,7 @@ from mtu.recipes.icons.base_model import BaseModelConfig, convert_to_float16_and
 from mtu.recipes.icons.base_model_card import write_base_model_card_and_provenance
 from mtu.recipes.icons.demo import SHIPPED_BASE_MODEL, DemoConfig, run_demo
 from mtu.recipes.icons.device import describe_device
-from mtu.recipes.icons.score import ScoreConfig, score_model
+from mtu.recipes.icons.score import ScoreConfig, score_base_pipeline_in_folder
 
 
 def add_base_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -78,7 +78,7 @@ def make_base_model(
     pipeline, history = train_base_model(output, config, resume=resume, overwrite=overwrite, device=device)
     folder = output / "model"
     convert_to_float16_and_save(pipeline, folder)
-    metrics = score_model(folder, score, device)
+    metrics = score_base_pipeline_in_folder(folder, score, device)
     prompts = config.denoiser.prompts
     provenance = {
         "command": command,

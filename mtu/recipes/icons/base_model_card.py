@@ -90,7 +90,7 @@ def write_base_model_card_and_provenance(
 
     Args:
         folder: the folder of the model.
-        metrics: the metrics that `score_model` returned.
+        metrics: the metrics that `score_base_pipeline_in_folder` returned.
         provenance: how the model was made, which fills the remaining fields of `CARD_TEMPLATE`.
     """
     parameters = {name: count / 1e6 for name, count in metrics["parameters"].items()}

@@ -187,7 +187,9 @@ def choose_guidance_scale(pipeline: StableDiffusionPipeline, config: ScoreConfig
     return best, {str(scale): score["retrieval_top1_of_all"] for scale, score in scores.items()}
 
 
-def sample_grid(images: np.ndarray, pictures: Sequence[IconPicture], columns: int = 8, rows: int = 3) -> Image.Image:
+def generated_above_true_grid(
+    images: np.ndarray, pictures: Sequence[IconPicture], columns: int = 8, rows: int = 3
+) -> Image.Image:
     """Arrange generated images, each above the true picture."""
     grid = Image.new("RGB", (columns * IMAGE_SIZE, 2 * rows * IMAGE_SIZE))
     for i in range(min(columns * rows, len(pictures))):
@@ -198,7 +200,9 @@ def sample_grid(images: np.ndarray, pictures: Sequence[IconPicture], columns: in
     return grid
 
 
-def score_model(folder: Path, config: ScoreConfig, device: str | torch.device = "cpu") -> dict[str, object]:
+def score_base_pipeline_in_folder(
+    folder: Path, config: ScoreConfig, device: str | torch.device = "cpu"
+) -> dict[str, object]:
     """Score the model in a folder, and write `metrics.json` and `samples.png` into it.
 
     Args:
@@ -229,5 +233,5 @@ def score_model(folder: Path, config: ScoreConfig, device: str | torch.device = 
         "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()},
     }
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    sample_grid(images, pictures).save(folder / "samples.png", optimize=True)
+    generated_above_true_grid(images, pictures).save(folder / "samples.png", optimize=True)
     return metrics

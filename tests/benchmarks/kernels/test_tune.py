@@ -20,7 +20,7 @@ from benchmarks.kernels.tile_measure import (
     why_refused,
 )
 from mtu_kernels.triton.launch import arch_of, execute_launch, is_interpreted
-from mtu_kernels.triton.tile_choice import default_tile, find_tile, triton_major_minor
+from mtu_kernels.triton.tile_choice import default_tile, find_tile, triton_version_string
 from mtu_kernels.triton.tile_table import ROWS
 from mtu_kernels.triton.tiles import LIBRARY, PRODUCTS, TableRow, TileConfig, TileKey
 
@@ -87,7 +87,8 @@ def test_shapes_of_one_key_are_measured_once():
     # 320 with 8192 and 32768 tokens; 640 with 2048, 8192 and 32768; 1280 with 128, 512, 2048 and 8192.
     assert len(tasks) == len(PRODUCTS) * 2 * 9
     keys = {
-        task.shape.tile_key(task.product, "sm_90", 16)._replace(triton=triton_major_minor()) for task in tasks.values()
+        task.shape.tile_key(task.product, "sm_90", 16)._replace(triton=triton_version_string())
+        for task in tasks.values()
     }
     assert tasks.keys() == keys
 
@@ -150,7 +151,7 @@ def test_tuning_writes_the_table_after_each_shape_and_stops_in_time(tmp_path, ca
     assert [(one.key.grouped, one.key.tokens) for one in done] == [(False, 2048), (True, 2048), (True, 8192)]
     assert "no candidate computed it rightly" in capsys.readouterr().err
     table = {row.key: row for row in tile_rows.read_rows(path)}
-    assert table[KEY._replace(tokens=0, triton=triton_major_minor())].source.startswith("measured here: ")
+    assert table[KEY._replace(tokens=0, triton=triton_version_string())].source.startswith("measured here: ")
     # Rows for other versions of Triton stay, and so do those of other GPUs.
     assert {row.key: row for row in ROWS}.items() <= table.items()
     before = path.read_text()

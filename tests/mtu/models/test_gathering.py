@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtu
 from mtu.models.gathering import gather_task_values
-from mtu.models.norm import TaskNormAffine
+from mtu.models.norm import TaskAffineTable
 from mtu.models.router import TaskContext
 from mtu_kernels import NormAffine
 
@@ -224,7 +224,7 @@ def test_a_copy_gathers_from_its_own_layers(twin_of):
 # ------------------------------------------------------------------------------------- layers that gather themselves
 
 
-class LouderNorm(TaskNormAffine):
+class LouderNorm(TaskAffineTable):
     def forward(self, task_ids):
         return louder(super().forward(task_ids))
 

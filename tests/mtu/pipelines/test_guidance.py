@@ -35,9 +35,9 @@ def test_layout_of_a_mixed_batch():
     use_prompt = plan.use_prompt_per_branch
     assert use_prompt.tolist() == [True, False, True, False, False, True, True, False, False, True, False]
     assert plan.use_image_per_branch.tolist() == [True, True, True, True, False, True, True, True, False, True, True]
-    assert plan.text_branch_indices.tolist() == [0, 2, 5, 6, 9]
-    assert plan.image_branch_indices.tolist() == [1, 3, 5, 7, 10]
-    assert plan.unconditional_branch_indices.tolist() == [1, 4, 5, 8, 10]
+    assert plan.text_branch_of_sample.tolist() == [0, 2, 5, 6, 9]
+    assert plan.image_branch_of_sample.tolist() == [1, 3, 5, 7, 10]
+    assert plan.unconditional_branch_of_sample.tolist() == [1, 4, 5, 8, 10]
     assert plan.guidance_scales.tolist() == [7.5, 7.0, 1.0, 4.0, 2.0]
     assert [tensor.dtype for tensor in plan] == [torch.int64, *[torch.bool] * 2, *[torch.int64] * 3] + [
         torch.float32
@@ -48,9 +48,9 @@ def test_branches_belong_to_their_sample():
     tasks = [EDIT, TEXT_TO_IMAGE, EDIT, SUPER_RESOLUTION] * 3
     plan = plan_guidance(tasks, [1.0, 3.0, 2.0, 1.0] * 3, [1.0, 1.0, 2.0, 1.0] * 3)
     every = torch.arange(len(tasks))
-    for branch in (plan.text_branch_indices, plan.image_branch_indices, plan.unconditional_branch_indices):
+    for branch in (plan.text_branch_of_sample, plan.image_branch_of_sample, plan.unconditional_branch_of_sample):
         torch.testing.assert_close(plan.sample_indices[branch], every, rtol=0, atol=0)
-    assert plan.use_prompt_per_branch[plan.text_branch_indices].all()
+    assert plan.use_prompt_per_branch[plan.text_branch_of_sample].all()
 
 
 def test_combination_is_the_formula():
