@@ -117,7 +117,7 @@ def describe_faults(result: CompiledKernel) -> Iterator[str]:
 
 
 def _product_violations(result: CompiledKernel, launch: Launch, loop: Sequence) -> Iterator[str]:
-    bases = {instruction.base for instruction in loop}
+    bases = {instruction.name_without_modifiers for instruction in loop}
     wanted = "HMMA"
     if launch.constant_arguments["BLOCK_M"] >= 64 and launch.num_warps >= 4:
         wanted = TENSOR_CORE.get(result.arch, wanted)

@@ -154,7 +154,7 @@ def test_measuring_needs_neither_diffusers_nor_matplotlib_nor_the_installed_pack
         "import sys; sys.modules['diffusers'] = sys.modules['matplotlib'] = sys.modules['mtu'] = None; "
         "import benchmarks.gpu_run, benchmarks.gpu.smoke, benchmarks.ffn.moe_ffn, benchmarks.kernels.tune; "
         "import benchmarks.harness.provenance; "
-        "print(benchmarks.harness.provenance.provenance('x')['commit'])"
+        "print(benchmarks.harness.provenance.collect_provenance('x')['commit'])"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == collect_provenance("x")["commit"]

@@ -204,7 +204,7 @@ def test_model_offload():
 
 
 @of_private_interface
-def test_pipeline_settings():
+def test_pipeline_attributes_outside_config():
     pipe = stock_pipeline()
     names = {"_is_unet_config_sample_size_int", "vae_scale_factor", "image_processor", "_progress_bar_config"}
     assert pipeline_attributes_outside_config(pipe).keys() == names

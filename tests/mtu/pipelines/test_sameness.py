@@ -47,7 +47,7 @@ def exact(pipe, samples):
 @pytest.fixture(scope="module")
 def allowed(pipe, samples, exact):
     """PSNR of the stock pipelines on the exported tasks in bfloat16, of each task and of all."""
-    images = image_psnr.PATHS[STOCK].implementation.images(origin_of(pipe, torch.bfloat16), samples, STEPS)
+    images = image_psnr.PATHS[STOCK].implementation.make_images(origin_of(pipe, torch.bfloat16), samples, STEPS)
     return psnrs(pipe, images, exact)
 
 
@@ -72,10 +72,10 @@ def through(plan):
     """A path of its own: the upcycled pipeline prepared by a plan that needs no code generated."""
 
     def images(origin, samples, steps):
-        unet = origin.upcycled.unet
+        unet = origin.upcycled_pipeline.unet
         unet.to(memory_format=torch.channels_last)
         unet._compiled_call_impl = CompiledUNetCalls(unet, plan, 8, RecordedGraphs())
-        return make_upcycled_images(origin.upcycled, samples, steps)
+        return make_upcycled_images(origin.upcycled_pipeline, samples, steps)
 
     return images
 
