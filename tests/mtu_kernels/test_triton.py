@@ -60,8 +60,8 @@ def run_operators(arch, problem, run=execute_launch):
 @pytest.mark.parametrize(("K", "options"), FORMS.values(), ids=FORMS.keys())
 @pytest.mark.parametrize(
     ("arch", "dtype"),
-    # Other architectures launch the same kernels as sm_80 or sm_90, with the same constants but for the sizes of tiles.
-    [("sm_80", torch.float16), ("sm_90", torch.float16), ("sm_90", torch.float32)],
+    # Other architectures launch the kernels of sm_80 or sm_90. Of those, sm_86 has tiles of sizes that neither has.
+    [("sm_80", torch.float16), ("sm_86", torch.float16), ("sm_90", torch.float16), ("sm_90", torch.float32)],
     ids=str,
 )
 def test_the_tiles_of_architectures(arch, dtype, K, options):
