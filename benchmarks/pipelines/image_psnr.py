@@ -25,15 +25,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import mtu
+from benchmarks.harness import commands
 from benchmarks.harness.arguments import names_parser, parse_count
-from benchmarks.harness.commands import (
-    CommandContext,
-    add_common_options,
-    exit_on_usage_errors,
-    make_parser,
-    parse_arguments,
-    start_command,
-)
 from benchmarks.harness.contenders import Contender
 from benchmarks.harness.dtypes import DTYPES
 from benchmarks.harness.recording import Log
@@ -204,7 +197,7 @@ def measure_errors(
 
 
 def compare_paths(
-    context: CommandContext, pipe: mtu.MTUPipeline, paths: Sequence[str], workloads: Sequence[Workload]
+    context: commands.CommandContext, pipe: mtu.MTUPipeline, paths: Sequence[str], workloads: Sequence[Workload]
 ) -> tuple[list[Row], int]:
     """Compares all paths in each workload, and appends rows to the file. Returns also how many paths broke."""
     log, rows = Log(len(paths) * len(workloads), unit="path"), []
@@ -242,8 +235,8 @@ def _in_batches(
 
 def _parser() -> argparse.ArgumentParser:
     description = "Images of every way to run the model, compared with those of the eager one."
-    parser = make_parser(TABLE.module, description, PATHS, "paths")
-    add_common_options(parser, "image_psnr_DEVICE.csv", dtype=False)
+    parser = commands.make_parser(TABLE.module, description, PATHS, "paths")
+    commands.add_common_options(parser, "image_psnr_DEVICE.csv", dtype=False)
     add_model_options(parser)
     add, paths, dtypes = parser.add_argument, names_parser(PATHS, "path"), names_parser(DTYPES, "dtype")
     add("--dtypes", type=dtypes, default=("bf16", "fp32"), help="(default: bf16,fp32)")
@@ -256,15 +249,15 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 if a path missed its target."""
     parser = _parser()
-    argv, options = parse_arguments(parser, argv)
-    with exit_on_usage_errors(parser):
-        context = start_command(TABLE, options, argv, "image_psnr_{device}.csv")
+    argv, options = commands.parse_arguments(parser, argv)
+    with commands.exit_on_usage_errors(parser):
+        context = commands.start_command(TABLE, options, argv, "image_psnr_{device}.csv")
     here = [name for name, path in PATHS.items() if context.device.type in path.implementation.device_types]
     paths = here if options.paths is None else [STOCK, *(name for name in options.paths if name != STOCK)]
     elsewhere = [name for name in paths if name not in here]
     if elsewhere:
         parser.error(f"--paths must be some of {', '.join(here)} on this device, got {elsewhere[0]}.")
-    with exit_on_usage_errors(parser, TypeError):
+    with commands.exit_on_usage_errors(parser, TypeError):
         pipe = load_pipeline(options.folder)
         workload = workload_from_options(pipe, options, _QUICK["steps"])
     # Otherwise convolutions of float32 tensors have products of ten bits.

@@ -26,6 +26,7 @@ from mtu.recipes.icons.vae import VAEConfig
 from mtu.training.checkpoint import read_checkpoint, write_checkpoint
 
 from ..file_operations import CUTS, count_operations, run_cut_off
+from .small_demo import SMALL_DEMO
 
 MINIATURE = BaseModelConfig(
     vae=VAEConfig(block_out_channels=(8, 8, 16), norm_num_groups=4),
@@ -44,14 +45,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_demo_from_end_to_end(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = DemoConfig(
-        max_training_minutes=5,
-        max_training_steps=3,
-        training_examples_per_task=4,
-        held_out_examples_per_row=1,
-        batch_per_task=1,
-        inference_steps=2,
-    )
+    config = SMALL_DEMO
     # Over what an earlier run left.
     write_checkpoint(tmp_path / "out" / "training", {"a": torch.ones(1)}, {"step": 1})
     run_demo(base, tmp_path / "out", config)

@@ -1,6 +1,7 @@
 """Training the icon models on another device than the CPU."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from mtu.data.icons.examples import TASK_NAMES, IconDataset
 from mtu.recipes.icons import denoiser
 from mtu.recipes.icons.__main__ import main, make_base_model
 from mtu.recipes.icons.base_model import BaseModelConfig, build_untrained_pipeline, train_base_model
-from mtu.recipes.icons.demo import ICON_TASKS, DemoConfig, run_demo
+from mtu.recipes.icons.demo import ICON_TASKS, run_demo
 from mtu.recipes.icons.denoiser import DenoiserConfig, DenoiserLoss, LatentDataset
 from mtu.recipes.icons.device import autocast_dtype, usable_device
 from mtu.recipes.icons.prompts import PromptConfig, icon_pictures
@@ -20,6 +21,8 @@ from mtu.recipes.icons.text_encoder import TextEncoderConfig
 from mtu.recipes.icons.vae import VAEConfig, VAELoss
 from mtu.training import FitConfig
 from mtu.training.multitask import MultiTaskConfig, MultiTaskLoss, encode_examples
+
+from .small_demo import SMALL_DEMO
 
 MINIATURE = BaseModelConfig(
     vae=VAEConfig(block_out_channels=(8, 8, 16), norm_num_groups=4, batch_size=2),
@@ -104,14 +107,7 @@ def test_miniature_run_on_a_gpu_goes_on_elsewhere(first: str, second: str, tmp_p
 
 @pytest.mark.gpu
 def test_the_demo_on_a_gpu(tmp_path: Path) -> None:
-    config = DemoConfig(
-        max_training_minutes=5,
-        max_training_steps=3,
-        training_examples_per_task=4,
-        held_out_examples_per_row=1,
-        batch_per_task=2,
-        inference_steps=2,
-    )
+    config = replace(SMALL_DEMO, batch_per_task=2)
     pipeline, _ = train_base_model(tmp_path / "base", MINIATURE, device="cuda")
     pipeline.save_pretrained(tmp_path / "model")
     run_demo(tmp_path / "model", tmp_path / "out", config, "cuda")
