@@ -21,7 +21,7 @@ from mtu.compat.plain_linear import has_replaced_forward
 from mtu.compat.private_interfaces import has_accelerate_hook
 from mtu.experts import ExpertConfig, NormMode, stock_config
 from mtu.models import partial_checkpoints
-from mtu.models.ffn import Backend, check_upcyclable
+from mtu.models.ffn import Backend, check_unet_upcyclable
 from mtu.models.initial_routing import count_experts_with_proportional_weights, initial_router_state_dict
 from mtu.models.settings import copy_settings_, unfused_state_dict
 from mtu.models.unet import MTUUNet2DConditionModel
@@ -255,7 +255,7 @@ def _check_stock(unet: object) -> None:
         )
     if not isinstance(unet, UNet2DConditionModel):
         raise TypeError(f"upcycle takes a UNet2DConditionModel, but got {type(unet).__name__}.")
-    check_upcyclable(unet)
+    check_unet_upcyclable(unet)
     if unet.config.in_channels != unet.config.out_channels:
         raise ValueError(
             f"upcycle starts from a text-to-image UNet with {unet.config.out_channels} input channels, but got "

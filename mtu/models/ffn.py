@@ -25,7 +25,7 @@ __all__ = [
     "Backend",
     "RoutedFeedForward",
     "RoutedTransformerBlock",
-    "check_upcyclable",
+    "check_unet_upcyclable",
     "projections",
     "why_not_upcyclable",
 ]
@@ -60,7 +60,7 @@ def projections(feed_forward: FeedForward) -> tuple[nn.Linear, nn.Linear]:
     return cast(GEGLU, feed_forward.net[0]).proj, cast(nn.Linear, feed_forward.net[2])
 
 
-def check_upcyclable(unet: UNet2DConditionModel) -> None:
+def check_unet_upcyclable(unet: UNet2DConditionModel) -> None:
     """Raise a ValueError unless the UNet has transformer blocks and each of them can be upcycled."""
     blocks = [(name, m) for name, m in unet.named_modules() if isinstance(m, BasicTransformerBlock)]
     if not blocks:

@@ -22,7 +22,7 @@ __all__ = [
     "Router",
     "RoutingTable",
     "TaskContext",
-    "TaskEmbedding",
+    "TaskEmbeddings",
     "precomputed_tables_context",
     "routing_table_parameter_ids",
     "select_rows",
@@ -107,7 +107,7 @@ def select_rows(table: Tensor, task_ids: Tensor) -> Tensor:
     return (one_hot * table).sum(1)
 
 
-class TaskEmbedding(PerTaskModule):
+class TaskEmbeddings(PerTaskModule):
     """The learnable embeddings e_t of all tasks, which the routers read.
 
     It is no `nn.Embedding`, because layerwise casting would round that.

@@ -26,7 +26,7 @@ from mtu.compat.private_interfaces import expand_adapter_block_scales, register_
 from mtu.experts import ExpertConfig, NormMode, stock_config
 from mtu.models import partial_checkpoints, pretrained
 from mtu.models.conv_in import TaskConvIn
-from mtu.models.ffn import TASK_CONTEXT_KEY, Backend, RoutedFeedForward, RoutedTransformerBlock, check_upcyclable
+from mtu.models.ffn import TASK_CONTEXT_KEY, Backend, RoutedFeedForward, RoutedTransformerBlock, check_unet_upcyclable
 from mtu.models.folding import stock_unet_and_folded_tensors
 from mtu.models.gathering import can_precompute_routing, find_consecutive_blocks, gather_task_values
 from mtu.models.norm import TaskAffineTable
@@ -34,7 +34,7 @@ from mtu.models.router import (
     Router,
     RoutingTable,
     TaskContext,
-    TaskEmbedding,
+    TaskEmbeddings,
     precomputed_tables_context,
     routing_table_parameter_ids,
 )
@@ -65,7 +65,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
     """
 
     conv_in: TaskConvIn
-    task_embedding: TaskEmbedding | None
+    task_embedding: TaskEmbeddings | None
 
     # diffusers compares these with the names of classes.
     _repeated_blocks: ClassVar = ["RoutedTransformerBlock"]
@@ -90,7 +90,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
         config = ExpertConfig(num_experts, top_k, expert_ratio, norm, routing_scale, router_width)
         super().__init__(**stock)  # registers the stock part of the configuration
         self.register_to_config(tasks=[spec.to_dict() for spec in specs])
-        check_upcyclable(self)
+        check_unet_upcyclable(self)
         # The constructor of diffusers builds stock blocks of a fixed class, so they are replaced after it has run.
         for transformer in self.modules():
             if isinstance(transformer, Transformer2DModel):
@@ -105,7 +105,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             stock_conv_in.out_channels,
             stock_conv_in.kernel_size[0],
         )
-        self.task_embedding = None if routers_dropped else TaskEmbedding(len(specs), router_width)
+        self.task_embedding = None if routers_dropped else TaskEmbeddings(len(specs), router_width)
         # The blocks are found once, as a search through thousands of modules takes longer than gathering. A block that
         # is put in later gathers its own values.
         self._consecutive_blocks = find_consecutive_blocks(self, self.routed_blocks_by_name())
@@ -344,7 +344,7 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
 
     def named_trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """`trainable_parameters` with their names."""
-        owners = (RoutedFeedForward, TaskAffineTable, TaskConvIn, TaskEmbedding)
+        owners = (RoutedFeedForward, TaskAffineTable, TaskConvIn, TaskEmbeddings)
         trainable = {
             id(p) for m in self.modules() if isinstance(m, owners) for p in m.parameters()
         } - routing_table_parameter_ids(self)
