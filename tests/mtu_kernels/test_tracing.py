@@ -89,6 +89,7 @@ def test_ties_go_to_the_lower_index_in_onnx(dynamo):
     assert torch.equal(torch.from_numpy(indices), top_k_routing(logits, 3).indices)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
 def test_onnx_gets_no_operator_that_it_does_not_know(dynamo):

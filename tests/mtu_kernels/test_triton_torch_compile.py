@@ -104,6 +104,7 @@ def op_arguments(problem):
     return x, experts.w_in, experts.b_in, routing.weights, experts.num_experts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [SMALL, SMALL._replace(B=0), SMALL._replace(L=0)], ids=str)
 def test_registration(place, sizes):
     problem = place.move(make_problem(0, sizes, dtype=place.low, affine_dtype=torch.float32))

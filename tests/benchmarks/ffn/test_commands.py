@@ -29,6 +29,7 @@ def no_compiler(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
+@pytest.mark.slow
 def test_a_run_from_start_to_picture(tmp_path, capsys, no_compiler):
     output = tmp_path / "moe_ffn_cpu.csv"
     arguments = [*QUICKLY, "--output", str(output), "--contenders", NAMES, "--pass", "forward,forward+backward"]

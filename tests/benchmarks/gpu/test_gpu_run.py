@@ -81,6 +81,7 @@ def test_a_step_that_left_something_out_is_tried_again(folders):
     assert folders.call(shell("one", "echo 2 rows")) == {"one": DONE}
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_or_crashes_costs_no_other(folders):
     child = "(trap '' TERM; sleep 60) & echo $! > child.txt"
     steps = [

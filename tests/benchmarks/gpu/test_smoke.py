@@ -27,6 +27,7 @@ def test_wrong_results_are_said_in_one_sentence(monkeypatch, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_gradients_that_are_wrong_are_said_and_do_not_decide(monkeypatch, capsys):
     class Scaled(torch.autograd.Function):
         @staticmethod

@@ -18,6 +18,7 @@ def read(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_run_from_start_to_report(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(import_time, "PAIRS", SWIFT)
     output = tmp_path / "rows" / "import_time.csv"

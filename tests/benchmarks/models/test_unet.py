@@ -175,6 +175,7 @@ def _specialised(family, setting, contender):
     return Deployment((), parts)
 
 
+@pytest.mark.slow
 def test_contenders_that_are_compiled_again_for_other_tasks_are_not_timed(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(BUILDERS, "upcycled", _specialised)
     output = tmp_path / "rows.csv"
@@ -189,6 +190,7 @@ def test_contenders_that_are_compiled_again_for_other_tasks_are_not_timed(tmp_pa
     assert warm.warmup_s is None
 
 
+@pytest.mark.slow
 def test_a_group_that_is_prepared_waits_for_its_turn_and_its_kernels_are_counted(tmp_path, monkeypatch, capsys):
     go, output, kernels = tmp_path / "go", tmp_path / "rows.csv", tmp_path / "kernels.csv"
     seen = []
@@ -221,6 +223,7 @@ def test_a_process_that_waits_for_a_parent_that_is_gone_ends(tmp_path, monkeypat
         unet._wait_for(tmp_path / "go")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_before_its_kernels_were_counted_goes_on(tmp_path, capsys):
     output, kernels = tmp_path / "rows.csv", tmp_path / "kernels.csv"
     arguments = ["--tasks", "1", "--commit", "abc1234", "--resume"]
@@ -232,6 +235,7 @@ def test_a_run_that_was_cut_off_before_its_kernels_were_counted_goes_on(tmp_path
     assert f"All rows are in {output} already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was_cut_off(tmp_path, capsys):
     output = tmp_path / "rows.csv"
     arguments = ["--batches", "2,1", "--tasks", "1", "--commit", "abc1234"]

@@ -132,6 +132,7 @@ def test_peers_give_each_sample_its_task(name):
     torch.testing.assert_close(again, mixes[3])
 
 
+@pytest.mark.slow
 def test_weights_are_counted_once_for_each_storage():
     names = ("stock", "mtu-eager", "mtu-eager@routers", "four-unets", "swapped-unets", "lora-per-sample")
     deployments = {
@@ -179,6 +180,7 @@ def _other_dtype(upcycled):
     upcycled.conv_out.register_forward_hook(lambda module, inputs, output: output.float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", [DENSE, TOP_2], ids=["dense", "top2"])
 @pytest.mark.parametrize("spoil", [_no_bias, _no_affine_of_one_task, _heavy_routing, _nan_in_one_row, _other_dtype])
 def test_wrong_results_are_not_timed(setting, spoil):

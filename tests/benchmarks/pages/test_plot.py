@@ -93,6 +93,7 @@ def test_pictures_of_each_kind(tmp_path):
         assert colors(tmp_path / f"{name}.png") > 10
 
 
+@pytest.mark.slow
 def test_all_pictures_of_a_folder(tmp_path, capsys):
     results, images = tmp_path / "results", tmp_path / "images"
     results.mkdir()

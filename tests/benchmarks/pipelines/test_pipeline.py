@@ -138,6 +138,7 @@ def test_wrong_images_end_in_an_error(folder, tmp_path, capsys, monkeypatch):
     assert [row["contender"] for row in read(output)] == ["mtu"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -183,6 +184,7 @@ def test_a_pipeline_of_another_kind(tmp_path):
         pipeline_models.load_pipeline(tmp_path)
 
 
+@pytest.mark.slow
 def test_tasks_that_are_equal_are_moved_apart_and_others_are_left_as_they_are(folder, pipe, tmp_path):
     again = pipeline_models.load_pipeline(folder)
     state = pipe.unet.state_dict()
@@ -206,6 +208,7 @@ def test_tasks_that_are_equal_are_moved_apart_and_others_are_left_as_they_are(fo
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in again.unet.state_dict().items())
 
 
+@pytest.mark.slow
 def test_each_task_makes_images_of_its_own(pipe):
     """With the weights of another task the same request gives another image."""
     samples = draw_samples(pipe, 1)

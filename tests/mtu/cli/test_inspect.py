@@ -204,6 +204,7 @@ def test_sweep_filters_by_budget(run_mtu):
     assert "N = 2 G = 1 (1.008 B)" in text.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_sweep_prints_json(run_mtu, tmp_path):
     stock_unet(SD).save_config(tmp_path)
     ended = run_mtu("inspect", str(tmp_path), "--size", "64", "--sweep", "--budget", "1.05x", "--json")

@@ -374,6 +374,7 @@ def test_class_attributes(tmp_path):
     assert unet._get_no_split_modules("auto")
 
 
+@pytest.mark.slow
 @of_private_interface
 def test_module_of_components(tmp_path):
     """If diffusers takes components of other libraries as they are, the modules need no `ModelMixin`."""

@@ -53,6 +53,7 @@ def save_pipeline_folder(folder: Path, unet) -> Path:
 # ---------------------------------------------------------------------------------------------- the paper's figures
 
 
+@pytest.mark.slow
 def test_paper_figures_are_printed(published):
     # DESIGN §9; of the trained ones it gives 158 M and 1.5 B. Columns: original, upcycled, ratio, dropped, ratio.
     expected = {
@@ -133,6 +134,7 @@ def test_counts_are_those_of_the_model_itself(config, layout):
     assert rows["flops_widest_task_with_attention"].upcycled == counted_flops(upcycled, wide)
 
 
+@pytest.mark.slow
 def test_attention_products_are_what_their_formula_says():
     # Per attention, with S queries and S' keys of width D: Q Kᵀ and its product with V, 2·2·S·S'·D.
     unet = stock_unet(SD)

@@ -237,6 +237,7 @@ def test_the_command_does_not_destroy_a_training_unasked(tmp_path: Path, capsys:
     assert "holds the checkpoint of a training" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_autoencoder_of_no_use_stops_the_training() -> None:
     vae = vae_module.build_vae(MINIATURE.vae)
     with torch.no_grad():
