@@ -10,7 +10,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/guides").glob("*.md"))]
 LINKING = [*PAGES, ROOT / "docs/README.md", ROOT / "CONTRIBUTING.md"]
 # What a page needs beyond the package's own dependencies.
 NEEDS = {"exporting": ["onnxscript", "onnxruntime"], "training": ["fontTools"]}
-SLOW = ("exporting", "inspecting", "memory", "pipelines", "training")
+SLOW = ("compiling", "exporting", "inspecting", "memory", "pipelines", "tasks", "training")
 
 
 def as_parameter(page):

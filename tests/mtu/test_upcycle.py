@@ -70,6 +70,7 @@ def test_uncommon_unets_are_preserved_too(changes):
     assert_close(predict(unet, given, *names_of(unet)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_low_precision_unet_keeps_its_type_and_output(dtype):
     exact = predict(stock_unet(), rows(inputs(stock_unet()), slice(None), 4))

@@ -88,6 +88,7 @@ def test_residual_passes_no_gradient_to_a_frozen_x(place):
     assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_warmup_takes_what_the_call_takes(place):
     problem = place.move(make_problem(0))

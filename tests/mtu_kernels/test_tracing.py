@@ -59,6 +59,7 @@ def ties(num_experts):
     return numbers[torch.randint(0, len(numbers), (500, num_experts), generator=torch.Generator().manual_seed(0))]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
 @pytest.mark.parametrize(("num_experts", "k"), [(1, 1), (2, 1), (5, 3), (33, 33)])
 def test_exported_top_k_is_the_stable_sort_to_the_bit(num_experts, k):

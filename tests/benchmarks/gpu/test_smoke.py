@@ -11,6 +11,7 @@ from mtu_kernels.triton.launch import is_interpreted
 pytestmark = pytest.mark.skipif(not is_interpreted(), reason="kernels are not interpreted here")
 
 
+@pytest.mark.slow
 def test_facts_and_two_passes_that_are_right(capsys):
     assert smoke.main(["--quick", "--commit", "abc1234"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -105,6 +105,7 @@ def assert_refused(run_mtu, arguments: list[str], message: str) -> None:
     assert ended.err.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

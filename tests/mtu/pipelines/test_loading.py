@@ -161,6 +161,7 @@ def test_another_unet_is_given_to_from_pipe(pipe, stock):
 # ---------------------------------------------------------------------------------------------- settings of pipelines
 
 
+@pytest.mark.slow
 def test_trained_parameters_make_a_pipeline(pipe, stock, tmp_path):
     pipe.unet.save_trained(tmp_path)
     made = mtu.load_trained(stock, tmp_path)

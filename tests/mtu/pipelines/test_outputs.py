@@ -77,6 +77,7 @@ def test_sizes_from_images(pipe, picture):
     assert pipe(image=picture(9, 7), task="super-resolution", **given).images.shape == (1, 3, 14, 18)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width"), [(12, 20), (14, 10)])
 def test_given_size(pipe, mixed, picture, height, width):
     """Images are resized with their task's filter; the latents may be odd in number."""
