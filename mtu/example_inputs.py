@@ -6,7 +6,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-__all__ = ["CLIP_TEXT_TOKENS", "default_latent_height_and_width", "make_example_inputs"]
+__all__ = [
+    "CLIP_TEXT_TOKENS",
+    "default_latent_height_and_width",
+    "fill_in_height_and_width",
+    "make_example_inputs",
+]
 
 # The tokens of a prompt, as the CLIP text encoders of Stable Diffusion pad them.
 CLIP_TEXT_TOKENS = 77
@@ -48,11 +53,7 @@ def make_example_inputs(
     """
     config = unet.config
     _check_family(config)
-    if height is None or width is None:
-        own = default_latent_height_and_width(unet)
-        if own is None:
-            raise ValueError("This UNet has no default size (sample_size is None): pass height and width.")
-        height, width = own[0] if height is None else height, own[1] if width is None else width
+    height, width = fill_in_height_and_width(unet, height, width)
     device = unet.device if device is None else torch.device(device)
 
     def zeros(*shape: int) -> Tensor:
@@ -76,6 +77,28 @@ def default_latent_height_and_width(unet: UNet2DConditionModel) -> tuple[int, in
     """The height and width of the latents that a UNet was made for; None if its configuration has no `sample_size`."""
     size = unet.config.sample_size
     return (size, size) if isinstance(size, int) else None if size is None else (size[0], size[1])
+
+
+def fill_in_height_and_width(
+    unet: UNet2DConditionModel, height: int | None, width: int | None, pixels_per_latent: int = 1
+) -> tuple[int, int]:
+    """The given height and width, with the UNet's own in the place of None.
+
+    Args:
+        unet: the UNet.
+        height, width: in latents times `pixels_per_latent`, or None.
+        pixels_per_latent: the factor of the VAE, for sizes in pixels.
+
+    Raises:
+        ValueError: an edge is missing, and the UNet's configuration has no `sample_size`.
+    """
+    if height is not None and width is not None:
+        return height, width
+    own = default_latent_height_and_width(unet)
+    if own is None:
+        raise ValueError("This UNet has no default size (sample_size is None): pass height and width.")
+    own_height, own_width = (edge * pixels_per_latent for edge in own)
+    return own_height if height is None else height, own_width if width is None else width
 
 
 def _check_family(config: Any) -> None:

@@ -195,14 +195,13 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
 
         A router has no rows of its own: its per-task part is the task embedding.
         """
-        modules: dict[str, nn.Module] = {
-            f"{name}.norm3": block.norm3 for name, block in self.routed_blocks_by_name().items()
-        }
+        blocks = self.routed_blocks_by_name()
+        modules: dict[str, nn.Module] = {f"{name}.norm3": block.norm3 for name, block in blocks.items()}
         modules["conv_in"] = self.conv_in
         if self.task_embedding is not None:
             modules["task_embedding"] = self.task_embedding
         else:
-            modules |= {f"{name}.ff.router": block.ff.router for name, block in self.routed_blocks_by_name().items()}
+            modules |= {f"{name}.ff.router": block.ff.router for name, block in blocks.items()}
         return modules
 
     def _check_changeable(self, action: str) -> None:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 
 from mtu.compat.plain_linear import has_replaced_forward
-from mtu.example_inputs import CLIP_TEXT_TOKENS, default_latent_height_and_width, make_example_inputs
+from mtu.example_inputs import CLIP_TEXT_TOKENS, fill_in_height_and_width, make_example_inputs
 from mtu.models.router import precomputed_tables_context
 from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.runtime.graphs import CapturedCall, CudaGraphCapture, GraphCapture, ModelSnapshot, UNetCall, UNetInputs
@@ -146,12 +146,7 @@ def warmup(
     """
     unet = _unet_of(model)
     factor: int = model.vae_scale_factor if isinstance(model, DiffusionPipeline) else 1
-    if height is None or width is None:
-        own = default_latent_height_and_width(unet)
-        if own is None:
-            raise ValueError("This UNet has no default size (sample_size is None): pass height and width.")
-        height = own[0] * factor if height is None else height
-        width = own[1] * factor if width is None else width
+    height, width = fill_in_height_and_width(unet, height, width, factor)
     if any(not isinstance(edge, int) or edge < factor or edge % factor for edge in (height, width)):
         raise ValueError(f"height and width must be positive multiples of {factor}, but got {height} and {width}.")
     if text_tokens is None:
