@@ -28,7 +28,7 @@ class ExampleImages(NamedTuple):
 class TaskDataset(Protocol):
     """The training examples of one task.
 
-    An epoch visits each row once. The variants of a row are alternatives, such as several edits of one image, and so are
+    An epoch visits each row once. The variants of a row are alternatives, such as several edits of one image. So are
     the prompts of a variant, such as the captions of one picture. Each visit draws one of them.
     """
 
