@@ -8,8 +8,12 @@ Only then is the old file of tensors deleted.
 beside their destination and renames that folder at one moment. From then on, the first reader moves the files to their
 destination (`finish_replacement`).
 
-Every file is on the disk before its rename. Processes that write into the same folder, as in distributed training, wait
-for each other by a lock. The formats of MTU's checkpoints are not defined here.
+`write_tensors` serves single small files of which there are many, such as the rows of a cache. Each carries the digest
+of its contents in its own header, and may be written without waiting for the disk.
+
+Except for such files, every file is on the disk before its rename. Processes that write into the same folder, as in
+distributed training, wait for each other by a lock; single files need none. The formats of MTU's checkpoints are not
+defined here.
 """
 
 import contextlib
@@ -17,6 +21,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 try:
@@ -38,7 +43,9 @@ __all__ = [
     "finish_replacement",
     "make_folder",
     "read_description_and_tensors",
+    "read_tensors",
     "write_description_and_tensors",
+    "write_tensors",
     "write_text",
 ]
 
@@ -142,6 +149,71 @@ def delete_tensor_files(directory: str | os.PathLike, stem: str) -> None:
     folder = Path(directory)
     (folder / f"{stem}.json").unlink(missing_ok=True)
     _delete_files(folder, stem, keep=None)
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], *, durable: bool = True
+) -> None:
+    """Write one safetensors file atomically, with the SHA-256 of its contents in its header.
+
+    Equal contents make equal files. Several processes and threads may write the same file: the last one wins.
+
+    Args:
+        path: the file; its folder exists.
+        tensors: the tensors by name, on any device. Their bytes pass through memory, so they should be small.
+        metadata: JSON values.
+        durable: whether to wait until the file is on the disk. Otherwise a power cut may leave a file that
+            `read_tensors` refuses.
+
+    Raises:
+        OSError: the file cannot be written; an earlier one stays.
+    """
+    path = Path(path)
+    header, data = _split_header(save(_unshared(tensors), {"metadata": json.dumps(metadata, sort_keys=True)}))
+    header["__metadata__"]["sha256"] = _content_digest(header, data)
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # safetensors aligns the tensors
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        with partial.open("xb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+        if durable:
+            _sync(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from error
+        raise
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file of `write_tensors`, and check that it is complete and unaltered.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The tensors, on the CPU, and the metadata.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated or altered, or another program wrote it.
+    """
+    contents = Path(path).read_bytes()
+    try:
+        header, data = _split_header(contents)
+        digest, metadata = header["__metadata__"].pop("sha256"), json.loads(header["__metadata__"]["metadata"])
+        if digest == _content_digest(header, data):
+            return load(contents), metadata
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError):
+        pass
+    raise ValueError(f"{path} is truncated or was altered: its contents do not fit the SHA-256 in its header.")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -284,6 +356,19 @@ def _digest(path: Path, description: Mapping[str, Any]) -> str:
         digest = hashlib.file_digest(file, "sha256")
     described = {key: value for key, value in description.items() if key != "sha256"}
     digest.update(json.dumps(described, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _split_header(contents: bytes) -> tuple[dict[str, Any], memoryview]:
+    """The header of a safetensors file, and the bytes that follow it."""
+    start = 8 + int.from_bytes(contents[:8], "little")
+    return json.loads(contents[8:start]), memoryview(contents)[start:]
+
+
+def _content_digest(header: Mapping[str, Any], data: memoryview) -> str:
+    """The SHA-256 of a safetensors file, whose header lacks the digest."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    digest.update(data)
     return digest.hexdigest()
 
 

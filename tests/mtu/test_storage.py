@@ -186,3 +186,73 @@ def test_savers_of_one_folder_take_turns(tmp_path, monkeypatch, way):
     assert not failures
     assert overlaps == [False] * 4
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+# ------------------------------------------------------------------------------------------------------ single files
+
+
+@pytest.mark.parametrize("durable", [True, False])
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: type(cut).__name__)
+def test_a_single_file_is_whole_wherever_its_writing_is_cut_off(tmp_path, monkeypatch, cut, durable):
+    path, found = tmp_path / "row.safetensors", []
+
+    def write_new():
+        storage.write_tensors(path, NEW, {"is": 2}, durable=durable)
+
+    for operation in range(count_operations(monkeypatch, write_new)):
+        storage.write_tensors(path, OLD, {"is": 1})
+        run_cut_off(monkeypatch, write_new, operation, cut)
+        tensors, metadata = storage.read_tensors(path)
+        assert all(torch.equal(tensor, (OLD, NEW)[metadata["is"] - 1][name]) for name, tensor in tensors.items())
+        found.append(metadata["is"])
+    assert found == sorted(found)
+    assert set(found) == ({1, 2} if durable else {1})
+
+
+def test_a_single_file_keeps_values_types_and_metadata(tmp_path):
+    path = tmp_path / "row.safetensors"
+    tensors = {"half": torch.ones(2, 3, dtype=torch.bfloat16), "none": torch.empty(0), "count": torch.tensor(3)}
+    storage.write_tensors(path, tensors, {"sha256": "0", "list": [1, None, "ü"]})
+    found, metadata = storage.read_tensors(path)
+    assert metadata == {"sha256": "0", "list": [1, None, "ü"]}
+    assert found.keys() == tensors.keys()
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
+    )
+    # Any program can read it, equal contents make equal files, and the user's usual permissions hold.
+    assert torch.equal(storage.load_file(path)["half"], tensors["half"])
+    storage.write_tensors(tmp_path / "other", dict(reversed(tensors.items())), {"list": [1, None, "ü"], "sha256": "0"})
+    assert (tmp_path / "other").read_bytes() == path.read_bytes()
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_single_file_that_is_torn_or_altered_is_noticed(tmp_path):
+    path = tmp_path / "row.safetensors"
+    storage.write_tensors(path, OLD, {"is": 1})
+    whole = path.read_bytes()
+    torn = [whole[:length] for length in range(len(whole))]
+    flipped = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(len(whole))]
+    foreign = tmp_path / "foreign.safetensors"
+    storage.save_file(OLD, foreign)
+    for contents in [*torn, *flipped, whole + b"\0", foreign.read_bytes(), b"[" * 10**5]:
+        path.write_bytes(contents)
+        with pytest.raises(ValueError, match=rf"{re.escape(str(path))} is truncated or was altered"):
+            storage.read_tensors(path)
+    with pytest.raises(FileNotFoundError):
+        storage.read_tensors(tmp_path / "missing")
+
+
+def test_a_single_file_that_does_not_fit_says_so_and_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "row.safetensors"
+    storage.write_tensors(path, OLD, {})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage.os, "fsync", full)
+    with pytest.raises(OSError, match=rf"{re.escape(str(path))} cannot be written: No space left on device"):
+        storage.write_tensors(path, NEW, {})
+    assert [file.name for file in tmp_path.iterdir()] == ["row.safetensors"]
+    assert torch.equal(storage.read_tensors(path)[0]["a"], OLD["a"])
