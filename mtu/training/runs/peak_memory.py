@@ -12,10 +12,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
 
 # The documentation of torch imports the class from this module.
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -268,8 +268,8 @@ def _workspace_bytes(operator: str, args: tuple) -> int:
     if "_backward" in operator:
         x, w_out = tensors[1], tensors[6]
         rows, hidden = x.shape[0] * x.shape[1], w_out.shape[1]
-        # The weighted activations, the gradient of the pre-activations, and that of x̂.
-        return rows * (3 * hidden + x.shape[2]) * w_out.dtype.itemsize
+        # The weighted activations, the gradient of the pre-activations, x̂ and its gradient.
+        return rows * (3 * hidden + 2 * x.shape[2]) * w_out.dtype.itemsize
     x, w_out = tensors[0], tensors[5]
     rows, hidden = x.shape[0] * x.shape[1], w_out.shape[1]
     # The weighted activations and x̂.
