@@ -15,6 +15,9 @@ Data sets are in `mtu.data`, and complete trainings in `mtu.recipes`.
 
 from mtu.training.fit_config import FitConfig
 from mtu.training.loss_log import LogEntry
+from mtu.training.objective import BatchPart, Objective, PartialLoss
+from mtu.training.trainer import Trainer
+from mtu.training.trainer_config import TrainerConfig
 from mtu.training.training_loop import fit
 
-__all__ = ["FitConfig", "LogEntry", "fit"]
+__all__ = ["BatchPart", "FitConfig", "LogEntry", "Objective", "PartialLoss", "Trainer", "TrainerConfig", "fit"]

@@ -1,9 +1,11 @@
-"""The log of a training: its mean losses, as entries in memory and as lines of `log.jsonl`."""
+"""The log of a training: its mean losses, as entries in memory, as lines of `log.jsonl`, and for TensorBoard."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from accelerate.tracking import TensorBoardTracker
 
 from mtu.storage import write_text
 
@@ -13,66 +15,114 @@ __all__ = ["LogEntry", "LossLog"]
 class LogEntry(NamedTuple):
     """One entry of the log of a training.
 
-    Attributes:
+    Args:
         step: number of steps made so far.
         loss: mean loss of the steps since the previous entry.
         learning_rate: learning rate of the last step.
-        seconds: training time so far.
+        seconds: training time so far, also before interruptions.
+        data_seconds: mean time that a step since the previous entry waited for its batch.
+        terms: mean of each term of the loss, such as the loss of each task, over those steps since the previous entry
+            that had the term.
     """
 
     step: int
     loss: float
     learning_rate: float
     seconds: float
+    data_seconds: float
+    terms: dict[str, float]
 
 
 class LossLog:
     """Collects the losses of a training, and logs their mean from time to time.
 
     Args:
-        directory: the folder of `log.jsonl`; None: no file is written.
+        directory: the folder of `log.jsonl` and `tensorboard`; None: no entry of an earlier run is read.
         last_step: the last step whose entries of an earlier run are kept. Later entries are dropped, and so are lines
             that an interruption has cut off.
-        unlogged_losses: losses of an earlier run that belong to the next entry.
+        writes: whether to write files, which only the main process does.
+        tensorboard: whether to write files of TensorBoard, too.
 
     Attributes:
         entries: all entries so far.
         smoothed_loss: exponential moving average of the losses, for the progress bar; None before the first.
-        unlogged_losses: losses since the last entry.
+        sums: sums over the steps since the last entry, as JSON; a checkpoint saves and restores them.
     """
 
-    def __init__(self, directory: Path | None, last_step: int, unlogged_losses: Iterable[float] = ()) -> None:
+    def __init__(self, directory: Path | None, last_step: int, *, writes: bool, tensorboard: bool) -> None:
         self.path = None if directory is None else directory / "log.jsonl"
-        self.entries: list[LogEntry] = []
+        self.entries = [] if self.path is None else _read_entries(self.path, last_step)
         self.smoothed_loss: float | None = None
-        self.unlogged_losses = list(unlogged_losses)
-        if self.path is None:
+        self.sums = _no_sums()
+        self._writes = writes and self.path is not None
+        self._tracker: TensorBoardTracker | None = None
+        if self.path is None or not self._writes:
             return
-        for line in self.path.read_text().splitlines() if self.path.is_file() else ():
-            try:
-                entry = LogEntry(**json.loads(line))
-            except (json.JSONDecodeError, TypeError):
-                continue
-            if entry.step <= last_step:
-                self.entries.append(entry)
-        write_text(self.path, "".join(json.dumps(entry._asdict()) + "\n" for entry in self.entries))
+        write_text(self.path, "".join(_line(entry) for entry in self.entries))
+        if tensorboard:
+            # Steps after the checkpoint are made again, so TensorBoard forgets their first values.
+            self._tracker = TensorBoardTracker("tensorboard", self.path.parent, purge_step=last_step + 1)
+            self._tracker.start()
 
-    def add_loss(self, loss: float) -> None:
-        """Add the loss of one step."""
-        self.unlogged_losses.append(loss)
+    def add_step(self, loss: float, data_seconds: float, terms: Mapping[str, float]) -> None:
+        """Add one step: its loss, the time that it waited for its batch, and its terms by name."""
         self.smoothed_loss = loss if self.smoothed_loss is None else 0.98 * self.smoothed_loss + 0.02 * loss
+        self.sums["steps"] += 1
+        self.sums["loss"] += loss
+        self.sums["data_seconds"] += data_seconds
+        for name, value in terms.items():
+            total, count = self.sums["terms"].get(name, (0.0, 0))
+            self.sums["terms"][name] = [total + value, count + 1]
 
     def write_entry(self, step: int, learning_rate: float, seconds: float) -> None:
-        """Write an entry with the mean of the losses since the previous entry.
+        """Write an entry with the means over the steps since the previous entry.
 
         Args:
             step: number of steps made so far.
             learning_rate: learning rate of the last step.
             seconds: training time so far.
+
+        Raises:
+            OSError: the file cannot be written.
         """
-        entry = LogEntry(step, sum(self.unlogged_losses) / len(self.unlogged_losses), learning_rate, seconds)
+        sums, count = self.sums, self.sums["steps"]
+        terms = {name: total / times for name, (total, times) in sorted(sums["terms"].items())}
+        entry = LogEntry(step, sums["loss"] / count, learning_rate, seconds, sums["data_seconds"] / count, terms)
         self.entries.append(entry)
-        self.unlogged_losses.clear()
-        if self.path is not None:
-            with self.path.open("a") as log:
-                log.write(json.dumps(entry._asdict()) + "\n")
+        self.sums = _no_sums()
+        if self.path is None or not self._writes:
+            return
+        try:
+            with self.path.open("a", encoding="utf-8") as log:
+                log.write(_line(entry))
+        except OSError as error:
+            raise OSError(f"The log {self.path} cannot be written ({error.strerror or error}).") from error
+        if self._tracker is not None:
+            values = {name: value for name, value in entry._asdict().items() if name not in ("step", "terms")}
+            self._tracker.log({**values, **{f"loss/{name}": value for name, value in terms.items()}}, step=step)
+
+    def close(self) -> None:
+        """Close the files of TensorBoard."""
+        if self._tracker is not None:
+            self._tracker.finish()
+
+
+def _no_sums() -> dict[str, Any]:
+    return {"steps": 0, "loss": 0.0, "data_seconds": 0.0, "terms": {}}
+
+
+def _line(entry: LogEntry) -> str:
+    return json.dumps(entry._asdict()) + "\n"
+
+
+def _read_entries(path: Path, last_step: int) -> list[LogEntry]:
+    """The entries of a log up to a step; lines that are cut off are no entries."""
+    entries = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            entry = LogEntry(**json.loads(line))
+        except (json.JSONDecodeError, TypeError):
+            continue
+        if entry.step <= last_step:
+            entries.append(entry)
+    return entries

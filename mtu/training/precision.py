@@ -31,9 +31,9 @@ def check_parameter_dtypes(trained: Mapping[str, Parameter]) -> None:
         fault = f"{len(names)} of {len(trained)} parameters to train are {dtype}, for example {names[0]}"
         remedy = "train float32 parameters, and compute in fewer bits by autocast"
         if dtype == torch.float16:
-            raise ValueError(f"fit: {fault}, whose squared gradients round to zero, by which AdamW divides: {remedy}.")
+            raise ValueError(f"{fault}, whose squared gradients round to zero, by which AdamW divides: {remedy}.")
         warnings.warn(
-            f"fit: {fault}, which rounds away updates below a few thousandths of a weight: {remedy}.",
+            f"{fault}, which rounds away updates below a few thousandths of a weight: {remedy}.",
             UserWarning,
             stacklevel=4,
         )

@@ -18,8 +18,8 @@ from mtu.compat import parameter_access
 from mtu.storage import make_folder
 from mtu.training.checkpoint import check_no_checkpoint, delete_checkpoint_in
 from mtu.training.fit_config import FitConfig
-from mtu.training.loss_log import LogEntry, LossLog
-from mtu.training.training_state import TrainingState
+from mtu.training.fit_log import LogEntry, LossLog
+from mtu.training.fit_state import TrainingState
 
 __all__ = ["fit"]
 

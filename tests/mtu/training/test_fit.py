@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from mtu.experts import ExpertConfig
 from mtu.models.router import Router
-from mtu.training import FitConfig, LogEntry, fit
+from mtu.training import FitConfig, fit
 from mtu.training.checkpoint import read_checkpoint, write_checkpoint
 from mtu.training.fit_config import learning_rate_at
-from mtu.training.training_state import TrainingState, parameter_groups
+from mtu.training.fit_log import LogEntry
+from mtu.training.fit_state import TrainingState, parameter_groups
 
 from ..file_operations import CUTS, count_operations, run_cut_off
 

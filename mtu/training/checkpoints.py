@@ -1,0 +1,139 @@
+"""The checkpoints of a training, in the folder `checkpoints` of its directory: named tensors and a state as JSON.
+
+A checkpoint consists of `step-00000500.json` and the file of tensors that it names. An older checkpoint is deleted only
+when a newer one is on the disk, so an interruption never leaves a directory without a whole checkpoint. The trainer
+chooses the contents.
+"""
+
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from mtu import storage
+
+__all__ = [
+    "Checkpoint",
+    "check_no_checkpoints",
+    "checkpoint_steps",
+    "delete_checkpoints",
+    "read_newest_checkpoint",
+    "write_checkpoint",
+]
+
+_FOLDER = "checkpoints"
+_OWN_FILE = re.compile(r"\.?(step-\d{8,})\.(json|[0-9a-f]{12}\.safetensors|partial)")
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint in memory.
+
+    Args:
+        step: number of steps made.
+        tensors: the tensors by name, on the CPU.
+        state: further values, as JSON.
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def checkpoint_steps(directory: Path) -> list[int]:
+    """The steps of all checkpoints of a directory in rising order; some may be damaged."""
+    folder = directory / _FOLDER
+    found = (re.fullmatch(r"step-(\d{8,})\.json", name) for name in _names(folder))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def check_no_checkpoints(directory: Path) -> None:
+    """Raise a FileExistsError if a directory holds checkpoints, which a new training would destroy."""
+    if checkpoint_steps(directory):
+        raise FileExistsError(
+            f"{directory} holds the checkpoint of a training: continue it with resume, delete it with overwrite, or "
+            "choose another folder."
+        )
+
+
+def write_checkpoint(directory: Path, checkpoint: Checkpoint, total_limit: int | None = None) -> None:
+    """Write a checkpoint, and then delete the oldest ones.
+
+    Checkpoints of later steps are deleted, too: the training has gone back behind them because they are damaged.
+
+    Args:
+        directory: the folder of the training.
+        checkpoint: the contents.
+        total_limit: number of checkpoints to keep; None: all.
+
+    Raises:
+        OSError: the checkpoint cannot be written. The older ones stay.
+    """
+    folder, step = directory / _FOLDER, checkpoint.step
+    try:
+        storage.write_description_and_tensors(folder, _stem(step), checkpoint.tensors, checkpoint.state)
+    except OSError as error:
+        older = [other for other in checkpoint_steps(directory) if other < step]
+        kept = f"that of step {older[-1]} stays" if older else "there is no older one"
+        raise OSError(
+            f"The checkpoint of step {step} cannot be written to {folder} ({error.strerror or error}); {kept}."
+        ) from error
+    steps = [other for other in checkpoint_steps(directory) if other <= step]
+    kept_steps = steps if total_limit is None else steps[-total_limit:]
+    _delete_all_but(folder, {_stem(other) for other in kept_steps})
+
+
+def read_newest_checkpoint(directory: Path) -> Checkpoint:
+    """Read the newest checkpoint that is whole.
+
+    Args:
+        directory: the folder of the training.
+
+    Raises:
+        FileNotFoundError: the directory holds no checkpoint.
+        ValueError: all checkpoints are damaged.
+
+    Warns:
+        UserWarning: newer checkpoints are damaged.
+    """
+    folder, faults = directory / _FOLDER, []
+    for step in reversed(checkpoint_steps(directory)):
+        try:
+            state, tensors = storage.read_description_and_tensors(folder, _stem(step))
+        except (ValueError, OSError) as error:
+            faults.append(f"{_stem(step)} ({str(error).rstrip('.')})")
+            continue
+        if faults:
+            warnings.warn(
+                f"Training goes on from step {step}, because newer checkpoints are damaged: {', '.join(faults)}.",
+                UserWarning,
+                stacklevel=4,
+            )
+        return Checkpoint(step, tensors, state)
+    if faults:
+        raise ValueError(f"Every checkpoint in {folder} is damaged: {', '.join(faults)}.")
+    raise FileNotFoundError(f"There is no checkpoint in {directory} to resume from.")
+
+
+def delete_checkpoints(directory: Path) -> None:
+    """Delete all checkpoints of a directory, and no other file."""
+    _delete_all_but(directory / _FOLDER, set())
+
+
+def _stem(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _names(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []
+
+
+def _delete_all_but(folder: Path, kept_stems: set[str]) -> None:
+    """Delete checkpoints, and what interrupted writing and deleting left of others."""
+    stems = {match[1] for match in map(_OWN_FILE.fullmatch, _names(folder)) if match}
+    for stem in sorted(stems - kept_stems):
+        storage.delete_tensor_files(folder, stem)
+        shutil.rmtree(folder / f".{stem}.partial", ignore_errors=True)

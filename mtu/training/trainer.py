@@ -1,0 +1,344 @@
+"""The trainer: one loop for every objective, in one process or many, with checkpoints from which it goes on exactly.
+
+The trainer knows nothing of diffusion: an `Objective` gives it the loss of each part of a batch.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from tqdm import tqdm
+
+from mtu.compat import parameter_access
+from mtu.storage import make_folder
+from mtu.training.batch_loader import PartSequence, iterate_over_batches, part_seed
+from mtu.training.checkpoints import (
+    Checkpoint,
+    check_no_checkpoints,
+    delete_checkpoints,
+    read_newest_checkpoint,
+    write_checkpoint,
+)
+from mtu.training.distributed import (
+    delayed_reduction_context,
+    gradient_norm,
+    raise_in_all_processes,
+    share_objective,
+)
+from mtu.training.interruption import Interruption, raise_for_signal
+from mtu.training.loss_log import LogEntry, LossLog
+from mtu.training.numerical_faults import describe_fault
+from mtu.training.objective import BatchPart, Objective, PartialLoss
+from mtu.training.step_totals import OwnReport, StepTotals, TotalsReducer
+from mtu.training.trainer_config import TrainerConfig
+from mtu.training.training_identity import check_same_training, describe_training
+from mtu.training.training_state import TrainingState
+
+__all__ = ["Trainer"]
+
+
+class Trainer:
+    """Trains the parameters of an objective that require gradients, in place.
+
+    The batch of each step is split into equal parts, one for each process and each of its passes. The gradients of the
+    parts are summed, so the number of processes changes nothing but the rounding.
+
+    Args:
+        objective: the loss, with the models as submodules.
+        config: the settings of the training.
+        directory: the folder of `checkpoints/`, `log.jsonl` and `tensorboard/`; None: nothing is written.
+        accelerator: the processes and their devices; None: one is made. A single process then trains on the device
+            where the objective is.
+        description: label of the progress bar.
+        validate: called with the number of steps made, in all processes, every `validate_every` steps and after the
+            last one. The modules then hold the averaged weights, if there are any.
+
+    Example:
+        >>> trainer = Trainer(objective, TrainerConfig(steps=1000), Path("run"))
+        >>> entries = trainer.train()
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        config: TrainerConfig,
+        directory: Path | None = None,
+        *,
+        accelerator: Accelerator | None = None,
+        description: str = "training",
+        validate: Callable[[int], None] | None = None,
+    ) -> None:
+        self.objective, self.config, self.directory = objective, config, directory
+        self.accelerator = Accelerator() if accelerator is None else accelerator
+        self._trains_in_place = accelerator is None and self.accelerator.num_processes == 1
+        self._description, self._validate = description, validate
+        self._state: TrainingState | None = None
+        self._model: torch.nn.Module = objective
+        self._identity: dict[str, Any] = {}
+        self._saved_step: int | None = None
+
+    def train(self, *, resume: bool = False, overwrite: bool = False) -> list[LogEntry]:
+        """Train from the start or from the newest checkpoint to the last step.
+
+        If an average of the weights is kept, the modules hold the averaged weights afterwards. SIGINT and SIGTERM end
+        the training after the current step, with a checkpoint.
+
+        Args:
+            resume: whether to continue from the newest whole checkpoint in the directory.
+            overwrite: whether to delete the checkpoints in the directory and start anew.
+
+        Returns:
+            The entries of the log, from the first step on.
+
+        Raises:
+            FloatingPointError: the loss or a gradient is not finite. No weight has changed in this step, and the state
+                before it is saved.
+            FileExistsError: the directory holds a checkpoint, and neither `resume` nor `overwrite` is true.
+            FileNotFoundError: there is no checkpoint to resume from.
+            KeyboardInterrupt, SystemExit: a signal ended the training, after its checkpoint.
+            OSError: a file cannot be written, for example on a full disk. The previous checkpoint stays.
+            ValueError: the checkpoints are damaged or belong to another training; the batch cannot be split into as
+                many parts; or `resume` and `overwrite` are both true.
+        """
+        self._check_before_start(resume, overwrite)
+        with _module_modes(self.objective):
+            self.objective.train()
+            state, log = self._start(resume, overwrite)
+            with Interruption(self.accelerator.is_main_process) as interruption:
+                try:
+                    self._run(self._running(state, log, interruption))
+                finally:
+                    log.close()
+            # A signal may have come after the last step.
+            raise_for_signal(interruption.signal_number)
+        state.copy_average_to_modules()
+        return log.entries
+
+    def averaged_weights_context(self) -> AbstractContextManager[None]:
+        """Put the averaged weights into the modules within this context, if the training keeps an average."""
+        return nullcontext() if self._state is None else self._state.averaged_weights_context()
+
+    @property
+    def device(self) -> torch.device:
+        """The device of training in this process."""
+        if self._trains_in_place:
+            return next((p.device for p in self.objective.parameters()), torch.device("cpu"))
+        return self.accelerator.device
+
+    @property
+    def _num_parts(self) -> int:
+        return self.accelerator.num_processes * self.config.gradient_accumulation_steps
+
+    def _check_before_start(self, resume: bool, overwrite: bool) -> None:
+        if resume and self.directory is None:
+            raise ValueError("To resume needs the directory that holds the checkpoint, but got None.")
+        if resume and overwrite:
+            raise ValueError("resume continues the checkpoint that overwrite deletes: expected one of them, got both.")
+        if self.directory is not None and not (resume or overwrite):
+            check_no_checkpoints(self.directory)
+        parameter_access.check_trainable(self.objective, "Training")
+        parameter_access.check_has_values(self.objective, "Training")
+        self.objective.check_part_count(self._num_parts)
+
+    def _start(self, resume: bool, overwrite: bool) -> tuple[TrainingState, LossLog]:
+        """Build the state and the log, or restore them, and prepare the objective."""
+        directory, is_main = self.directory, self.accelerator.is_main_process
+        if directory is not None:
+            # The digest of the frozen weights is only needed in checkpoints.
+            self._identity = describe_training(self.objective, self.config)
+            self._make_folder(directory, overwrite)
+        self.objective.to(self.device)
+        self._model = share_objective(self.accelerator, self.objective, self.config.fully_shard)
+        state, sums = TrainingState(self.objective, self.config), None
+        self._state, self._saved_step = state, None
+        if resume and directory is not None:
+            checkpoint = read_newest_checkpoint(directory)
+            saved = checkpoint.state
+            check_same_training(saved["training"], self._identity, directory)
+            state.load(checkpoint.tensors, saved["optimizer_numbers"])
+            state.step, state.seconds, sums = checkpoint.step, float(saved["seconds"]), saved["log_sums"]
+            self._saved_step = state.step
+        log = LossLog(directory, state.step, writes=is_main, tensorboard=self.config.tensorboard)
+        log.sums = log.sums if sums is None else sums
+        self.objective.prepare(self.accelerator)
+        return state, log
+
+    def _make_folder(self, directory: Path, overwrite: bool) -> None:
+        error = None
+        try:
+            if self.accelerator.is_main_process:
+                make_folder(directory)
+                if overwrite:
+                    delete_checkpoints(directory)
+        except (OSError, ValueError) as caught:
+            error = caught
+        raise_in_all_processes(self.accelerator, error)
+
+    def _running(self, state: TrainingState, log: LossLog, interruption: Interruption) -> "_Running":
+        parts = PartSequence(
+            start=state.step,
+            stop=self.config.steps,
+            passes=self.config.gradient_accumulation_steps,
+            process=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+        )
+        batches = iterate_over_batches(
+            self.objective.load_batch, parts, self.config.num_workers, pin_memory=self.device.type == "cuda"
+        )
+        reducer = TotalsReducer(self.accelerator, self.device)
+        return _Running(state, log, parts, batches, reducer, interruption, time.monotonic() - state.seconds)
+
+    def _run(self, running: "_Running") -> None:
+        """Make the steps, and log, save and validate between them."""
+        config, state, log = self.config, running.state, running.log
+        limit = math.inf if config.max_minutes is None else 60 * config.max_minutes
+        with self._progress_bar(state) as bar:
+            while state.step < config.steps and state.seconds < limit:
+                totals = self._step(running)
+                log.add_step(totals.loss, totals.data_seconds, totals.terms)
+                is_last = state.step == config.steps or state.seconds >= limit
+                if state.step % config.log_every == 0 or is_last:
+                    log.write_entry(state.step, state.learning_rate, state.seconds)
+                self._show_progress(bar, state, log)
+                if state.step % config.checkpoint_every == 0 or is_last or totals.signal_number is not None:
+                    self._save(running)
+                raise_for_signal(totals.signal_number)
+                if config.validate_every is not None and (state.step % config.validate_every == 0 or is_last):
+                    self._run_validation(state)
+
+    def _step(self, running: "_Running") -> StepTotals:
+        """Make one step, or raise a FloatingPointError and leave the weights as they are."""
+        state, losses, data_seconds = running.state, [], 0.0
+        parts = running.parts.of_step(state.step)
+        for part in parts:
+            started = time.monotonic()
+            batch = send_to_device(next(running.batches), self.device, non_blocking=True)
+            data_seconds += time.monotonic() - started
+            losses.append((part, self._differentiate(part, batch, is_last_pass=part is parts[-1])))
+        state.take_row_gradients()
+        norm = gradient_norm(list(state.gradients().values()))
+        report = OwnReport(
+            [partial for _, partial in losses],
+            time.monotonic() - running.started,
+            data_seconds,
+            running.interruption.signal_number,
+        )
+        totals = running.reducer.reduce(report, norm)
+        if not self._is_finite(totals, state):
+            self._refuse_step(running, losses, totals)
+        state.optimizer_step(norm)
+        state.seconds = totals.seconds
+        return totals
+
+    def _differentiate(self, part: BatchPart, batch: Any, is_last_pass: bool) -> PartialLoss:
+        """Compute the loss of a part of the batch, and add its gradients."""
+        torch.manual_seed(part_seed(self.config.seed, part))
+        with delayed_reduction_context(self.accelerator, self._model, is_last_pass):
+            partial = self._model(batch)
+            # The processes average their gradients, but their losses sum.
+            (partial.loss * self.accelerator.num_processes).backward()
+        examples = None if partial.example_losses is None else partial.example_losses.detach()
+        return PartialLoss(partial.loss.detach(), partial.terms, examples)
+
+    def _is_finite(self, totals: StepTotals, state: TrainingState) -> bool:
+        if math.isfinite(totals.loss) and not math.isfinite(totals.norm) and self.config.max_grad_norm is None:
+            # The norm of finite gradients may overflow, and it is only used to clip them.
+            return all(gradient.isfinite().all() for gradient in state.gradients().values())
+        return math.isfinite(totals.loss) and math.isfinite(totals.norm)
+
+    def _refuse_step(
+        self, running: "_Running", losses: list[tuple[BatchPart, PartialLoss]], totals: StepTotals
+    ) -> NoReturn:
+        """Save the state before the step, and raise a FloatingPointError that says what is not finite."""
+        state = running.state
+        fault = describe_fault(self.accelerator, self.objective, losses, totals, state.gradients())
+        state.drop_gradients()
+        try:
+            self._save(running)
+            kept = "" if self.directory is None else ", and the state before it is saved"
+        except (OSError, FloatingPointError) as error:
+            kept = f", nor was the state before it saved ({str(error).rstrip('.')})"
+        raise FloatingPointError(f"{fault}, so the step was not made{kept}; try a lower learning rate.")
+
+    def _save(self, running: "_Running") -> None:
+        """Write a checkpoint of the state, unless there is one."""
+        state, error = running.state, None
+        if self.directory is None or self._saved_step == state.step:
+            return
+        try:
+            tensors = state.checkpoint_tensors()
+            description = {
+                "training": self._identity,
+                "seconds": state.seconds,
+                "optimizer_numbers": state.optimizer_numbers(),
+                "log_sums": running.log.sums,
+                "num_processes": self.accelerator.num_processes,
+            }
+            if self.accelerator.is_main_process:
+                checkpoint = Checkpoint(state.step, tensors, description)
+                write_checkpoint(self.directory, checkpoint, self.config.checkpoints_total_limit)
+        except (OSError, FloatingPointError) as caught:
+            error = caught
+        raise_in_all_processes(self.accelerator, error)
+        self._saved_step = state.step
+
+    def _run_validation(self, state: TrainingState) -> None:
+        if self._validate is not None:
+            with state.averaged_weights_context(), _module_modes(self.objective):
+                self._validate(state.step)
+
+    def _progress_bar(self, state: TrainingState) -> tqdm:
+        style: dict[str, Any] = {"desc": self._description, "mininterval": 5, "maxinterval": 60}
+        style["disable"] = not self.accelerator.is_main_process
+        if self.config.max_minutes is None:
+            return tqdm(total=self.config.steps, initial=state.step, unit="step", **style)
+        layout = "{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}{postfix}]"
+        total = 60 * self.config.max_minutes
+        return tqdm(total=total, initial=min(state.seconds, total), bar_format=layout, **style)
+
+    def _show_progress(self, bar: tqdm, state: TrainingState, log: LossLog) -> None:
+        # The progress bar shows seconds if the clock ends the training, else steps.
+        bar.n = state.step if self.config.max_minutes is None else min(state.seconds, bar.total)
+        bar.set_postfix(
+            step=state.step, loss=f"{log.smoothed_loss:.4f}", learning_rate=f"{state.learning_rate:.1e}", refresh=False
+        )
+        bar.update(0)
+
+
+class _Running(NamedTuple):
+    """A training between its first and last step.
+
+    Args:
+        state: what checkpoints save.
+        log: its losses.
+        parts: the parts of batches that this process computes.
+        batches: the batches of these parts, in their order.
+        reducer: sums over processes.
+        interruption: the signals that this process got.
+        started: when the training would have started if it had not been interrupted, by the monotonic clock.
+    """
+
+    state: TrainingState
+    log: LossLog
+    parts: PartSequence
+    batches: Iterator[Any]
+    reducer: TotalsReducer
+    interruption: Interruption
+    started: float
+
+
+@contextmanager
+def _module_modes(module: torch.nn.Module) -> Iterator[None]:
+    """Restore at the end of the context which modules are in training mode."""
+    modes = {submodule: submodule.training for submodule in module.modules()}
+    try:
+        yield
+    finally:
+        for submodule, mode in modes.items():
+            submodule.training = mode
