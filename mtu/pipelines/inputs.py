@@ -14,9 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mtu.tasks import TaskSpec
+from mtu.tasks import Resample, TaskSpec
 
-__all__ = ["PipelineInputs", "output_height_and_width", "parse_pipeline_inputs", "prepare_condition_image"]
+__all__ = [
+    "Image",
+    "PipelineInputs",
+    "image_height_and_width",
+    "output_height_and_width",
+    "parse_pipeline_inputs",
+    "prepare_condition_image",
+    "resize_and_normalize",
+]
 
 _RESAMPLE = {
     "lanczos": PIL.Image.Resampling.LANCZOS,
@@ -147,7 +155,9 @@ def output_height_and_width(
     sizes = {}
     for i, (image, spec) in enumerate(zip(inputs.images, inputs.tasks, strict=True)):
         if image is not None:
-            rows, columns = (edge * spec.scale // size_multiple * size_multiple for edge in _size(image))
+            rows, columns = (
+                edge * spec.scale // size_multiple * size_multiple for edge in image_height_and_width(image)
+            )
             sizes.setdefault((rows, columns), i)
     if len(sizes) > 1:
         listed = ", ".join(f"{w}×{h} (sample {i})" for (h, w), i in sizes.items())
@@ -161,10 +171,7 @@ def output_height_and_width(
 
 
 def prepare_condition_image(image: Image, spec: TaskSpec, height: int, width: int) -> Tensor:
-    """Resize a condition image to the output size, and scale its values to [−1, 1].
-
-    PIL resizes PIL images and uint8 values with the task's filter. PyTorch resizes float values with antialiased
-    bilinear interpolation where that is the task's filter, and bicubic otherwise, because it has no Lanczos filter.
+    """Resize a condition image to the output size with the task's filter, and scale its values to [−1, 1].
 
     Args:
         image: PIL image, array (H, W, 3) or tensor (3, H, W); float values lie in [0, 1].
@@ -174,19 +181,44 @@ def prepare_condition_image(image: Image, spec: TaskSpec, height: int, width: in
     Returns:
         (3, height, width) float32.
     """
+    return resize_and_normalize(image, spec.resample, height, width)
+
+
+def resize_and_normalize(image: Image, resample: Resample, height: int, width: int) -> Tensor:
+    """Resize an image, and scale its values to [−1, 1].
+
+    PIL resizes PIL images and uint8 values with the given filter. PyTorch resizes float values with antialiased
+    bilinear interpolation where that is the filter, and bicubic otherwise, because it has no Lanczos filter.
+
+    Args:
+        image: PIL image, array (H, W, 3) or tensor (3, H, W); float values lie in [0, 1].
+        resample: the filter.
+        height, width: the new size in pixels.
+
+    Returns:
+        (3, height, width) float32.
+    """
     if not isinstance(image, PIL.Image.Image) and _channels_first(image).dtype == torch.uint8:
         image = PIL.Image.fromarray(_channels_first(image).permute(1, 2, 0).contiguous().cpu().numpy())
     if isinstance(image, PIL.Image.Image):
         picture = image.convert("RGB")
         if picture.size != (width, height):
-            picture = picture.resize((width, height), _RESAMPLE[spec.resample])
+            picture = picture.resize((width, height), _RESAMPLE[resample])
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
     else:
         pixels = _channels_first(image).float()
         if pixels.shape[1:] != (height, width):
-            mode = "bilinear" if spec.resample == "bilinear" else "bicubic"
+            mode = "bilinear" if resample == "bilinear" else "bicubic"
             pixels = F.interpolate(pixels[None], (height, width), mode=mode, antialias=True)[0].clamp(0, 1)
     return pixels * 2 - 1
+
+
+def image_height_and_width(image: Image) -> tuple[int, int]:
+    """Height and width of an image in pixels."""
+    if isinstance(image, PIL.Image.Image):
+        return image.height, image.width
+    rows, columns = image.shape[1:] if isinstance(image, Tensor) else image.shape[:2]
+    return rows, columns
 
 
 # ------------------------------------------------------------------------------------------------------------ parts
@@ -285,14 +317,6 @@ def _check_image(image: Any, sample: int) -> None:
         low, high = float(values.min()), float(values.max())
         if low < 0 or high > 1:
             raise ValueError(f"Image values must be in [0, 1], but sample {sample} has {low} to {high}.")
-
-
-def _size(image: Image) -> tuple[int, int]:
-    """Height and width of an image."""
-    if isinstance(image, PIL.Image.Image):
-        return image.height, image.width
-    rows, columns = image.shape[1:] if isinstance(image, Tensor) else image.shape[:2]
-    return rows, columns
 
 
 def _channels_first(image: np.ndarray | Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 - `training_loop`: the loop, `fit`.
 - `fit_config`: its settings, `FitConfig`, and the learning rate.
 - `training_state`: the state that checkpoints save and restore.
-- `multitask`: the loss of the paper, over examples that are encoded once.
-- `timesteps`: stratified timesteps, and the weight of each timestep in the loss.
+- `objective`: the interface of what a training minimises.
+- `multitask`: the loss of the paper, over data sets of images.
 - `precision`: autocast, and the check of parameters' dtypes.
 - `parallel_loss`: a loss whose parts run on several CPU threads.
 - `checkpoint`: atomic checkpoints in a directory.

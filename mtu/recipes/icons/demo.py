@@ -26,7 +26,7 @@ from mtu.recipes.icons.held_out_evaluation import (
 from mtu.storage import write_text
 from mtu.tasks import EDIT, REMOVE, SUPER_RESOLUTION, TEXT_TO_IMAGE, TaskSpec
 from mtu.training import FitConfig, fit
-from mtu.training.multitask import MultiTaskConfig, MultiTaskLoss, encode_examples
+from mtu.training.multitask.encoded_examples import MultiTaskConfig, MultiTaskLoss, encode_examples
 from mtu.training.parallel_loss import intra_op_threads_context
 from mtu.upcycling import upcycle
 

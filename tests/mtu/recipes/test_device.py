@@ -20,7 +20,7 @@ from mtu.recipes.icons.score import ScoreConfig
 from mtu.recipes.icons.text_encoder import TextEncoderConfig
 from mtu.recipes.icons.vae import VAEConfig, VAELoss
 from mtu.training import FitConfig
-from mtu.training.multitask import MultiTaskConfig, MultiTaskLoss, encode_examples
+from mtu.training.multitask.encoded_examples import MultiTaskConfig, MultiTaskLoss, encode_examples
 
 from .small_demo import SMALL_DEMO
 

@@ -14,7 +14,7 @@ from mtu.recipes.icons.text_encoder import TextEncoderConfig
 from mtu.recipes.icons.vae import VAEConfig
 from mtu.tasks import EDIT, SUPER_RESOLUTION, TEXT_TO_IMAGE
 from mtu.training import FitConfig, fit
-from mtu.training.multitask import MultiTaskConfig, MultiTaskLoss, encode_examples
+from mtu.training.multitask.encoded_examples import MultiTaskConfig, MultiTaskLoss, encode_examples
 
 MINIATURE = BaseModelConfig(
     vae=VAEConfig(block_out_channels=(8, 8, 16), norm_num_groups=4),

@@ -1,0 +1,416 @@
+"""`MultiTaskObjective`: noise or velocity prediction on all tasks at once, the paper's loss."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionXLPipeline
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from mtu.compat import parameter_access
+from mtu.data.task_dataset import TaskDataset
+from mtu.models.unet import MTUUNet2DConditionModel
+from mtu.pipelines import MTUPipeline
+from mtu.training import precision
+from mtu.training.multitask.batches import Batch, BatchLoader, Encodings, ModelCache, TrainedTask
+from mtu.training.multitask.encoded_cache import EncodedCache
+from mtu.training.multitask.encoding import PipelineEncoder, on_device_context, target_latents
+from mtu.training.multitask.multitask_config import MultiTaskConfig
+from mtu.training.multitask.precomputing import encode_missing_items
+from mtu.training.multitask.step_plan import StepPlan
+from mtu.training.multitask.timesteps import timestep_loss_weights
+from mtu.training.objective import BatchPart, Objective, PartialLoss
+from mtu.training.parallel_loss import average_and_differentiate_losses_in_threads
+
+__all__ = ["MultiTaskObjective"]
+
+# What determines the noise schedule in the configuration of a scheduler.
+_NOISE_SCHEDULE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+
+
+class _UNetInputs(NamedTuple):
+    """What the UNet gets for n examples, and what it should predict.
+
+    Args:
+        sample: (n, c + condition channels, h, w) noisy latents and condition latents.
+        timesteps, task_ids: (n,) int64.
+        prompt_embeds: (n, L, D).
+        pooled_prompt_embeds: (n, P); None but for SDXL.
+        time_ids: (n, 6) original size, crop and target size; None but for SDXL.
+        target: (n, c, h, w) float32.
+    """
+
+    sample: Tensor
+    timesteps: Tensor
+    task_ids: Tensor
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor | None
+    time_ids: Tensor | None
+    target: Tensor
+
+
+class MultiTaskObjective(Objective):
+    """The sum over the tasks of a step of the mean squared error of the predicted noise.
+
+        Σ_task loss_weight(task) · mean_examples weight(t) · ‖ε − ε_θ(x_t, t, prompt, condition; task)‖² / elements
+
+    Under velocity prediction, v takes the place of ε, and the weights make both types learn the same.
+
+    Images, latents, embeddings, dropout and targets are those of diffusers' `train_text_to_image`,
+    `train_text_to_image_sdxl` and `train_instruct_pix2pix`. These scripts differ in the following. They draw timesteps
+    independently, which are stratified here, within each task of a step. They do not divide min-SNR weights by their
+    mean. Without `snr_gamma`, they weigh all timesteps of velocity prediction alike. They crop images at random by
+    default, and the last script stretches them to the resolution instead.
+
+    Args:
+        pipeline: the pipeline, whose UNet is upcycled and is trained in place. The configuration of its scheduler
+            determines the noise schedule and the prediction type, unless `config` does.
+        datasets: the examples by task. The rows of tasks without data do not move.
+        config: the settings.
+
+    Attributes:
+        unet: the UNet, the only submodule.
+        prediction_type: "epsilon" or "v_prediction".
+        timestep_weights: (timesteps,) weight of each timestep.
+
+    Raises:
+        ValueError: the prediction type is neither "epsilon" nor "v_prediction", or is "epsilon" on a schedule that ends
+            in noise alone; the model does not have a task, or a task has no rows, or no condition of an image; or the
+            UNet is not upcycled, is offloaded or is under layerwise casting.
+
+    Example:
+        >>> config = MultiTaskConfig(batch_size=8, resolution=512, cache_directory="cache")
+        >>> objective = MultiTaskObjective(pipe, {"edit": ImageFolder("edits", mtu.tasks.EDIT)}, config)
+        >>> Trainer(objective, TrainerConfig(steps=1000), Path("run")).train()
+
+    Source: MTU (arXiv 2503.11905) eq. 2; dropout of conditions: InstructPix2Pix (arXiv 2211.09800) §3.2.
+    """
+
+    def __init__(
+        self,
+        pipeline: MTUPipeline | StableDiffusionXLPipeline,
+        datasets: Mapping[str, TaskDataset],
+        config: MultiTaskConfig,
+    ) -> None:
+        super().__init__()
+        _check_pipeline(pipeline, config)
+        self._tasks = _trained_tasks(pipeline, datasets, config)
+        self.pipeline, self.config = pipeline, config
+        self.unet: MTUUNet2DConditionModel = pipeline.unet
+        self._encoder = PipelineEncoder(pipeline)
+        self.noise_scheduler = _training_scheduler(pipeline, config)
+        self.prediction_type: str = self.noise_scheduler.config.prediction_type
+        signal = self.noise_scheduler.alphas_cumprod
+        weights = timestep_loss_weights(signal, config.snr_gamma, config.max_inverse_snr)
+        # At a given x_t, the error in v is the error in the noise divided by √ᾱ, so the factor ᾱ makes both types learn
+        # the same. Where ᾱ is 0, x_t is the noise itself and v is the negated picture, whose error counts in full.
+        if self.prediction_type == "v_prediction":
+            weights = weights * torch.where(signal > 0, signal, 1.0)
+        self.timestep_weights = weights
+        names = [task.spec.name for task in self._tasks]
+        self.plan = StepPlan(
+            {task.spec.name: len(task.dataset) for task in self._tasks},
+            {name: config.shares.get(name, 1) for name in names},
+            config.batch_size,
+            config.seed,
+        )
+
+    # ----------------------------------------------------------------------------------------- what the trainer asks
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """The settings that determine the loss of a step, without those that say how a device computes it."""
+        return {
+            **self.config.settings,
+            "data": {task.spec.name: [len(task.dataset), task.dataset.digest] for task in self._tasks},
+            "tasks": [spec.to_dict() for spec in self.unet.tasks],
+            "prediction_type": self.prediction_type,
+            "noise_schedule": {name: self.noise_scheduler.config[name] for name in _NOISE_SCHEDULE},
+            "vae": self._encoder.vae_digest,
+            "text_encoders": self._encoder.text_digest,
+        }
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Encode what is not in the caches yet, and bring models to the device that encode within steps."""
+        if self.config.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        encode_missing_items(self._encoder, self.load_batch, accelerator, self.config.loss_threads)
+        # What is cached needs no model on the accelerator, whose memory the training can use.
+        for cache, modules in (
+            (self.config.latent_cache, [self._encoder.vae]),
+            (self.config.text_cache, self._encoder.text_encoders),
+        ):
+            for module in modules:
+                module.to(accelerator.device if cache == "none" else "cpu")
+
+    def check_part_count(self, count: int) -> None:
+        """Raise a ValueError if the batch cannot be split into this many equal parts."""
+        size, threads = self.config.batch_size, self.config.loss_threads
+        if size % (count * threads):
+            split = f"{count} parts" if threads == 1 else f"{count} parts for {threads} loss threads each"
+            raise ValueError(
+                f"batch_size = {size} must be a multiple of {count * threads}, because processes and accumulation "
+                f"steps split it into {split}."
+            )
+
+    @functools.cached_property
+    def load_batch(self) -> BatchLoader:
+        """The function that loads a part of a batch. Worker processes call it."""
+        height, width = self.config.height_and_width
+        factor, channels = self.pipeline.vae_scale_factor, self.pipeline.vae.config.latent_channels
+        zeros = isinstance(self.pipeline, StableDiffusionXLPipeline)
+        return BatchLoader(
+            self._tasks,
+            self.plan,
+            self.config,
+            num_timesteps=len(self.timestep_weights),
+            latent_shape=(channels, height // factor, width // factor),
+            zeros_for_dropped_prompt=zeros and self.pipeline.config.force_zeros_for_empty_prompt,
+            latent_cache=self._open_cache(self.config.latent_cache, "latents", lambda: self._encoder.vae_digest),
+            text_cache=self._open_cache(self.config.text_cache, "texts", lambda: self._encoder.text_digest),
+        )
+
+    def forward(self, batch: Batch) -> PartialLoss:
+        """Compute the summand of a part of a batch."""
+        with torch.no_grad():
+            inputs = self._unet_inputs(batch)
+        weights = self.timestep_weights.to(inputs.timesteps.device)[inputs.timesteps] / batch.counts
+        names = [spec.name for spec in self.unet.tasks]
+        factors = torch.tensor([self.config.loss_weights.get(name, 1.0) for name in names], device=weights.device)
+        loss, errors = self._weighted_loss(inputs, weights * factors[inputs.task_ids])
+        with torch.no_grad():
+            terms = {name: (weights * errors * (inputs.task_ids == names.index(name))).sum() for name in batch.tasks}
+        return PartialLoss(loss, terms, errors)
+
+    def describe_examples(self, part: BatchPart) -> Sequence[str]:
+        """Tell a user which examples a part consists of."""
+        return self.load_batch.describe(part)
+
+    def row_parameters(self) -> Sequence[Parameter]:
+        """The trained parameters with one row per task."""
+        modules = self.unet.per_task_modules_by_name().values()
+        return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+
+    def trained_rows(self, step: int) -> Sequence[int]:
+        """The ids of the tasks that a step has examples of."""
+        return sorted({self._tasks[example.task].task_id for example in self.plan.examples(step)})
+
+    def sharding_units(self) -> Sequence[nn.Module]:
+        """The transformer blocks with experts."""
+        return list(self.unet.routed_blocks_by_name().values())
+
+    def set_pipeline_scheduler_(self) -> None:
+        """Let the scheduler of the pipeline sample what the training taught: prediction type and noise schedule.
+
+        A schedule that ends in noise alone is sampled from its last timestep ("trailing"), as otherwise that timestep
+        would have been trained in vain. A scheduler that knows no such schedule, such as PNDM, makes way for DDIM.
+        """
+        scheduler = self.pipeline.scheduler
+        changes: dict[str, Any] = {"prediction_type": self.prediction_type}
+        kind: Any = type(scheduler)
+        if self.noise_scheduler.config.rescale_betas_zero_snr:
+            changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+            if "rescale_betas_zero_snr" not in inspect.signature(kind.__init__).parameters:
+                kind = DDIMScheduler
+        self.pipeline.scheduler = kind.from_config(scheduler.config, **changes)
+
+    # ------------------------------------------------------------------------------------------- the loss of a part
+
+    def _unet_inputs(self, batch: Batch) -> _UNetInputs:
+        """Encode what is missing, add the noise, and gather the inputs of the UNet."""
+        latents = self._encoded_images(batch.latents)
+        texts = self._encoded_prompts(batch.texts)
+        count, device = len(batch.task_ids), batch.timesteps.device
+        moments = torch.stack([latents[i]["target"] for i in range(count)])
+        clean = target_latents(moments, batch.latent_noise) * self.pipeline.vae.config.scaling_factor
+        conditions = []
+        for i in range(count):
+            latent = latents[i].get("condition")
+            conditions.append(torch.zeros_like(clean[i]) if latent is None else latent.float() * batch.keeps_image[i])
+        noisy = self.noise_scheduler.add_noise(clean, batch.noise, batch.timesteps)
+        target = batch.noise
+        if self.prediction_type == "v_prediction":
+            target = self.noise_scheduler.get_velocity(clean, batch.noise, batch.timesteps)
+
+        def stacked(name: str) -> Tensor:
+            embeds = torch.stack([texts[i][name] for i in range(count)])
+            dropped = batch.has_zero_text.view(-1, *(1,) * (embeds.dim() - 1))
+            return torch.where(dropped, 0, embeds)
+
+        pooled = time_ids = None
+        if self._encoder.is_xl:
+            pooled = stacked("pooled_prompt_embeds")
+            sizes = torch.stack([latents[i]["sizes"] for i in range(count)]).to(device)
+            resolution = torch.tensor(self.config.height_and_width, device=device)
+            # In float32: the pipelines round the sizes to the dtype of the text embeddings.
+            time_ids = torch.cat([sizes, resolution.expand(count, 2)], dim=1).float()
+        return _UNetInputs(
+            torch.cat([noisy, torch.stack(conditions)], dim=1),
+            batch.timesteps,
+            batch.task_ids,
+            stacked("prompt_embeds"),
+            pooled,
+            time_ids,
+            target,
+        )
+
+    def _encoded_images(self, encodings: Encodings) -> dict[int, dict[str, Tensor]]:
+        """All latents of a part by position; those that are missing are encoded and put into the cache."""
+        encoded, cache = dict(encodings.found), self.load_batch.latent_cache
+        if encodings.missing:
+            device = encodings.missing[0].content.target.device
+            with on_device_context([self._encoder.vae], device):
+                for position, key, description, pixels in encodings.missing:
+                    encoded[position] = self._encoder.encode_images(pixels, description)
+                    if cache is not None:
+                        cache.entries.put(key, encoded[position])
+        return encoded
+
+    def _encoded_prompts(self, encodings: Encodings) -> dict[int, dict[str, Tensor]]:
+        """All text embeddings of a part by position; those that are missing are encoded and put into the cache."""
+        encoded, cache = dict(encodings.found), self.load_batch.text_cache
+        if encodings.missing:
+            prompts = list(dict.fromkeys(item.content for item in encodings.missing))
+            device = self.unet.conv_in.weight.device
+            with on_device_context(self._encoder.text_encoders, device):
+                embeds = dict(zip(prompts, self._encoder.encode_prompts(prompts), strict=True))
+            for item in encodings.missing:
+                encoded[item.position] = embeds[item.content]
+            if cache is not None:
+                for key, prompt in {item.key: item.content for item in encodings.missing}.items():
+                    cache.entries.put(key, embeds[prompt])
+        return encoded
+
+    def _weighted_loss(self, inputs: _UNetInputs, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the examples' errors, and the detached errors."""
+        threads = self.config.loss_threads
+        if threads == 1 or not torch.is_grad_enabled():
+            errors = self._errors(inputs)
+            return (errors * weights).sum(), errors.detach()
+        size = len(weights) // threads
+        parts = [slice(start, start + size) for start in range(0, len(weights), size)]
+        errors = torch.empty_like(weights)
+
+        def compute(part: slice) -> Tensor:
+            own = self._errors(_UNetInputs(*(None if tensor is None else tensor[part] for tensor in inputs)))
+            errors[part] = own.detach()
+            return (own * weights[part]).sum()
+
+        trained = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+        mean = average_and_differentiate_losses_in_threads([functools.partial(compute, one) for one in parts], trained)
+        return mean * threads, errors
+
+    def _errors(self, inputs: _UNetInputs) -> Tensor:
+        """The (n,) mean squared errors of the predictions, in float32."""
+        dtype = self.unet.conv_in.weight.dtype
+        added = None
+        if inputs.pooled_prompt_embeds is not None:
+            added = {"text_embeds": inputs.pooled_prompt_embeds.to(dtype), "time_ids": inputs.time_ids}
+        autocast_dtype = torch.bfloat16 if self.config.precision == "bf16" else None
+        cache_weights = self.config.loss_threads == 1
+        with precision.autocast_to(inputs.sample.device.type, autocast_dtype, cache_weights=cache_weights):
+            predicted = self.unet(
+                inputs.sample.to(dtype),
+                inputs.timesteps,
+                inputs.prompt_embeds.to(dtype),
+                added_cond_kwargs=added,
+                task_ids=inputs.task_ids,
+            ).sample
+        return (predicted.float() - inputs.target).square().mean(dim=(1, 2, 3))
+
+    def _open_cache(self, kind: str, folder: str, digest: Callable[[], str]) -> ModelCache | None:
+        if kind == "none":
+            return None
+        directory = None if kind == "memory" else Path(self.config.cache_directory) / folder
+        return ModelCache(EncodedCache(directory), digest())
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+def _check_pipeline(pipeline: MTUPipeline | StableDiffusionXLPipeline, config: MultiTaskConfig) -> None:
+    """Raise a ValueError unless the pipeline can be trained with these settings."""
+    if not isinstance(pipeline.unet, MTUUNet2DConditionModel):
+        raise ValueError(
+            f"This pipeline holds a {type(pipeline.unet).__name__}, but an upcycled UNet is needed: mtu.upcycle(pipe)."
+        )
+    parameter_access.check_trainable(pipeline.unet, "MultiTaskObjective")
+    dtypes = {parameter.dtype for parameter in pipeline.unet.parameters() if parameter.is_floating_point()}
+    if config.precision == "no" and len(dtypes) > 1:
+        raise ValueError(
+            f"Parameters of several dtypes ({', '.join(sorted(map(str, dtypes)))}) compute together by autocast alone: "
+            "choose precision='bf16', or one dtype."
+        )
+    factor = pipeline.vae_scale_factor
+    if any(edge % factor for edge in config.height_and_width):
+        raise ValueError(f"resolution must be a multiple of {factor} pixels, but got {config.resolution}.")
+    for kind in ("latent_cache", "text_cache"):
+        if getattr(config, kind) == "disk" and config.cache_directory is None:
+            raise ValueError(f"{kind}='disk' needs a cache_directory: name a folder, or choose 'memory' or 'none'.")
+    is_xl = isinstance(pipeline, StableDiffusionXLPipeline)
+    if (pipeline.unet.config.addition_embed_type == "text_time") != is_xl:
+        raise ValueError(
+            f"A {type(pipeline).__name__} does not give its UNet the inputs that it needs "
+            f"(addition_embed_type={pipeline.unet.config.addition_embed_type!r})."
+        )
+
+
+def _trained_tasks(
+    pipeline: MTUPipeline | StableDiffusionXLPipeline, datasets: Mapping[str, TaskDataset], config: MultiTaskConfig
+) -> list[TrainedTask]:
+    """The tasks with data in the order of the model. Raise a ValueError unless they can be trained."""
+    if not datasets:
+        raise ValueError("There is nothing to train on: expected a data set of at least one task.")
+    for name in datasets:
+        pipeline.unet.task_index(name)  # raises for an unknown task
+    for field in ("shares", "loss_weights"):
+        unknown = [name for name in getattr(config, field) if name not in datasets]
+        if unknown:
+            raise ValueError(f"{field} names the task {unknown[0]!r}, but there are data for {list(datasets)} alone.")
+    channels = pipeline.vae.config.latent_channels
+    tasks = []
+    for index, spec in enumerate(pipeline.unet.tasks):
+        if spec.name not in datasets:
+            continue
+        if spec.condition_channels not in (0, channels):
+            raise ValueError(
+                f"Task {spec.name!r} reads {spec.condition_channels} condition channels, but an image has {channels} "
+                "latent channels."
+            )
+        if len(datasets[spec.name]) == 0:
+            raise ValueError(f"Task {spec.name!r} has no examples: give it some, or leave it out.")
+        tasks.append(TrainedTask(spec, index, datasets[spec.name]))
+    return tasks
+
+
+def _training_scheduler(pipeline: MTUPipeline | StableDiffusionXLPipeline, config: MultiTaskConfig) -> DDPMScheduler:
+    """The noise schedule of the training. Raise a ValueError if the prediction type does not suit it."""
+    stock = pipeline.scheduler.config
+    changes: dict[str, Any] = {}
+    if config.prediction_type is not None:
+        changes["prediction_type"] = config.prediction_type
+    if config.rescale_betas_zero_snr:
+        changes["rescale_betas_zero_snr"] = True
+    scheduler = DDPMScheduler.from_config(stock, **changes)
+    assert isinstance(scheduler, DDPMScheduler)
+    kind = scheduler.config.prediction_type
+    if kind not in ("epsilon", "v_prediction"):
+        raise ValueError(f"Training predicts 'epsilon' or 'v_prediction', but got {kind!r}.")
+    if kind == "epsilon" and scheduler.alphas_cumprod.min() <= 0:
+        raise ValueError(
+            "Training that predicts 'epsilon' needs a signal at every timestep, but this schedule ends in noise "
+            "alone (rescale_betas_zero_snr): predict 'v_prediction', or use another schedule."
+        )
+    return scheduler
