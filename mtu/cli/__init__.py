@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from mtu.cli.data import data_app
 from mtu.cli.inspect import EXAMPLES, run_inspect_command
 from mtu.cli.output import print_error
 
@@ -23,6 +24,7 @@ _EPILOG = """
 
   mtu inspect sd15
   mtu inspect sdxl --sweep --budget 3B
+  mtu data check data/edit
   mtu --debug inspect no/such/folder
 
 [bold]Exit codes[/bold]
@@ -61,6 +63,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("inspect", epilog=EXAMPLES)(run_inspect_command)
+app.add_typer(data_app, name="data")
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.main import get_command
@@ -22,15 +23,24 @@ SURFACE = {
     "mtu inspect": [
         *["--budget", "--expert-ratio", "--json", "--norm", "--num-experts", "--size", "--sweep", "--top-k", "model"]
     ],
+    "mtu data": [],
+    "mtu data check": ["--json", "--resolution", "--task", "directory"],
 }
 
 
+def commands_by_name(command: Any, name: str = "mtu") -> dict[str, Any]:
+    """A command, and all commands below it."""
+    below = getattr(command, "commands", {}).items()
+    return {name: command} | {k: v for word, sub in below for k, v in commands_by_name(sub, f"{name} {word}").items()}
+
+
+COMMANDS = commands_by_name(get_command(app))
+
+
 def test_the_commands_and_options_are_these():
-    group = get_command(app)
-    commands = {"mtu": group} | {f"mtu {name}": command for name, command in group.commands.items()}
     found = {
         name: sorted(flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts))
-        for name, command in commands.items()
+        for name, command in COMMANDS.items()
     }
     assert found == SURFACE
 
@@ -41,21 +51,22 @@ def test_the_installed_command_is_this_one():
     assert command.load() is main
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in get_command(app).commands)], ids=" ".join)
-def test_help_has_examples_that_parse(run_mtu, command):
-    ended = run_mtu(*command, "--help")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples_that_parse(run_mtu, tmp_path, monkeypatch, command):
+    ended = run_mtu(*command.split()[1:], "--help")
     assert ended.code == 0
     assert ended.err == ""
     assert "Examples" in ended.out
     examples = re.findall(r"^ +(mtu .+?) *$", ended.out, re.MULTILINE)
     assert len(examples) >= 3
-    group = get_command(app)
+    for folder in ("data/edit", "photos"):  # which examples name
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     for example in examples:
-        words = example.partition(" > ")[0].split()[1:]
+        words = [word for word in example.partition(" > ")[0].split() if word != "--debug"]
         # The context of a command is made of its arguments, and refuses those that it does not know.
-        name = next(word for word in words if word in group.commands)
-        rest = words[words.index(name) + 1 :]
-        assert group.commands[name].make_context(name, rest).params
+        name = max((name for name in COMMANDS if words[: len(name.split())] == name.split()), key=len)
+        assert COMMANDS[name].make_context(name, words[len(name.split()) :]).params
 
 
 def test_help_documents_the_exit_codes(run_mtu):
@@ -71,8 +82,8 @@ def test_command_lines_that_do_not_parse_exit_with_2(run_mtu, arguments):
 def test_neither_help_nor_version_loads_pytorch():
     code = f"""
 import runpy, sys
-for arguments in (["--help"], ["inspect", "--help"], ["inspect", "--budget", "1B"], ["--version"]):
-    sys.argv = ["mtu", *arguments]
+for arguments in ("--help", "inspect --help", "inspect --budget 1B", "data check --help", "--version"):
+    sys.argv = ["mtu", *arguments.split()]
     try:
         runpy.run_module("mtu", run_name="__main__")
     except SystemExit as end:
@@ -80,7 +91,7 @@ for arguments in (["--help"], ["inspect", "--help"], ["inspect", "--budget", "1B
 print([name for name in {("torch", "diffusers", "transformers", "numpy")} if name in sys.modules])
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert re.findall(r"ended with (\d)", result.stdout) == ["0", "0", "2", "0"]
+    assert re.findall(r"ended with (\d)", result.stdout) == ["0", "0", "2", "0", "0"]
     assert re.search(r"^mtu \d+\.\d+\.\d+", result.stdout, re.MULTILINE)
     assert result.stdout.splitlines()[-1] == "[]"
 
