@@ -121,25 +121,44 @@ def report_on_image_folder(
     except (ValueError, OSError) as error:
         report.problems.append(Problem(str(folder / METADATA_NAME), None, str(error)))
         return report
+    states = _decode_all(folder, contents, task, num_threads, show_progress) if decode else _FoundFiles(folder)
+    _check_rows(report, folder, contents, task, states, resolution)
+    sizes = [state.size for state in states.values() if state.size is not None]
+    report.smallest, report.largest = (
+        pick(sizes, key=lambda size: size[0] * size[1], default=None) for pick in (min, max)
+    )
+    if not report.rows:
+        report.problems.append(Problem(str(folder / METADATA_NAME), None, "The file has no rows."))
+    return report
+
+
+class _FoundFiles(dict[str, _FileState]):
+    """The states of files that are only looked for, each at its first use."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __missing__(self, name: str) -> _FileState:
+        path = self._folder / name
+        self[name] = _FileState(None if path.is_file() else f"There is no file {path}.")
+        return self[name]
+
+
+def _decode_all(
+    folder: Path, contents: bytes, task: TaskSpec, num_threads: int | None, show_progress: bool
+) -> dict[str, _FileState]:
+    """The state of each file that a row names, decoded once however many rows name it."""
     names = {name: None for _, _, variants, _ in _rows(contents, task) for name in _file_names(variants)}
     states: dict[str, _FileState] = {}
     with (
         ThreadPoolExecutor(num_threads or os.cpu_count()) as pool,
         tqdm(total=len(names), desc=task.name, unit="image", disable=None if show_progress else True) as bar,
     ):
-        inspect = _decode if decode else _find
         remaining = iter(names)
         while batch := list(itertools.islice(remaining, _FILES_AT_ONCE)):
-            states.update(zip(batch, pool.map(inspect, [folder / name for name in batch]), strict=True))
+            states.update(zip(batch, pool.map(_decode, [folder / name for name in batch]), strict=True))
             bar.update(len(batch))
-    sizes = [state.size for state in states.values() if state.size is not None]
-    report.smallest, report.largest = (
-        pick(sizes, key=lambda size: size[0] * size[1], default=None) for pick in (min, max)
-    )
-    _check_rows(report, folder, contents, task, states, resolution)
-    if not report.rows:
-        report.problems.append(Problem(str(folder / METADATA_NAME), None, "The file has no rows."))
-    return report
+    return states
 
 
 def _check_rows(
@@ -188,10 +207,6 @@ def _file_names(variants: Sequence[Variant]) -> list[str]:
     """The different files of a row, in order."""
     pairs = ((variant.target, variant.condition) for variant in variants)
     return list(dict.fromkeys(name for pair in pairs for name in pair if name is not None))
-
-
-def _find(path: Path) -> _FileState:
-    return _FileState(None if path.is_file() else f"There is no file {path}.")
 
 
 def _decode(path: Path) -> _FileState:

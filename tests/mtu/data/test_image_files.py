@@ -32,7 +32,7 @@ def test_the_orientation_of_cameras_is_applied(tmp_path, orientation):
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
 def test_modes_with_8_bits_become_rgb_as_in_pipelines(tmp_path, mode):
     rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 256, (6, 5, 4), np.uint8), "RGBA")
+    image = Image.fromarray(rng.integers(0, 256, (6, 5, 4), np.uint8))
     image = image.convert(mode) if mode in ("LA", "RGBA") else image.convert("RGB").convert(mode)
     found = read_image(save(tmp_path / "image.tif", image))
     assert found.mode == "RGB"
