@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # A file may be changed twice within one tick of a file system's clock, and look the same. No tick is longer than this.
 _NANOSECONDS_OF_A_TICK = 2 * 10**9
-_FEWEST_TO_SAVE = 1000
+_SECONDS_BETWEEN_SAVES = 30
 
 
 class ImageDigests:
@@ -28,7 +28,8 @@ class ImageDigests:
 
     Args:
         path: a file that keeps the digests for later processes; its folder is made if it does not exist. None: memory
-            alone keeps them. Several processes may use one file. Whatever one of them loses is computed again.
+            alone keeps them. Several processes may use one file. Whatever one of them loses is computed again. The file
+            is written every half minute that brings new digests, and by `save`.
 
     Example:
         >>> digests = ImageDigests(Path("cache/image-digests.safetensors"))
@@ -41,6 +42,7 @@ class ImageDigests:
         self.path = None if path is None else Path(path)
         self._entries: dict[str, tuple[int, int, bytes]] | None = None
         self._unsaved = 0
+        self._last_save = time.monotonic()
 
     def of(self, file: Path) -> str:
         """Return the SHA-256 of a file's contents in hexadecimal digits.
@@ -59,8 +61,7 @@ class ImageDigests:
         if time.time_ns() - state.st_mtime_ns > _NANOSECONDS_OF_A_TICK:
             self._entries[name] = state.st_size, state.st_mtime_ns, digest
             self._unsaved += 1
-            # The file grows by a tenth at least, so that all savings together cost little.
-            if self._unsaved >= max(_FEWEST_TO_SAVE, len(self._entries) // 10):
+            if time.monotonic() - self._last_save >= _SECONDS_BETWEEN_SAVES:
                 self._try_to_save()
         return digest.hex()
 
@@ -84,11 +85,11 @@ class ImageDigests:
         self._entries, self._unsaved = entries, 0
 
     def _try_to_save(self) -> None:
+        self._last_save = time.monotonic()
         try:
             self.save()
         except OSError as error:  # a training that needs no file now should go on
             logger.warning("%s The digests stay in memory.", error)
-            self._unsaved = 0
 
     def _load(self) -> dict[str, tuple[int, int, bytes]]:
         if self.path is None:

@@ -85,10 +85,10 @@ def test_digests_are_saved_now_and_then_and_a_full_disk_costs_no_training(tmp_pa
     files, memo = [tmp_path / f"{number}.png" for number in range(5)], tmp_path / "digests"
     for file in files:
         write(file, file.name.encode())
-    monkeypatch.setattr(image_digests, "_FEWEST_TO_SAVE", 2)
     digests = ImageDigests(memo)
     digests.of(files[0])
     assert not memo.exists()
+    monkeypatch.setattr(image_digests, "_SECONDS_BETWEEN_SAVES", 0)
     digests.of(files[1])
     assert memo.exists()
 
@@ -96,6 +96,7 @@ def test_digests_are_saved_now_and_then_and_a_full_disk_costs_no_training(tmp_pa
         raise OSError(28, f"{memo} cannot be written: No space left on device")
 
     monkeypatch.setattr(image_digests.storage, "write_tensors", full)
-    for file in files[2:]:
-        digests.of(file)
+    assert digests.of(files[2]) == digests.of(files[2])
     assert caplog.text.count("No space left on device") == 1
+    with pytest.raises(OSError, match="No space left on device"):
+        digests.save()
