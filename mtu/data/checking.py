@@ -140,7 +140,7 @@ class _FoundFiles(dict[str, _FileState]):
 
     def __missing__(self, name: str) -> _FileState:
         path = self._folder / name
-        self[name] = _FileState(None if path.is_file() else f"There is no file {path}.")
+        self[name] = _FileState(None if os.path.isfile(path) else f"There is no file {path}.")
         return self[name]
 
 

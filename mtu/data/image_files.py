@@ -1,5 +1,6 @@
 """Reading image files as training sees them: decoded in full, upright, and in RGB with 8 bits a channel."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +33,12 @@ def open_image(path: Path) -> PIL.Image.Image:
         ValueError: as `read_image`.
     """
     PIL.Image.init()  # Where a first thread loads the formats, a second one may miss those that it has not loaded yet.
+    if not os.path.isfile(path):  # opening a pipe would wait for ever
+        raise ValueError(f"There is no file {path}.")
     try:
         with PIL.Image.open(path) as image:
             image.load()
             mode, upright = image.mode, ImageOps.exif_transpose(image)
-    except FileNotFoundError:
-        raise ValueError(f"There is no file {path}.") from None
     except PIL.UnidentifiedImageError:
         raise ValueError(f"{path} is no image in a format that Pillow knows.") from None
     except Exception as error:  # Pillow's decoders raise errors of many classes for corrupt files.

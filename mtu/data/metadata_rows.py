@@ -8,6 +8,7 @@ import difflib
 import itertools
 import json
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ _PLURALS = {
     "condition_file_name": "condition_file_names",
     "prompt": "prompts",
 }
+_SHORTENED = reprlib.Repr()
+_SHORTENED.maxstring = _SHORTENED.maxother = 200
 _KEYS = (*_PLURALS, *_PLURALS.values(), *itertools.chain(*_SHORT_NAMES.values()))
 
 
@@ -169,7 +172,7 @@ def _column(fields: Mapping[str, Any], key: str, faults: list[str]) -> list[Any]
         return [fields[names[0]]]
     values = fields[names[0]]
     if not isinstance(values, list) or not values:
-        faults.append(f"must have a list with at least one entry as {names[0]!r}, but has {values!r}.")
+        faults.append(f"must have a list with at least one entry as {names[0]!r}, but has {_SHORTENED.repr(values)}.")
         return []
     return values
 
@@ -196,7 +199,7 @@ def _task_faults(fields: Mapping[str, Any], prompts: list[Any], task: TaskSpec) 
 
 def _prompt_faults(prompts: list[Any]) -> list[str]:
     wrong = [text for prompt in prompts for text in _alternatives(prompt) if not isinstance(text, str)]
-    faults = [f"must have strings or lists of strings as prompts, but has {text!r}." for text in wrong]
+    faults = [f"must have strings or lists of strings as prompts, but has {_SHORTENED.repr(text)}." for text in wrong]
     return faults + ["has an empty list of prompts." for prompt in prompts if prompt == []]
 
 
@@ -204,11 +207,11 @@ def _file_name_faults(key: str, names: list[Any]) -> list[str]:
     faults = []
     for name in names:
         if not isinstance(name, str) or not name.strip():
-            faults.append(f"must name a file by {key!r}, but has {name!r}.")
+            faults.append(f"must name a file by {key!r}, but has {_SHORTENED.repr(name)}.")
         elif "\\" in name or "\0" in name:
-            faults.append(f"must separate folders by '/' in {key!r}, but has {name!r}.")
+            faults.append(f"must separate folders by '/' in {key!r}, but has {_SHORTENED.repr(name)}.")
         elif name.startswith("/") or re.match("[A-Za-z]:/", name) or ".." in name.split("/"):
-            faults.append(f"must name a file inside the folder by {key!r}, but has {name!r}.")
+            faults.append(f"must name a file inside the folder by {key!r}, but has {_SHORTENED.repr(name)}.")
     return faults
 
 

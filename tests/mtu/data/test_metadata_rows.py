@@ -75,6 +75,11 @@ def test_rows_of_every_form(task, row, variants):
         (EDIT, {**EDITED, "prompt": " \n"}, ["has an empty prompt"]),
         (EDIT, {**EDITED, "prompt": ["fine", ""]}, ["has an empty prompt"]),
         (EDIT, {**EDITED, "prompt": []}, ["has an empty list of prompts"]),
+        (
+            EDIT,
+            {**EDITED, "prompt": {"long": "x" * 1000}},
+            ["strings or lists of strings as prompts, but has {'long': 'xx"],
+        ),
         (EDIT, {**EDITED, "prompt": 3}, ["strings or lists of strings as prompts, but has 3"]),
         (EDIT, {**PAIR, "prompts": "x"}, ["a list with at least one entry as 'prompts', but has 'x'"]),
         (EDIT, {**PAIR, "prompts": []}, ["a list with at least one entry as 'prompts', but has []"]),
@@ -108,7 +113,7 @@ def test_every_fault_of_a_row_is_a_sentence(task, row, faults):
     assert variants == []
     assert len(found) == len(faults)
     assert all(fault in sentence for fault, sentence in zip(faults, found, strict=True))
-    assert all(sentence[-1] in ".?" for sentence in found)
+    assert all(sentence[-1] in ".?" and len(sentence) < 300 for sentence in found)
 
 
 @pytest.mark.parametrize(
