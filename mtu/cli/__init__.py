@@ -4,6 +4,7 @@ Each command lives in a module of its own and joins below by one line. A command
 that `mtu --help` never waits for PyTorch.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -97,4 +98,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     # Where torchvision is missing, transformers advises on stderr to install it, which no command needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Where bitsandbytes is installed, diffusers imports it, and on some CPUs it advises to install kernels for inference.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     app(args=sys.argv[1:] if argv is None else list(argv), prog_name="mtu")
