@@ -14,7 +14,7 @@ ROOMS = {
         *("tasks", "experts", "storage", "compat", "models", "example_inputs", "runtime", "pipelines", "upcycling"),
         *("inspection", "data", "training", "recipes", "cli"),
     ),
-    "benchmarks": ("harness", "kernels", "ffn", "models", "pipelines", "pages", "gpu", "gpu_run"),
+    "benchmarks": ("harness", "kernels", "ffn", "models", "training", "pipelines", "pages", "gpu", "gpu_run"),
 }
 # These hand names of all rooms on, or start a room's command.
 ENTRANCES = {"mtu/__init__.py", "mtu/__main__.py", "benchmarks/__init__.py"}

@@ -49,7 +49,8 @@ class StepSettings(NamedTuple):
         optimizer: "adamw", or "adamw8bit" with moments of 8 bits.
         num_processes: the number of processes.
         fully_shard: whether the processes share the tensors out by `torch.distributed.fsdp.fully_shard`, in units of
-            one transformer block. Otherwise each process holds all of them, and the gradients once more in buckets.
+            one transformer block. Otherwise each process holds all of them, and the gradients all the time, because
+            they lie in the buffers of the exchange.
         device_type: "cuda" or "cpu"; autocast rounds other operators on each.
     """
 
@@ -133,13 +134,10 @@ def peak_training_memory(unet: UNet2DConditionModel, settings: StepSettings) -> 
     update = gradient_bytes if settings.device_type == "cuda" else 2 * largest
     if settings.optimizer == "adamw8bit":
         update = 0
-    if settings.num_processes > 1:
-        if settings.fully_shard:
-            n = settings.num_processes
-            state = TrainingMemory(*(-(-part // n) for part in state))
-            passes, update = passes + _unsharded_bytes(unet, settings), -(-update // n)
-        else:
-            passes, update = passes + gradient_bytes, update + gradient_bytes
+    if settings.num_processes > 1 and settings.fully_shard:
+        n = settings.num_processes
+        state = TrainingMemory(*(-(-part // n) for part in state))
+        passes, update = passes + _unsharded_bytes(unet, settings), -(-update // n)
     return state._replace(activations=max(0, passes, update))
 
 
