@@ -4,8 +4,8 @@ It runs in worker processes, which have no models. Images and prompts that are n
 objective, which encodes them.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,35 +20,64 @@ from mtu.training.multitask.step_plan import PlannedExample, StepPlan
 from mtu.training.multitask.timesteps import timesteps_at_fractions
 from mtu.training.objective import BatchPart
 
-__all__ = ["Batch", "BatchLoader", "Encodings", "ImageItem", "MissingItem", "ModelCache", "TrainedTask"]
+__all__ = [
+    "Batch",
+    "BatchLoader",
+    "FoundEncodings",
+    "ImageItem",
+    "MissingImages",
+    "MissingPrompt",
+    "ModelCache",
+    "TrainedTask",
+]
 
 
-class MissingItem(NamedTuple):
-    """An image or a prompt that has to be encoded.
+class FoundEncodings(NamedTuple):
+    """What a cache had of the images or prompts of a part.
+
+    Args:
+        positions: the positions in the part of the m examples that it had.
+        tensors: their tensors by name, (m, …) each. Few large tensors take fewer file descriptors on their way from a
+            worker process than many small ones.
+    """
+
+    positions: list[int]
+    tensors: dict[str, Tensor]
+
+
+class MissingImages(NamedTuple):
+    """The preprocessed images of k examples that have to be encoded.
+
+    Args:
+        positions: their positions in the part.
+        keys: their keys in the cache; empty strings: there is no cache.
+        descriptions: where a user finds them.
+        have_condition: whether they have a condition image.
+        targets, conditions: (k, 3, H, W) float32 in [−1, 1]; zero without a condition image.
+        sizes: (k, 4) int64, as in `ExamplePixels`.
+    """
+
+    positions: list[int]
+    keys: list[str]
+    descriptions: list[str]
+    have_condition: list[bool]
+    targets: Tensor
+    conditions: Tensor
+    sizes: Tensor
+
+
+class MissingPrompt(NamedTuple):
+    """A prompt that has to be encoded.
 
     Args:
         position: its position in the part.
         key: its key in the cache; empty: there is no cache.
-        description: where a user finds it.
-        content: the preprocessed images, or the prompt.
+        prompt: the prompt.
     """
 
     position: int
     key: str
-    description: str
-    content: Any
-
-
-class Encodings(NamedTuple):
-    """The encoded images or prompts of a part, as far as they were in the cache.
-
-    Args:
-        found: tensors by name, by the position in the part.
-        missing: the others.
-    """
-
-    found: dict[int, dict[str, Tensor]]
-    missing: list[MissingItem]
+    prompt: str
 
 
 class Batch(NamedTuple):
@@ -63,8 +92,11 @@ class Batch(NamedTuple):
         has_zero_text: (n,) bool, True where zeros stand for the dropped prompt. Elsewhere, the empty prompt does.
         counts: (n,) int64, how many examples of the same task the step has.
         tasks: the tasks of the step, also those that this part has no example of.
-        latents: the encoded images (see `PipelineEncoder.encode_images`).
-        texts: the encoded prompts (see `PipelineEncoder.encode_prompts`).
+        latents: the encoded images that were in the cache (see `PipelineEncoder.encode_images`). Without a condition
+            image, the condition is zero.
+        texts: the encoded prompts that were in the cache (see `PipelineEncoder.encode_prompts`).
+        missing_images: the other images; None: there are none.
+        missing_prompts: the other prompts.
     """
 
     task_ids: Tensor
@@ -75,8 +107,10 @@ class Batch(NamedTuple):
     has_zero_text: Tensor
     counts: Tensor
     tasks: list[str]
-    latents: Encodings
-    texts: Encodings
+    latents: FoundEncodings
+    texts: FoundEncodings
+    missing_images: MissingImages | None
+    missing_prompts: list[MissingPrompt]
 
 
 class DrawnExample(NamedTuple):
@@ -178,6 +212,10 @@ class BatchLoader:
         pairs = list(zip(examples, draws, strict=True))
         fractions = torch.tensor([(example.rank + draw.fraction) / example.count for example, draw in pairs])
         present = {example.task for example in self.plan.examples(part.step)}
+        latents, missing_images = self._latents(
+            [ImageItem(example.task, example.row, draw.variant, draw.flip) for example, draw in pairs]
+        )
+        texts, missing_prompts = self._texts([draw.prompt for draw in draws])
         return Batch(
             torch.tensor([self.tasks[example.task].task_id for example in examples]),
             timesteps_at_fractions(fractions, self._num_timesteps),
@@ -187,8 +225,10 @@ class BatchLoader:
             torch.tensor([draw.drops_prompt and self._zeros_for_dropped_prompt for draw in draws]),
             torch.tensor([example.count for example in examples]),
             [self.tasks[index].spec.name for index in sorted(present)],
-            self._latents([ImageItem(example.task, example.row, draw.variant, draw.flip) for example, draw in pairs]),
-            self._texts([(draw.prompt, self._describe(example, draw)) for example, draw in pairs]),
+            latents,
+            texts,
+            missing_images,
+            missing_prompts,
         )
 
     def describe(self, part: BatchPart) -> list[str]:
@@ -274,24 +314,49 @@ class BatchLoader:
     def _describe(self, example: PlannedExample, draw: DrawnExample) -> str:
         return self.describe_item(ImageItem(example.task, example.row, draw.variant, draw.flip))
 
-    def _latents(self, items: Sequence[ImageItem]) -> Encodings:
-        found, missing = {}, []
+    def _latents(self, items: Sequence[ImageItem]) -> tuple[FoundEncodings, MissingImages | None]:
+        """What the cache has of some images, and the others."""
+        found: dict[int, dict[str, Tensor]] = {}
+        missing = []
         for position, item in enumerate(items):
             key = self.image_key(item)
             entry = None if self.latent_cache is None else self.latent_cache.entries.get(key)
             if entry is None:
-                missing.append(MissingItem(position, key, self.describe_item(item), self.load_pixels(item)))
+                missing.append((position, key, self.describe_item(item), self.load_pixels(item)))
             else:
-                found[position] = entry
-        return Encodings(found, missing)
+                found[position] = {"condition": torch.zeros(self._latent_shape), **entry}
+        return _stacked(found), _stacked_images(missing) if missing else None
 
-    def _texts(self, prompts_and_descriptions: Sequence[tuple[str, str]]) -> Encodings:
+    def _texts(self, prompts: Sequence[str]) -> tuple[FoundEncodings, list[MissingPrompt]]:
+        """What the cache has of some prompts, and the others."""
         found, missing = {}, []
-        for position, (prompt, description) in enumerate(prompts_and_descriptions):
+        for position, prompt in enumerate(prompts):
             key = "" if self.text_cache is None else text_key(self.text_cache.model_digest, prompt)
             entry = None if self.text_cache is None else self.text_cache.entries.get(key)
             if entry is None:
-                missing.append(MissingItem(position, key, description, prompt))
+                missing.append(MissingPrompt(position, key, prompt))
             else:
                 found[position] = entry
-        return Encodings(found, missing)
+        return _stacked(found), missing
+
+
+def _stacked(found: Mapping[int, Mapping[str, Tensor]]) -> FoundEncodings:
+    if not found:
+        return FoundEncodings([], {})
+    names = next(iter(found.values()))
+    tensors = {name: torch.stack([entry[name] for entry in found.values()]) for name in names}
+    return FoundEncodings(list(found), tensors)
+
+
+def _stacked_images(missing: Sequence[tuple[int, str, str, ExamplePixels]]) -> MissingImages:
+    positions, keys, descriptions, pixels = (list(column) for column in zip(*missing, strict=True))
+    conditions = [torch.zeros_like(one.target) if one.condition is None else one.condition for one in pixels]
+    return MissingImages(
+        positions,
+        keys,
+        descriptions,
+        [one.condition is not None for one in pixels],
+        torch.stack([one.target for one in pixels]),
+        torch.stack(conditions),
+        torch.stack([one.sizes for one in pixels]),
+    )

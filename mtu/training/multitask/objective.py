@@ -17,9 +17,17 @@ from mtu.data.task_dataset import TaskDataset
 from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.pipelines import MTUPipeline
 from mtu.training import precision
-from mtu.training.multitask.batches import Batch, BatchLoader, Encodings, ModelCache, TrainedTask
+from mtu.training.multitask.batches import (
+    Batch,
+    BatchLoader,
+    FoundEncodings,
+    MissingImages,
+    MissingPrompt,
+    ModelCache,
+    TrainedTask,
+)
 from mtu.training.multitask.encoded_cache import EncodedCache
-from mtu.training.multitask.encoding import PipelineEncoder, on_device_context, target_latents
+from mtu.training.multitask.encoding import ExamplePixels, PipelineEncoder, on_device_context, target_latents
 from mtu.training.multitask.multitask_config import MultiTaskConfig
 from mtu.training.multitask.precomputing import encode_missing_items
 from mtu.training.multitask.step_plan import StepPlan
@@ -146,14 +154,16 @@ class MultiTaskObjective(Objective):
         """Encode what is not in the caches yet, and bring models to the device that encode within steps."""
         if self.config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        encode_missing_items(self._encoder, self.load_batch, accelerator, self.config.loss_threads)
+        # The trainer has moved the UNet to the device of training, which need not be that of the accelerator.
+        device = self.unet.conv_in.weight.device
+        encode_missing_items(self._encoder, self.load_batch, accelerator, device, self.config.loss_threads)
         # What is cached needs no model on the accelerator, whose memory the training can use.
         for cache, modules in (
             (self.config.latent_cache, [self._encoder.vae]),
             (self.config.text_cache, self._encoder.text_encoders),
         ):
             for module in modules:
-                module.to(accelerator.device if cache == "none" else "cpu")
+                module.to(device if cache == "none" else "cpu")
 
     def check_part_count(self, count: int) -> None:
         """Raise a ValueError if the batch cannot be split into this many equal parts."""
@@ -230,68 +240,64 @@ class MultiTaskObjective(Objective):
 
     def _unet_inputs(self, batch: Batch) -> _UNetInputs:
         """Encode what is missing, add the noise, and gather the inputs of the UNet."""
-        latents = self._encoded_images(batch.latents)
-        texts = self._encoded_prompts(batch.texts)
         count, device = len(batch.task_ids), batch.timesteps.device
-        moments = torch.stack([latents[i]["target"] for i in range(count)])
-        clean = target_latents(moments, batch.latent_noise) * self.pipeline.vae.config.scaling_factor
-        conditions = []
-        for i in range(count):
-            latent = latents[i].get("condition")
-            conditions.append(torch.zeros_like(clean[i]) if latent is None else latent.float() * batch.keeps_image[i])
+        latents = _merged(batch.latents, self._encode_images(batch.missing_images), count)
+        texts = _merged(batch.texts, self._encode_prompts(batch.missing_prompts, device), count)
+        clean = target_latents(latents["target"], batch.latent_noise) * self.pipeline.vae.config.scaling_factor
+        condition = latents["condition"].float() * batch.keeps_image.view(-1, 1, 1, 1)
         noisy = self.noise_scheduler.add_noise(clean, batch.noise, batch.timesteps)
         target = batch.noise
         if self.prediction_type == "v_prediction":
             target = self.noise_scheduler.get_velocity(clean, batch.noise, batch.timesteps)
 
-        def stacked(name: str) -> Tensor:
-            embeds = torch.stack([texts[i][name] for i in range(count)])
-            dropped = batch.has_zero_text.view(-1, *(1,) * (embeds.dim() - 1))
-            return torch.where(dropped, 0, embeds)
+        def embeds(name: str) -> Tensor:
+            dropped = batch.has_zero_text.view(-1, *(1,) * (texts[name].dim() - 1))
+            return torch.where(dropped, 0, texts[name])
 
         pooled = time_ids = None
         if self._encoder.is_xl:
-            pooled = stacked("pooled_prompt_embeds")
-            sizes = torch.stack([latents[i]["sizes"] for i in range(count)]).to(device)
+            pooled = embeds("pooled_prompt_embeds")
             resolution = torch.tensor(self.config.height_and_width, device=device)
             # In float32: the pipelines round the sizes to the dtype of the text embeddings.
-            time_ids = torch.cat([sizes, resolution.expand(count, 2)], dim=1).float()
+            time_ids = torch.cat([latents["sizes"], resolution.expand(count, 2)], dim=1).float()
         return _UNetInputs(
-            torch.cat([noisy, torch.stack(conditions)], dim=1),
+            torch.cat([noisy, condition], dim=1),
             batch.timesteps,
             batch.task_ids,
-            stacked("prompt_embeds"),
+            embeds("prompt_embeds"),
             pooled,
             time_ids,
             target,
         )
 
-    def _encoded_images(self, encodings: Encodings) -> dict[int, dict[str, Tensor]]:
-        """All latents of a part by position; those that are missing are encoded and put into the cache."""
-        encoded, cache = dict(encodings.found), self.load_batch.latent_cache
-        if encodings.missing:
-            device = encodings.missing[0].content.target.device
-            with on_device_context([self._encoder.vae], device):
-                for position, key, description, pixels in encodings.missing:
-                    encoded[position] = self._encoder.encode_images(pixels, description)
-                    if cache is not None:
-                        cache.entries.put(key, encoded[position])
+    def _encode_images(self, missing: MissingImages | None) -> dict[int, dict[str, Tensor]]:
+        """The latents of images that were not in the cache, by position. They are put into it now."""
+        encoded, cache = {}, self.load_batch.latent_cache
+        if missing is None:
+            return encoded
+        with on_device_context([self._encoder.vae], missing.targets.device):
+            for i, position in enumerate(missing.positions):
+                condition = missing.conditions[i] if missing.have_condition[i] else None
+                pixels = ExamplePixels(missing.targets[i], condition, missing.sizes[i])
+                entry = self._encoder.encode_images(pixels, missing.descriptions[i])
+                if cache is not None:
+                    cache.entries.put(missing.keys[i], entry)
+                mean = entry["target"].chunk(2)[0]
+                encoded[position] = {"condition": torch.zeros_like(mean), **entry}
         return encoded
 
-    def _encoded_prompts(self, encodings: Encodings) -> dict[int, dict[str, Tensor]]:
-        """All text embeddings of a part by position; those that are missing are encoded and put into the cache."""
-        encoded, cache = dict(encodings.found), self.load_batch.text_cache
-        if encodings.missing:
-            prompts = list(dict.fromkeys(item.content for item in encodings.missing))
-            device = self.unet.conv_in.weight.device
-            with on_device_context(self._encoder.text_encoders, device):
-                embeds = dict(zip(prompts, self._encoder.encode_prompts(prompts), strict=True))
-            for item in encodings.missing:
-                encoded[item.position] = embeds[item.content]
-            if cache is not None:
-                for key, prompt in {item.key: item.content for item in encodings.missing}.items():
-                    cache.entries.put(key, embeds[prompt])
-        return encoded
+    def _encode_prompts(self, missing: list[MissingPrompt], device: torch.device) -> dict[int, dict[str, Tensor]]:
+        """The embeddings of prompts that were not in the cache, by position. They are put into it now."""
+        cache = self.load_batch.text_cache
+        if not missing:
+            return {}
+        keys = {item.prompt: item.key for item in missing}
+        with on_device_context(self._encoder.text_encoders, device):
+            embeds = dict(zip(keys, self._encoder.encode_prompts(list(keys)), strict=True))
+        if cache is not None:
+            for prompt, key in keys.items():
+                cache.entries.put(key, embeds[prompt])
+        return {item.position: embeds[item.prompt] for item in missing}
 
     def _weighted_loss(self, inputs: _UNetInputs, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted sum of the examples' errors, and the detached errors."""
@@ -335,6 +341,19 @@ class MultiTaskObjective(Objective):
             return None
         directory = None if kind == "memory" else Path(self.config.cache_directory) / folder
         return ModelCache(EncodedCache(directory), digest())
+
+
+def _merged(found: FoundEncodings, encoded: dict[int, dict[str, Tensor]], count: int) -> dict[str, Tensor]:
+    """The tensors of n examples by name, (n, …), of which a cache had some, and the others were encoded now."""
+    if not encoded:
+        return found.tensors
+    had = dict(zip(found.positions, range(count), strict=False))
+
+    def row(name: str, position: int) -> Tensor:
+        return encoded[position][name] if position in encoded else found.tensors[name][had[position]]
+
+    names = next(iter(encoded.values()))
+    return {name: torch.stack([row(name, position) for position in range(count)]) for name in names}
 
 
 # ------------------------------------------------------------------------------------------------------------ checks

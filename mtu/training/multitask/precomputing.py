@@ -21,16 +21,19 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def encode_missing_items(encoder: PipelineEncoder, loader: BatchLoader, accelerator: Accelerator, threads: int) -> None:
+def encode_missing_items(
+    encoder: PipelineEncoder, loader: BatchLoader, accelerator: Accelerator, device: torch.device, threads: int
+) -> None:
     """Fill the caches of a training; the processes share the work, and all of them wait for the last.
 
-    Caches in memory belong to their process, so each process fills its own. Models are on the accelerator only as long
-    as they have something to encode.
+    Caches in memory belong to their process, so each process fills its own. Models are on the device only as long as
+    they have something to encode.
 
     Args:
         encoder: encodes by the models of the pipeline.
         loader: knows the items and the caches.
-        accelerator: tells the processes, and the device.
+        accelerator: tells the processes.
+        device: the device of encoding in this process.
         threads: CPU threads that encode images at the same time.
 
     Raises:
@@ -40,8 +43,8 @@ def encode_missing_items(encoder: PipelineEncoder, loader: BatchLoader, accelera
     """
     failure = None
     try:
-        _encode_images(encoder, loader, accelerator, threads)
-        _encode_prompts(encoder, loader, accelerator)
+        _encode_images(encoder, loader, accelerator, device, threads)
+        _encode_prompts(encoder, loader, accelerator, device)
     except Exception as error:
         failure = error
     failures = accelerator.gather(torch.tensor([failure is not None], device=accelerator.device))
@@ -51,7 +54,9 @@ def encode_missing_items(encoder: PipelineEncoder, loader: BatchLoader, accelera
         raise RuntimeError("Another process could not encode its share of the data: see its message.")
 
 
-def _encode_images(encoder: PipelineEncoder, loader: BatchLoader, accelerator: Accelerator, threads: int) -> None:
+def _encode_images(
+    encoder: PipelineEncoder, loader: BatchLoader, accelerator: Accelerator, device: torch.device, threads: int
+) -> None:
     cache = loader.latent_cache
     if cache is None:
         return
@@ -69,7 +74,6 @@ def _encode_images(encoder: PipelineEncoder, loader: BatchLoader, accelerator: A
         # Threads have their own grad mode, which `encode_images` turns off.
         cache.entries.put(key, encoder.encode_images(loader.load_pixels(item), loader.describe_item(item)))
 
-    device = accelerator.device
     with on_device_context([encoder.vae], device):
         # On a CPU, threads encode. Elsewhere, they load the next images while the accelerator encodes.
         if device.type == "cpu":
@@ -84,7 +88,9 @@ def _encode_images(encoder: PipelineEncoder, loader: BatchLoader, accelerator: A
             pass
 
 
-def _encode_prompts(encoder: PipelineEncoder, loader: BatchLoader, accelerator: Accelerator) -> None:
+def _encode_prompts(
+    encoder: PipelineEncoder, loader: BatchLoader, accelerator: Accelerator, device: torch.device
+) -> None:
     cache = loader.text_cache
     if cache is None:
         return
@@ -94,7 +100,7 @@ def _encode_prompts(encoder: PipelineEncoder, loader: BatchLoader, accelerator: 
     if not missing:
         return
     chunks = [missing[i : i + _PROMPTS_BETWEEN_UPDATES] for i in range(0, len(missing), _PROMPTS_BETWEEN_UPDATES)]
-    with on_device_context(encoder.text_encoders, accelerator.device):
+    with on_device_context(encoder.text_encoders, device):
         for chunk in _with_progress(chunks, f"encoding {len(missing)} prompts", accelerator):
             encoded = encoder.encode_prompts([prompt for _, prompt in chunk])
             for (key, _), tensors in zip(chunk, encoded, strict=True):
