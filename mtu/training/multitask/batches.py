@@ -201,7 +201,7 @@ class BatchLoader:
 
     def __call__(self, part: BatchPart) -> Batch:
         """Load a part of a batch."""
-        examples, draws = self._examples_and_draws(part)
+        examples, draws = self.draw_examples(part)
         generators = [torch.Generator().manual_seed(draw.noise_seed) for draw in draws]
         noise = torch.stack([torch.randn(self._latent_shape, generator=generator) for generator in generators])
         latent_noise = None
@@ -231,9 +231,16 @@ class BatchLoader:
             missing_prompts,
         )
 
+    def draw_examples(self, part: BatchPart) -> tuple[Sequence[PlannedExample], list[DrawnExample]]:
+        """The examples of a part, and the random choices of each."""
+        size = self.config.batch_size // part.count
+        first = part.index * size
+        examples = self.plan.examples(part.step)[first : first + size]
+        return examples, [self._draw(part.step, first + i, example) for i, example in enumerate(examples)]
+
     def describe(self, part: BatchPart) -> list[str]:
         """Tell a user which examples a part consists of."""
-        return [self._describe(example, draw) for example, draw in zip(*self._examples_and_draws(part), strict=True)]
+        return [self._describe(example, draw) for example, draw in zip(*self.draw_examples(part), strict=True)]
 
     def image_items(self) -> Iterator[ImageItem]:
         """All images that a training may visit."""
@@ -278,12 +285,6 @@ class BatchLoader:
         variants = len(dataset.prompts(item.row))
         which = f" (variant {item.variant + 1})" if variants > 1 else ""
         return f"{spec.name}: {dataset.describe_row(item.row)}{which}"
-
-    def _examples_and_draws(self, part: BatchPart) -> tuple[Sequence[PlannedExample], list[DrawnExample]]:
-        size = self.config.batch_size // part.count
-        first = part.index * size
-        examples = self.plan.examples(part.step)[first : first + size]
-        return examples, [self._draw(part.step, first + i, example) for i, example in enumerate(examples)]
 
     def _draw(self, step: int, position: int, example: PlannedExample) -> DrawnExample:
         """Make the random choices of an example.
