@@ -1,6 +1,7 @@
 """The multi-task objective: noise or velocity prediction on all tasks at once, over data sets of images.
 
 - `objective`: the loss of the paper, `MultiTaskObjective`.
+- `checking`: what pipelines, data and settings must fulfil.
 - `multitask_config`: its settings, `MultiTaskConfig`.
 - `step_plan`: which example each position of a step's batch holds.
 - `batches`: what is random in a batch, and where its tensors come from.

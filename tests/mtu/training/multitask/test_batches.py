@@ -32,6 +32,7 @@ def load(objective: MultiTaskObjective, step: int = 0, index: int = 0, count: in
 def contents(batch: Batch) -> list[Tensor]:
     """The tensors that have a row per example, and the prompts as tensors of their bytes."""
     fields = [batch.task_ids, batch.timesteps, batch.noise, batch.keeps_image, batch.has_zero_text, batch.counts]
+    assert batch.latent_noise is not None
     images = [batch.missing_images.targets, batch.missing_images.conditions, batch.missing_images.sizes]
     prompts = torch.stack([torch.tensor(list(item.prompt.encode().ljust(40))) for item in batch.missing_prompts])
     return [*fields, batch.latent_noise, *images, prompts]

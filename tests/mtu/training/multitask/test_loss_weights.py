@@ -1,0 +1,133 @@
+"""The weight of each timestep, and the noise schedule of training and sampling."""
+
+import math
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+)
+from diffusers.training_utils import compute_snr
+
+import mtu
+from mtu.training import BatchPart
+
+from .tiny_pipelines import loss_of, make_objective, noise_data, sd_pipeline
+
+
+@pytest.fixture(scope="module")
+def pipe() -> mtu.MTUPipeline:
+    return sd_pipeline()
+
+
+def unprepared(pipe, **settings):
+    return make_objective(pipe, noise_data(pipe, ["edit"]), prepare=False, **settings)
+
+
+def test_min_snr_weights_lower_the_easy_timesteps(pipe) -> None:
+    plain, weighed, noisy = (
+        unprepared(pipe, **settings).timestep_weights
+        for settings in ({}, {"snr_gamma": 5.0}, {"snr_gamma": 5.0, "max_inverse_snr": 10.0})
+    )
+    assert plain.eq(1).all()
+    assert weighed[0] < 0.01 * weighed[-1]
+    assert noisy[-1] / noisy[500] > weighed[-1] / weighed[500]
+    for weights in (weighed, noisy):
+        assert float(weights.mean()) == pytest.approx(1, rel=1e-5)  # 1,000 float32 terms
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_weights_are_those_of_diffusers_up_to_a_factor(pipe, prediction_type: str) -> None:
+    objective = unprepared(pipe, snr_gamma=5.0, prediction_type=prediction_type)
+    snr = compute_snr(DDPMScheduler.from_config(pipe.scheduler.config), torch.arange(1000))
+    expected = snr.clamp_max(5.0) / (snr if prediction_type == "epsilon" else snr + 1)
+    ratio = objective.timestep_weights / expected
+    torch.testing.assert_close(ratio, ratio.mean().expand(1000), rtol=1e-4, atol=0)
+
+
+def test_v_prediction_weighs_the_noise_error_alike(pipe) -> None:
+    objective = unprepared(pipe, prediction_type="v_prediction")
+    scheduler, generator = objective.noise_scheduler, torch.Generator().manual_seed(0)
+    target, noise, guess = (torch.randn(4, 4, 2, 2, generator=generator) for _ in range(3))
+    steps = torch.tensor([10, 300, 700, 999])
+    alpha = scheduler.alphas_cumprod[steps].view(-1, 1, 1, 1)
+    # What a model that guesses the noise says of the picture, and of v.
+    implied = (scheduler.add_noise(target, noise, steps) - (1 - alpha).sqrt() * guess) / alpha.sqrt()
+    error = scheduler.get_velocity(implied, guess, steps) - scheduler.get_velocity(target, noise, steps)
+    weighed = error.square().mean((1, 2, 3)) * objective.timestep_weights[steps]
+    torch.testing.assert_close(weighed, (guess - noise).square().mean((1, 2, 3)), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("by_config", [True, False])
+@pytest.mark.parametrize(("gamma", "kappa"), [(None, 0.0), (5.0, 0.0), (5.0, 2.0)])
+def test_a_schedule_that_ends_in_noise_alone(pipe, by_config: bool, gamma: float | None, kappa: float) -> None:
+    zero = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    twin = sd_pipeline()
+    if not by_config:
+        twin.scheduler = DDIMScheduler.from_config(twin.scheduler.config, **zero)
+    objective = unprepared(twin, snr_gamma=gamma, max_inverse_snr=kappa, **(zero if by_config else {}))
+    signal = objective.noise_scheduler.alphas_cumprod
+    assert signal[-1] == 0
+    # min(SNR, γ) / (SNR + 1) + ᾱ min(1 / SNR, κ), and at the end the limits of the weights of the noise, uncapped.
+    ratio = signal[:-1].double() / (1 - signal[:-1].double())
+    expected = ratio.clamp_max(math.inf if gamma is None else gamma) / (ratio + 1)
+    expected = torch.cat([expected + signal[:-1] * (1 / ratio).clamp_max(kappa), torch.tensor([1.0 + kappa])])
+    weights = objective.timestep_weights.double()
+    torch.testing.assert_close(weights, expected * (weights[-1] / expected[-1]), rtol=1e-4, atol=1e-9)
+    assert (weights > 0).all()
+
+
+@torch.no_grad()
+def test_the_loss_is_finite_on_a_schedule_that_ends_in_noise_alone(pipe) -> None:
+    objective = make_objective(
+        pipe,
+        noise_data(pipe, ["edit"]),
+        rescale_betas_zero_snr=True,
+        prediction_type="v_prediction",
+        snr_gamma=5.0,
+        batch_size=2,
+    )
+    batch = objective.load_batch(BatchPart(0, 0, 1))
+    assert objective(batch._replace(timesteps=torch.tensor([999, 999]))).loss.isfinite()
+    assert loss_of(objective).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    "scheduler", [DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler]
+)
+def test_noise_is_not_predicted_from_noise_alone(scheduler) -> None:
+    twin = sd_pipeline()
+    with pytest.raises(ValueError, match=r"^Training that predicts 'epsilon' needs a signal at every timestep, but"):
+        unprepared(twin, rescale_betas_zero_snr=True)
+    twin.scheduler = scheduler.from_config(twin.scheduler.config, rescale_betas_zero_snr=True)
+    with pytest.raises(ValueError, match=r"^Training that predicts 'epsilon' needs a signal at every timestep, but"):
+        unprepared(twin)
+    twin.scheduler = scheduler.from_config(twin.scheduler.config, prediction_type="sample")
+    with pytest.raises(ValueError, match=r"^Training predicts 'epsilon' or 'v_prediction', but got 'sample'\.$"):
+        unprepared(twin)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [(PNDMScheduler, DDIMScheduler), (EulerDiscreteScheduler, EulerDiscreteScheduler)],
+)
+def test_the_pipeline_samples_what_was_trained(scheduler, expected) -> None:
+    pipe = sd_pipeline()
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    unprepared(pipe, prediction_type="v_prediction").set_pipeline_scheduler_()
+    assert type(pipe.scheduler) is scheduler
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    objective = unprepared(pipe, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    objective.set_pipeline_scheduler_()
+    assert type(pipe.scheduler) is expected
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    pipe.scheduler.set_timesteps(4)
+    assert pipe.scheduler.timesteps[0] == 999
+    # Another training of this pipeline goes on with the same schedule.
+    assert unprepared(pipe).settings["noise_schedule"] == objective.settings["noise_schedule"]
+    images = pipe("a bell", height=16, width=16, num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 16, 16, 3)
