@@ -8,12 +8,13 @@ Each check takes the model and the name of the operation that needs it, which it
 """
 
 from collections.abc import Container, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mtu.compat import private_interfaces
@@ -30,6 +31,7 @@ from mtu.compat.private_interfaces import (
 )
 
 __all__ = [
+    "call_with_whole_parameters",
     "check_has_values",
     "check_loadable",
     "check_not_group_offloaded",
@@ -210,6 +212,22 @@ def copy_unless_in_memory(unet: Model, *, in_compute_dtype: bool = False) -> Mod
     copy.load_state_dict(tensors, assign=True)
     copy.train(unet.training)
     return copy.to(unet.dtype) if to_cast else copy
+
+
+def call_with_whole_parameters(module: nn.Module, *arguments: Any) -> Any:
+    """Call a module of a model that `fully_shard` may have sharded, outside the call of the module that gathers it.
+
+    If the model is sharded, all processes must call this.
+
+    Args:
+        module: the module.
+        *arguments: the arguments of its forward.
+
+    Returns:
+        What the module returns.
+    """
+    sharded = {name: p.full_tensor() for name, p in module.named_parameters() if hasattr(p, "full_tensor")}
+    return functional_call(module, sharded, arguments) if sharded else module(*arguments)
 
 
 def named_parameters_without_adapters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -370,7 +370,8 @@ class MTUUNet2DConditionModel(UNet2DConditionModel):
             parameter_access.copy_unless_in_memory(self) if parameter_access.is_group_offloaded_to_disk(self) else self
         )
         embedding = unet.task_embedding_weight(unet.task_ids_device)
-        tables = [layer.router(embedding) for layer in unet.routed_feed_forwards()]
+        routers = [layer.router for layer in unet.routed_feed_forwards()]
+        tables = [parameter_access.call_with_whole_parameters(router, embedding) for router in routers]
         return torch.stack([mtu_kernels.dense_weights(table, self.config.num_experts) for table in tables]).clone()
 
     @torch.no_grad()
