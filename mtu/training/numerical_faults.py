@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from mtu.training.distributed import names_of_infinite_tensors
 from mtu.training.objective import BatchPart, Objective, PartialLoss
 from mtu.training.step_totals import StepTotals
 
@@ -39,7 +40,7 @@ def describe_fault(
     if not math.isfinite(totals.loss):
         fault = f"The loss of step {step} is {totals.loss}"
     else:
-        wrong = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+        wrong = names_of_infinite_tensors(gradients)
         others = f" and {len(wrong) - 1} other parameters" if len(wrong) > 1 else ""
         fault = (
             f"The gradient of step {step} is not finite in {wrong[0]}{others}"

@@ -6,7 +6,7 @@ and a row without examples has no gradient.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,24 +50,26 @@ def row_views(parameter: Parameter) -> list[Parameter]:
     return [Parameter(row, requires_grad=True) for row in parameter.detach().unbind()]
 
 
-def parameter_groups(module: nn.Module, parameters: Iterable[Parameter], weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module, parameters: Mapping[str, Parameter], weight_decay: float
+) -> list[dict[str, Any]]:
     """Split parameters into a group with weight decay and a group without.
 
     Weights of linear layers and convolutions decay. Vectors, embeddings and rows of tasks do not.
 
     Args:
         module: the module that owns the parameters.
-        parameters: the parameters to train.
+        parameters: the parameters to train, by name. They may be views of the module's own ones.
         weight_decay: weight decay of the first group.
 
     Returns:
         Parameter groups of an optimizer, without empty ones.
     """
     layers = (nn.Linear, RouterLinear, nn.modules.conv._ConvNd)
-    weights = {id(layer.weight) for layer in module.modules() if isinstance(layer, layers)}
+    weights = {f"{name}.weight" for name, layer in module.named_modules() if isinstance(layer, layers)}
     decayed, kept = [], []
-    for parameter in parameters:
-        (decayed if id(parameter) in weights else kept).append(parameter)
+    for name, parameter in parameters.items():
+        (decayed if name in weights else kept).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
@@ -79,13 +81,14 @@ def build_optimizer(
 
     Args:
         module: the module that owns the parameters.
-        parameters: the parameters, and the rows in place of parameters with one row per task, by name.
+        parameters: the parameters by name, or views in their place: the rows of parameters with one row per task, and
+            the parts of sharded ones.
         config: the settings of the training.
 
     Raises:
         ValueError: the configuration names the optimizer of bitsandbytes, which is not installed.
     """
-    groups = parameter_groups(module, parameters.values(), config.weight_decay)
+    groups = parameter_groups(module, parameters, config.weight_decay)
     settings: dict[str, Any] = {"lr": config.learning_rate, "betas": tuple(config.betas), "eps": config.epsilon}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **settings)

@@ -3,6 +3,7 @@
 The trainer knows nothing of diffusion: an `Objective` gives it the loss of each part of a batch.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -26,9 +27,13 @@ from mtu.training.checkpoints import (
     write_checkpoint,
 )
 from mtu.training.distributed import (
+    broadcast_tensors,
+    broadcast_text,
+    common_errors_context,
     delayed_reduction_context,
     gradient_norm,
-    raise_in_all_processes,
+    make_accelerator,
+    names_of_infinite_tensors,
     share_objective,
 )
 from mtu.training.interruption import Interruption, raise_for_signal
@@ -75,7 +80,7 @@ class Trainer:
         validate: Callable[[int], None] | None = None,
     ) -> None:
         self.objective, self.config, self.directory = objective, config, directory
-        self.accelerator = Accelerator() if accelerator is None else accelerator
+        self.accelerator = make_accelerator(accelerator)
         self._trains_in_place = accelerator is None and self.accelerator.num_processes == 1
         self._description, self._validate = description, validate
         self._state: TrainingState | None = None
@@ -106,7 +111,8 @@ class Trainer:
             ValueError: the checkpoints are damaged or belong to another training; the batch cannot be split into as
                 many parts; or `resume` and `overwrite` are both true.
         """
-        self._check_before_start(resume, overwrite)
+        with common_errors_context(self.accelerator):
+            self._check_before_start(resume, overwrite)
         with _module_modes(self.objective):
             self.objective.train()
             state, log = self._start(resume, overwrite)
@@ -150,35 +156,45 @@ class Trainer:
         """Build the state and the log, or restore them, and prepare the objective."""
         directory, is_main = self.directory, self.accelerator.is_main_process
         if directory is not None:
-            # The digest of the frozen weights is only needed in checkpoints.
-            self._identity = describe_training(self.objective, self.config)
             self._make_folder(directory, overwrite)
-        self.objective.to(self.device)
-        self._model = share_objective(self.accelerator, self.objective, self.config.fully_shard)
+        if self._state is None:
+            if directory is not None:
+                # The digest of the frozen weights is only needed in checkpoints.
+                self._identity = describe_training(self.objective, self.config)
+            if self.accelerator.num_processes == 1 or not self.config.fully_shard:
+                self.objective.to(self.device)
+            self._model = share_objective(self.accelerator, self.objective, self.config.fully_shard)
         state, sums = TrainingState(self.objective, self.config), None
         self._state, self._saved_step = state, None
         if resume and directory is not None:
-            checkpoint = read_newest_checkpoint(directory)
+            checkpoint = self._read_checkpoint(directory)
             saved = checkpoint.state
-            check_same_training(saved["training"], self._identity, directory)
             state.load(checkpoint.tensors, saved["optimizer_numbers"])
             state.step, state.seconds, sums = checkpoint.step, float(saved["seconds"]), saved["log_sums"]
             self._saved_step = state.step
-        log = LossLog(directory, state.step, writes=is_main, tensorboard=self.config.tensorboard)
+        with common_errors_context(self.accelerator):
+            log = LossLog(directory, state.step, writes=is_main, tensorboard=self.config.tensorboard)
         log.sums = log.sums if sums is None else sums
         self.objective.prepare(self.accelerator)
         return state, log
 
+    def _read_checkpoint(self, directory: Path) -> Checkpoint:
+        """Read the newest whole checkpoint in the main process, and send it to the others."""
+        checkpoint = Checkpoint(0, {}, {})
+        with common_errors_context(self.accelerator):
+            if self.accelerator.is_main_process:
+                checkpoint = read_newest_checkpoint(directory)
+        step, state = json.loads(broadcast_text(self.accelerator, json.dumps([checkpoint.step, checkpoint.state])))
+        with common_errors_context(self.accelerator):
+            check_same_training(state["training"], self._identity, directory)
+        return Checkpoint(step, broadcast_tensors(self.accelerator, checkpoint.tensors), state)
+
     def _make_folder(self, directory: Path, overwrite: bool) -> None:
-        error = None
-        try:
+        with common_errors_context(self.accelerator):
             if self.accelerator.is_main_process:
                 make_folder(directory)
                 if overwrite:
                     delete_checkpoints(directory)
-        except (OSError, ValueError) as caught:
-            error = caught
-        raise_in_all_processes(self.accelerator, error)
 
     def _running(self, state: TrainingState, log: LossLog, interruption: Interruption) -> "_Running":
         parts = PartSequence(
@@ -204,7 +220,8 @@ class Trainer:
                 log.add_step(totals.loss, totals.data_seconds, totals.terms)
                 is_last = state.step == config.steps or state.seconds >= limit
                 if state.step % config.log_every == 0 or is_last:
-                    log.write_entry(state.step, state.learning_rate, state.seconds)
+                    with common_errors_context(self.accelerator):
+                        log.write_entry(state.step, state.learning_rate, state.seconds)
                 self._show_progress(bar, state, log)
                 if state.step % config.checkpoint_every == 0 or is_last or totals.signal_number is not None:
                     self._save(running)
@@ -221,7 +238,7 @@ class Trainer:
             batch = send_to_device(next(running.batches), self.device, non_blocking=True)
             data_seconds += time.monotonic() - started
             losses.append((part, self._differentiate(part, batch, is_last_pass=part is parts[-1])))
-        state.take_row_gradients()
+        state.take_gradients()
         norm = gradient_norm(list(state.gradients().values()))
         report = OwnReport(
             [partial for _, partial in losses],
@@ -249,7 +266,7 @@ class Trainer:
     def _is_finite(self, totals: StepTotals, state: TrainingState) -> bool:
         if math.isfinite(totals.loss) and not math.isfinite(totals.norm) and self.config.max_grad_norm is None:
             # The norm of finite gradients may overflow, and it is only used to clip them.
-            return all(gradient.isfinite().all() for gradient in state.gradients().values())
+            return not names_of_infinite_tensors(state.gradients())
         return math.isfinite(totals.loss) and math.isfinite(totals.norm)
 
     def _refuse_step(
@@ -268,11 +285,11 @@ class Trainer:
 
     def _save(self, running: "_Running") -> None:
         """Write a checkpoint of the state, unless there is one."""
-        state, error = running.state, None
+        state = running.state
         if self.directory is None or self._saved_step == state.step:
             return
-        try:
-            tensors = state.checkpoint_tensors()
+        with common_errors_context(self.accelerator):
+            tensors = state.checkpoint_tensors(self.accelerator)
             description = {
                 "training": self._identity,
                 "seconds": state.seconds,
@@ -283,9 +300,6 @@ class Trainer:
             if self.accelerator.is_main_process:
                 checkpoint = Checkpoint(state.step, tensors, description)
                 write_checkpoint(self.directory, checkpoint, self.config.checkpoints_total_limit)
-        except (OSError, FloatingPointError) as caught:
-            error = caught
-        raise_in_all_processes(self.accelerator, error)
         self._saved_step = state.step
 
     def _run_validation(self, state: TrainingState) -> None:

@@ -71,6 +71,8 @@ class TrainerConfig:
             self._check(name, getattr(self, name) is None or getattr(self, name) > 0, "a positive number or None")
         self._check("schedule", self.schedule in ("constant", "cosine"), "constant or cosine")
         self._check("optimizer", self.optimizer in ("adamw", "adamw8bit"), "adamw or adamw8bit")
+        # bitsandbytes packs several numbers into one state, so parts of a tensor have other states than the whole.
+        self._check("optimizer", self.optimizer == "adamw" or not self.fully_shard, "adamw where fully_shard is true")
         self._check("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "None, or a number in [0, 1)")
         self._check("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
 

@@ -201,12 +201,12 @@ def test_learning_rate_warms_up_and_ends_at_zero() -> None:
 
 def test_vectors_and_embeddings_do_not_decay_but_the_matrices_of_routers_do() -> None:
     model = SmallObjective().model
-    decayed, kept = parameter_groups(model, model.parameters(), 0.1)
+    decayed, kept = parameter_groups(model, dict(model.named_parameters()), 0.1)
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
     assert {id(p) for p in decayed["params"]} == {id(m.weight) for m in (model.conv, model.linear, model.frozen)}
     assert len(kept["params"]) == 4
     router = Router(ExpertConfig(2, None, 0.5, "task", 2.0, 4))
-    decayed, kept = parameter_groups(router, router.parameters(), 0.1)
+    decayed, kept = parameter_groups(router, dict(router.named_parameters()), 0.1)
     assert {id(p) for p in decayed["params"]} == {id(router.linear_1.weight), id(router.linear_2.weight)}
     assert {id(p) for p in kept["params"]} == {id(router.linear_1.bias), id(router.linear_2.bias)}
 
