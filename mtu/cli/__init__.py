@@ -98,6 +98,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     # Where torchvision is missing, transformers advises on stderr to install it, which no command needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Where bitsandbytes is installed, diffusers imports it, and on some CPUs it advises to install kernels for inference.
+    # diffusers imports bitsandbytes where it is installed, which advises on some CPUs to install further kernels.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     app(args=sys.argv[1:] if argv is None else list(argv), prog_name="mtu")
