@@ -1,7 +1,11 @@
 """The loading of batches, in this process or in workers, from any step on."""
 
+import multiprocessing
+import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,8 +69,10 @@ class _BatchDataset(Dataset[Any]):
 
 def iterate_over_batches(
     load_batch: Callable[[BatchPart], Any], parts: PartSequence, num_workers: int, *, pin_memory: bool
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Load the batches of parts, in their order. No earlier step is loaded, so the first batch is soon there.
+
+    Close the generator to end the workers.
 
     Args:
         load_batch: loads the batch of a part.
@@ -77,6 +83,8 @@ def iterate_over_batches(
     Raises:
         ValueError, OSError: `load_batch` raised it for the next batch.
     """
+    # Shared with the workers: whether the training has ended.
+    has_ended = multiprocessing.RawValue("b", 0)
     loader = DataLoader(
         _BatchDataset(load_batch),
         batch_size=None,
@@ -84,14 +92,17 @@ def iterate_over_batches(
         num_workers=num_workers,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=partial(_ignore_signals_until_the_end, has_ended),
         # The iterator draws a seed for its workers, which must not come from the generator of the training.
         generator=torch.Generator(),
     )
-    for batch in loader:
-        if isinstance(batch, _Failure):
-            raise batch.error
-        yield batch
+    try:
+        for batch in loader:
+            if isinstance(batch, _Failure):
+                raise batch.error
+            yield batch
+    finally:
+        has_ended.value = 1
 
 
 def part_seed(seed: int, part: BatchPart) -> int:
@@ -103,7 +114,17 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _ignore_signals(worker: int) -> None:
-    """Let a worker live on after a signal to all processes, because the training finishes its step."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _ignore_signals_until_the_end(has_ended: Any, worker: int) -> None:
+    """Let a worker live on after a signal to all processes, because the training finishes its step.
+
+    Args:
+        has_ended: shared with the training, which sets it. Python ends workers that are left over by a signal.
+        worker: number of the worker.
+    """
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        if has_ended.value:
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -111,5 +111,5 @@ class TotalsReducer:
             for partial in report.losses:
                 if name in partial.terms:
                     own[index] += partial.terms[name].to(own)
-        total = self._accelerator.reduce(own, "sum")
+        total: Any = self._accelerator.reduce(own, "sum")
         return torch.cat([total, norm.to(total).view(1)]).tolist()

@@ -6,8 +6,8 @@ The trainer knows nothing of diffusion: an `Objective` gives it the loss of each
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -117,10 +117,9 @@ class Trainer:
             self.objective.train()
             state, log = self._start(resume, overwrite)
             with Interruption(self.accelerator.is_main_process) as interruption:
-                try:
-                    self._run(self._running(state, log, interruption))
-                finally:
-                    log.close()
+                running = self._running(state, log, interruption)
+                with closing(running.batches), closing(log):
+                    self._run(running)
             # A signal may have come after the last step.
             raise_for_signal(interruption.signal_number)
         state.copy_average_to_modules()
@@ -341,7 +340,7 @@ class _Running(NamedTuple):
     state: TrainingState
     log: LossLog
     parts: PartSequence
-    batches: Iterator[Any]
+    batches: Generator[Any, None, None]
     reducer: TotalsReducer
     interruption: Interruption
     started: float
