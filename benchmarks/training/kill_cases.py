@@ -1,4 +1,4 @@
-"""The trainings that `kill_and_resume` ends early: the icon model on all tasks, in each way of loading and splitting."""
+"""The trainings that `kill_and_resume` ends early: the icon model on all tasks, loaded and split in several ways."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from mtu.training import Trainer, TrainerConfig
 from mtu.training.checkpoints import checkpoint_steps
 from mtu.training.multitask import MultiTaskConfig, MultiTaskObjective
 
-# An epoch of seven rows and three examples a step never ends with a step, except every seventh time.
+# With three examples of each task in a step, most steps end in the middle of an epoch of seven rows.
 _ROWS = 7
 _BATCH_SIZE = 12
 _GROUPS = {"weights": "trained.", "average": "average.", "optimizer": "optimizer."}
