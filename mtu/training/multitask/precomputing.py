@@ -47,7 +47,7 @@ def encode_missing_items(
         _encode_prompts(encoder, loader, accelerator, device)
     except Exception as error:
         failure = error
-    failures = accelerator.gather(torch.tensor([failure is not None], device=accelerator.device))
+    failures = accelerator.gather(torch.tensor([int(failure is not None)], device=accelerator.device))
     if failure is not None:
         raise failure
     if torch.as_tensor(failures).any():

@@ -124,7 +124,7 @@ def test_threads_compute_the_same_loss(pipe, threads: int) -> None:
 @pytest.mark.parametrize("make_pipe", [sd_pipeline, xl_pipeline])
 def test_a_cache_changes_no_bit(make_pipe, tmp_path) -> None:
     pipe = make_pipe()
-    data = noise_data(pipe, variants=2)
+    data = noise_data(pipe, rows=2, variants=2)
     expected = [
         loss_of(make_objective(pipe, data, latent_cache="none", text_cache="none", random_flip=True), step)
         for step in range(2)
