@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from mtu.training.distributed import common_errors_context
 from mtu.training.multitask.batches import BatchLoader
 from mtu.training.multitask.encoding import PipelineEncoder, on_device_context, text_key
 
@@ -39,19 +40,11 @@ def encode_missing_items(
     Raises:
         ValueError: an image cannot be read, or does not fit its task.
         FloatingPointError: latents are not finite.
-        RuntimeError: another process failed.
     """
-    failure = None
-    try:
+    # The processes wait for each other at the end of this context.
+    with common_errors_context(accelerator):
         _encode_images(encoder, loader, accelerator, device, threads)
         _encode_prompts(encoder, loader, accelerator, device)
-    except Exception as error:
-        failure = error
-    failures = accelerator.gather(torch.tensor([int(failure is not None)], device=accelerator.device))
-    if failure is not None:
-        raise failure
-    if torch.as_tensor(failures).any():
-        raise RuntimeError("Another process could not encode its share of the data: see its message.")
 
 
 def _encode_images(
