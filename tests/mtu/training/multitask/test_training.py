@@ -8,7 +8,16 @@ import torch
 from mtu.training import BatchPart, Trainer, TrainerConfig
 from mtu.training.multitask import MultiTaskObjective
 
-from .tiny_pipelines import TASKS, loss_of, make_objective, noise_data, sd_pipeline, xl_pipeline
+from ..processes import run_in_processes
+from .tiny_pipelines import (
+    TASKS,
+    loss_of,
+    make_objective,
+    noise_data,
+    sd_pipeline,
+    train_with_a_cache_on_disk,
+    xl_pipeline,
+)
 
 STEPS = TrainerConfig(steps=3, learning_rate=1e-3, log_every=1)
 
@@ -166,3 +175,14 @@ def test_workers_load_the_same_batches(workers: int) -> None:
     for one, other in zip(pipe.unet.parameters(), reference.unet.parameters(), strict=True):
         assert torch.equal(one, other)
     assert objective.describe_examples(BatchPart(0, 0, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fully_shard", [False, True])
+def test_two_processes_encode_half_each_and_train_as_one(fully_shard: bool, tmp_path) -> None:
+    expected, _ = train_with_a_cache_on_disk(str(tmp_path / "one"))
+    both = run_in_processes(2, train_with_a_cache_on_disk, str(tmp_path / "two"), fully_shard=fully_shard)
+    for losses, encoded in both:
+        assert losses == pytest.approx(expected, rel=1e-5)
+        assert encoded in (4, 6)  # images of two and three of the five rows
+    assert sum(encoded for _, encoded in both) == 10

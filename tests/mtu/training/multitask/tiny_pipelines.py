@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import mtu
 from mtu.data.task_dataset import ExampleImages, TaskDataset
 from mtu.tasks import TaskSpec
+from mtu.training import Trainer, TrainerConfig
 from mtu.training.multitask import MultiTaskConfig, MultiTaskObjective
 from mtu.training.objective import BatchPart, PartialLoss
 
@@ -127,3 +128,15 @@ def config(**settings: Any) -> MultiTaskConfig:
 
 def loss_of(objective: MultiTaskObjective, step: int = 0, index: int = 0, count: int = 1) -> PartialLoss:
     return objective(objective.load_batch(BatchPart(step, index, count)))
+
+
+def train_with_a_cache_on_disk(directory: str, **trainer: Any) -> tuple[list[float], int]:
+    """The losses of a training of the tiny SDXL, and how many images this process encoded for it."""
+    pipe = xl_pipeline()
+    encoded = []
+    real = pipe.vae.encode
+    pipe.vae.encode = lambda pixels: encoded.append(len(pixels)) or real(pixels)
+    settings = {"latent_cache": "disk", "text_cache": "disk", "cache_directory": directory}
+    objective = make_objective(pipe, noise_data(pipe, ["edit"]), prepare=False, **settings)
+    entries = Trainer(objective, TrainerConfig(steps=3, learning_rate=1e-3, log_every=1, **trainer)).train()
+    return [entry.loss for entry in entries], len(encoded)
