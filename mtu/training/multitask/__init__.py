@@ -13,7 +13,19 @@
 The loop that minimises the loss is `mtu.training.trainer`.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from mtu.training.multitask.multitask_config import MultiTaskConfig
-from mtu.training.multitask.objective import MultiTaskObjective
+
+if TYPE_CHECKING:
+    from mtu.training.multitask.objective import MultiTaskObjective
 
 __all__ = ["MultiTaskConfig", "MultiTaskObjective"]
+
+
+def __getattr__(name: str) -> Any:
+    # The settings can be read without waiting for PyTorch.
+    if name != "MultiTaskObjective":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module("mtu.training.multitask.objective").MultiTaskObjective
