@@ -1,0 +1,87 @@
+"""The tables that `mtu train --dry-run` prints."""
+
+from mtu.inspection.reports import Report, format_count
+from mtu.training.runs.dry_run import RunEstimate, examples_per_pass
+
+__all__ = ["run_estimate_reports"]
+
+
+def run_estimate_reports(run: RunEstimate) -> list[Report]:
+    """Tables of examples, memory and disk, with what is known about the time."""
+    return [_example_report(run), _memory_report(run), _disk_report(run)]
+
+
+def _example_report(run: RunEstimate) -> Report:
+    config, epochs = run.config, "steps unknown" if run.steps is None else f"{run.steps} steps"
+    trained = f"{format_count(run.trained_parameters)} of {format_count(run.parameters)} parameters are trained"
+    lines = [["task", "rows", "examples a step", "epochs"]]
+    for task in run.tasks:
+        rows = "not given" if task.rows is None else str(task.rows)
+        lines.append(
+            [task.name, rows, f"{task.examples_per_step:.4g}", "-" if task.epochs is None else f"{task.epochs:.4g}"]
+        )
+    notes = [f"{epochs} of {config.objective.batch_size} examples."]
+    if run.steps is None:
+        notes.append(f"The data are not given, so the number of steps of {config.epochs:g} epochs is not known.")
+    per_step = run.duration.seconds_per_step
+    notes.append(f"Time: {_format_seconds(per_step)} a step" + _total_time(run) + ".")
+    notes.append(
+        f"The time is estimated: {run.duration.basis}. Loading, encoding and pictures come on top."
+        if "TFLOPs" in run.duration.basis
+        else f"The time is {run.duration.basis}."
+    )
+    if run.config.trainer.max_minutes is not None:
+        notes.append(f"The training ends after {run.config.trainer.max_minutes:g} minutes at the latest.")
+    return Report(f"{run.model.name}: {trained}.", lines, "\n".join(notes), num_left_aligned_columns=1)
+
+
+def _total_time(run: RunEstimate) -> str:
+    if run.steps is None:
+        return ""
+    return f", {_format_seconds(run.steps * run.duration.seconds_per_step)} in all"
+
+
+def _memory_report(run: RunEstimate) -> Report:
+    parts = run.memory._asdict() | {"in all": run.memory.total}
+    lines = [["memory", "bytes"], *([name, _format_bytes(size)] for name, size in parts.items())]
+    examples = examples_per_pass(run.config, run.processes)
+    noun = "example" if examples == 1 else "examples"
+    return Report(
+        f"Memory of a step in each of {run.processes} process{'es' if run.processes > 1 else ''}, "
+        f"which computes {examples} {noun} at a time:",
+        lines,
+        "This is the peak of what the allocator hands out. The context of the device comes on top, and so do the VAE "
+        "and the text encoders while they encode.",
+        num_left_aligned_columns=1,
+    )
+
+
+def _disk_report(run: RunEstimate) -> Report:
+    disk = run.disk
+    shown = {
+        "one checkpoint": disk.checkpoint,
+        "checkpoints in all": disk.checkpoints,
+        "cached latents": disk.latent_cache,
+        "cached texts": disk.text_cache,
+        "UNet of the finished pipeline": disk.model,
+        "free": disk.free,
+    }
+    lines = [["disk", "bytes"]]
+    lines += [[name, "unknown" if size is None else _format_bytes(size)] for name, size in shown.items()]
+    needed = sum(size or 0 for size in (disk.checkpoints, disk.latent_cache, disk.text_cache, disk.model))
+    verdict = "That fits." if needed < disk.free else f"That does not fit: {_format_bytes(needed)} are needed."
+    return Report(f"Disk at {run.config.output}:", lines, verdict, num_left_aligned_columns=1)
+
+
+def _format_bytes(size: int) -> str:
+    for unit, symbol in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.2f} {symbol}"
+    return f"{size} B"
+
+
+def _format_seconds(seconds: float) -> str:
+    for unit, symbol in ((86400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.3g} {symbol}"
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

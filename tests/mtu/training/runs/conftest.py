@@ -1,0 +1,3 @@
+from .small_runs import small_base
+
+__all__ = ["small_base"]
