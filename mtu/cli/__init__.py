@@ -15,8 +15,11 @@ import typer
 from typer.core import TyperGroup
 
 from mtu.cli.data import data_app
-from mtu.cli.inspect import EXAMPLES, run_inspect_command
+from mtu.cli.inspect import EXAMPLES as INSPECT_EXAMPLES
+from mtu.cli.inspect import run_inspect_command
 from mtu.cli.output import print_error
+from mtu.cli.train import EXAMPLES as TRAIN_EXAMPLES
+from mtu.cli.train import run_train_command
 
 __all__ = ["app", "main"]
 
@@ -26,14 +29,16 @@ _EPILOG = """
   mtu inspect sd15
   mtu inspect sdxl --sweep --budget 3B
   mtu data check data/edit
+  mtu train icons --output runs/icons
   mtu --debug inspect no/such/folder
 
 [bold]Exit codes[/bold]
 
   0    The command did its work.
   1    The command failed; one line on stderr says why.
-  2    The command line is wrong.
-  130  The command was interrupted (Ctrl-C).
+  2    The command line is wrong; for training, also its settings, data or disk.
+  130  The command was interrupted (Ctrl-C); training saves a checkpoint before.
+  143  The command was ended by SIGTERM; training saves a checkpoint before.
 """
 
 
@@ -63,8 +68,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("inspect", epilog=EXAMPLES)(run_inspect_command)
+app.command("inspect", epilog=INSPECT_EXAMPLES)(run_inspect_command)
 app.add_typer(data_app, name="data")
+app.command("train", epilog=TRAIN_EXAMPLES)(run_train_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -25,6 +25,18 @@ SURFACE = {
     ],
     "mtu data": [],
     "mtu data check": ["--json", "--resolution", "--task", "directory"],
+    "mtu train": [
+        *["--backend", "--batch-size", "--betas", "--cache-directory", "--checkpoint-every"],
+        *["--checkpoints-total-limit", "--conditioning-dropout-prob", "--data", "--dry-run", "--ema-decay", "--epochs"],
+        *["--epsilon", "--frozen-dtype", "--fully-shard", "--gradient-accumulation-steps", "--gradient-checkpointing"],
+        *["--latent-cache", "--latent-sampling", "--learning-rate", "--log-every", "--loss-threads", "--loss-weights"],
+        *["--max-grad-norm", "--max-inverse-snr", "--max-minutes", "--model", "--no-fully-shard"],
+        *["--no-gradient-checkpointing", "--no-random-flip", "--no-rescale-betas-zero-snr", "--no-tensorboard"],
+        *["--num-workers", "--optimizer", "--output", "--overwrite", "--precision", "--prediction-type"],
+        *["--random-flip", "--rescale-betas-zero-snr", "--resolution", "--resume", "--schedule", "--seed", "--shares"],
+        *["--snr-gamma", "--steps", "--tasks", "--tensorboard", "--text-cache", "--upcycle", "--validate-every"],
+        *["--validation", "--warmup-steps", "--weight-decay", "config"],
+    ],
 }
 
 
@@ -82,7 +94,8 @@ def test_command_lines_that_do_not_parse_exit_with_2(run_mtu, arguments):
 def test_neither_help_nor_version_loads_pytorch():
     code = f"""
 import runpy, sys
-for arguments in ("--help", "inspect --help", "inspect --budget 1B", "data check --help", "--version"):
+commands = ("--help", "inspect --help", "inspect --budget 1B", "data check --help", "train --help", "train --steps x")
+for arguments in (*commands, "--version"):
     sys.argv = ["mtu", *arguments.split()]
     try:
         runpy.run_module("mtu", run_name="__main__")
@@ -91,7 +104,7 @@ for arguments in ("--help", "inspect --help", "inspect --budget 1B", "data check
 print([name for name in {("torch", "diffusers", "transformers", "numpy")} if name in sys.modules])
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert re.findall(r"ended with (\d)", result.stdout) == ["0", "0", "2", "0", "0"]
+    assert re.findall(r"ended with (\d)", result.stdout) == ["0", "0", "2", "0", "0", "2", "0"]
     assert re.search(r"^mtu \d+\.\d+\.\d+", result.stdout, re.MULTILINE)
     assert result.stdout.splitlines()[-1] == "[]"
 

@@ -1,0 +1,179 @@
+"""The command `mtu train`: from a YAML file and flags to a finished pipeline.
+
+Each flag is made of a setting of `mtu.training.runs.run_config`, whose modules import no PyTorch.
+"""
+
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING
+from typing import Annotated, Any
+
+import typer
+
+from mtu.cli.output import print_error, print_report
+from mtu.training.runs.run_config import Setting, settings_by_key
+from mtu.training.runs.typed_values import describe_type, is_mapping_type
+
+__all__ = ["EXAMPLES", "run_train_command"]
+
+EXAMPLES = """
+[bold]Examples[/bold]
+
+  mtu train icons --output runs/icons
+  mtu train sd15 --model path/to/sd15 --data edit=edits --output runs/edit
+  mtu train my.yaml --learning-rate 5e-5 --upcycle num_experts=2
+  mtu train my.yaml --dry-run
+  mtu train my.yaml --resume
+
+Several GPUs: accelerate launch -m mtu train my.yaml. In YAML, each key is a flag's name with underscores.
+"""
+
+_RUN = "Run"
+Config = Annotated[
+    str | None,
+    typer.Argument(
+        help="A YAML file; the output folder of a training, whose config.yaml is read; or sd15, sdxl or icons, the "
+        "settings that mtu ships. Flags replace its settings."
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Go on from the newest checkpoint in the output folder, if there is one.", rich_help_panel=_RUN
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Delete the checkpoints in the output folder, and start.", rich_help_panel=_RUN),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Print memory, time, examples and disk space, and load nothing.", rich_help_panel=_RUN
+    ),
+]
+
+
+def run_train_command(
+    context: typer.Context, config: str | None, resume: bool, overwrite: bool, dry_run: bool, **flags: Any
+) -> None:
+    """Train a multi-task model: from a base model and folders of images to a finished pipeline."""
+    try:
+        if resume and overwrite:
+            raise ValueError("--resume continues the checkpoint that --overwrite deletes: expected one of them.")
+        given = {key: _flag_value(settings_by_key()[key], value) for key, value in flags.items() if value}
+        given |= {key: value for key, value in flags.items() if isinstance(value, bool)}
+        _run(config, given, resume, overwrite, dry_run)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        raise
+    except (ValueError, OSError, FloatingPointError) as error:
+        if context.parent is not None and context.parent.params["debug"]:
+            raise
+        print_error(f"mtu train: error: {error}")
+        # Whatever ends a training before its end by fault of a setting, a file or the disk is 2.
+        raise typer.Exit(1 if isinstance(error, FloatingPointError) else 2) from None
+
+
+def _run(config: str | None, flags: Mapping[str, Any], resume: bool, overwrite: bool, dry_run: bool) -> None:
+    """Read the settings, and then train or print what training would take."""
+    from mtu.training.runs.settings_file import read_run_config
+
+    settings = read_run_config(config, flags)
+    # PyTorch and diffusers take seconds to import, and neither help nor the checks above need them.
+    if dry_run:
+        from mtu.training.runs.dry_run import estimate_run
+        from mtu.training.runs.dry_run_report import run_estimate_reports
+
+        for number, report in enumerate(run_estimate_reports(estimate_run(settings))):
+            if number:
+                print()
+            print_report(report)
+        return
+    from mtu.training.runs.run import run_training
+
+    run_training(settings, resume=resume, overwrite=overwrite)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"The trained pipeline is in {settings.output / 'model'}.")
+
+
+def _flag_value(setting: Setting, value: Any) -> Any:
+    """The value of a flag: a text, a truth value, or the KEY=VALUE pairs of a mapping as a dictionary."""
+    if not isinstance(value, list):
+        return value
+    pairs = [item.partition("=") for item in value]
+    for item, (key, sign, _) in zip(value, pairs, strict=True):
+        if not sign or not key:
+            raise ValueError(f"{setting.flag} must be {_mapping_words(setting)}, but got {item!r}.")
+    return {key: text for key, _, text in pairs}
+
+
+def _mapping_words(setting: Setting) -> str:
+    if setting.key == "data":
+        return "TASK=FOLDER"
+    return "TASK=NUMBER" if setting.key in ("shares", "loss_weights") else "KEY=VALUE"
+
+
+def _option(setting: Setting) -> inspect.Parameter:
+    """The parameter of the command that stands for a setting."""
+    names, kind = [setting.flag], str | None
+    if setting.annotation is bool:
+        names, kind = [f"{setting.flag}/--no-{setting.flag.removeprefix('--')}"], bool | None
+    elif is_mapping_type(setting.annotation):
+        kind = list[str] | None
+    option = typer.Option(
+        *names,
+        metavar=None if setting.annotation is bool else _metavar(setting),
+        help=_help(setting),
+        show_default=False,
+        rich_help_panel=setting.section,
+    )
+    return inspect.Parameter(
+        setting.key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]
+    )
+
+
+def _metavar(setting: Setting) -> str:
+    if is_mapping_type(setting.annotation):
+        return _mapping_words(setting)
+    words = describe_type(setting.annotation).removesuffix(" or null")
+    shown = {"an integer": "INTEGER", "a number": "NUMBER", "a path": "PATH", "a text": "TEXT"}
+    if words in shown:
+        return shown[words]
+    if setting.key == "tasks":
+        return "TASK,…"
+    if setting.key == "cache_directory":
+        return "PATH"
+    if setting.key == "resolution":
+        return "PIXELS"
+    if "list" in words:
+        return "NUMBER,NUMBER"
+    return words.replace(", ", "|").replace(" or ", "|")
+
+
+def _help(setting: Setting) -> str:
+    """The sentence of a setting, with its default."""
+    default = setting.default
+    if setting.key == "cache_directory":
+        return f"{setting.help} (default: cache in the output folder)"
+    if default is MISSING or default is None or is_mapping_type(setting.annotation):
+        return setting.help
+    if isinstance(default, tuple):
+        default = ",".join(map(str, default))
+    words = str(default).lower() if isinstance(default, bool) else default
+    return f"{setting.help} (default: {words})"
+
+
+def _make_signature() -> inspect.Signature:
+    """The parameters of the command: its own, and a flag for each setting."""
+    own = [
+        inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+        inspect.Parameter("config", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=Config),
+    ]
+    for name, annotation in (("resume", Resume), ("overwrite", Overwrite), ("dry_run", DryRun)):
+        own.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation))
+    return inspect.Signature([*own, *map(_option, settings_by_key().values())])
+
+
+# typer makes the options of a command out of the signature of its function.
+run_train_command.__signature__ = _make_signature()  # pyright: ignore[reportFunctionMemberAccess]
