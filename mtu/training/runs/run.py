@@ -87,7 +87,7 @@ def run_training(config: RunConfig, *, resume: bool = False, overwrite: bool = F
         validate=validate,
     )
     if accelerator.is_main_process:
-        print(_describe(config, pipeline.unet, datasets, steps), flush=True)
+        print(_describe(config, pipeline.unet, datasets, steps, accelerator), flush=True)
     with _settings_file_context(config, accelerator), _threads_context(config, accelerator):
         entries = trainer.train(resume=resume, overwrite=overwrite)
     _save_pipeline(pipeline, model, config, accelerator)
@@ -148,12 +148,20 @@ def _objective_config(config: RunConfig) -> MultiTaskConfig:
     return dataclasses.replace(config.objective, cache_directory=config.output / "cache")
 
 
-def _describe(config: RunConfig, unet: MTUUNet2DConditionModel, datasets: Mapping[str, TaskDataset], steps: int) -> str:
+def _describe(
+    config: RunConfig,
+    unet: MTUUNet2DConditionModel,
+    datasets: Mapping[str, TaskDataset],
+    steps: int,
+    accelerator: Accelerator,
+) -> str:
     trained = format_count(sum(p.numel() for p in unet.trainable_parameters()))
     rows = ", ".join(f"{name} ({len(dataset)} rows)" for name, dataset in datasets.items())
+    noun = "process" if accelerator.num_processes == 1 else "processes"
     return (
         f"Training {trained} parameters of {config.model} for {steps} steps of {config.objective.batch_size} examples: "
-        f"{rows}.\nEverything goes into {config.output}; --resume continues after an interruption."
+        f"{rows}.\nThe training runs in {accelerator.num_processes} {noun} on {accelerator.device.type}, and writes "
+        f"into {config.output}. After an interruption, --resume continues it."
     )
 
 
