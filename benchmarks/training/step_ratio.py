@@ -159,7 +159,7 @@ def make_step(objective: NoiseObjective) -> Call:
 
     def step() -> None:
         objective(None).loss.backward()
-        state.take_row_gradients()
+        state.take_gradients()
         state.optimizer_step(gradient_norm(list(state.gradients().values())))
 
     return step

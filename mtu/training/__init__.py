@@ -1,15 +1,20 @@
-"""Training: one loop for every model of the library, and the multi-task objective.
+"""Training: one trainer for every objective, and the multi-task objective.
 
-- `training_loop`: the loop, `fit`.
-- `fit_config`: its settings, `FitConfig`, and the learning rate.
+- `trainer`: the loop, `Trainer`.
+- `trainer_config`: its settings, `TrainerConfig`.
+- `objective`: the interface of what it minimises, `Objective`.
+- `multitask`: the loss of the paper, an objective over data sets of images.
+- `optimizer`: parameter groups, the rows of tasks, and the learning rate.
+- `batch_loader`: the loading of batches, in this process or in workers.
 - `training_state`: the state that checkpoints save and restore.
-- `objective`: the interface of what a training minimises.
-- `multitask`: the loss of the paper, over data sets of images.
+- `checkpoints`: atomic checkpoints in a directory, and the check that they belong to a training.
+- `distributed`: what several processes do together.
+- `step_totals`: what they tell each other in a step.
+- `numerical_faults`: the description of a step that is not finite.
+- `interruption`: signals that end a training after its step.
+- `loss_log`: the losses of a training, in memory, in `log.jsonl` and for TensorBoard.
 - `precision`: autocast, and the check of parameters' dtypes.
 - `parallel_loss`: a loss whose parts run on several CPU threads.
-- `checkpoint`: atomic checkpoints in a directory.
-- `loss_log`: the losses of a training, in memory and in `log.jsonl`.
-
 - `runs`: complete trainings from a configuration, which `mtu train` runs.
 
 Data sets are in `mtu.data`, and complete recipes in `mtu.recipes`. Names are loaded at their first use, so that the
@@ -20,7 +25,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mtu.training.fit_config import FitConfig
     from mtu.training.loss_log import LogEntry
     from mtu.training.multitask.multitask_config import MultiTaskConfig
     from mtu.training.multitask.objective import MultiTaskObjective
@@ -29,11 +33,9 @@ if TYPE_CHECKING:
     from mtu.training.runs.settings_file import read_run_config
     from mtu.training.trainer import Trainer
     from mtu.training.trainer_config import TrainerConfig
-    from mtu.training.training_loop import fit
 
 __all__ = [
     "BatchPart",
-    "FitConfig",
     "LogEntry",
     "MultiTaskConfig",
     "MultiTaskObjective",
@@ -41,14 +43,12 @@ __all__ = [
     "PartialLoss",
     "Trainer",
     "TrainerConfig",
-    "fit",
     "read_run_config",
     "run_training",
 ]
 
 _MODULES = {
     "BatchPart": "mtu.training.objective",
-    "FitConfig": "mtu.training.fit_config",
     "LogEntry": "mtu.training.loss_log",
     "MultiTaskConfig": "mtu.training.multitask.multitask_config",
     "MultiTaskObjective": "mtu.training.multitask.objective",
@@ -56,7 +56,6 @@ _MODULES = {
     "PartialLoss": "mtu.training.objective",
     "Trainer": "mtu.training.trainer",
     "TrainerConfig": "mtu.training.trainer_config",
-    "fit": "mtu.training.training_loop",
     "read_run_config": "mtu.training.runs.settings_file",
     "run_training": "mtu.training.runs.run",
 }

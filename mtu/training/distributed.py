@@ -353,7 +353,9 @@ def names_of_infinite_tensors(tensors: Mapping[str, Tensor]) -> list[str]:
     """
     if not tensors:
         return []
-    finite = torch.stack([local_tensor(tensor).isfinite().all() for tensor in tensors.values()]).int()
+    # An optimizer counts its steps on the CPU, whatever the device of its other tensors.
+    device = next((tensor.device for tensor in tensors.values() if tensor.device.type != "cpu"), torch.device("cpu"))
+    finite = torch.stack([local_tensor(tensor).isfinite().all().to(device) for tensor in tensors.values()]).int()
     if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
     return [name for name, is_finite in zip(tensors, finite.tolist(), strict=True) if not is_finite]

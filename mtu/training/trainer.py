@@ -22,7 +22,9 @@ from mtu.training.batch_loader import PartSequence, iterate_over_batches, part_s
 from mtu.training.checkpoints import (
     Checkpoint,
     check_no_checkpoints,
+    check_same_training,
     delete_checkpoints,
+    describe_training,
     read_newest_checkpoint,
     write_checkpoint,
 )
@@ -42,7 +44,6 @@ from mtu.training.numerical_faults import describe_fault
 from mtu.training.objective import BatchPart, Objective, PartialLoss
 from mtu.training.step_totals import OwnReport, StepTotals, TotalsReducer
 from mtu.training.trainer_config import TrainerConfig
-from mtu.training.training_identity import check_same_training, describe_training
 from mtu.training.training_state import TrainingState
 
 __all__ = ["Trainer"]

@@ -1,7 +1,7 @@
 """The state of a training, which checkpoints save and restore so that resuming is exact.
 
 The state has no random generator, because whatever a step draws depends on its seed and number. Frozen weights are not
-saved; `training_identity` describes them. The loop over steps is in `trainer`.
+saved; checkpoints only describe them. The loop over steps is in `trainer`.
 """
 
 from collections.abc import Iterator, Mapping

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 import mtu
 from mtu.inspection import compare_with_original
-from mtu.training import FitConfig, fit
+from mtu.training import Trainer, TrainerConfig
 
 from .outputs import TOLERANCE, predict
 from .states import (
@@ -44,6 +44,7 @@ from .states import (
     wrapped_by_compiler,
 )
 from .tiny import randomise_, stock_unet, upcycled_unet
+from .training.small_objectives import FunctionObjective
 
 # Gradients go forward and backward, and the small ones of a deep network are sums of large ones that cancel.
 CLOSE = 10 * TOLERANCE
@@ -116,12 +117,12 @@ def checkpointed(unet, folder):
     return outputs(unet)
 
 
-def fitted(unet, folder):
+def trained(unet, folder):
     def loss(step):
         return unet(**given_for(unet), task_ids=unet.task_ids(NAMES)).sample.square().mean()
 
     unet.freeze_stock_parameters_()
-    log = fit(loss, {"unet": unet}, unet.trainable_parameters(), FitConfig(steps=2, log_every=1))
+    log = Trainer(FunctionObjective(loss, unet=unet), TrainerConfig(steps=2, learning_rate=1e-3, log_every=1)).train()
     return [entry.loss for entry in log]
 
 
@@ -176,7 +177,7 @@ METHODS = {
     "compile": lambda unet, folder: (mtu.compile(unet, "default"), True)[1:],
     "compile_eager": lambda unet, folder: outputs(mtu.compile(unet, "eager")),
     "warmup": lambda unet, folder: (list(mtu.warmup(unet, ["edit"], height=8, width=8)), outputs(unet)),
-    "fit": fitted,
+    "train": trained,
 }
 
 # ----------------------------------------------------------------------------------------------------------- the table
@@ -184,12 +185,12 @@ METHODS = {
 
 SURGERY = ("add_task", "remove_task", "load_task", "load_task_again")
 FILES = ("save_task", "save_trained", "save_pretrained")
-OFFLOADED = dict.fromkeys((*SURGERY, "fit"), "needs a model that is wholly in memory, but accelerate offloads")
+OFFLOADED = dict.fromkeys((*SURGERY, "train"), "needs a model that is wholly in memory, but accelerate offloads")
 OFFLOADED |= {"compile": "this UNet is offloaded", "load_state_dict": "wholly in memory, but .* are offloaded"}
-GROUPED = dict.fromkeys((*SURGERY, "drop_routers_", "fit"), "wholly in memory, but .* are under group offloading")
+GROUPED = dict.fromkeys((*SURGERY, "drop_routers_", "train"), "wholly in memory, but .* are under group offloading")
 GROUPED |= {"compile": "this UNet is offloaded"}
 GROUPED_ON_DISK = {**GROUPED, "load_state_dict": OFFLOADED["load_state_dict"]}
-CAST = {"fit": "this model is under layerwise casting", "compile": "this UNet is offloaded"}
+CAST = {"train": "this model is under layerwise casting", "compile": "this UNet is offloaded"}
 QUANTIZED = dict.fromkeys(
     ("save_trained", "save_pretrained", "export_task", "export_pruned"), "needs plain tensors, but .* Rounded"
 )
@@ -197,7 +198,7 @@ ADAPTED = dict.fromkeys(
     ("save_trained", "save_pretrained", "export_task", "export_pruned"), "Unload adapters, .* of peft"
 )
 ON_META = dict.fromkeys(
-    (*FILES, "load_task", "load_task_again", "load_state_dict", "fit"),
+    (*FILES, "load_task", "load_task_again", "load_state_dict", "train"),
     "needs parameters with values, .* on the meta device",
 )
 NOT_COPIED = ("deepcopy", "pickle")
@@ -212,7 +213,7 @@ SOME = (
     *FILES,
     "export_task",
     "warmup",
-    "fit",
+    "train",
 )
 # A sum of weights and an adapter's product rounds to other values than its parts.
 UNROUNDED = tuple(name for name in METHODS if name != "to_bfloat16")
@@ -297,7 +298,7 @@ def assert_same(actual, expected):
             assert error <= CLOSE * scale, f"error {error:.3g} of {scale:.3g}"
 
 
-ESSENTIAL = {"forward", "add_task", "fit"}
+ESSENTIAL = {"forward", "add_task", "train"}
 IN_FAST_TIER = {"precomputed", *(name for name, state in STATES.items() if state.only is None)}
 CELLS = [
     pytest.param(

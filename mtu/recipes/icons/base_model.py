@@ -9,13 +9,13 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
-from mtu.recipes.icons.denoiser import NOISE_SCHEDULE, DenoiserConfig, DenoiserLoss, LatentDataset, build_unet
+from mtu.recipes.icons.denoiser import NOISE_SCHEDULE, DenoiserConfig, DenoiserObjective, LatentDataset, build_unet
 from mtu.recipes.icons.device import usable_device
 from mtu.recipes.icons.text_encoder import TextEncoderConfig, build_text_encoder, build_tokenizer
-from mtu.recipes.icons.vae import VAEConfig, VAELoss, build_vae, measure_and_set_scaling_factor
+from mtu.recipes.icons.vae import VAEConfig, VAEObjective, build_vae, measure_and_set_scaling_factor
 from mtu.storage import write_text
-from mtu.training import FitConfig, LogEntry, fit
-from mtu.training.checkpoint import check_no_checkpoint, delete_checkpoint_in, has_checkpoint
+from mtu.training import LogEntry, Trainer, TrainerConfig
+from mtu.training.checkpoints import check_no_checkpoints, checkpoint_steps, delete_checkpoints
 from mtu.training.parallel_loss import intra_op_threads_context
 
 # The fraction of a limited training time that the autoencoder gets.
@@ -30,18 +30,28 @@ class BaseModelConfig:
         vae: size and loss of the autoencoder.
         text_encoder: size of the text encoder.
         denoiser: size and loss of the UNet.
-        vae_fit: the training of the autoencoder.
-        denoiser_fit: the training of UNet and text encoder.
+        vae_training: the training of the autoencoder.
+        denoiser_training: the training of UNet and text encoder.
         seed: seed of weights, data and noise.
     """
 
     vae: VAEConfig = field(default_factory=VAEConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
-    vae_fit: FitConfig = field(default_factory=lambda: FitConfig(steps=10000, learning_rate=1e-3, warmup_steps=200))
-    denoiser_fit: FitConfig = field(
-        default_factory=lambda: FitConfig(
-            steps=12000, learning_rate=8e-4, warmup_steps=200, ema_decay=0.998, checkpoint_every=250
+    vae_training: TrainerConfig = field(
+        default_factory=lambda: TrainerConfig(
+            steps=10000, learning_rate=1e-3, warmup_steps=200, schedule="cosine", betas=(0.9, 0.99)
+        )
+    )
+    denoiser_training: TrainerConfig = field(
+        default_factory=lambda: TrainerConfig(
+            steps=12000,
+            learning_rate=8e-4,
+            warmup_steps=200,
+            schedule="cosine",
+            betas=(0.9, 0.99),
+            ema_decay=0.998,
+            checkpoint_every=250,
         )
     )
     seed: int = 0
@@ -53,13 +63,13 @@ class BaseModelConfig:
             minutes: wall-clock limit of both trainings together; None: the limit stays.
             steps: limit of the steps of each training; None: the limit stays.
         """
-        vae, denoiser = self.vae_fit, self.denoiser_fit
+        vae, denoiser = self.vae_training, self.denoiser_training
         if minutes is not None:
-            vae = replace(vae, minutes=minutes * VAE_TIME_FRACTION)
-            denoiser = replace(denoiser, minutes=minutes * (1 - VAE_TIME_FRACTION))
+            vae = replace(vae, max_minutes=minutes * VAE_TIME_FRACTION)
+            denoiser = replace(denoiser, max_minutes=minutes * (1 - VAE_TIME_FRACTION))
         if steps is not None:
             vae, denoiser = replace(vae, steps=steps), replace(denoiser, steps=steps)
-        return replace(self, vae_fit=vae, denoiser_fit=denoiser)
+        return replace(self, vae_training=vae, denoiser_training=denoiser)
 
 
 def build_untrained_pipeline(config: BaseModelConfig) -> StableDiffusionPipeline:
@@ -107,48 +117,36 @@ def train_base_model(
     """
     device = usable_device(device)
     stages = {stage: directory / stage for stage in ("vae", "denoiser")}
-    started = {stage: has_checkpoint(folder) for stage, folder in stages.items()}
+    started = {stage: bool(checkpoint_steps(folder)) for stage, folder in stages.items()}
     if resume and not started["vae"]:
         raise FileNotFoundError(f"There is no checkpoint in {stages['vae']} to resume from.")
     for folder in stages.values():
         # Both stages are treated alike, so that a denoiser is never resumed on another autoencoder than its own.
         if overwrite:
-            delete_checkpoint_in(folder)
+            delete_checkpoints(folder)
         elif not resume:
-            check_no_checkpoint(folder)
+            check_no_checkpoints(folder)
     pipeline = build_untrained_pipeline(config).to(device)
     history = {}
     vae, unet, text_encoder = pipeline.vae, pipeline.unet, pipeline.text_encoder
-    history["vae"] = fit(
-        VAELoss(vae, config.vae, config.seed),
-        {"vae": vae},
-        vae.parameters(),
-        config.vae_fit,
-        directory=stages["vae"],
-        resume=resume,
-        description="autoencoder",
+    trainer = Trainer(
+        VAEObjective(vae, config.vae, config.seed), config.vae_training, stages["vae"], description="autoencoder"
     )
+    history["vae"] = trainer.train(resume=resume)
     vae.eval().requires_grad_(False)
     measure_and_set_scaling_factor(vae, config.seed)
     data = LatentDataset(vae, config.denoiser.prompts, config.seed)
-    unet.train()
-    text_encoder.train()
     # At these head widths, two plain batched products with their backward are 2.5 times as fast on a CPU as the fused
     # attention that diffusers prefers. The saved model does not record this choice.
     if device.type == "cpu":
         unet.set_attn_processor(AttnProcessor())
-    loss = DenoiserLoss(unet, text_encoder, pipeline.tokenizer, data, config.denoiser, config.seed)
     threads = config.denoiser.loss_threads if device.type == "cpu" else 1
+    objective = DenoiserObjective(
+        unet, text_encoder, pipeline.tokenizer, data, replace(config.denoiser, loss_threads=threads), config.seed
+    )
+    trainer = Trainer(objective, config.denoiser_training, stages["denoiser"], description="denoiser")
     with intra_op_threads_context(max(1, torch.get_num_threads() // threads)):
-        history["denoiser"] = fit(
-            loss,
-            {"unet": unet, "text_encoder": text_encoder},
-            loss.parameters,
-            config.denoiser_fit,
-            directory=stages["denoiser"],
-            resume=resume and started["denoiser"],
-            description="denoiser",
-        )
+        history["denoiser"] = trainer.train(resume=resume and started["denoiser"])
     unet.eval()
     text_encoder.eval()
     return pipeline, history

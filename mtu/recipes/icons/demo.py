@@ -3,7 +3,6 @@
 import dataclasses
 import platform
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import diffusers
@@ -11,7 +10,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 
-from mtu.data.icons.examples import TASK_NAMES, IconDataset, IconExample
+from mtu.data.icons.examples import IMAGE_SIZE, TASK_NAMES
+from mtu.data.icons.task_dataset import IconTask
 from mtu.inspection import compare_with_original
 from mtu.pipelines import MTUPipeline
 from mtu.recipes.icons.device import autocast_dtype, describe_device, usable_device
@@ -25,8 +25,8 @@ from mtu.recipes.icons.held_out_evaluation import (
 )
 from mtu.storage import write_text
 from mtu.tasks import EDIT, REMOVE, SUPER_RESOLUTION, TEXT_TO_IMAGE, TaskSpec
-from mtu.training import FitConfig, fit
-from mtu.training.multitask.encoded_examples import MultiTaskConfig, MultiTaskLoss, encode_examples
+from mtu.training import Trainer, TrainerConfig
+from mtu.training.multitask import MultiTaskConfig, MultiTaskObjective
 from mtu.training.parallel_loss import intra_op_threads_context
 from mtu.upcycling import upcycle
 
@@ -147,46 +147,36 @@ def train_on_icon_tasks(pipeline: MTUPipeline, config: DemoConfig, directory: Pa
         directory: the folder of checkpoint and log.
         cores: number of CPU cores that share each batch; 1 on a GPU.
     """
-    autocast = autocast_dtype(pipeline.unet.device)
-    icons = IconDataset("train", config.seed)
-    examples: dict[str, Sequence[IconExample]] = {
-        task: icons.get_examples(task, range(config.training_examples_per_task)) for task in TASK_NAMES
-    }
-    data = encode_examples(
-        pipeline, examples, autocast_dtype=autocast, threads=cores, description="encoding the training images"
-    )
-    loss = MultiTaskLoss(
+    batch_size = config.batch_per_task * len(TASK_NAMES)
+    objective = MultiTaskObjective(
         pipeline,
-        data,
+        {task: IconTask(task, config.training_examples_per_task, seed=config.seed) for task in TASK_NAMES},
         MultiTaskConfig(
-            batch_per_task=config.batch_per_task,
+            batch_size=batch_size,
+            resolution=IMAGE_SIZE,
             snr_gamma=config.snr_gamma,
             max_inverse_snr=config.max_inverse_snr,
-            autocast_dtype=autocast,
-            loss_threads=_largest_divisor(config.batch_per_task, cores),
+            latent_sampling="mode",
+            precision="no" if autocast_dtype(pipeline.unet.device) is None else "bf16",
+            loss_threads=_largest_divisor(batch_size, cores),
+            latent_cache="memory",
+            text_cache="memory",
             seed=config.seed,
         ),
     )
-    settings = FitConfig(
+    settings = TrainerConfig(
         steps=config.max_training_steps,
-        minutes=config.max_training_minutes,
+        max_minutes=config.max_training_minutes,
         learning_rate=config.learning_rate,
         warmup_steps=20,
+        schedule="cosine",
+        betas=(0.9, 0.99),
         weight_decay=0.0,
         seed=config.seed,
     )
-    unet = pipeline.unet.train()
-    fit(
-        loss,
-        {"unet": unet},
-        unet.trainable_parameters(),
-        settings,
-        directory=directory,
-        # Each run of the demo starts anew and replaces all its files.
-        overwrite=True,
-        description="training",
-    )
-    unet.eval()
+    # Each run of the demo starts anew and replaces all its files.
+    Trainer(objective, settings, directory).train(overwrite=True)
+    pipeline.unet.eval()
 
 
 def _largest_divisor(number: int, limit: int) -> int:

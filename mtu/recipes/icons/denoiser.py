@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from mtu.recipes.icons.prompts import (
 )
 from mtu.recipes.icons.text_encoder import tokenize
 from mtu.recipes.icons.vae import encode_to_unscaled_latents
+from mtu.training import BatchPart, Objective, PartialLoss
 from mtu.training.multitask.timesteps import timestep_loss_weights, timesteps_at_fractions
 from mtu.training.parallel_loss import average_and_differentiate_losses_in_threads
 
@@ -123,8 +124,58 @@ class LatentDataset:
         return latents, [draw_prompt(picture, rng, self.config) for picture in drawn]
 
 
-class DenoiserLoss:
-    """Computes the noise-prediction loss of a step, weighted by `timestep_loss_weights`.
+class DenoiserBatch(NamedTuple):
+    """Noisy latents of training pictures, and what the UNet should predict.
+
+    Args:
+        noisy: (n, 4, 16, 16) float32.
+        noise: (n, 4, 16, 16) float32, the target.
+        timesteps: (n,) int64.
+        tokens: (n, L) int64.
+    """
+
+    noisy: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class DenoiserBatchLoader:
+    """Draws a part of a step's batch.
+
+    Args:
+        tokenizer: the tokenizer of the prompts.
+        data: latents and prompts.
+        scheduler: the noise schedule.
+        batch_size: pictures of a step.
+        seed: with the step, determines pictures, prompts, timesteps and noise.
+    """
+
+    tokenizer: CLIPTokenizer
+    data: LatentDataset
+    scheduler: DDPMScheduler
+    batch_size: int
+    seed: int
+
+    def __call__(self, part: BatchPart) -> DenoiserBatch:
+        rng = np.random.default_rng([self.seed, 4, part.step])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        count = self.batch_size
+        latents, prompts = self.data.draw_batch(rng, count)
+        # Each of `count` equal stretches of the schedule gives one timestep: the loss varies less from step to step.
+        spread = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+        timesteps = timesteps_at_fractions(spread, len(self.scheduler.alphas_cumprod))[
+            torch.randperm(count, generator=generator)
+        ]
+        noise = torch.randn(latents.shape, generator=generator)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        batch = DenoiserBatch(noisy, noise, timesteps, tokenize(self.tokenizer, prompts))
+        return DenoiserBatch(*(tensor.chunk(part.count)[part.index] for tensor in batch))
+
+
+class DenoiserObjective(Objective):
+    """The mean noise-prediction loss of the pictures of a step, weighted by `timestep_loss_weights`.
 
     Args:
         unet: the UNet to train.
@@ -146,12 +197,13 @@ class DenoiserLoss:
         config: DenoiserConfig,
         seed: int,
     ) -> None:
-        self.unet, self.text_encoder, self.tokenizer = unet, text_encoder, tokenizer
-        self.data, self.config, self.seed = data, config, seed
-        self.parameters = [*unet.parameters(), *text_encoder.parameters()]
-        self.scheduler = DDPMScheduler(**NOISE_SCHEDULE)
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+        self.config, self.seed = config, seed
+        scheduler = DDPMScheduler(**NOISE_SCHEDULE)
+        self._load_batch = DenoiserBatchLoader(tokenizer, data, scheduler, config.batch_size, seed)
         self.timestep_weights = timestep_loss_weights(
-            self.scheduler.alphas_cumprod, config.snr_gamma, config.max_inverse_snr
+            scheduler.alphas_cumprod, config.snr_gamma, config.max_inverse_snr
         )
 
     @property
@@ -159,28 +211,30 @@ class DenoiserLoss:
         """The settings that determine the loss of a step. The number of threads is not among them."""
         return {k: v for k, v in asdict(self.config).items() if k != "loss_threads"} | {"seed": self.seed}
 
-    def __call__(self, step: int) -> Tensor:
-        rng = np.random.default_rng([self.seed, 4, step])
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        count = self.config.batch_size
-        latents, prompts = self.data.draw_batch(rng, count)
-        # Each of `count` equal stretches of the schedule gives one timestep: the loss varies less from step to step.
-        spread = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-        timesteps = timesteps_at_fractions(spread, len(self.timestep_weights))[
-            torch.randperm(count, generator=generator)
-        ]
-        noise = torch.randn(latents.shape, generator=generator)
-        noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        tokens = tokenize(self.tokenizer, prompts)
-        batch = [tensor.to(self.unet.device) for tensor in (noisy, noise, timesteps, tokens)]
-        if self.unet.device.type != "cpu":
-            return self._loss(*batch)
-        rows = torch.arange(count).chunk(self.config.loss_threads)
-        losses = [partial(self._loss, *(tensor[part] for tensor in batch)) for part in rows]
-        return average_and_differentiate_losses_in_threads(losses, self.parameters)
+    def check_part_count(self, count: int) -> None:
+        """Raise a ValueError if the batch cannot be split into this many equal parts."""
+        if self.config.batch_size % (count * self.config.loss_threads):
+            raise ValueError(
+                f"{self.config.batch_size} pictures of a step cannot be split into {count} equal parts for "
+                f"{self.config.loss_threads} threads each."
+            )
 
-    def _loss(self, noisy: Tensor, noise: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
-        """The weighted loss of a part of the batch."""
+    @property
+    def load_batch(self) -> DenoiserBatchLoader:
+        """The function that draws a part of a batch."""
+        return self._load_batch
+
+    def forward(self, batch: DenoiserBatch) -> PartialLoss:
+        """Compute the summand of a part of a batch."""
+        share = len(batch.noisy) / self.config.batch_size
+        if batch.noisy.device.type != "cpu" or self.config.loss_threads == 1:
+            return PartialLoss(self._mean_loss(*batch) * share)
+        rows = torch.arange(len(batch.noisy)).chunk(self.config.loss_threads)
+        losses = [partial(self._mean_loss, *(tensor[part] for tensor in batch)) for part in rows]
+        return PartialLoss(average_and_differentiate_losses_in_threads(losses, list(self.parameters())) * share)
+
+    def _mean_loss(self, noisy: Tensor, noise: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
+        """The weighted loss of some pictures."""
         # autocast's cache of converted weights would gain nothing, because a forward uses each weight once.
         with mixed_precision(noisy.device, cache_weights=False):
             states = self.text_encoder(tokens)[0]

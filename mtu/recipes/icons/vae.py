@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from mtu.data.icons.examples import EDIT_KINDS, IMAGE_SIZE, IconDataset, IconExa
 from mtu.data.icons.font import icon_masks, mask_indices_by_icon_name
 from mtu.data.images import psnr, to_normalized_tensor, upsample_bicubic
 from mtu.recipes.icons.device import mixed_precision
+from mtu.training import BatchPart, Objective, PartialLoss
+
+LATENT_CHANNELS = 4
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def build_vae(config: VAEConfig) -> AutoencoderKL:
         block_out_channels=config.block_out_channels,
         layers_per_block=config.layers_per_block,
         norm_num_groups=config.norm_num_groups,
-        latent_channels=4,
+        latent_channels=LATENT_CHANNELS,
         sample_size=IMAGE_SIZE,
         scaling_factor=1.0,
         mid_block_add_attention=False,
@@ -110,8 +113,41 @@ def draw_training_pictures(rng: np.random.Generator, config: VAEConfig) -> Tenso
     return batch
 
 
-class VAELoss:
-    """Computes the reconstruction loss of a step.
+class VAEBatch(NamedTuple):
+    """Training pictures of the autoencoder.
+
+    Args:
+        pictures: (n, 3, 64, 64) float32 in [-1, 1].
+        noise: (n, 4, 16, 16) float32, of the sampled latents.
+    """
+
+    pictures: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True)
+class VAEBatchLoader:
+    """Draws the pictures of a part of a step's batch.
+
+    Args:
+        config: batch size and fractions of the kinds of pictures.
+        seed: with the step, determines the pictures and the noise.
+    """
+
+    config: VAEConfig
+    seed: int
+
+    def __call__(self, part: BatchPart) -> VAEBatch:
+        rng = np.random.default_rng([self.seed, 1, part.step])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        pictures = draw_training_pictures(rng, self.config)
+        size = IMAGE_SIZE // 2 ** (len(self.config.block_out_channels) - 1)
+        noise = torch.randn(len(pictures), LATENT_CHANNELS, size, size, generator=generator)
+        return VAEBatch(pictures.chunk(part.count)[part.index], noise.chunk(part.count)[part.index])
+
+
+class VAEObjective(Objective):
+    """The mean reconstruction loss of the pictures of a step.
 
         mean squared error + l1_weight · mean absolute error + kl_weight · mean KL divergence
 
@@ -122,6 +158,7 @@ class VAELoss:
     """
 
     def __init__(self, vae: AutoencoderKL, config: VAEConfig, seed: int) -> None:
+        super().__init__()
         self.vae, self.config, self.seed = vae, config, seed
 
     @property
@@ -129,17 +166,25 @@ class VAELoss:
         """The settings that determine the loss of a step."""
         return {**asdict(self.config), "seed": self.seed}
 
-    def __call__(self, step: int) -> Tensor:
-        rng = np.random.default_rng([self.seed, 1, step])
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        pictures = draw_training_pictures(rng, self.config).to(self.vae.device)
-        with mixed_precision(self.vae.device):
-            posterior = self.vae.encode(pictures).latent_dist
-            decoded = self.vae.decode(posterior.sample(generator=generator)).sample
-        error = decoded.float() - pictures
+    def check_part_count(self, count: int) -> None:
+        """Raise a ValueError if the batch cannot be split into this many equal parts."""
+        if self.config.batch_size % count:
+            raise ValueError(f"{self.config.batch_size} pictures of a step cannot be split into {count} equal parts.")
+
+    @property
+    def load_batch(self) -> VAEBatchLoader:
+        """The function that draws a part of a batch."""
+        return VAEBatchLoader(self.config, self.seed)
+
+    def forward(self, batch: VAEBatch) -> PartialLoss:
+        """Compute the summand of a part of a batch."""
+        with mixed_precision(batch.pictures.device):
+            posterior = self.vae.encode(batch.pictures).latent_dist
+            decoded = self.vae.decode(posterior.mean + posterior.std * batch.noise.to(posterior.mean.dtype)).sample
+        error = decoded.float() - batch.pictures
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         loss = error.square().mean() + self.config.l1_weight * error.abs().mean() + self.config.kl_weight * kl
-        return loss
+        return PartialLoss(loss * (len(batch.pictures) / self.config.batch_size))
 
 
 @torch.no_grad()

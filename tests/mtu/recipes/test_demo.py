@@ -23,7 +23,7 @@ from mtu.recipes.icons.held_out_evaluation import (
 )
 from mtu.recipes.icons.text_encoder import TextEncoderConfig
 from mtu.recipes.icons.vae import VAEConfig
-from mtu.training.checkpoint import read_checkpoint, write_checkpoint
+from mtu.training.checkpoints import Checkpoint, read_newest_checkpoint, write_checkpoint
 
 from ..file_operations import CUTS, count_operations, run_cut_off
 from .small_demo import SMALL_DEMO
@@ -47,9 +47,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_demo_from_end_to_end(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = SMALL_DEMO
     # Over what an earlier run left.
-    write_checkpoint(tmp_path / "out" / "training", {"a": torch.ones(1)}, {"step": 1})
+    write_checkpoint(tmp_path / "out" / "training", Checkpoint(1, {"a": torch.ones(1)}, {}))
     run_demo(base, tmp_path / "out", config)
-    assert read_checkpoint(tmp_path / "out" / "training")[1]["step"] == 3
+    assert read_newest_checkpoint(tmp_path / "out" / "training").step == 3
     printed = capsys.readouterr().out
     for words in ("trained parameters", "FLOPs", "copying the input", "before", "after", "VAE's ceiling"):
         assert words in printed

@@ -6,21 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
 
 import mtu
-from mtu.data.icons.examples import TASK_NAMES, IconDataset
+from mtu.data.icons.examples import TASK_NAMES
+from mtu.data.icons.task_dataset import IconTask
 from mtu.recipes.icons import denoiser
 from mtu.recipes.icons.__main__ import main, make_base_model
 from mtu.recipes.icons.base_model import BaseModelConfig, build_untrained_pipeline, train_base_model
 from mtu.recipes.icons.demo import ICON_TASKS, run_demo
-from mtu.recipes.icons.denoiser import DenoiserConfig, DenoiserLoss, LatentDataset
+from mtu.recipes.icons.denoiser import DenoiserConfig, DenoiserObjective, LatentDataset
 from mtu.recipes.icons.device import autocast_dtype, usable_device
 from mtu.recipes.icons.prompts import PromptConfig, icon_pictures
 from mtu.recipes.icons.score import ScoreConfig
 from mtu.recipes.icons.text_encoder import TextEncoderConfig
-from mtu.recipes.icons.vae import VAEConfig, VAELoss
-from mtu.training import FitConfig
-from mtu.training.multitask.encoded_examples import MultiTaskConfig, MultiTaskLoss, encode_examples
+from mtu.recipes.icons.vae import VAEConfig, VAEObjective
+from mtu.training import BatchPart, TrainerConfig
+from mtu.training.multitask import MultiTaskConfig, MultiTaskObjective
 
 from .small_demo import SMALL_DEMO
 
@@ -30,8 +33,8 @@ MINIATURE = BaseModelConfig(
     denoiser=DenoiserConfig(
         block_out_channels=(8, 8, 16), heads=2, norm_num_groups=4, batch_size=4, prompts=PromptConfig(scenes=20)
     ),
-    vae_fit=FitConfig(steps=2, log_every=1),
-    denoiser_fit=FitConfig(steps=2, log_every=1, ema_decay=0.5),
+    vae_training=TrainerConfig(steps=2, log_every=1),
+    denoiser_training=TrainerConfig(steps=2, log_every=1, ema_decay=0.5),
 )
 SCORE = ScoreConfig(
     num_samples=4,
@@ -68,19 +71,20 @@ def test_training_is_where_the_model_is() -> None:
     pipeline = build_untrained_pipeline(MINIATURE)
     latents = LatentDataset(pipeline.vae, MINIATURE.denoiser.prompts, 0)
     upcycled = mtu.upcycle(pipeline, ICON_TASKS, num_experts=2)
-    icons = IconDataset("train")
-    tasks = encode_examples(upcycled, {task: icons.get_examples(task, range(2)) for task in TASK_NAMES})
+    config = MultiTaskConfig(batch_size=4, resolution=64, latent_cache="memory", text_cache="memory")
+    multitask = MultiTaskObjective(upcycled, {task: IconTask(task, 2) for task in TASK_NAMES}, config)
+    multitask.prepare(Accelerator(cpu=True))
     unet, vae, encoder = (module.to("meta") for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder))
-    upcycled.unet.to("meta")
     with pytest.raises(RuntimeError, match="device"):
         vae.encode(torch.zeros(1, 3, 64, 64))
-    config = MINIATURE.denoiser
-    for loss, parameters in (
-        (VAELoss(vae, MINIATURE.vae, 0), vae.parameters()),
-        (DenoiserLoss(unet, encoder, pipeline.tokenizer, latents, config, 0), unet.parameters()),
-        (MultiTaskLoss(upcycled, tasks, MultiTaskConfig(batch_per_task=1)), upcycled.unet.trainable_parameters()),
+    for objective in (
+        VAEObjective(vae, MINIATURE.vae, 0),
+        DenoiserObjective(unet, encoder, pipeline.tokenizer, latents, MINIATURE.denoiser, 0),
+        multitask.to("meta"),
     ):
-        gradients = torch.autograd.grad(loss(0), list(parameters), allow_unused=True)
+        batch = send_to_device(objective.load_batch(BatchPart(0, 0, 1)), torch.device("meta"))
+        trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(objective(batch).loss, trained, allow_unused=True)
         assert {gradient.device.type for gradient in gradients if gradient is not None} == {"meta"}
 
 

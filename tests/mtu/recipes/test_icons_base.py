@@ -39,8 +39,8 @@ from mtu.recipes.icons.prompts import (
 from mtu.recipes.icons.score import ScoreConfig, classify_colours, retrieval_hits, sample_icon_pictures
 from mtu.recipes.icons.text_encoder import TextEncoderConfig, build_tokenizer
 from mtu.recipes.icons.vae import VAEConfig, draw_training_pictures
-from mtu.training import FitConfig
-from mtu.training.checkpoint import delete_checkpoint_in, read_checkpoint, write_checkpoint
+from mtu.training import TrainerConfig
+from mtu.training.checkpoints import Checkpoint, delete_checkpoints, read_newest_checkpoint, write_checkpoint
 
 ASSET = Path(__file__).parents[3] / "mtu" / "assets" / "icons-base"
 
@@ -50,8 +50,8 @@ MINIATURE = BaseModelConfig(
     denoiser=DenoiserConfig(
         block_out_channels=(8, 8, 16), heads=2, norm_num_groups=4, batch_size=4, prompts=PromptConfig(scenes=20)
     ),
-    vae_fit=FitConfig(steps=3, log_every=1, checkpoint_every=2),
-    denoiser_fit=FitConfig(steps=4, log_every=1, checkpoint_every=2, ema_decay=0.5),
+    vae_training=TrainerConfig(steps=3, log_every=1, checkpoint_every=2),
+    denoiser_training=TrainerConfig(steps=4, log_every=1, checkpoint_every=2, ema_decay=0.5),
 )
 SCORE = ScoreConfig(
     num_samples=8,
@@ -198,11 +198,11 @@ def test_miniature_run_from_end_to_end_resumes_and_describes_itself(tmp_path: Pa
     make_base_model(tmp_path, MINIATURE, SCORE, command="the command", resume=True, device="cpu:0")
     assert {path.name: path.read_bytes() for path in model.rglob("*.safetensors")} == first
     # Without --resume the checkpoints are not destroyed, also where only the second stage has one.
-    delete_checkpoint_in(tmp_path / "vae")
-    denoiser = read_checkpoint(tmp_path / "denoiser")[1]
+    delete_checkpoints(tmp_path / "vae")
+    denoiser = read_newest_checkpoint(tmp_path / "denoiser").state
     with pytest.raises(FileExistsError, match="denoiser holds the checkpoint of a training: continue it with resume"):
         make_base_model(tmp_path, MINIATURE, SCORE, command="the command")
-    assert read_checkpoint(tmp_path / "denoiser")[1] == denoiser
+    assert read_newest_checkpoint(tmp_path / "denoiser").state == denoiser
     pipeline = StableDiffusionPipeline.from_pretrained(model)
     assert {m.dtype for m in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
     assert pipeline.unet.config.cross_attention_dim == 16
@@ -219,19 +219,19 @@ def test_resuming_from_an_empty_folder_says_so(tmp_path: Path, capsys: pytest.Ca
 def test_overwriting_leaves_no_stage_of_the_older_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a resume would put the older denoiser over the newer autoencoder."""
     for stage in ("vae", "denoiser"):
-        write_checkpoint(tmp_path / stage, {"a": torch.ones(1)}, {"step": 1})
+        write_checkpoint(tmp_path / stage, Checkpoint(1, {"a": torch.ones(1)}, {}))
 
     def stop(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mtu.recipes.icons.base_model.fit", stop)
+    monkeypatch.setattr("mtu.recipes.icons.base_model.Trainer", stop)
     with pytest.raises(KeyboardInterrupt):
         train_base_model(tmp_path, MINIATURE, overwrite=True)
-    assert not list(tmp_path.rglob("*.*"))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_the_command_does_not_destroy_a_training_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_checkpoint(tmp_path / "vae", {"a": torch.ones(1)}, {"step": 1})
+    write_checkpoint(tmp_path / "vae", Checkpoint(1, {"a": torch.ones(1)}, {}))
     with pytest.raises(SystemExit, match="2"):
         main(["base", "--output", str(tmp_path), "--minutes", "0.01"])
     assert "holds the checkpoint of a training" in capsys.readouterr().err

@@ -158,7 +158,7 @@ def test_a_checkpoint_goes_on_where_the_modules_are(tmp_path: Path) -> None:
     assert {s["step"].device.type for s in state.optimizer.state.values()} == {"cpu"}
     images, rows = torch.ones(6, 3, 8, 8, device="meta"), torch.zeros(6, dtype=torch.int64, device="meta")
     objective.model(images, rows).square().mean().backward()
-    state.take_row_gradients()
+    state.take_gradients()
     state.optimizer_step(torch.ones((), device="meta"))
     assert state.step == 1
 
