@@ -37,6 +37,8 @@ def start_processes(function: Callable[..., Any], store: Path, arguments: Sequen
 
 
 def _run(rank: int, count: int, store: Path, function: Callable[..., Any], arguments: tuple) -> None:
+    # Workers that load batches start as in a process of a user, not from a server of their own.
+    multiprocessing.set_start_method("fork", force=True)
     # accelerate reads these variables, which `accelerate launch` sets.
     os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
