@@ -10,6 +10,7 @@ from benchmarks.training.kill_cases import CASES
 STEPS = 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "ending"), [("two workers", "3 SIGKILLs"), ("two processes", "torn checkpoint")])
 def test_a_killed_training_ends_as_an_unbroken_one(tmp_path, case, ending):
     expected = run_unbroken(CASES[case], STEPS, tmp_path / "unbroken")
