@@ -9,6 +9,7 @@ from mtu.compat import parameter_access
 from mtu.data.task_dataset import TaskDataset
 from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.pipelines import MTUPipeline
+from mtu.pipelines.conversion import check_pipeline_not_offloaded
 from mtu.training.multitask.batches import TrainedTask
 from mtu.training.multitask.multitask_config import MultiTaskConfig
 
@@ -22,12 +23,15 @@ def check_pipeline(pipeline: MTUPipeline | StableDiffusionXLPipeline, config: Mu
             f"This pipeline holds a {type(pipeline.unet).__name__}, but an upcycled UNet is needed: mtu.upcycle(pipe)."
         )
     parameter_access.check_trainable(pipeline.unet, "MultiTaskObjective")
+    check_pipeline_not_offloaded(pipeline)
     dtypes = {parameter.dtype for parameter in pipeline.unet.parameters() if parameter.is_floating_point()}
     if config.precision == "no" and len(dtypes) > 1:
         raise ValueError(
             f"Parameters of several dtypes ({', '.join(sorted(map(str, dtypes)))}) compute together by autocast alone: "
             "choose precision='bf16', or one dtype."
         )
+    if pipeline.vae.config.get("latents_mean") is not None:
+        raise ValueError("This VAE normalizes its latents by latents_mean, which is not supported.")
     factor = pipeline.vae_scale_factor
     if any(edge % factor for edge in config.height_and_width):
         raise ValueError(f"resolution must be a multiple of {factor} pixels, but got {config.resolution}.")

@@ -51,7 +51,7 @@ class _UNetInputs(NamedTuple):
     """What the UNet gets for n examples, and what it should predict.
 
     Args:
-        sample: (n, c + condition channels, h, w) noisy latents and condition latents.
+        sample: (n, c or 2c, h, w) noisy latents, and condition latents if any task of the model takes an image.
         timesteps, task_ids: (n,) int64.
         prompt_embeds: (n, L, D).
         pooled_prompt_embeds: (n, P); None but for SDXL.
@@ -116,6 +116,7 @@ class MultiTaskObjective(Objective):
         self._tasks = trained_tasks(pipeline, datasets, config)
         self.pipeline, self.config = pipeline, config
         self.unet: MTUUNet2DConditionModel = pipeline.unet
+        self._takes_images = any(spec.takes_image for spec in pipeline.unet.tasks)
         self._encoder = PipelineEncoder(pipeline)
         self.noise_scheduler = training_scheduler(pipeline, config)
         self.prediction_type: str = self.noise_scheduler.config.prediction_type
@@ -200,7 +201,11 @@ class MultiTaskObjective(Objective):
         factors = torch.tensor([self.config.loss_weights.get(name, 1.0) for name in names], device=weights.device)
         loss, errors = self._weighted_loss(inputs, weights * factors[inputs.task_ids])
         with torch.no_grad():
-            terms = {name: (weights * errors * (inputs.task_ids == names.index(name))).sum() for name in batch.tasks}
+            # Not by a product with 0 or 1: an error that is not finite must not spread to other tasks.
+            terms = {
+                name: torch.where(inputs.task_ids == names.index(name), weights * errors, 0.0).sum()
+                for name in batch.tasks
+            }
         return PartialLoss(loss, terms, errors)
 
     def describe_examples(self, part: BatchPart) -> Sequence[str]:
@@ -260,7 +265,7 @@ class MultiTaskObjective(Objective):
             # In float32: the pipelines round the sizes to the dtype of the text embeddings.
             time_ids = torch.cat([latents["sizes"], resolution.expand(count, 2)], dim=1).float()
         return _UNetInputs(
-            torch.cat([noisy, condition], dim=1),
+            torch.cat([noisy, condition], dim=1) if self._takes_images else noisy,
             batch.timesteps,
             batch.task_ids,
             embeds("prompt_embeds"),
@@ -346,7 +351,7 @@ def _merged(found: FoundEncodings, encoded: dict[int, dict[str, Tensor]], count:
     """The tensors of n examples by name, (n, …), of which a cache had some, and the others were encoded now."""
     if not encoded:
         return found.tensors
-    had = dict(zip(found.positions, range(count), strict=False))
+    had = {position: i for i, position in enumerate(found.positions)}
 
     def row(name: str, position: int) -> Tensor:
         return encoded[position][name] if position in encoded else found.tensors[name][had[position]]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline
 
 import mtu
 from mtu.data.task_dataset import ExampleImages
@@ -95,7 +95,14 @@ def test_pipelines_that_cannot_be_trained() -> None:
     cast.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     with pytest.raises(ValueError, match=r"^MultiTaskObjective needs weights in the dtype that layers compute in"):
         make_objective(cast)
-    assert issubclass(StableDiffusionXLPipeline, type(pipe))
+    other = sd_pipeline()
+    other.vae.register_to_config(latents_mean=[0.0] * 4)
+    with pytest.raises(ValueError, match=r"^This VAE normalizes its latents by latents_mean"):
+        make_objective(other)
+    offloaded = sd_pipeline()
+    offloaded.enable_model_cpu_offload(device="cpu")
+    with pytest.raises(ValueError, match=r"^A pipeline that is not offloaded is needed, but this one is"):
+        make_objective(offloaded)
 
 
 def test_a_batch_that_cannot_be_split(pipe) -> None:

@@ -10,6 +10,7 @@ import mtu
 from mtu.training import BatchPart
 from mtu.training.multitask import MultiTaskObjective
 
+from ...pipelines.conftest import stock_pipeline
 from .tiny_pipelines import TASKS, loss_of, make_objective, noise_data, sd_pipeline, xl_pipeline
 
 # Losses of some ten elements in float32, summed in another order.
@@ -190,3 +191,51 @@ def test_preparing_encodes_only_what_is_missing(pipe, tmp_path, monkeypatch) -> 
     assert encoded == [1, 1]  # target and condition of the new row
     make_objective(pipe, noise_data(pipe, ["edit"]), random_flip=True, **settings)
     assert encoded == [1] * 12
+
+
+@pytest.mark.parametrize(
+    ("names", "tasks"),
+    [
+        (["text-to-image"], ["text-to-image"]),
+        (["text-to-image"], ["text-to-image", "edit"]),
+        (["super-resolution"], ["super-resolution"]),
+        (["text-to-image", "super-resolution"], ["super-resolution", "edit", "text-to-image"]),
+    ],
+)
+def test_tasks_without_images_and_in_other_orders(names: list[str], tasks: list[str]) -> None:
+    pipe = mtu.upcycle(stock_pipeline(), tasks)
+    # More of each task than there are rows.
+    objective = make_objective(pipe, noise_data(pipe, names, rows=2), batch_size=7)
+    partial = loss_of(objective)
+    partial.loss.backward()
+    assert partial.loss.isfinite()
+    assert set(partial.terms) == set(names)
+    used = [pipe.unet.task_index(name) for name in names]
+    assert [bool(row.any()) for row in pipe.unet.conv_in.bias.grad] == [i in used for i in range(len(tasks))]
+    assert objective.trained_rows(0) == sorted(used)
+
+
+def test_a_small_batch_has_a_part_of_the_tasks(pipe) -> None:
+    objective = make_objective(pipe, batch_size=2)
+    terms = [loss_of(objective, step).terms for step in range(2)]
+    assert [list(one) for one in terms] == [["text-to-image", "edit"], ["super-resolution", "remove"]]
+    assert [objective.trained_rows(step) for step in range(2)] == [[0, 1], [2, 3]]
+    # A part without examples of a task has the term, too: so all parts of a step have the same terms.
+    parts = [loss_of(objective, 0, index, 2).terms for index in range(2)]
+    assert [list(one) for one in parts] == [["text-to-image", "edit"]] * 2
+    assert parts[0]["edit"] == parts[1]["text-to-image"] == 0
+
+
+@torch.no_grad()
+def test_a_loss_that_is_not_finite_names_example_and_task(pipe) -> None:
+    objective = make_objective(pipe, loss_threads=2)
+    batch = objective.load_batch(BatchPart(0, 0, 1))
+    broken = batch.noise.clone()
+    broken[2] = float("nan")
+    partial = objective(batch._replace(noise=broken))
+    assert partial.example_losses.isfinite().tolist() == [position != 2 for position in range(8)]
+    faulty = TASKS[batch.task_ids[2]]
+    assert {name: bool(term.isfinite()) for name, term in partial.terms.items()} == {
+        name: name != faulty for name in TASKS
+    }
+    assert not partial.loss.isfinite()
