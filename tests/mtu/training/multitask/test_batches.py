@@ -172,3 +172,11 @@ def test_mode_needs_no_latent_noise(pipe) -> None:
     assert other.latent_noise is None
     assert torch.equal(one.noise, other.noise)
     assert not torch.equal(one.noise, one.latent_noise)
+
+
+def test_a_task_without_prompts_ignores_those_of_its_data(pipe, monkeypatch) -> None:
+    data = noise_data(pipe, ["super-resolution"])
+    monkeypatch.setattr(data["super-resolution"], "prompts", lambda row: [["a caption"]])
+    objective = uncached(pipe, data)
+    assert objective.load_batch.prompts() == [""]
+    assert {item.prompt for item in load(objective).missing_prompts} == {""}
