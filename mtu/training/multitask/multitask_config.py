@@ -27,67 +27,70 @@ class MultiTaskConfig:
     """
 
     batch_size: int = field(
-        default=16, metadata={"help": "Examples of a step, over all processes and accumulation steps."}
+        default=16, metadata={"help": "Number of examples in a step, over all processes and accumulation steps."}
     )
     resolution: int | tuple[int, int] = field(
         default=512,
-        metadata={"help": "Height and width in pixels that images are resized and cropped to: a number or a pair."},
+        metadata={"help": "Height and width in pixels to which images are resized and cropped: a number, or a pair."},
     )
     shares: Mapping[str, float] = field(
-        default_factory=dict, metadata={"help": "How many examples tasks get in proportion to each other (default: 1)."}
+        default_factory=dict,
+        metadata={
+            "help": "Examples of each task in proportion to those of the others; a task that is not named has 1."
+        },
     )
     loss_weights: Mapping[str, float] = field(
-        default_factory=dict, metadata={"help": "The factor of each task's loss (default: 1)."}
+        default_factory=dict, metadata={"help": "Factor of each task's loss; a task that is not named has 1."}
     )
     conditioning_dropout_prob: float = field(
         default=0.05,
         metadata={
-            "help": "Fraction of examples without their prompt; with dual guidance, as many lose the image, or both."
+            "help": "Fraction of examples that lose their prompt; with dual guidance, as many lose the image, or both."
         },
     )
     snr_gamma: float | None = field(
-        default=None, metadata={"help": "γ of min-SNR loss weights, such as 5.0; none: no such weights."}
+        default=None, metadata={"help": "γ of min-SNR loss weights, such as 5.0; null weighs all timesteps alike."}
     )
     max_inverse_snr: float = field(
-        default=0.0, metadata={"help": "Cap of a second loss weight, 1 / SNR, which lifts the noisiest timesteps."}
+        default=0.0,
+        metadata={"help": "Cap of a second loss weight, 1 / SNR, which lifts the noisiest timesteps; 0 leaves it out."},
     )
     prediction_type: Literal["epsilon", "v_prediction"] | None = field(
         default=None,
-        metadata={"help": "What the UNet predicts, the noise or the velocity; none: what the model's scheduler says."},
+        metadata={"help": "What the UNet predicts, epsilon or v_prediction; null takes it from the model's scheduler."},
     )
     rescale_betas_zero_snr: bool = field(
         default=False,
-        metadata={
-            "help": "Rescale the noise schedule so that its last timestep is noise alone; this needs v_prediction."
-        },
+        metadata={"help": "Whether the noise schedule is rescaled to end in noise alone, which needs v_prediction."},
     )
     latent_sampling: Literal["sample", "mode"] = field(
         default="sample",
-        metadata={
-            "help": "Whether target latents are drawn from the VAE's distribution at each visit, or are its mode."
-        },
+        metadata={"help": "Whether target latents are drawn from the VAE's distribution (sample), or are its mode."},
     )
     random_flip: bool = field(
-        default=False, metadata={"help": "Mirror half of the examples, condition and target alike."}
+        default=False, metadata={"help": "Whether half of the examples are mirrored, condition and target alike."}
     )
     precision: Literal["no", "bf16"] = field(
-        default="no", metadata={"help": "Compute in bfloat16 by autocast, or in the parameters' dtype."}
+        default="no", metadata={"help": "Precision of computing: bf16 by autocast, or that of the weights (no)."}
     )
     gradient_checkpointing: bool = field(
         default=False,
-        metadata={"help": "Recompute activations in the backward pass, which saves memory and costs time."},
+        metadata={"help": "Whether activations are computed again in the backward pass, which saves memory."},
     )
     loss_threads: int = field(
         default=1,
-        metadata={"help": "CPU threads that each compute an equal part of the loss, which is faster for small models."},
+        metadata={"help": "Number of CPU threads that each compute an equal part of the loss, for small models."},
     )
     latent_cache: CacheKind = field(
-        default="disk", metadata={"help": "Where encoded images are kept: disk, memory or none."}
+        default="disk", metadata={"help": "Where encoded images are kept: on disk, in memory, or nowhere (none)."}
     )
     text_cache: CacheKind = field(
-        default="disk", metadata={"help": "Where encoded prompts are kept: disk, memory or none."}
+        default="disk", metadata={"help": "Where encoded prompts are kept: on disk, in memory, or nowhere (none)."}
     )
-    cache_directory: Path | str | None = field(default=None, metadata={"help": "The folder of caches on disk."})
+    cache_directory: Path | str | None = field(
+        default=None,
+        metadata={"help": "Folder of the caches on disk; mtu train keeps them in its output folder by default."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the order of examples, timesteps, noise and dropout."})
 
     def __post_init__(self) -> None:
