@@ -6,12 +6,14 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline
 from safetensors import SafetensorError
 
+from mtu.data.image_digests import ImageDigests
 from mtu.data.task_dataset import TaskDataset
 from mtu.inspection.reports import format_count
 from mtu.models.unet import MTUUNet2DConditionModel
@@ -20,7 +22,6 @@ from mtu.storage import write_text
 from mtu.training.checkpoints import check_no_checkpoints, checkpoint_steps
 from mtu.training.distributed import common_errors_context, copy_whole_model, make_accelerator
 from mtu.training.loss_log import LogEntry
-from mtu.training.multitask.multitask_config import MultiTaskConfig
 from mtu.training.multitask.objective import MultiTaskObjective
 from mtu.training.parallel_loss import intra_op_threads_context
 from mtu.training.runs.base_model import BaseModel, find_base_model, load_upcycled_pipeline
@@ -63,12 +64,15 @@ def run_training(config: RunConfig, *, resume: bool = False, overwrite: bool = F
     check_validation(config, model.is_xl)
     _check_libraries(config)
     resume = _check_output(config, resume, overwrite)
-    datasets = _open_data(config, model)
+    digests = ImageDigests(_cache_directory(config) / "image-digests.safetensors")
+    datasets = _open_data(config, model, digests)
     pictured = {**datasets, **open_task_datasets(config.validation.data, model.tasks)}
     pipeline = load_upcycled_pipeline(model, config)
     if config.frozen_dtype is not None:
         _hold_frozen_weights_in_(pipeline.unet, torch.bfloat16)
-    objective = MultiTaskObjective(pipeline, datasets, _objective_config(config))
+    objective = MultiTaskObjective(
+        pipeline, datasets, dataclasses.replace(config.objective, cache_directory=_cache_directory(config))
+    )
     objective.set_pipeline_scheduler_()
     validation = Validation(pipeline, pictured, config) if config.trainer.validate_every is not None else None
 
@@ -90,6 +94,8 @@ def run_training(config: RunConfig, *, resume: bool = False, overwrite: bool = F
         print(_describe(config, pipeline.unet, datasets, steps, accelerator), flush=True)
     with _settings_file_context(config, accelerator), _threads_context(config, accelerator):
         entries = trainer.train(resume=resume, overwrite=overwrite)
+    if accelerator.is_main_process:
+        digests.save()
     _save_pipeline(pipeline, model, config, accelerator)
     return entries
 
@@ -129,23 +135,22 @@ def _check_output(config: RunConfig, resume: bool, overwrite: bool) -> bool:
     return resume and bool(checkpoint_steps(config.output))
 
 
-def _open_data(config: RunConfig, model: BaseModel) -> dict[str, TaskDataset]:
+def _open_data(config: RunConfig, model: BaseModel, digests: ImageDigests) -> dict[str, TaskDataset]:
     if not config.data:
         raise ValueError("There are no data to train on: give folders as --data TASK=FOLDER, or under data in a file.")
     check_data(config.data, model.tasks)
     check_data(config.validation.data, model.tasks)
-    datasets = open_task_datasets(config.data, model.tasks)
+    datasets = open_task_datasets(config.data, model.tasks, digests)
     for name, dataset in datasets.items():
         if not len(dataset):
             raise ValueError(f"The data of task {name!r} have no rows.")
     return datasets
 
 
-def _objective_config(config: RunConfig) -> MultiTaskConfig:
-    """The settings of the objective; caches on disk lie in the output folder unless the settings say otherwise."""
-    if config.objective.cache_directory is not None:
-        return config.objective
-    return dataclasses.replace(config.objective, cache_directory=config.output / "cache")
+def _cache_directory(config: RunConfig) -> Path:
+    """The folder of caches: that of the settings, or one in the output folder."""
+    given = config.objective.cache_directory
+    return config.output / "cache" if given is None else Path(given)
 
 
 def _describe(
@@ -239,4 +244,7 @@ def _write_pipeline(pipeline: Pipeline, model: BaseModel, config: RunConfig) -> 
     try:
         pipeline.save_pretrained(folder)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"The finished pipeline cannot be written to {folder} ({error}).") from error
+        raise OSError(
+            f"The finished pipeline cannot be written to {folder} ({str(error).rstrip('.')}); once it can, resume the "
+            "training."
+        ) from error

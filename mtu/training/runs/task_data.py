@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from mtu.data.checking import check_image_folder
 from mtu.data.icons.task_dataset import IconTask
+from mtu.data.image_digests import ImageDigests
 from mtu.data.image_folder import ImageFolder
 from mtu.data.task_dataset import TaskDataset
 from mtu.tasks import TaskSpec
@@ -14,12 +15,15 @@ __all__ = ["check_data", "open_task_datasets"]
 _MOST_PROBLEMS_SHOWN = 10
 
 
-def open_task_datasets(sources: Mapping[str, DataSource], tasks: Sequence[TaskSpec]) -> dict[str, TaskDataset]:
+def open_task_datasets(
+    sources: Mapping[str, DataSource], tasks: Sequence[TaskSpec], digests: ImageDigests | None = None
+) -> dict[str, TaskDataset]:
     """Open the data sets of a training, in the order of the tasks.
 
     Args:
         sources: where the examples of each task come from.
         tasks: the tasks of the model.
+        digests: remembers the digests of images for later trainings; None: nothing does.
 
     Raises:
         ValueError: a folder does not exist, or its `metadata.jsonl` cannot be read.
@@ -30,7 +34,7 @@ def open_task_datasets(sources: Mapping[str, DataSource], tasks: Sequence[TaskSp
         if source is None:
             continue
         if source.folder is not None:
-            opened[task.name] = ImageFolder(source.folder, task)
+            opened[task.name] = ImageFolder(source.folder, task, digests)
         elif source.icons is not None:
             opened[task.name] = IconTask(task.name, source.icons, source.split, source.seed)
     return opened
