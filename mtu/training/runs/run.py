@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from mtu.data.image_digests import ImageDigests
 from mtu.data.task_dataset import TaskDataset
@@ -223,7 +224,7 @@ def _write_validation(validation: Validation, step: int, config: RunConfig) -> N
     pictures = validation.make_pictures(step)
     lines = (config.output / "log.jsonl").read_text(encoding="utf-8").splitlines()
     folder = validation.write(step, pictures, [LogEntry(**json.loads(line)) for line in lines])
-    print(f"\nPictures of step {step} are in {folder}.", flush=True)
+    tqdm.write(f"The pictures and plots of step {step} are in {folder}.")
 
 
 def _save_pipeline(pipeline: Pipeline, model: BaseModel, config: RunConfig, accelerator: Accelerator) -> None:

@@ -56,4 +56,4 @@ def check_data(sources: Mapping[str, DataSource], tasks: Sequence[TaskSpec]) -> 
         shown = [str(problem).rstrip(".") for problem in problems[:_MOST_PROBLEMS_SHOWN]]
         more = len(problems) - len(shown)
         rest = f"; and {more} more, which mtu data check lists" if more else ""
-        raise ValueError(f"The data have {len(problems)} bad rows: {'; '.join(shown)}{rest}.")
+        raise ValueError(f"The data cannot be trained on: {'; '.join(shown)}{rest}.")

@@ -126,7 +126,7 @@ def _try_option(value: Any, option: Any, where: str) -> tuple[bool, Any]:
     if option is Any:
         return True, value
     if option is type(None):
-        return value is None, None
+        return value in (None, "none"), None
     if typing.get_origin(option) is Literal:
         # In YAML 1.1, a bare no is the truth value false.
         spelt = {False: "no", True: "yes"}.get(value, value) if isinstance(value, bool) else value

@@ -7,13 +7,17 @@ import shutil
 import PIL.Image
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+import yaml
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 
 import mtu
 from mtu.training.runs import run
 from mtu.training.runs.run import run_training
 from mtu.training.runs.settings_file import read_run_config
 
+from ...tiny import SDXL, stock_unet
+from ..multitask.tiny_pipelines import xl_pipeline
 from .small_runs import TASKS, small_config, small_settings
 
 
@@ -63,8 +67,6 @@ def test_the_finished_pipeline_holds_the_average_and_the_frozen_weights(finished
     assert frozen
     assert all(torch.equal(state[name], base[name]) for name in frozen)
     (newest,) = (config.output / "checkpoints").glob("step-00000003.*.safetensors")
-    from safetensors.torch import load_file
-
     averages = {name.split("unet.")[1]: t for name, t in load_file(newest).items() if name.startswith("average")}
     assert set(averages) == trained
     assert all(torch.equal(state[name], tensor) for name, tensor in averages.items())
@@ -105,6 +107,23 @@ def test_validation_data_of_their_own_and_no_pictures(small_base, tmp_path):
     )
     run_training(config)
     assert [path.name for path in (tmp_path / "run/validation/step-00000001").iterdir()] == ["routing.png"]
+
+
+def test_sdxl_trains_and_its_finished_pipeline_trains_on(small_base, tmp_path):
+    pipe = xl_pipeline()
+    pipe.register_modules(unet=stock_unet(SDXL))
+    pipe.save_pretrained(tmp_path / "base")
+    settings = {"data": {"edit": str(small_base.parent / "data" / "edit")}, "steps": 1, "batch_size": 2}
+    plots = {"validate_every": 1, "validation": {"examples": 0}}
+    run_training(small_config(tmp_path / "base", tmp_path / "run", **settings, **plots))
+    finished = tmp_path / "run" / "model"
+    unet = StableDiffusionXLPipeline.from_pretrained(finished).unet
+    assert ([task.name for task in unet.tasks], unet.expert_config.num_experts) == (["edit"], 1)
+    run_training(small_config(finished, tmp_path / "next", **settings))
+    with pytest.raises(ValueError, match="upcycled already"):
+        run_training(small_config(finished, tmp_path / "other", **settings, upcycle={"num_experts": 2}))
+    with pytest.raises(ValueError, match="has the tasks edit, but got 'remove'"):
+        run_training(small_config(finished, tmp_path / "other", steps=1))
 
 
 def test_pictures_have_a_row_an_example(finished):
@@ -169,7 +188,7 @@ def test_bad_rows_are_listed_before_a_model_is_loaded(small_base, tmp_path, monk
     for row in (0, 2):
         (tmp_path / "edits" / f"{row}.png").unlink()
     config = small_config(small_base, tmp_path / "run", data={"edit": str(tmp_path / "edits")})
-    with pytest.raises(ValueError, match=r"2 bad rows.*line 1.*line 3"):
+    with pytest.raises(ValueError, match=r"cannot be trained on: .*line 1: .*; .*line 3: "):
         run_training(config)
 
 
@@ -193,7 +212,5 @@ def test_a_full_disk_at_the_end_is_one_sentence(finished, monkeypatch, tmp_path)
 
 
 def test_settings_helper_is_what_a_file_may_say(small_base, tmp_path):
-    import yaml
-
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(small_settings(small_base, tmp_path / "run")))
     assert read_run_config(tmp_path / "my.yaml") == small_config(small_base, tmp_path / "run")

@@ -9,6 +9,7 @@ import yaml
 from mtu.training.multitask import MultiTaskConfig
 from mtu.training.runs.run_config import DataSource, RunConfig, UpcycleConfig, settings_by_key
 from mtu.training.runs.settings_file import SHIPPED_SETTINGS, read_run_config
+from mtu.training.runs.settings_table import format_settings_page
 from mtu.training.trainer_config import TrainerConfig
 
 LEAST = "model: icons\noutput: x\nsteps: 3\n"
@@ -32,12 +33,18 @@ def test_each_field_is_one_setting_with_a_sentence():
     assert all(setting.help.endswith(".") for setting in settings_by_key().values())
 
 
+def test_the_page_of_settings_is_made_of_them():
+    page = Path(__file__).parents[4] / "docs" / "training-settings.md"
+    assert page.read_text(encoding="utf-8") == format_settings_page()
+
+
 @pytest.mark.parametrize(
     ("lines", "key", "value"),
     [
         ("learning_rate: 1e-4", "learning_rate", 1e-4),  # a text to YAML
         ("checkpoint_every: 1e3", "checkpoint_every", 1000),
         ("ema_decay: null", "ema_decay", None),
+        ("snr_gamma: none", "snr_gamma", None),
         ("betas: [0.8, 0.9]", "betas", (0.8, 0.9)),
         ("precision: no", "precision", "no"),  # false to YAML
         ("resolution: [64, 96]", "resolution", (64, 96)),
