@@ -78,7 +78,7 @@ def run_training(config: RunConfig, *, resume: bool = False, overwrite: bool = F
     validation = Validation(pipeline, pictured, config) if config.trainer.validate_every is not None else None
 
     def validate(step: int) -> None:
-        with _whole_unet_context(pipeline, config, accelerator):
+        with common_errors_context(accelerator), _whole_unet_context(pipeline, config, accelerator):
             if validation is not None and accelerator.is_main_process:
                 _write_validation(validation, step, config)
 

@@ -141,9 +141,10 @@ class RunConfig:
                 f"frozen_dtype: {self.frozen_dtype} needs precision: bf16, but got precision: "
                 f"{self.objective.precision}: without autocast, weights of two dtypes do not work together."
             )
-        if self.frozen_dtype is not None and self.trainer.fully_shard:
+        if self.trainer.fully_shard and self.objective.loss_threads > 1:
             raise ValueError(
-                "frozen_dtype and fully_shard exclude each other: fully_shard needs one dtype for a block."
+                f"fully_shard needs loss_threads: 1, but got {self.objective.loss_threads}: each block gathers its "
+                "weights for one thread at a time."
             )
         names = {task if isinstance(task, str) else task.get("name") for task in self.tasks or ()}
         if self.tasks is not None:

@@ -60,7 +60,9 @@ class NoisePrediction(Objective):
         if step == self.stop_at:
             raise Interruption
         noise = batch.pop("noise")
-        errors = F.mse_loss(self.unet(**batch).sample, noise, reduction="none").mean((1, 2, 3))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.unet.conv_out.weight.dtype == torch.bfloat16):
+            prediction = self.unet(**batch).sample
+        errors = F.mse_loss(prediction.float(), noise, reduction="none").mean((1, 2, 3))
         return PartialLoss(errors.sum() / BATCH_SIZE, {"error": errors.detach().sum() / BATCH_SIZE}, errors.detach())
 
     def describe_examples(self, part: BatchPart) -> Sequence[str]:
@@ -121,19 +123,30 @@ def config(**changes: Any) -> TrainerConfig:
     return TrainerConfig(**{**settings, **changes})
 
 
-def train(directory: Path, changes: dict[str, Any], stop_at: int | None = None, *, resume: bool = False) -> list[float]:
+def train(
+    directory: Path,
+    changes: dict[str, Any],
+    stop_at: int | None = None,
+    *,
+    resume: bool = False,
+    frozen_dtype: torch.dtype = torch.float32,
+) -> list[float]:
     """Train a tiny XL UNet in this process and those connected to it, and return the logged losses."""
     objective = NoisePrediction(_unet(), stop_at)
+    for parameter in objective.parameters():
+        parameter.data = parameter.data if parameter.requires_grad else parameter.data.to(frozen_dtype)
     with contextlib.suppress(Interruption):
         return [entry.loss for entry in Trainer(objective, config(**changes), directory).train(resume=resume)]
     return []
 
 
-def train_with_and_without_interruption(directory: Path, changes: dict[str, Any]) -> tuple[list[float], list[float]]:
+def train_with_and_without_interruption(
+    directory: Path, changes: dict[str, Any], frozen_dtype: torch.dtype
+) -> tuple[list[float], list[float]]:
     """Train twice: in the folder `unbroken`, and in `resumed` with an interruption in the last step."""
-    losses = train(directory / "unbroken", changes)
-    train(directory / "resumed", changes, stop_at=STEPS - 1)
-    return losses, train(directory / "resumed", changes, resume=True)
+    losses = train(directory / "unbroken", changes, frozen_dtype=frozen_dtype)
+    train(directory / "resumed", changes, stop_at=STEPS - 1, frozen_dtype=frozen_dtype)
+    return losses, train(directory / "resumed", changes, resume=True, frozen_dtype=frozen_dtype)
 
 
 def end_of_training(directory: Path, actions: dict[int, dict[int, str]], **changes: Any) -> tuple[str, str]:

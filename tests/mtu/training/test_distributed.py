@@ -32,10 +32,13 @@ def test_two_processes_make_the_steps_of_one(one_process, tmp_path, changes):
     assert_close(tmp_path, one_process)
 
 
-@pytest.mark.parametrize("changes", [{}, SHARDED], ids=["whole", "sharded"])
-def test_three_processes_resume_exactly(tmp_path, changes):
+@pytest.mark.parametrize(
+    ("changes", "frozen_dtype"), [({}, torch.float32), (SHARDED, torch.bfloat16)], ids=["whole", "sharded"]
+)
+def test_three_processes_resume_exactly(tmp_path, changes, frozen_dtype):
     # Three processes add in an order that matters, and their parts of a tensor are not equally large.
-    for losses, others in run_in_processes(3, cases.train_with_and_without_interruption, tmp_path, changes):
+    train = cases.train_with_and_without_interruption
+    for losses, others in run_in_processes(3, train, tmp_path, changes, frozen_dtype):
         assert losses == others
     assert cases.digests_of_checkpoint(tmp_path / "unbroken") == cases.digests_of_checkpoint(tmp_path / "resumed")
 

@@ -130,7 +130,7 @@ def test_a_length_on_the_command_line_replaces_that_of_the_file(read):
         ("tasks: [edit]\ndata: {edit: x, remove: x}", "data for 'remove', which is not among the tasks"),
         ("shares: {edi: 2}\ndata: {edit: x}", "shares names 'edi', which has no data"),
         ("frozen_dtype: bfloat16", "frozen_dtype: bfloat16 needs precision: bf16"),
-        ("frozen_dtype: bfloat16\nprecision: bf16\nfully_shard: true", "exclude each other"),
+        ("fully_shard: true\nloss_threads: 2", "fully_shard needs loss_threads: 1, but got 2"),
         ("epochs: [", "is not a YAML file"),
     ],
 )
