@@ -76,17 +76,19 @@ def make_accelerator(accelerator: Accelerator | None = None) -> Accelerator:
             "it, and set `fully_shard: true` to shard the model."
         )
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision != "no":
-        warnings.warn(
-            f"The mixed precision {precision!r} of accelerate has no effect: set the training's precision instead.",
-            stacklevel=2,
-        )
     if accelerator is None:
         # On a machine without a GPU, accelerate takes each process for the only one unless it is told to use CPUs.
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
             mixed_precision="no",
             kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)],
+        )
+    else:
+        precision = accelerator.mixed_precision
+    if precision != "no":
+        warnings.warn(
+            f"The mixed precision {precision!r} of accelerate has no effect: set the training's precision instead.",
+            stacklevel=2,
         )
     supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
     if accelerator.distributed_type not in supported:
