@@ -21,7 +21,7 @@ from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.pipelines import MTUPipeline
 from mtu.storage import write_text
 from mtu.training.checkpoints import check_no_checkpoints, checkpoint_steps
-from mtu.training.distributed import common_errors_context, copy_whole_model, make_accelerator
+from mtu.training.distributed import broadcast_text, common_errors_context, copy_whole_model, make_accelerator
 from mtu.training.loss_log import LogEntry
 from mtu.training.multitask.objective import MultiTaskObjective
 from mtu.training.parallel_loss import intra_op_threads_context
@@ -64,7 +64,10 @@ def run_training(config: RunConfig, *, resume: bool = False, overwrite: bool = F
     model = find_base_model(config)
     check_validation(config, model.is_xl)
     _check_libraries(config)
-    resume = _check_output(config, resume, overwrite)
+    with common_errors_context(accelerator):
+        has_checkpoint = _check_output(config, resume, overwrite)
+    # The other processes may be on machines that do not have the folder.
+    resume = bool(broadcast_text(accelerator, "resume" if has_checkpoint else ""))
     digests = ImageDigests(_cache_directory(config) / "image-digests.safetensors")
     datasets = _open_data(config, model, digests)
     pictured = {**datasets, **open_task_datasets(config.validation.data, model.tasks)}

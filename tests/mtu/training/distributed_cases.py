@@ -143,7 +143,12 @@ def train(
 def train_with_and_without_interruption(
     directory: Path, changes: dict[str, Any], frozen_dtype: torch.dtype
 ) -> tuple[list[float], list[float]]:
-    """Train twice: in the folder `unbroken`, and in `resumed` with an interruption in the last step."""
+    """Train twice: in the folder `unbroken`, and in `resumed` with an interruption in the last step.
+
+    Other processes than the main one have folders of their own, as on other machines.
+    """
+    if torch.distributed.get_rank() > 0:
+        directory = directory / f"machine-{torch.distributed.get_rank()}"
     losses = train(directory / "unbroken", changes, frozen_dtype=frozen_dtype)
     train(directory / "resumed", changes, stop_at=STEPS - 1, frozen_dtype=frozen_dtype)
     return losses, train(directory / "resumed", changes, resume=True, frozen_dtype=frozen_dtype)

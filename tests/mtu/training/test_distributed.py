@@ -38,8 +38,13 @@ def test_two_processes_make_the_steps_of_one(one_process, tmp_path, changes):
 def test_three_processes_resume_exactly(tmp_path, changes, frozen_dtype):
     # Three processes add in an order that matters, and their parts of a tensor are not equally large.
     train = cases.train_with_and_without_interruption
-    for losses, others in run_in_processes(3, train, tmp_path, changes, frozen_dtype):
-        assert losses == others
+    (losses, others), *further = run_in_processes(3, train, tmp_path, changes, frozen_dtype)
+    assert losses == others
+    for unbroken, resumed in further:
+        assert unbroken == losses
+        assert resumed == losses[-1:]
+        # Only the main process reads and writes files.
+    assert not list(tmp_path.glob("machine-*/*/*"))
     assert cases.digests_of_checkpoint(tmp_path / "unbroken") == cases.digests_of_checkpoint(tmp_path / "resumed")
 
 
