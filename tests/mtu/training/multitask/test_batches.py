@@ -167,6 +167,19 @@ def test_pixels_match_their_rows(pipe) -> None:
         assert prompt in ("", f"edit {row}.0.0")
 
 
+def test_mirrored_examples_are_mirrored(pipe) -> None:
+    data = noise_data(pipe, ["edit"])
+    plain, mirrored = load(uncached(pipe, data)), load(uncached(pipe, data, random_flip=True))
+    flips = [
+        draw.flip for draw in uncached(pipe, data, random_flip=True).load_batch.draw_examples(BatchPart(0, 0, 1))[1]
+    ]
+    assert 0 < sum(flips) < 8
+    for position, flip in enumerate(flips):
+        for name in ("targets", "conditions"):
+            image, other = (getattr(one.missing_images, name)[position] for one in (plain, mirrored))
+            assert torch.equal(other, image.flip(-1) if flip else image)
+
+
 def test_mode_needs_no_latent_noise(pipe) -> None:
     one, other = load(uncached(pipe)), load(uncached(pipe, latent_sampling="mode"))
     assert other.latent_noise is None

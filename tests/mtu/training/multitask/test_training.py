@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mtu.training import BatchPart, Trainer, TrainerConfig
+from mtu.training import BatchPart, Trainer, TrainerConfig, precision
 from mtu.training.multitask import MultiTaskObjective
 
 from ..processes import run_in_processes
@@ -119,6 +119,22 @@ def test_frozen_weights_may_be_in_bfloat16(make_pipe) -> None:
     assert losses[0].loss.dtype == losses[0].example_losses.dtype == torch.float32
     with pytest.raises(ValueError, match=r"^Parameters of several dtypes \(torch.bfloat16, torch.float32\) compute"):
         make_objective(pipe)
+
+
+@pytest.mark.parametrize(("threads", "shares_weights"), [(1, True), (2, False)])
+def test_threads_do_not_share_the_weights_that_autocast_converts(threads, shares_weights, monkeypatch) -> None:
+    """The cache of autocast belongs to all threads of a process, and one would free what another one uses."""
+    seen = []
+    real = precision.autocast_to
+
+    def spy(device_type: str, dtype: torch.dtype | None, *, cache_weights: bool = True):
+        seen.append((dtype, cache_weights))
+        return real(device_type, dtype, cache_weights=cache_weights)
+
+    objective = make_objective(sd_pipeline(), precision="bf16", batch_size=2, loss_threads=threads)
+    monkeypatch.setattr(precision, "autocast_to", spy)
+    loss_of(objective)
+    assert seen == [(torch.bfloat16, shares_weights)] * threads
 
 
 @torch.no_grad()
