@@ -168,3 +168,14 @@ def test_keys_depend_on_all_that_determines_the_entry() -> None:
     }
     assert len(keys) == 11
     assert PipelineEncoder(sd_pipeline()).vae_digest == encoder.vae_digest
+
+
+def test_an_embedding_does_not_depend_on_the_other_prompts(monkeypatch) -> None:
+    """A batch of another size may round differently, so on a CPU each prompt is encoded by itself."""
+    pipe, sizes = sd_pipeline(), []
+    real = pipe.text_encoder.forward
+    monkeypatch.setattr(
+        pipe.text_encoder, "forward", lambda ids, **kwargs: sizes.append(len(ids)) or real(ids, **kwargs)
+    )
+    PipelineEncoder(pipe).encode_prompts(["a red bell", "", "make it blue"])
+    assert sizes == [1, 1, 1]
