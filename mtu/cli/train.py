@@ -85,7 +85,8 @@ def _run(config: str | None, flags: Mapping[str, Any], resume: bool, overwrite: 
         from mtu.training.runs.dry_run import estimate_run
         from mtu.training.runs.dry_run_report import run_estimate_reports
 
-        for number, report in enumerate(run_estimate_reports(estimate_run(settings))):
+        reports = run_estimate_reports(estimate_run(settings))
+        for number, report in enumerate(reports if _is_main_process() else ()):
             if number:
                 print()
             print_report(report)
@@ -93,8 +94,13 @@ def _run(config: str | None, flags: Mapping[str, Any], resume: bool, overwrite: 
     from mtu.training.runs.run import run_training
 
     run_training(settings, resume=resume, overwrite=overwrite)
-    if os.environ.get("RANK", "0") == "0":
+    if _is_main_process():
         print(f"The trained pipeline is in {settings.output / 'model'}.")
+
+
+def _is_main_process() -> bool:
+    """Whether this is the first or the only process, as `torchrun` and `accelerate launch` tell it."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _flag_value(setting: Setting, value: Any) -> Any:

@@ -27,6 +27,7 @@ __all__ = ["RunEstimate", "TaskEstimate", "estimate_run", "examples_per_pass"]
 
 # Training reaches this fraction of the speed of one large matrix product: a usual figure for diffusion UNets.
 _FRACTION_OF_PEAK = 0.4
+_A100_FLOPS = 312e12
 _FLOAT32_BYTES = 4
 
 
@@ -53,10 +54,12 @@ class TimeEstimate(NamedTuple):
 
     Attributes:
         seconds_per_step: the time of one step.
-        basis: how it was found.
+        is_measured: whether an earlier training took this time; otherwise it is estimated.
+        basis: a sentence on how it was found.
     """
 
     seconds_per_step: float
+    is_measured: bool
     basis: str
 
 
@@ -90,7 +93,7 @@ class RunEstimate(NamedTuple):
         tasks: the examples of each task.
         steps: number of steps; None if `epochs` gives the length and the data are not given.
         processes: number of processes.
-        memory: the memory of a step in each process.
+        memory: the memory of a step on a GPU in each process.
         duration: the time of a step.
         disk: what is written.
     """
@@ -174,7 +177,7 @@ def _estimate_memory(
             optimizer=trainer.optimizer,
             num_processes=processes,
             fully_shard=trainer.fully_shard,
-            device_type=_device().type,
+            device_type="cuda",
         ),
     )
 
@@ -192,7 +195,7 @@ def _device() -> torch.device:
 def _estimate_time(config: RunConfig, model: BaseModel, unet: MTUUNet2DConditionModel, processes: int) -> TimeEstimate:
     measured = _logged_seconds_per_step(config.output / "log.jsonl")
     if measured is not None:
-        return TimeEstimate(measured, f"measured by the training in {config.output}")
+        return TimeEstimate(measured, True, f"The training in {config.output} took this time.")
     height, width = config.objective.height_and_width
     factor = model.inspected.vae_scale_factor
     # FLOPs are counted for a square picture with as many pixels.
@@ -203,20 +206,23 @@ def _estimate_time(config: RunConfig, model: BaseModel, unet: MTUUNet2DCondition
     dtype = torch.bfloat16 if config.objective.precision == "bf16" else torch.float32
     device = _device()
     speed = _matrix_product_flops_per_second(device, dtype)
-    seconds = config.objective.batch_size * flops / (processes * speed * _FRACTION_OF_PEAK)
+    total = config.objective.batch_size * flops / (processes * _FRACTION_OF_PEAK)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
-    return TimeEstimate(
-        seconds,
-        f"{flops / 1e12:.3g} TFLOPs an example, at {_FRACTION_OF_PEAK:.0%} of the {speed / 1e12:.3g} TFLOP/s that a "
-        f"large matrix product in {str(dtype).removeprefix('torch.')} was just measured to reach on {name}",
+    basis = (
+        f"An example takes {flops / 1e12:.3g} TFLOPs, computed at {_FRACTION_OF_PEAK:.0%} of the {speed / 1e12:.3g} "
+        f"TFLOP/s\nthat a large matrix product in {str(dtype).removeprefix('torch.')} has just reached on {name}."
     )
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        basis += f"\nAn A100 ({_A100_FLOPS / 1e12:.0f} TFLOP/s) would take {total / _A100_FLOPS:.3g} s a step."
+    return TimeEstimate(total / speed, False, basis)
 
 
 def _flops_of_training(forward: Flops, recomputes: bool) -> int:
     """FLOPs of forward and backward pass of one example.
 
     The backward pass computes the gradients of all layers' inputs, which costs as much as the forward pass (twice for
-    attention, whose products have two inputs each), and the gradients of the trained weights, most of which are FFNs.
+    attention, whose products have two inputs each), and the gradients of the trained weights, most of which belong to
+    feed-forward networks.
     """
     once = forward.layers + forward.attention
     return once * (3 if recomputes else 2) + forward.attention + forward.ffn

@@ -12,45 +12,40 @@ def run_estimate_reports(run: RunEstimate) -> list[Report]:
 
 
 def _example_report(run: RunEstimate) -> Report:
-    config, epochs = run.config, "steps unknown" if run.steps is None else f"{run.steps} steps"
     trained = f"{format_count(run.trained_parameters)} of {format_count(run.parameters)} parameters are trained"
     lines = [["task", "rows", "examples a step", "epochs"]]
     for task in run.tasks:
         rows = "not given" if task.rows is None else str(task.rows)
-        lines.append(
-            [task.name, rows, f"{task.examples_per_step:.4g}", "-" if task.epochs is None else f"{task.epochs:.4g}"]
-        )
-    notes = [f"{epochs} of {config.objective.batch_size} examples."]
-    if run.steps is None:
-        notes.append(f"The data are not given, so the number of steps of {config.epochs:g} epochs is not known.")
-    per_step = run.duration.seconds_per_step
-    notes.append(f"Time: {_format_seconds(per_step)} a step" + _total_time(run) + ".")
-    notes.append(
-        f"The time is estimated: {run.duration.basis}. Loading, encoding and pictures come on top."
-        if "TFLOPs" in run.duration.basis
-        else f"The time is {run.duration.basis}."
-    )
-    if run.config.trainer.max_minutes is not None:
-        notes.append(f"The training ends after {run.config.trainer.max_minutes:g} minutes at the latest.")
-    return Report(f"{run.model.name}: {trained}.", lines, "\n".join(notes), num_left_aligned_columns=1)
+        epochs = "-" if task.epochs is None else f"{task.epochs:.4g}"
+        lines.append([task.name, rows, f"{task.examples_per_step:.4g}", epochs])
+    notes = "\n".join([_length(run), *_time(run)])
+    return Report(f"{run.model.name}: {trained}.", lines, notes, num_left_aligned_columns=1)
 
 
-def _total_time(run: RunEstimate) -> str:
+def _length(run: RunEstimate) -> str:
+    examples = f"{run.config.objective.batch_size} examples"
     if run.steps is None:
-        return ""
-    return f", {_format_seconds(run.steps * run.duration.seconds_per_step)} in all"
+        return f"Length: {run.config.epochs:g} epochs in steps of {examples}; how many steps depends on the data."
+    limit = run.config.trainer.max_minutes
+    return f"Length: {run.steps} steps of {examples}" + ("." if limit is None else f", or {limit:g} minutes.")
+
+
+def _time(run: RunEstimate) -> list[str]:
+    duration = run.duration
+    in_all = "" if run.steps is None else f", {_format_seconds(run.steps * duration.seconds_per_step)} in all"
+    kind = "" if duration.is_measured else " (an estimate, without loading, encoding and pictures)"
+    return [f"Time: {_format_seconds(duration.seconds_per_step)} a step{in_all}{kind}.", duration.basis]
 
 
 def _memory_report(run: RunEstimate) -> Report:
     parts = run.memory._asdict() | {"in all": run.memory.total}
     lines = [["memory", "bytes"], *([name, _format_bytes(size)] for name, size in parts.items())]
     examples = examples_per_pass(run.config, run.processes)
-    noun = "example" if examples == 1 else "examples"
+    where = "" if run.processes == 1 else f" in each of {run.processes} processes"
     return Report(
-        f"Memory of a step in each of {run.processes} process{'es' if run.processes > 1 else ''}, "
-        f"which computes {examples} {noun} at a time:",
+        f"Memory of a step on a GPU{where}, with {examples} example{'s' if examples > 1 else ''} at a time:",
         lines,
-        "This is the peak of what the allocator hands out. The context of the device comes on top, and so do the VAE "
+        "This is the peak of what the allocator hands out. The context of the device comes on top, and so do the VAE\n"
         "and the text encoders while they encode.",
         num_left_aligned_columns=1,
     )

@@ -51,7 +51,7 @@ def test_the_time_of_an_earlier_training_is_taken_from_its_log(small_base, tmp_p
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     estimate = estimate_run(small_config(small_base, tmp_path))
     assert estimate.duration.seconds_per_step == 2.0
-    assert "measured" in estimate.duration.basis
+    assert estimate.duration.is_measured
 
 
 @pytest.mark.slow
