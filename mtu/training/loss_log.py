@@ -43,6 +43,10 @@ class LossLog:
         writes: whether to write files, which only the main process does.
         tensorboard: whether to write files of TensorBoard, too.
 
+    Raises:
+        OSError: the log cannot be written.
+        ValueError: TensorBoard is not installed.
+
     Attributes:
         entries: all entries so far.
         smoothed_loss: exponential moving average of the losses, for the progress bar; None before the first.
@@ -62,7 +66,12 @@ class LossLog:
         if tensorboard:
             # Steps after the checkpoint are made again, so TensorBoard forgets their first values.
             self._tracker = TensorBoardTracker("tensorboard", self.path.parent, purge_step=last_step + 1)
-            self._tracker.start()
+            try:
+                self._tracker.start()
+            except ImportError as error:
+                raise ValueError(
+                    "The log for TensorBoard needs the library tensorboard: install mtu with its extra train."
+                ) from error
 
     def add_step(self, loss: float, data_seconds: float, terms: Mapping[str, float]) -> None:
         """Add one step: its loss, the time that it waited for its batch, and its terms by name."""

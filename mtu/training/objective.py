@@ -60,8 +60,11 @@ class Objective(nn.Module):
     def prepare(self, accelerator: Accelerator) -> None:
         """Do what must be done once before the first step, such as filling a cache; all processes call it.
 
+        The parameters are on the device of training by then. A single process may train on another device than that of
+        the accelerator, because it trains where the objective was.
+
         Args:
-            accelerator: tells the process, its device and the main process.
+            accelerator: tells the process and the main process.
         """
 
     def check_part_count(self, count: int) -> None:

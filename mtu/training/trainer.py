@@ -144,6 +144,8 @@ class Trainer:
     def _check_before_start(self, resume: bool, overwrite: bool) -> None:
         if resume and self.directory is None:
             raise ValueError("To resume needs the directory that holds the checkpoint, but got None.")
+        if self.config.tensorboard and self.directory is None:
+            raise ValueError("The log for TensorBoard needs a directory, but got None.")
         if resume and overwrite:
             raise ValueError("resume continues the checkpoint that overwrite deletes: expected one of them, got both.")
         if self.directory is not None and not (resume or overwrite):

@@ -109,6 +109,8 @@ def test_the_log_shows_means_since_the_last_entry_and_terms_only_where_there_wer
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [entry._asdict() for entry in pairs]
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    with pytest.raises(ValueError, match="The log for TensorBoard needs a directory"):
+        Trainer(SmallObjective(), replace(CONFIG, tensorboard=True)).train()
 
 
 def test_workers_load_from_the_first_step_that_is_left_on() -> None:
