@@ -18,15 +18,15 @@ class Interruption:
     Python allows no other, and the earlier ones return at the end of the context.
 
     Args:
-        announces: whether to tell the user about the first signal.
+        announcement: what to tell the user after the first signal; None: nothing.
 
     Attributes:
         signal_number: the first signal; None: there was none.
     """
 
-    def __init__(self, announces: bool = True) -> None:
+    def __init__(self, announcement: str | None = None) -> None:
         self.signal_number: int | None = None
-        self._announces = announces
+        self._announcement = announcement
         self._earlier: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
@@ -47,9 +47,9 @@ class Interruption:
         if self.signal_number is not None:
             raise_for_signal(number)
         self.signal_number = number
-        if self._announces:
+        if self._announcement is not None:
             # `print` may not be called from a handler, because the interrupted code may be printing.
-            os.write(2, b"\nThe training ends after this step and saves; a second signal ends it at once.\n")
+            os.write(2, f"\n{self._announcement}\n".encode())
 
 
 def raise_for_signal(number: int | None) -> None:

@@ -5,6 +5,7 @@ The trainer knows nothing of diffusion: an `Objective` gives it the loss of each
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -66,7 +67,7 @@ class Trainer:
             last one. The modules then hold the averaged weights, if there are any.
 
     Example:
-        >>> trainer = Trainer(objective, TrainerConfig(steps=1000), Path("run"))
+        >>> trainer = Trainer(objective, TrainerConfig(steps=1000), "run")
         >>> entries = trainer.train()
     """
 
@@ -74,13 +75,14 @@ class Trainer:
         self,
         objective: Objective,
         config: TrainerConfig,
-        directory: Path | None = None,
+        directory: str | os.PathLike | None = None,
         *,
         accelerator: Accelerator | None = None,
         description: str = "training",
         validate: Callable[[int], None] | None = None,
     ) -> None:
-        self.objective, self.config, self.directory = objective, config, directory
+        self.objective, self.config = objective, config
+        self.directory = None if directory is None else Path(directory)
         self.accelerator = make_accelerator(accelerator)
         self._trains_in_place = accelerator is None and self.accelerator.num_processes == 1
         self._description, self._validate = description, validate
@@ -117,7 +119,9 @@ class Trainer:
         with _module_modes(self.objective):
             self.objective.train()
             state, log = self._start(resume, overwrite)
-            with Interruption(self.accelerator.is_main_process) as interruption:
+            saves = "" if self.directory is None else " and saves"
+            announcement = f"The training ends after this step{saves}; a second signal ends it at once."
+            with Interruption(announcement if self.accelerator.is_main_process else None) as interruption:
                 running = self._running(state, log, interruption)
                 with closing(running.batches), closing(log):
                     self._run(running)
@@ -160,8 +164,8 @@ class Trainer:
         if directory is not None:
             self._make_folder(directory, overwrite)
         if self._state is None:
-            if directory is not None:
-                # The digest of the frozen weights is only needed in checkpoints.
+            if directory is not None and is_main:
+                # Only checkpoints need the description, whose digest of the frozen weights takes seconds.
                 self._identity = describe_training(self.objective, self.config)
             if self.accelerator.num_processes == 1 or not self.config.fully_shard:
                 self.objective.to(self.device)
@@ -174,7 +178,7 @@ class Trainer:
             state.load(checkpoint.tensors, saved["optimizer_numbers"])
             state.step, state.seconds, sums = checkpoint.step, float(saved["seconds"]), saved["log_sums"]
             self._saved_step = state.step
-        with common_errors_context(self.accelerator):
+        with common_errors_context(self.accelerator), _named_folder_context(directory):
             log = LossLog(directory, state.step, writes=is_main, tensorboard=self.config.tensorboard)
         log.sums = log.sums if sums is None else sums
         self.objective.prepare(self.accelerator)
@@ -186,13 +190,12 @@ class Trainer:
         with common_errors_context(self.accelerator):
             if self.accelerator.is_main_process:
                 checkpoint = read_newest_checkpoint(directory)
+                check_same_training(checkpoint.state["training"], self._identity, directory)
         step, state = json.loads(broadcast_text(self.accelerator, json.dumps([checkpoint.step, checkpoint.state])))
-        with common_errors_context(self.accelerator):
-            check_same_training(state["training"], self._identity, directory)
         return Checkpoint(step, broadcast_tensors(self.accelerator, checkpoint.tensors), state)
 
     def _make_folder(self, directory: Path, overwrite: bool) -> None:
-        with common_errors_context(self.accelerator):
+        with common_errors_context(self.accelerator), _named_folder_context(directory):
             if self.accelerator.is_main_process:
                 make_folder(directory)
                 if overwrite:
@@ -263,7 +266,8 @@ class Trainer:
             # The processes average their gradients, but their losses sum.
             (partial.loss * self.accelerator.num_processes).backward()
         examples = None if partial.example_losses is None else partial.example_losses.detach()
-        return PartialLoss(partial.loss.detach(), partial.terms, examples)
+        terms = {name: term.detach() for name, term in partial.terms.items()}
+        return PartialLoss(partial.loss.detach(), terms, examples)
 
     def _is_finite(self, totals: StepTotals, state: TrainingState) -> bool:
         if math.isfinite(totals.loss) and not math.isfinite(totals.norm) and self.config.max_grad_norm is None:
@@ -347,6 +351,15 @@ class _Running(NamedTuple):
     reducer: TotalsReducer
     interruption: Interruption
     started: float
+
+
+@contextmanager
+def _named_folder_context(directory: Path | None) -> Iterator[None]:
+    """Let errors of writing name the folder of the training."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"The folder {directory} cannot be written to ({error.strerror or error}).") from error
 
 
 @contextmanager

@@ -68,7 +68,6 @@ class SmallObjective(Objective):
         self.model = Model(dropout)
         self.load = LoadBatch(6) if load is None else load
         self.has_rows = has_rows
-        self.steps: list[int] = []
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -22,9 +22,9 @@ CONFIG = TrainerConfig(steps=8, learning_rate=1e-2, log_every=1)
 class Signalled(SmallObjective):
     """Gets signals while it computes the loss of a step, as from a user or a cluster."""
 
-    def __init__(self, step: int, *signals: int, group: bool = False) -> None:
+    def __init__(self, step: int, *signals: int) -> None:
         super().__init__()
-        self.passes, self.signals, self.group = step, signals, group
+        self.passes, self.signals = step, signals
 
     def forward(self, batch: Batch):
         if self.passes == 0:

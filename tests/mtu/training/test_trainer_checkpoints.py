@@ -44,12 +44,13 @@ def train(
 ) -> tuple[SmallObjective, list[LogEntry]]:
     """Train a fresh objective."""
     objective = Interrupted()
+    folder = str(directory)
     if passes_before_stop is not None:
         objective.stop_at = passes_before_stop
         with pytest.raises(ConnectionError):
-            Trainer(objective, config, directory).train(resume=resume, overwrite=overwrite)
+            Trainer(objective, config, folder).train(resume=resume, overwrite=overwrite)
         return objective, []
-    return objective, Trainer(objective, config, directory).train(resume=resume, overwrite=overwrite)
+    return objective, Trainer(objective, config, folder).train(resume=resume, overwrite=overwrite)
 
 
 def tensors_of(directory: Path, step: int) -> Path:
@@ -245,6 +246,15 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
         train(tmp_path, resume=True)
     monkeypatch.undo()
     train(tmp_path, resume=True)
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_sentence_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"^The folder .*file/run cannot be written to \(Not a directory\)\.$"):
+        train(tmp_path / "file" / "run")
+    (tmp_path / "run" / "log.jsonl").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"^The folder .* cannot be written to \(Is a directory\)\.$"):
+        train(tmp_path / "run")
 
 
 def test_a_checkpoint_is_not_destroyed_unasked(tmp_path: Path) -> None:
