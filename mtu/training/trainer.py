@@ -167,6 +167,7 @@ class Trainer:
             if directory is not None and is_main:
                 # Only checkpoints need the description, whose digest of the frozen weights takes seconds.
                 self._identity = describe_training(self.objective, self.config)
+                self._check_same_in_all_processes()
             if self.accelerator.num_processes == 1 or not self.config.fully_shard:
                 self.objective.to(self.device)
             self._model = share_objective(self.accelerator, self.objective, self.config.fully_shard)
@@ -183,6 +184,16 @@ class Trainer:
         log.sums = log.sums if sums is None else sums
         self.objective.prepare(self.accelerator)
         return state, log
+
+    def _check_same_in_all_processes(self) -> None:
+        expected = json.loads(broadcast_text(self.accelerator, json.dumps(self._identity)))
+        different = [key for key, value in expected.items() if self._identity[key] != value]
+        with common_errors_context(self.accelerator):
+            if different:
+                raise ValueError(
+                    f"Process {self.accelerator.process_index} has another {', '.join(different)} than the main "
+                    "process: expected the same settings, model and data in all processes."
+                )
 
     def _read_checkpoint(self, directory: Path) -> Checkpoint:
         """Read the newest whole checkpoint in the main process, and send it to the others."""

@@ -174,6 +174,15 @@ def end_of_training(directory: Path, actions: dict[int, dict[int, str]], **chang
     return "none", ""
 
 
+def error_of_different_seeds(directory: Path) -> str:
+    """Train with another seed in each process, and return the message of the error."""
+    try:
+        train(directory, {"seed": torch.distributed.get_rank()})
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def _spoil(objective: NoisePrediction) -> None:
     """Let the loss of this process be NaN."""
     with torch.no_grad():

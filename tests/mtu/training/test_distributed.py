@@ -84,6 +84,12 @@ def test_a_full_disk_of_the_main_process_ends_all(tmp_path):
     assert cases.digests_of_checkpoint(tmp_path, step=2)
 
 
+def test_processes_with_different_settings_are_refused(tmp_path):
+    errors = run_in_processes(2, cases.error_of_different_seeds, tmp_path)
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("Process 1 has another config than the main process")
+
+
 def test_processes_launched_with_fsdp_are_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="fully_shard: true"):
