@@ -5,14 +5,14 @@ Each flag is made of a setting of `mtu.training.runs.run_config`, whose modules 
 
 import inspect
 import os
-from collections.abc import Mapping
 from dataclasses import MISSING
 from typing import Annotated, Any
 
 import typer
 
 from mtu.cli.output import print_error, print_report
-from mtu.training.runs.run_config import Setting, settings_by_key
+from mtu.training.runs.run_config import RunConfig, Setting, settings_by_key
+from mtu.training.runs.settings_file import read_run_config
 from mtu.training.runs.typed_values import describe_type, is_mapping_type
 
 __all__ = ["EXAMPLES", "run_train_command"]
@@ -62,9 +62,12 @@ def run_train_command(
     try:
         if resume and overwrite:
             raise ValueError("--resume continues the checkpoint that --overwrite deletes: expected one of them.")
-        given = {key: _flag_value(settings_by_key()[key], value) for key, value in flags.items() if value}
-        given |= {key: value for key, value in flags.items() if isinstance(value, bool)}
-        _run(config, given, resume, overwrite, dry_run)
+        given = {key: value for key, value in flags.items() if value is not None and value != []}
+        settings = read_run_config(config, {key: _flag_value(settings_by_key()[key], given[key]) for key in given})
+        if dry_run:
+            _print_estimate(settings)
+        else:
+            _run(settings, resume, overwrite)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         raise
     except (ValueError, OSError, FloatingPointError) as error:
@@ -75,25 +78,37 @@ def run_train_command(
         raise typer.Exit(1 if isinstance(error, FloatingPointError) else 2) from None
 
 
-def _run(config: str | None, flags: Mapping[str, Any], resume: bool, overwrite: bool, dry_run: bool) -> None:
-    """Read the settings, and then train or print what training would take."""
-    from mtu.training.runs.settings_file import read_run_config
+def _print_estimate(settings: RunConfig) -> None:
+    """Print what a training will take."""
+    # PyTorch and diffusers take seconds to import, and neither help nor the reading of settings needs them.
+    from mtu.training.runs.dry_run import estimate_run
+    from mtu.training.runs.dry_run_report import run_estimate_reports
 
-    settings = read_run_config(config, flags)
-    # PyTorch and diffusers take seconds to import, and neither help nor the checks above need them.
-    if dry_run:
-        from mtu.training.runs.dry_run import estimate_run
-        from mtu.training.runs.dry_run_report import run_estimate_reports
+    reports = run_estimate_reports(estimate_run(settings))
+    for number, report in enumerate(reports if _is_main_process() else ()):
+        if number:
+            print()
+        print_report(report)
 
-        reports = run_estimate_reports(estimate_run(settings))
-        for number, report in enumerate(reports if _is_main_process() else ()):
-            if number:
-                print()
-            print_report(report)
-        return
+
+def _run(settings: RunConfig, resume: bool, overwrite: bool) -> None:
+    """Train, and say where the result is."""
+    import diffusers
+    import transformers
+
+    from mtu.training.checkpoints import checkpoint_steps
     from mtu.training.runs.run import run_training
 
-    run_training(settings, resume=resume, overwrite=overwrite)
+    if not _is_main_process():
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        run_training(settings, resume=resume, overwrite=overwrite)
+    except (KeyboardInterrupt, SystemExit):
+        steps = checkpoint_steps(settings.output)
+        if steps and _is_main_process():
+            print_error(f"The training ended after step {steps[-1]}, which is saved; --resume continues it.")
+        raise
     if _is_main_process():
         print(f"The trained pipeline is in {settings.output / 'model'}.")
 

@@ -150,12 +150,13 @@ def _check_one_length(values: Mapping[str, Any], *places: str) -> None:
 
 def _make_config(values: dict[str, Any], file: _File) -> RunConfig:
     """Make the configuration out of flat values, and say what is missing."""
-    if values.get("epochs") is None and values.get("steps") is None:
-        raise ValueError("The length of the training is missing: give steps or epochs.")
-    values = {**values, "steps": values.get("steps") or 1}
     for key in ("model", "output"):
         if key not in values:
             raise ValueError(f"The setting {key!r} is missing: give it as {settings_by_key()[key].flag} or in a file.")
+    if values.get("epochs") is None and values.get("steps") is None:
+        raise ValueError("The length of the training is missing: give steps or epochs.")
+    # Where epochs give the length, the data will tell the number of steps.
+    values = {**values, "steps": 1 if values.get("steps") is None else values["steps"]}
     parts = {}
     for name, part in (("trainer", TrainerConfig), ("objective", MultiTaskConfig)):
         parts[name] = part(**{f.name: values[f.name] for f in dataclasses.fields(part) if f.name in values})

@@ -83,8 +83,10 @@ def generate_outputs(
     """
     unet = pipeline.unet
     dtype = torch.bfloat16 if config.precision == "bf16" else None
-    quiet, was_training = progress_bar_settings(pipeline), unet.training
+    quiet, was_training, checker = progress_bar_settings(pipeline), unet.training, pipeline.safety_checker
     pipeline.set_progress_bar_config(disable=True)
+    # A safety checker would paint unfinished pictures black.
+    pipeline.safety_checker = None
     unet.eval()
     outputs: dict[str, list[Tensor]] = {}
     try:
@@ -99,6 +101,7 @@ def generate_outputs(
                     outputs[task] += _call_pipeline(pipeline, task, some, start, config, validation)
     finally:
         unet.train(was_training)
+        pipeline.safety_checker = checker
         pipeline.set_progress_bar_config(**quiet)
     return outputs
 

@@ -104,7 +104,9 @@ def test_a_signal_saves_a_checkpoint_and_has_its_exit_code(run_mtu, settings_fil
 
     monkeypatch.setattr(run.Trainer, "_step", step_with_signal)
     assert threading.current_thread() is threading.main_thread()
-    assert run_mtu("train", str(settings_file)).code == code
+    ended = run_mtu("train", str(settings_file))
+    assert ended.code == code
+    assert "The training ended after step 1, which is saved; --resume continues it." in ended.err
     assert (output / "checkpoints" / "step-00000001.json").is_file()
     monkeypatch.undo()
     assert run_mtu("train", str(settings_file), "--resume").code == 0
