@@ -37,7 +37,8 @@ class TaskEstimate(NamedTuple):
     Attributes:
         name: the task.
         rows: its rows; None if its data are not given.
-        images: pairs of images to encode: all variants of all rows.
+        images: targets to encode: all variants of all rows.
+        prompts: different prompts to encode.
         examples_per_step: mean number of its examples in a step.
         epochs: how often the training visits each row; None if `rows` or the number of steps is not known.
     """
@@ -45,6 +46,7 @@ class TaskEstimate(NamedTuple):
     name: str
     rows: int | None
     images: int | None
+    prompts: int | None
     examples_per_step: float
     epochs: float | None
 
@@ -135,7 +137,7 @@ def estimate_run(config: RunConfig) -> RunEstimate:
         processes,
         _estimate_memory(config, model, unet, processes),
         _estimate_time(config, model, unet, processes),
-        _estimate_disk(config, model, datasets, tasks, unet, steps),
+        _estimate_disk(config, model, tasks, unet, steps),
     )
 
 
@@ -150,11 +152,18 @@ def _estimate_examples(
     for name in names:
         per_step = config.objective.batch_size * shares[name] / sum(shares.values())
         epochs = steps * per_step / rows[name] if steps is not None and name in rows else None
-        images = None
-        if name in datasets:
-            images = sum(len(datasets[name].prompts(row)) for row in range(rows[name]))
-        estimates.append(TaskEstimate(name, rows.get(name), images, per_step, epochs))
+        images, prompts = _count_images_and_prompts(datasets[name]) if name in datasets else (None, None)
+        estimates.append(TaskEstimate(name, rows.get(name), images, prompts, per_step, epochs))
     return tuple(estimates), steps
+
+
+def _count_images_and_prompts(dataset: TaskDataset) -> tuple[int, int]:
+    images, prompts = 0, set()
+    for row in range(len(dataset)):
+        variants = dataset.prompts(row)
+        images += len(variants)
+        prompts.update(prompt for variant in variants for prompt in variant)
+    return images, len(prompts)
 
 
 def _estimate_memory(
@@ -252,7 +261,6 @@ def _logged_seconds_per_step(path: Path) -> float | None:
 def _estimate_disk(
     config: RunConfig,
     model: BaseModel,
-    datasets: Mapping[str, TaskDataset],
     tasks: tuple[TaskEstimate, ...],
     unet: MTUUNet2DConditionModel,
     steps: int | None,
@@ -264,7 +272,7 @@ def _estimate_disk(
     kept = trainer.checkpoints_total_limit
     if kept is None and steps is not None:
         kept = math.ceil(steps / trainer.checkpoint_every)
-    latents, texts = (None, None) if not datasets else _cache_bytes(config, model, datasets, tasks)
+    latents, texts = (None, None) if any(task.rows is None for task in tasks) else _cache_bytes(config, model, tasks)
     return DiskEstimate(
         checkpoint,
         None if kept is None else (kept + 1) * checkpoint,
@@ -275,9 +283,7 @@ def _estimate_disk(
     )
 
 
-def _cache_bytes(
-    config: RunConfig, model: BaseModel, datasets: Mapping[str, TaskDataset], tasks: tuple[TaskEstimate, ...]
-) -> tuple[int, int]:
+def _cache_bytes(config: RunConfig, model: BaseModel, tasks: tuple[TaskEstimate, ...]) -> tuple[int, int]:
     """The sizes of the caches on disk."""
     height, width = config.objective.height_and_width
     factor = model.inspected.vae_scale_factor
@@ -287,14 +293,11 @@ def _cache_bytes(
     # Of a target, mean and variance are kept.
     latents = sum((t.images or 0) * plane * (2 * channels + specs[t.name].condition_channels) for t in tasks)
     latents *= 2 if config.objective.random_flip else 1
-    prompts: set[str] = {""}
-    for dataset in datasets.values():
-        for row in range(len(dataset)):
-            for variant in dataset.prompts(row):
-                prompts.update(variant)
+    # Dropout needs the empty prompt, too.
+    prompts = 1 + sum(t.prompts or 0 for t in tasks)
     width_of_text: Any = model.inspected.stock_config.get("cross_attention_dim", 768)
     width_of_text = max(width_of_text) if isinstance(width_of_text, list | tuple) else width_of_text
-    texts = len(prompts) * CLIP_TEXT_TOKENS * width_of_text * _FLOAT32_BYTES
+    texts = prompts * CLIP_TEXT_TOKENS * width_of_text * _FLOAT32_BYTES
     return (
         latents if config.objective.latent_cache == "disk" else 0,
         texts if config.objective.text_cache == "disk" else 0,

@@ -96,7 +96,7 @@ def run_training(config: RunConfig, *, resume: bool = False, overwrite: bool = F
     )
     if accelerator.is_main_process:
         print(_describe(config, pipeline.unet, datasets, steps, accelerator), flush=True)
-    with _settings_file_context(config, accelerator), _threads_context(config, accelerator):
+    with _settings_file_context(config, accelerator, resume), _threads_context(config, accelerator):
         entries = trainer.train(resume=resume, overwrite=overwrite)
     if accelerator.is_main_process:
         digests.save()
@@ -193,10 +193,10 @@ def _threads_context(config: RunConfig, accelerator: Accelerator) -> AbstractCon
 
 
 @contextmanager
-def _settings_file_context(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
-    """Write the settings to `config.yaml`; if a checkpoint does not fit them, its own settings come back."""
+def _settings_file_context(config: RunConfig, accelerator: Accelerator, resume: bool) -> Iterator[None]:
+    """Write the settings to `config.yaml`; if the checkpoint to resume does not fit them, its own come back."""
     path = config.output / "config.yaml"
-    former = path.read_text(encoding="utf-8") if path.is_file() else None
+    former = path.read_text(encoding="utf-8") if resume and path.is_file() else None
     with common_errors_context(accelerator):
         if accelerator.is_main_process:
             write_text(path, config.to_yaml())

@@ -98,7 +98,7 @@ class RunConfig:
         trainer: how the trainer optimises, saves and logs. Where `epochs` is given, its `steps` have no meaning.
         objective: what a step computes.
 
-    The other fields say in their metadata what they are.
+    The metadata of each other field describe it in a sentence.
 
     Raises:
         ValueError: settings contradict each other.

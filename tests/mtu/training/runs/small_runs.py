@@ -40,7 +40,7 @@ def write_image_folder(folder: Path, name: str, rows: int = 3) -> None:
             line["condition_file_name"] = f"{row}-before.png"
             write_noise(folder / f"{row}-before.png", rng)
         if task.uses_prompt:
-            line["prompt"] = f"prompt {row}"
+            line["prompt"] = f"{name} {row}"
         lines.append(json.dumps(line) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines))
 
