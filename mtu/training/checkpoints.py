@@ -185,7 +185,7 @@ def check_same_training(saved: Mapping[str, Any], current: Mapping[str, Any], di
     changes = [c for c in _changes(saved["config"], current["config"]) if c.partition(" ")[0] not in changeable]
     changes += _changes(saved["settings"], current["settings"])
     if changes:
-        raise ValueError(f"The checkpoint in {directory} was made with another {', '.join(changes)}.")
+        raise ValueError(f"The checkpoint in {directory} was made with another {', '.join(dict.fromkeys(changes))}.")
     for key, kind in (("trained", "trained parameters"), ("frozen", "frozen parameters")):
         different = [name for name in {**saved[key], **current[key]} if saved[key].get(name) != current[key].get(name)]
         if different:
