@@ -147,7 +147,8 @@ def _option(setting: Setting) -> inspect.Parameter:
         metavar=None if setting.annotation is bool else _metavar(setting),
         help=_help(setting),
         show_default=False,
-        rich_help_panel=setting.section,
+        # Two names a flag take a column of their own, which would narrow the text of all others.
+        rich_help_panel="Switches" if setting.annotation is bool else setting.section,
     )
     return inspect.Parameter(
         setting.key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]
