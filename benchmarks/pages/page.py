@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from benchmarks.harness.commands import exit_on_usage_errors, make_parser, parse_arguments
 from benchmarks.harness.provenance import RESULTS, ROOT
-from benchmarks.pages import tables_ffn, tables_models
+from benchmarks.pages import tables_ffn, tables_models, tables_training
 
 MODULE = "benchmarks.pages.page"
 PAGE = ROOT / "docs" / "performance.md"
@@ -54,6 +54,10 @@ BLOCKS: dict[str, tuple[PageTable, ...]] = {
     "settings": _of_devices(tables_models.settings_table, "models.unet"),
     "pipeline": _of_devices(tables_models.pipeline_tables, "pipelines.pipeline"),
     "image_psnr": _of_devices(tables_models.image_psnr_table, "pipelines.image_psnr"),
+    "training_memory": (PageTable(tables_training.step_memory_table, "python -m benchmarks.training.memory"),),
+    "training_step": _of_devices(tables_training.step_ratio_table, "training.step_ratio"),
+    "training_resume": (PageTable(tables_training.resume_table, "python -m benchmarks.training.resume"),),
+    "training_data": (PageTable(tables_training.data_time_table, "python -m benchmarks.training.data_time"),),
     "ffn": _of_devices(tables_ffn.feed_forward_table, "ffn.moe_ffn", "moe_ffn"),
     "roofline": _of_devices(tables_ffn.roofline_table, "ffn.machine", "roofline"),
     "scaling": _of_devices(tables_ffn.scaling_table, "ffn.scaling", "scaling"),
