@@ -73,13 +73,12 @@ class MultiTaskObjective(Objective):
 
         Σ_task loss_weight(task) · mean_examples weight(t) · ‖ε − ε_θ(x_t, t, prompt, condition; task)‖² / elements
 
-    Under velocity prediction, v takes the place of ε, and the weights make both types learn the same.
+    Under velocity prediction, v takes the place of ε. `timestep_loss_weights` gives the weights.
 
     Images, latents, embeddings, dropout and targets are those of diffusers' `train_text_to_image`,
     `train_text_to_image_sdxl` and `train_instruct_pix2pix`. These scripts differ in the following. They draw timesteps
-    independently, which are stratified here, within each task of a step. They do not divide min-SNR weights by their
-    mean. Without `snr_gamma`, they weigh all timesteps of velocity prediction alike. They crop images at random by
-    default, and the last script stretches them to the resolution instead.
+    independently, which are stratified here, within each task of a step. They crop images at random by default, and the
+    last script stretches them to the resolution instead. With `snr_gamma`, they ignore a timestep of noise alone.
 
     Args:
         pipeline: the pipeline, whose UNet is upcycled and is trained in place. The configuration of its scheduler
@@ -120,13 +119,9 @@ class MultiTaskObjective(Objective):
         self._encoder = PipelineEncoder(pipeline)
         self.noise_scheduler = training_scheduler(pipeline, config)
         self.prediction_type: str = self.noise_scheduler.config.prediction_type
-        signal = self.noise_scheduler.alphas_cumprod
-        weights = timestep_loss_weights(signal, config.snr_gamma, config.max_inverse_snr)
-        # At a given x_t, the error in v is the error in the noise divided by √ᾱ, so the factor ᾱ makes both types learn
-        # the same. Where ᾱ is 0, x_t is the noise itself and v is the negated picture, whose error counts in full.
-        if self.prediction_type == "v_prediction":
-            weights = weights * torch.where(signal > 0, signal, 1.0)
-        self.timestep_weights = weights
+        self.timestep_weights = timestep_loss_weights(
+            self.noise_scheduler.alphas_cumprod, config.snr_gamma, config.max_inverse_snr, self.prediction_type
+        )
         names = [task.spec.name for task in self._tasks]
         self.plan = StepPlan(
             {task.spec.name: len(task.dataset) for task in self._tasks},

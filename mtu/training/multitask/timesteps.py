@@ -19,27 +19,39 @@ def timesteps_at_fractions(fractions: Tensor, num_timesteps: int) -> Tensor:
     return (fractions * num_timesteps).long().clamp_max(num_timesteps - 1)
 
 
-def timestep_loss_weights(alphas_cumprod: Tensor, snr_gamma: float | None, max_inverse_snr: float) -> Tensor:
-    """Compute the weight of each timestep for the squared error of the predicted noise.
+def timestep_loss_weights(
+    alphas_cumprod: Tensor, snr_gamma: float | None, max_inverse_snr: float, prediction_type: str = "epsilon"
+) -> Tensor:
+    """Compute the weight of each timestep for the squared error of the prediction.
 
-        min(SNR, γ) / SNR + min(1 / SNR, κ),  divided by its mean, where SNR = ᾱ / (1 − ᾱ)
+        epsilon:       min(SNR, γ) / SNR       + min(1 / SNR, κ),      where SNR = ᾱ / (1 − ᾱ)
+        v_prediction:  min(SNR, γ) / (SNR + 1) + ᾱ · min(1 / SNR, κ)
 
-    The first term is min-SNR: it lowers the weight of timesteps with little noise, which are easy. The second term
-    weighs the error in v, up to the cap κ. Without it the noisiest timesteps hardly count, although only text and
-    condition tell there what the picture shows.
+    The first term is min-SNR, as in diffusers' scripts: it lowers the weight of timesteps with little noise, which are
+    easy. The second term weighs the error in v, up to the cap κ. Without it the noisiest timesteps hardly count,
+    although only text and condition tell there what the picture shows. With it, the weights are divided by their mean,
+    so that the loss keeps its scale.
 
     Args:
         alphas_cumprod: (timesteps,) ᾱ, the signal's part of the variance.
         snr_gamma: γ; None: the first term is 1.
         max_inverse_snr: κ; 0: no second term.
+        prediction_type: "epsilon" or "v_prediction".
 
     Returns:
-        (timesteps,) in the dtype of ᾱ. Where SNR is 0, the weight before the division is the limit 1 + κ.
+        (timesteps,) in the dtype of ᾱ. Where ᾱ is 0, x_t is the noise itself and v is the negated picture, whose error
+        counts in full: the weight before the division is 1 + κ. Diffusers' scripts give it no weight with γ.
 
     Source: Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy" (arXiv 2303.09556).
     """
     ratio = alphas_cumprod / (1 - alphas_cumprod)
+    # At a given x_t, the error in v is the error in the noise divided by √ᾱ.
+    factor = torch.ones_like(ratio)
+    if prediction_type == "v_prediction":
+        factor = torch.where(alphas_cumprod > 0, alphas_cumprod, 1.0)
     # min(γ / SNR, 1) equals min(SNR, γ) / SNR, which would be 0 / 0 where a schedule ends in zero terminal SNR.
-    lowered = torch.ones_like(ratio) if snr_gamma is None else (snr_gamma / ratio).clamp_max(1)
-    weights = lowered + (1 / ratio).clamp_max(max_inverse_snr)
+    first = torch.ones_like(ratio) if snr_gamma is None else (snr_gamma / ratio).clamp_max(1) * factor
+    if not max_inverse_snr:
+        return first
+    weights = first + (1 / ratio).clamp_max(max_inverse_snr) * factor
     return weights / weights.mean()

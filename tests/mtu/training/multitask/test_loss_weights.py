@@ -1,7 +1,5 @@
 """The weight of each timestep, and the noise schedule of training and sampling."""
 
-import math
-
 import pytest
 import torch
 from diffusers import (
@@ -36,21 +34,25 @@ def test_min_snr_weights_lower_the_easy_timesteps(pipe) -> None:
     assert plain.eq(1).all()
     assert weighed[0] < 0.01 * weighed[-1]
     assert noisy[-1] / noisy[500] > weighed[-1] / weighed[500]
-    for weights in (weighed, noisy):
-        assert float(weights.mean()) == pytest.approx(1, rel=1e-5)  # 1,000 float32 terms
+    assert float(noisy.mean()) == pytest.approx(1, rel=1e-5)  # 1,000 float32 terms
 
 
+@pytest.mark.parametrize("gamma", [None, 5.0])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_min_snr_weights_are_those_of_diffusers_up_to_a_factor(pipe, prediction_type: str) -> None:
-    objective = unprepared(pipe, snr_gamma=5.0, prediction_type=prediction_type)
-    snr = compute_snr(DDPMScheduler.from_config(pipe.scheduler.config), torch.arange(1000))
-    expected = snr.clamp_max(5.0) / (snr if prediction_type == "epsilon" else snr + 1)
-    ratio = objective.timestep_weights / expected
-    torch.testing.assert_close(ratio, ratio.mean().expand(1000), rtol=1e-4, atol=0)
+def test_weights_are_those_of_diffusers(pipe, prediction_type: str, gamma: float | None) -> None:
+    objective = unprepared(pipe, snr_gamma=gamma, prediction_type=prediction_type)
+    expected = torch.ones(1000)
+    if gamma is not None:
+        snr = compute_snr(DDPMScheduler.from_config(pipe.scheduler.config), torch.arange(1000))
+        expected = snr.clamp_max(gamma) / (snr if prediction_type == "epsilon" else snr + 1)
+    torch.testing.assert_close(objective.timestep_weights, expected, rtol=1e-4, atol=0)
 
 
-def test_v_prediction_weighs_the_noise_error_alike(pipe) -> None:
-    objective = unprepared(pipe, prediction_type="v_prediction")
+def test_both_predictions_learn_the_same_with_min_snr(pipe) -> None:
+    weights, objective = (
+        unprepared(pipe, snr_gamma=5.0, max_inverse_snr=2.0, prediction_type=kind)
+        for kind in ("epsilon", "v_prediction")
+    )
     scheduler, generator = objective.noise_scheduler, torch.Generator().manual_seed(0)
     target, noise, guess = (torch.randn(4, 4, 2, 2, generator=generator) for _ in range(3))
     steps = torch.tensor([10, 300, 700, 999])
@@ -59,7 +61,9 @@ def test_v_prediction_weighs_the_noise_error_alike(pipe) -> None:
     implied = (scheduler.add_noise(target, noise, steps) - (1 - alpha).sqrt() * guess) / alpha.sqrt()
     error = scheduler.get_velocity(implied, guess, steps) - scheduler.get_velocity(target, noise, steps)
     weighed = error.square().mean((1, 2, 3)) * objective.timestep_weights[steps]
-    torch.testing.assert_close(weighed, (guess - noise).square().mean((1, 2, 3)), rtol=1e-4, atol=0)
+    expected = (guess - noise).square().mean((1, 2, 3)) * weights.timestep_weights[steps]
+    ratio = weighed / expected
+    torch.testing.assert_close(ratio, ratio[:1].expand(4), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("by_config", [True, False])
@@ -72,9 +76,9 @@ def test_a_schedule_that_ends_in_noise_alone(pipe, by_config: bool, gamma: float
     objective = unprepared(twin, snr_gamma=gamma, max_inverse_snr=kappa, **(zero if by_config else {}))
     signal = objective.noise_scheduler.alphas_cumprod
     assert signal[-1] == 0
-    # min(SNR, γ) / (SNR + 1) + ᾱ min(1 / SNR, κ), and at the end the limits of the weights of the noise, uncapped.
+    # min(SNR, γ) / (SNR + 1) + ᾱ min(1 / SNR, κ), and at the end 1 + κ.
     ratio = signal[:-1].double() / (1 - signal[:-1].double())
-    expected = ratio.clamp_max(math.inf if gamma is None else gamma) / (ratio + 1)
+    expected = torch.ones_like(ratio) if gamma is None else ratio.clamp_max(gamma) / (ratio + 1)
     expected = torch.cat([expected + signal[:-1] * (1 / ratio).clamp_max(kappa), torch.tensor([1.0 + kappa])])
     weights = objective.timestep_weights.double()
     torch.testing.assert_close(weights, expected * (weights[-1] / expected[-1]), rtol=1e-4, atol=1e-9)

@@ -80,9 +80,7 @@ def test_the_loss_is_the_sum_of_the_tasks_means(make_pipe, prediction_type: str)
         ids = pipe.unet.task_ids(name)
         predicted = pipe.unet(sample, t, given, added_cond_kwargs=added, task_ids=ids).sample
         target = noise if prediction_type == "epsilon" else scheduler.get_velocity(clean, noise, t)
-        # At a given x_t, the error in v is that of the noise divided by √ᾱ.
-        factor = 1 if prediction_type == "epsilon" else scheduler.alphas_cumprod[t]
-        errors.setdefault(name, []).append(F.mse_loss(predicted, target) * factor)
+        errors.setdefault(name, []).append(F.mse_loss(predicted, target))
     means = {name: torch.cat([error.view(1) for error in own]).mean() for name, own in errors.items()}
     partial = objective(batch)
     torch.testing.assert_close(partial.loss, sum(weights.get(name, 1) * mean for name, mean in means.items()))
