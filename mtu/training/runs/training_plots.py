@@ -58,28 +58,30 @@ def plot_routing(weights: Tensor, tasks: Sequence[str], layers: Sequence[str], s
     return figure
 
 
-def plot_losses(entries: Sequence["LogEntry"]) -> "Figure":
-    """Draw the loss of each task by step, as the log has them.
+def plot_losses(entries: Sequence["LogEntry"], tasks: Sequence[str]) -> "Figure":
+    """Draw the loss of each task by step, as the log has them, in the colours of `plot_routing`.
 
     Args:
         entries: the entries of the log, at least one.
+        tasks: the tasks of the model.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.0, 4.5), layout="constrained", dpi=120)
+    figure = Figure(figsize=(8.0, 4.8), layout="constrained", dpi=120)
     axis = figure.subplots()
-    names = list(dict.fromkeys(name for entry in entries for name in entry.terms))
-    marker = "o" if len(entries) < 30 else ""
-    for name, colour in zip(names, _COLOURS * len(names), strict=False):
-        points = [(entry.step, entry.terms[name]) for entry in entries if name in entry.terms]
-        axis.plot(*zip(*points, strict=True), label=name, color=colour, marker=marker, markersize=3, linewidth=1.3)
-    if not names:
-        axis.plot([e.step for e in entries], [e.loss for e in entries], label="loss", color=_COLOURS[0], marker=marker)
+    shown = []
+    for task, colour in zip(tasks, _COLOURS * len(tasks), strict=False):
+        points = [(entry.step, entry.terms[task]) for entry in entries if task in entry.terms]
+        if points:
+            marker = "o" if len(points) < 30 else ""
+            axis.plot(*zip(*points, strict=True), label=task, color=colour, marker=marker, markersize=3, linewidth=1.3)
+            shown += [loss for _, loss in points]
+    if shown and max(shown) > 10 * min(shown) > 0:
+        axis.set_yscale("log")
     axis.set_xlabel("step")
     axis.set_ylabel("loss, mean since the previous point")
-    axis.set_yscale("log")
     axis.grid(True, which="both", alpha=0.25)
-    axis.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside lower center", ncols=min(4, len(tasks)))
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -99,10 +99,11 @@ class Validation:
         # The state dict has the middle block last.
         order = sorted(range(len(names)), key=lambda i: ("down", "mid", "up").index(names[i].partition("_")[0]))
         weights = unet.router_weights()[order]
-        figure = plot_routing(weights, [task.name for task in unet.tasks], [names[i] for i in order], step)
+        tasks = [task.name for task in unet.tasks]
+        figure = plot_routing(weights, tasks, [names[i] for i in order], step)
         save_figure(figure, folder / "routing.png")
         if entries:
-            save_figure(plot_losses(entries), self.config.output / "losses.png")
+            save_figure(plot_losses(entries, tasks), self.config.output / "losses.png")
         if self.config.trainer.tensorboard:
             self._write_for_tensorboard(step, {**pictures, "routing": Image.open(folder / "routing.png")})
         return folder

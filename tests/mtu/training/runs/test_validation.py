@@ -66,7 +66,7 @@ def test_plots_can_be_drawn(tmp_path, experts):
     assert torch.allclose(torch.from_numpy(shown.data), (weights / weights.sum(-1, keepdim=True))[:, 0].T)
     save_figure(figure, tmp_path / "routing.png")
     entries = [LogEntry(step, 1.0, 1e-4, 1.0, 0.0, {"edit": 0.5, "remove": 0.5}) for step in (1, 2)]
-    figure = plot_losses([*entries, LogEntry(3, 1.0, 1e-4, 1.0, 0.0, {"edit": 0.25})])
+    figure = plot_losses([*entries, LogEntry(3, 1.0, 1e-4, 1.0, 0.0, {"edit": 0.25})], ["edit", "remove"])
     lines = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].lines}
     assert lines == {"edit": [1, 2, 3], "remove": [1, 2]}
 
