@@ -31,8 +31,11 @@ def _length(run: RunEstimate) -> str:
 
 
 def _time(run: RunEstimate) -> list[str]:
-    duration = run.duration
-    in_all = "" if run.steps is None else f", {_format_seconds(run.steps * duration.seconds_per_step)} in all"
+    duration, limit = run.duration, run.config.trainer.max_minutes
+    in_all = ""
+    if run.steps is not None:
+        seconds = run.steps * duration.seconds_per_step
+        in_all = f", {_format_seconds(seconds if limit is None else min(seconds, 60 * limit))} in all"
     kind = "" if duration.is_measured else " (an estimate, without loading, encoding and pictures)"
     return [f"Time: {_format_seconds(duration.seconds_per_step)} a step{in_all}{kind}.", duration.basis]
 
