@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mtu import storage
+from mtu.training.distributed import full_tensor
 from mtu.training.objective import Objective
 from mtu.training.trainer_config import TrainerConfig
 
@@ -147,16 +148,17 @@ def delete_checkpoints(directory: Path) -> None:
     _delete_all_but(directory / _FOLDER, set())
 
 
-def describe_training(objective: Objective, config: TrainerConfig) -> dict[str, Any]:
+def describe_training(objective: Objective, config: TrainerConfig, *, needs_digest: bool = True) -> dict[str, Any]:
     """Describe a training as JSON: its settings, and the layout of its weights.
 
     Args:
-        objective: the objective, whose weights are in the memory of this process.
+        objective: the objective. If its weights are sharded, all processes call this together.
         config: the settings of the training.
+        needs_digest: whether to compute the digest of the frozen weights, which takes seconds.
 
     Returns:
         The settings of the trainer ("config") and of the objective ("settings"), dtype and shape of each weight that is
-        trained ("trained") and frozen ("frozen"), and the digest of the frozen ones ("frozen_sha256").
+        trained ("trained") and frozen ("frozen"), and the digest of the frozen ones ("frozen_sha256") or None.
     """
     parameters = dict(objective.named_parameters())
     frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
@@ -165,7 +167,7 @@ def describe_training(objective: Objective, config: TrainerConfig) -> dict[str, 
         "settings": objective.settings,
         "trained": _layout({name: p for name, p in parameters.items() if p.requires_grad}),
         "frozen": _layout(frozen),
-        "frozen_sha256": _sha256(frozen),
+        "frozen_sha256": _sha256(frozen) if needs_digest else None,
     }
     # Values go through JSON, so that tuples equal the lists that they become in a file.
     return json.loads(json.dumps(description))
@@ -220,7 +222,7 @@ def _sha256(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(full_tensor(tensor).cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -35,6 +35,7 @@ from mtu.training.distributed import (
     common_errors_context,
     delayed_reduction_context,
     gradient_norm,
+    is_sharded,
     make_accelerator,
     names_of_infinite_tensors,
     share_objective,
@@ -163,11 +164,8 @@ class Trainer:
         directory, is_main = self.directory, self.accelerator.is_main_process
         if directory is not None:
             self._make_folder(directory, overwrite)
+        self._identity = self._describe_training()
         if self._state is None:
-            if directory is not None and is_main:
-                # Only checkpoints need the description, whose digest of the frozen weights takes seconds.
-                self._identity = describe_training(self.objective, self.config)
-                self._check_same_in_all_processes()
             if self.accelerator.num_processes == 1 or not self.config.fully_shard:
                 self.objective.to(self.device)
             self._model = share_objective(self.accelerator, self.objective, self.config.fully_shard)
@@ -185,15 +183,24 @@ class Trainer:
         self.objective.prepare(self.accelerator)
         return state, log
 
-    def _check_same_in_all_processes(self) -> None:
-        expected = json.loads(broadcast_text(self.accelerator, json.dumps(self._identity)))
-        different = [key for key, value in expected.items() if self._identity[key] != value]
+    def _describe_training(self) -> dict[str, Any]:
+        """Describe the training for checkpoints, after a check that it is the same in all processes."""
+        # Only checkpoints need the digest of the frozen weights, which takes seconds. The main process computes it,
+        # because the others take its weights. Weights that are sharded already must be gathered by all.
+        needs_digest = self.directory is not None and (
+            self.accelerator.is_main_process or any(map(is_sharded, self.objective.parameters()))
+        )
+        with common_errors_context(self.accelerator):
+            own = describe_training(self.objective, self.config, needs_digest=needs_digest)
+        expected = json.loads(broadcast_text(self.accelerator, json.dumps(own)))
+        different = [key for key in expected if key != "frozen_sha256" and own[key] != expected[key]]
         with common_errors_context(self.accelerator):
             if different:
                 raise ValueError(
                     f"Process {self.accelerator.process_index} has another {', '.join(different)} than the main "
                     "process: expected the same settings, model and data in all processes."
                 )
+        return expected
 
     def _read_checkpoint(self, directory: Path) -> Checkpoint:
         """Read the newest whole checkpoint in the main process, and send it to the others."""

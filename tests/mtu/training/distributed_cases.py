@@ -124,7 +124,7 @@ def config(**changes: Any) -> TrainerConfig:
 
 
 def train(
-    directory: Path,
+    directory: Path | None,
     changes: dict[str, Any],
     stop_at: int | None = None,
     *,
@@ -174,7 +174,7 @@ def end_of_training(directory: Path, actions: dict[int, dict[int, str]], **chang
     return "none", ""
 
 
-def error_of_different_seeds(directory: Path) -> str:
+def error_of_different_seeds(directory: Path | None) -> str:
     """Train with another seed in each process, and return the message of the error."""
     try:
         train(directory, {"seed": torch.distributed.get_rank()})

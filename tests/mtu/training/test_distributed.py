@@ -84,8 +84,9 @@ def test_a_full_disk_of_the_main_process_ends_all(tmp_path):
     assert cases.digests_of_checkpoint(tmp_path, step=2)
 
 
-def test_processes_with_different_settings_are_refused(tmp_path):
-    errors = run_in_processes(2, cases.error_of_different_seeds, tmp_path)
+@pytest.mark.parametrize("has_directory", [True, False])
+def test_processes_with_different_settings_are_refused(tmp_path, has_directory):
+    errors = run_in_processes(2, cases.error_of_different_seeds, tmp_path if has_directory else None)
     assert errors[0] == errors[1]
     assert errors[0].startswith("Process 1 has another config than the main process")
 
