@@ -39,18 +39,19 @@ def timestep_loss_weights(
         prediction_type: "epsilon" or "v_prediction".
 
     Returns:
-        (timesteps,) in the dtype of ᾱ. Where ᾱ is 0, x_t is the noise itself and v is the negated picture, whose error
-        counts in full: the weight before the division is 1 + κ. Diffusers' scripts give it no weight with γ.
+        (timesteps,) in the dtype of ᾱ. Where ᾱ is 0, x_t is the noise itself and v is the negated picture. The formula
+        gives this error no weight with γ, as diffusers' scripts do, so nothing would teach what sampling starts with.
+        The first term is therefore 1 there, as without γ. The second term is its limit, 0.
 
     Source: Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy" (arXiv 2303.09556).
     """
     ratio = alphas_cumprod / (1 - alphas_cumprod)
     # At a given x_t, the error in v is the error in the noise divided by √ᾱ.
-    factor = torch.ones_like(ratio)
-    if prediction_type == "v_prediction":
-        factor = torch.where(alphas_cumprod > 0, alphas_cumprod, 1.0)
-    # min(γ / SNR, 1) equals min(SNR, γ) / SNR, which would be 0 / 0 where a schedule ends in zero terminal SNR.
-    first = torch.ones_like(ratio) if snr_gamma is None else (snr_gamma / ratio).clamp_max(1) * factor
+    factor = alphas_cumprod if prediction_type == "v_prediction" else torch.ones_like(ratio)
+    first = torch.ones_like(ratio)
+    if snr_gamma is not None:
+        # min(γ / SNR, 1) equals min(SNR, γ) / SNR, which would be 0 / 0 where a schedule ends in zero terminal SNR.
+        first = torch.where(alphas_cumprod > 0, (snr_gamma / ratio).clamp_max(1) * factor, 1.0)
     if not max_inverse_snr:
         return first
     weights = first + (1 / ratio).clamp_max(max_inverse_snr) * factor
