@@ -85,7 +85,11 @@ class MultiTaskConfig:
         default="disk", metadata={"help": "Where encoded images are kept: on disk, in memory, or nowhere (none)."}
     )
     text_cache: CacheKind = field(
-        default="disk", metadata={"help": "Where encoded prompts are kept: on disk, in memory, or nowhere (none)."}
+        default="disk",
+        metadata={
+            "help": "Where encoded prompts are kept: on disk, in memory, or nowhere (none); one takes 0.24 MB with "
+            "SD 1.5, and 0.64 MB with SDXL."
+        },
     )
     cache_directory: Path | str | None = field(
         default=None,

@@ -35,6 +35,22 @@ def test_files_are_as_large_as_estimated(small_base, tmp_path):
     assert estimate.disk.text_cache * 16 // 77 == pytest.approx(size_of(texts), abs=500 * prompts)
 
 
+def test_models_that_stay_on_the_gpu_are_named(small_base, tmp_path):
+    def note(**settings):
+        (_, memory, _) = run_estimate_reports(estimate_run(small_config(small_base, tmp_path, **settings)))
+        return str(memory)
+
+    assert "before the first step alone" in note()
+    assert "the text encoders (0.5 GB in SD 1.5) stay there" in note(text_cache="none")
+    assert "the VAE (0.3 GB) stays there" in note(latent_cache="none")
+    assert estimate_run(small_config(small_base, tmp_path, text_cache="none")).disk.text_cache == 0
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_the_settings_of_the_paper_fill_no_disk_with_prompts(name):
+    assert read_run_config(name, {"output": "x"}).objective.text_cache == "none"
+
+
 def test_epochs_of_each_task_follow_its_share(small_base, tmp_path):
     config = small_config(small_base, tmp_path, steps=None, epochs=8, shares={"edit": 3}, batch_size=8)
     estimate = estimate_run(config)
