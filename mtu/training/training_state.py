@@ -210,13 +210,11 @@ class TrainingState:
     def _state_value(self, name: str, key: str, value: Tensor) -> Tensor:
         """A tensor of the optimizer's state where the optimizer expects it.
 
-        Moments have the memory format of their parameter, as in the interrupted training. Numbers of steps stay on the
-        CPU.
+        Moments have the memory format of their parameter, as in the interrupted training. The number of steps lies on
+        the device, too, where the fused kernel of AdamW reads it.
         """
         parameter = self.optimizer_parameters[name]
         whole = self.parameters[name] if name in self.shards else parameter
-        if key == "step":
-            return value
         if value.shape != whole.shape:
             return value.to(parameter.device)
         state = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)

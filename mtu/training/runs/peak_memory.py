@@ -77,8 +77,8 @@ class TrainingMemory(NamedTuple):
         gradients: the gradients of the trained parameters.
         optimizer: the moments.
         average: the average of the trained parameters.
-        activations: what the peak holds beyond these: activations, copies of weights in the compute dtype, the buffers
-            of the exchange between processes, or intermediate results of the optimizer.
+        activations: what the peak holds beyond these: activations, copies of weights in the compute dtype, and the
+            buffers of the exchange between processes.
     """
 
     weights: int
@@ -130,15 +130,12 @@ def peak_training_memory(unet: UNet2DConditionModel, settings: StepSettings) -> 
     held_throughout = settings.accumulates_gradients or settings.num_processes > 1
     # What the forward and the backward pass hold beyond the weights, and beyond gradients that are there throughout.
     passes = _peak_of_passes(unet, settings, held_throughout) - (0 if held_throughout else gradient_bytes)
-    largest = max(p.numel() * p.dtype.itemsize for p in trained)
-    update = gradient_bytes if settings.device_type == "cuda" else 2 * largest
-    if settings.optimizer == "adamw8bit":
-        update = 0
     if settings.num_processes > 1 and settings.fully_shard:
         n = settings.num_processes
         state = TrainingMemory(*(-(-part // n) for part in state))
-        passes, update = passes + _unsharded_bytes(unet, settings), -(-update // n)
-    return state._replace(activations=max(0, passes, update))
+        passes += _unsharded_bytes(unet, settings)
+    # The fused kernels of the optimizer's step need no memory of their own.
+    return state._replace(activations=max(0, passes))
 
 
 def _stored_dtype(tensor: Tensor, settings: StepSettings) -> torch.dtype:

@@ -154,9 +154,8 @@ def test_a_checkpoint_goes_on_where_the_modules_are(tmp_path: Path) -> None:
     objective = SmallObjective().to("meta")
     state = TrainingState(objective, CONFIG)
     state.load(checkpoint.tensors, checkpoint.state["optimizer_numbers"])
-    values = [v for s in state.optimizer.state.values() for key, v in s.items() if key != "step"]
+    values = [value for values in state.optimizer.state.values() for value in values.values()]
     assert {value.device.type for value in (*values, *state.averaged_weights.values())} == {"meta"}
-    assert {s["step"].device.type for s in state.optimizer.state.values()} == {"cpu"}
     images, rows = torch.ones(6, 3, 8, 8, device="meta"), torch.zeros(6, dtype=torch.int64, device="meta")
     objective.model(images, rows).square().mean().backward()
     state.take_gradients()
