@@ -124,8 +124,12 @@ class Trainer:
             announcement = f"The training ends after this step{saves}; a second signal ends it at once."
             with Interruption(announcement if self.accelerator.is_main_process else None) as interruption:
                 running = self._running(state, log, interruption)
-                with closing(running.batches), closing(log):
-                    self._run(running)
+                with closing(running.batches), closing(log), _random_state_context(self.device):
+                    try:
+                        self._run(running)
+                    finally:
+                        # An error may leave gradients of a step that was not made.
+                        state.drop_gradients()
             # A signal may have come after the last step.
             raise_for_signal(interruption.signal_number)
         state.copy_average_to_modules()
@@ -171,6 +175,8 @@ class Trainer:
             self._model = share_objective(self.accelerator, self.objective, self.config.fully_shard)
         state, sums = TrainingState(self.objective, self.config), None
         self._state, self._saved_step = state, None
+        # The first step would add its own gradients to earlier ones.
+        state.drop_gradients()
         if resume and directory is not None:
             checkpoint = self._read_checkpoint(directory)
             saved = checkpoint.state
@@ -378,6 +384,14 @@ def _named_folder_context(directory: Path | None) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(f"The folder {directory} cannot be written to ({error.strerror or error}).") from error
+
+
+@contextmanager
+def _random_state_context(device: torch.device) -> Iterator[None]:
+    """Restore at the end of the context the state of PyTorch's global random generators, on the CPU and on a device."""
+    has_own_generator = device.type not in ("cpu", "meta", "mps")
+    with torch.random.fork_rng([device] if has_own_generator else [], device_type=device.type):
+        yield
 
 
 @contextmanager

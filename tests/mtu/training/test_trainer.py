@@ -12,13 +12,13 @@ from torch.nn import Parameter
 
 from mtu.experts import ExpertConfig
 from mtu.models.router import Router
-from mtu.training import TrainerConfig
+from mtu.training import PartialLoss, TrainerConfig
 from mtu.training.batch_loader import PartSequence, iterate_over_batches
 from mtu.training.optimizer import learning_rate_at, parameter_groups
 from mtu.training.trainer import Trainer
 from mtu.training.training_state import TrainingState
 
-from .small_objectives import NUM_ROWS, FunctionObjective, LoadBatch, SmallObjective
+from .small_objectives import NUM_ROWS, Batch, FunctionObjective, LoadBatch, SmallObjective
 
 CONFIG = TrainerConfig(steps=4, learning_rate=1e-2, log_every=1)
 
@@ -111,6 +111,33 @@ def test_the_log_shows_means_since_the_last_entry_and_terms_only_where_there_wer
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
     with pytest.raises(ValueError, match="The log for TensorBoard needs a directory"):
         Trainer(SmallObjective(), replace(CONFIG, tensorboard=True)).train()
+
+
+def test_gradients_from_before_a_training_do_not_enter_it(tmp_path: Path) -> None:
+    """Neither those of the user, nor those of a step that an error ended between its passes."""
+    config = replace(CONFIG, gradient_accumulation_steps=2, checkpoint_every=1)
+    objective, straight = SmallObjective(), SmallObjective()
+    for parameter in objective.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0) if parameter.requires_grad else None
+    trainer, passes, forward = Trainer(objective, config, tmp_path), [], objective.forward
+
+    def fail_once(batch: Batch) -> PartialLoss:
+        passes.append(batch)
+        return forward(batch) if len(passes) != 6 else pytest.fail("cut off")
+
+    objective.forward = fail_once
+    with pytest.raises(pytest.fail.Exception):
+        trainer.train()
+    assert all(parameter.grad is None for parameter in objective.parameters())
+    trainer.train(resume=True)
+    Trainer(straight, config).train()
+    assert all(map(torch.equal, objective.state_dict().values(), straight.state_dict().values()))
+
+
+def test_the_global_random_state_is_left_as_it_was() -> None:
+    state = torch.get_rng_state()
+    Trainer(SmallObjective(), CONFIG).train()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_workers_load_from_the_first_step_that_is_left_on() -> None:
