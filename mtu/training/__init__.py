@@ -12,6 +12,7 @@
 - `step_totals`: what they tell each other in a step.
 - `numerical_faults`: the description of a step that is not finite.
 - `interruption`: signals that end a training after its step.
+- `folder_lock`: the lock that keeps two trainings out of one folder.
 - `loss_log`: the losses of a training, in memory, in `log.jsonl` and for TensorBoard.
 - `precision`: autocast, and the check of parameters' dtypes.
 - `parallel_loss`: a loss whose parts run on several CPU threads.

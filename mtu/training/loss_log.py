@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate.tracking import TensorBoardTracker
+from accelerate.utils import is_tensorboard_available
 
 from mtu.storage import write_text
 
-__all__ = ["LogEntry", "LossLog"]
+__all__ = ["LogEntry", "LossLog", "check_tensorboard"]
 
 
 class LogEntry(NamedTuple):
@@ -34,7 +35,7 @@ class LogEntry(NamedTuple):
 
 
 class LossLog:
-    """Collects the losses of a training, and logs their mean from time to time.
+    """Collects the losses of a training, and logs their mean from time to time. `open` it before the first entry.
 
     Args:
         directory: the folder of `log.jsonl` and `tensorboard`; None: no entry of an earlier run is read.
@@ -42,10 +43,6 @@ class LossLog:
             that an interruption has cut off.
         writes: whether to write files, which only the main process does.
         tensorboard: whether to write files of TensorBoard, too.
-
-    Raises:
-        OSError: the log cannot be written.
-        ValueError: TensorBoard is not installed.
 
     Attributes:
         entries: all entries so far.
@@ -60,18 +57,21 @@ class LossLog:
         self.sums = _no_sums()
         self._writes = writes and self.path is not None
         self._tracker: TensorBoardTracker | None = None
+        self._last_step, self._tensorboard = last_step, tensorboard
+
+    def open(self) -> None:
+        """Write the entries of the earlier run that are kept, and drop the others from the files.
+
+        Raises:
+            OSError: the log cannot be written.
+        """
         if self.path is None or not self._writes:
             return
         write_text(self.path, "".join(_line(entry) for entry in self.entries))
-        if tensorboard:
+        if self._tensorboard:
             # Steps after the checkpoint are made again, so TensorBoard forgets their first values.
-            self._tracker = TensorBoardTracker("tensorboard", self.path.parent, purge_step=last_step + 1)
-            try:
-                self._tracker.start()
-            except ImportError as error:
-                raise ValueError(
-                    "The log for TensorBoard needs the library tensorboard: install mtu with its extra train."
-                ) from error
+            self._tracker = TensorBoardTracker("tensorboard", self.path.parent, purge_step=self._last_step + 1)
+            self._tracker.start()
 
     def add_step(self, loss: float, data_seconds: float, terms: Mapping[str, float]) -> None:
         """Add one step: its loss, the time that it waited for its batch, and its terms by name."""
@@ -116,6 +116,14 @@ class LossLog:
             self._tracker.finish()
 
 
+def check_tensorboard(directory: Path | None) -> None:
+    """Raise a ValueError if there is no folder for the files of TensorBoard, or if its library is not installed."""
+    if directory is None:
+        raise ValueError("The log for TensorBoard needs a directory, but got None.")
+    if not is_tensorboard_available():
+        raise ValueError("The log for TensorBoard needs the library tensorboard: install mtu with its extra train.")
+
+
 def _no_sums() -> dict[str, Any]:
     return {"steps": 0, "loss": 0.0, "data_seconds": 0.0, "terms": {}}
 
@@ -130,8 +138,8 @@ def _read_entries(path: Path, last_step: int) -> list[LogEntry]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             entry = LogEntry(**json.loads(line))
+            if entry.step <= last_step:
+                entries.append(entry)
         except (json.JSONDecodeError, TypeError):
             continue
-        if entry.step <= last_step:
-            entries.append(entry)
     return entries

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -18,7 +18,6 @@ from accelerate.utils import send_to_device
 from tqdm import tqdm
 
 from mtu.compat import parameter_access
-from mtu.storage import make_folder
 from mtu.training.batch_loader import PartSequence, iterate_over_batches, part_seed
 from mtu.training.checkpoints import (
     Checkpoint,
@@ -40,8 +39,9 @@ from mtu.training.distributed import (
     names_of_infinite_tensors,
     share_objective,
 )
+from mtu.training.folder_lock import locked_folder_context, named_folder_context
 from mtu.training.interruption import Interruption, raise_for_signal
-from mtu.training.loss_log import LogEntry, LossLog
+from mtu.training.loss_log import LogEntry, LossLog, check_tensorboard
 from mtu.training.numerical_faults import describe_fault
 from mtu.training.objective import BatchPart, Objective, PartialLoss
 from mtu.training.step_totals import OwnReport, StepTotals, TotalsReducer
@@ -100,7 +100,7 @@ class Trainer:
 
         Args:
             resume: whether to continue from the newest whole checkpoint in the directory.
-            overwrite: whether to delete the checkpoints in the directory and start anew.
+            overwrite: whether to start anew, and to delete the checkpoints in the directory just before the first step.
 
         Returns:
             The entries of the log, from the first step on.
@@ -112,19 +112,21 @@ class Trainer:
             FileNotFoundError: there is no checkpoint to resume from.
             KeyboardInterrupt, SystemExit: a signal ended the training, after its checkpoint.
             OSError: a file cannot be written, for example on a full disk. The previous checkpoint stays.
-            ValueError: the checkpoints are damaged or belong to another training; the batch cannot be split into as
+            ValueError: another training is running in the directory; its checkpoints are damaged or belong to another
+                training; the batch cannot be split into as
                 many parts; or `resume` and `overwrite` are both true.
         """
         with common_errors_context(self.accelerator):
             self._check_before_start(resume, overwrite)
-        with _module_modes(self.objective):
+        with self._locked_folder_context(), _module_modes(self.objective):
             self.objective.train()
-            state, log = self._start(resume, overwrite)
+            state, log = self._start(resume)
             saves = "" if self.directory is None else " and saves"
             announcement = f"The training ends after this step{saves}; a second signal ends it at once."
             with Interruption(announcement if self.accelerator.is_main_process else None) as interruption:
                 running = self._running(state, log, interruption)
                 with closing(running.batches), closing(log), _random_state_context(self.device):
+                    self._open_files(log, overwrite)
                     try:
                         self._run(running)
                     finally:
@@ -153,8 +155,8 @@ class Trainer:
     def _check_before_start(self, resume: bool, overwrite: bool) -> None:
         if resume and self.directory is None:
             raise ValueError("To resume needs the directory that holds the checkpoint, but got None.")
-        if self.config.tensorboard and self.directory is None:
-            raise ValueError("The log for TensorBoard needs a directory, but got None.")
+        if self.config.tensorboard:
+            check_tensorboard(self.directory)
         if resume and overwrite:
             raise ValueError("resume continues the checkpoint that overwrite deletes: expected one of them, got both.")
         if self.directory is not None and not (resume or overwrite):
@@ -163,11 +165,9 @@ class Trainer:
         parameter_access.check_has_values(self.objective, "Training")
         self.objective.check_part_count(self._num_parts)
 
-    def _start(self, resume: bool, overwrite: bool) -> tuple[TrainingState, LossLog]:
-        """Build the state and the log, or restore them, and prepare the objective."""
+    def _start(self, resume: bool) -> tuple[TrainingState, LossLog]:
+        """Build the state and the log, or restore them, and prepare the objective; no file changes."""
         directory, is_main = self.directory, self.accelerator.is_main_process
-        if directory is not None:
-            self._make_folder(directory, overwrite)
         self._identity = self._describe_training()
         if self._state is None:
             if self.accelerator.num_processes == 1 or not self.config.fully_shard:
@@ -183,7 +183,7 @@ class Trainer:
             state.load(checkpoint.tensors, saved["optimizer_numbers"])
             state.step, state.seconds, sums = checkpoint.step, float(saved["seconds"]), saved["log_sums"]
             self._saved_step = state.step
-        with common_errors_context(self.accelerator), _named_folder_context(directory):
+        with common_errors_context(self.accelerator), named_folder_context(directory):
             log = LossLog(directory, state.step, writes=is_main, tensorboard=self.config.tensorboard)
         log.sums = log.sums if sums is None else sums
         self.objective.prepare(self.accelerator)
@@ -218,12 +218,22 @@ class Trainer:
         step, state = json.loads(broadcast_text(self.accelerator, json.dumps([checkpoint.step, checkpoint.state])))
         return Checkpoint(step, broadcast_tensors(self.accelerator, checkpoint.tensors), state)
 
-    def _make_folder(self, directory: Path, overwrite: bool) -> None:
-        with common_errors_context(self.accelerator), _named_folder_context(directory):
-            if self.accelerator.is_main_process:
-                make_folder(directory)
-                if overwrite:
-                    delete_checkpoints(directory)
+    @contextmanager
+    def _locked_folder_context(self) -> Iterator[None]:
+        """Make the folder, and keep other trainings out of it within this context."""
+        with ExitStack() as stack:
+            if self.directory is not None:
+                with common_errors_context(self.accelerator):
+                    if self.accelerator.is_main_process:
+                        stack.enter_context(locked_folder_context(self.directory))
+            yield
+
+    def _open_files(self, log: LossLog, overwrite: bool) -> None:
+        """Begin the log, and delete the checkpoints of the training that this one overwrites."""
+        with common_errors_context(self.accelerator), named_folder_context(self.directory):
+            log.open()
+            if overwrite and self.directory is not None and self.accelerator.is_main_process:
+                delete_checkpoints(self.directory)
 
     def _running(self, state: TrainingState, log: LossLog, interruption: Interruption) -> "_Running":
         parts = PartSequence(
@@ -375,15 +385,6 @@ class _Running(NamedTuple):
     reducer: TotalsReducer
     interruption: Interruption
     started: float
-
-
-@contextmanager
-def _named_folder_context(directory: Path | None) -> Iterator[None]:
-    """Let errors of writing name the folder of the training."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"The folder {directory} cannot be written to ({error.strerror or error}).") from error
 
 
 @contextmanager

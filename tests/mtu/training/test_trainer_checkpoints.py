@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,7 +86,8 @@ def test_a_training_resumed_twice_is_bitwise_the_uninterrupted_one(tmp_path: Pat
     train(tmp_path / "broken", config, passes_before_stop=7 * passes)
     train(tmp_path / "broken", config, passes_before_stop=1 * passes, resume=True)
     log = tmp_path / "broken" / "log.jsonl"
-    log.write_text('{"step": 1, "lo\n' + log.read_text())  # as a full disk leaves it
+    damaged = '{"step": 1, "lo\n' + json.dumps(LogEntry("a", 0.0, 0.0, 0.0, 0.0, {})._asdict()) + "\n"  # type: ignore[arg-type]
+    log.write_text(damaged + log.read_text())  # as a full disk leaves it
     resumed, resumed_history = train(tmp_path / "broken", config, resume=True)
     assert_equal_weights(straight, resumed)
     # The file of tensors has their digest in its name.
@@ -132,7 +136,7 @@ def test_the_directory_holds_the_last_checkpoints_and_no_pickle(tmp_path: Path) 
     train(tmp_path, config)
     names = [f"step-{step:08d}.json" for step in (8, 10)] + [tensors_of(tmp_path, step).name for step in (8, 10)]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == sorted(names)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "log.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoints", "log.jsonl"]
     train(tmp_path, replace(config, checkpoints_total_limit=None), overwrite=True)
     assert checkpoint_steps(tmp_path) == [2, 4, 6, 8, 10]
 
@@ -273,6 +277,39 @@ def test_a_checkpoint_is_not_destroyed_unasked(tmp_path: Path) -> None:
         train(tmp_path, resume=True)
     with pytest.raises(ValueError, match="directory that holds the checkpoint"):
         Trainer(SmallObjective(), CONFIG).train(resume=True)
+
+
+def test_overwriting_deletes_nothing_unless_the_new_training_can_begin(tmp_path: Path) -> None:
+    train(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="float16"):
+        Trainer(SmallObjective().half(), CONFIG, tmp_path).train(overwrite=True)
+    objective, threads = SmallObjective(), threading.active_count()
+    objective.prepare = lambda accelerator: pytest.fail("the cache is full")
+    with pytest.raises(pytest.fail.Exception):
+        Trainer(objective, replace(CONFIG, tensorboard=True), tmp_path).train(overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert threading.active_count() == threads
+
+
+def test_two_trainings_do_not_run_in_one_folder(tmp_path: Path) -> None:
+    lock = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    command = [sys.executable, "-c", f"{lock}; print(); input()", str(tmp_path / ".lock")]
+    returned = []
+
+    def run_another(step: int) -> None:
+        returned.append(subprocess.run(command, input="\n", text=True, capture_output=True).stderr)
+
+    Trainer(SmallObjective(), replace(CONFIG, validate_every=10), tmp_path, validate=run_another).train()
+    assert "BlockingIOError" in returned[0]
+    before = sorted(tmp_path.rglob("*"))
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as another:
+        assert another.stdout is not None
+        another.stdout.readline()
+        with pytest.raises(ValueError, match=r"^Another training is running in .*: wait for its end, or choose"):
+            train(tmp_path, overwrite=True)
+        assert sorted(tmp_path.rglob("*")) == before
+        another.communicate(b"\n")
 
 
 def test_a_time_limit_ends_the_training_with_a_checkpoint(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ def test_the_folder_holds_what_the_guide_says(finished):
     config, entries = finished
     names = {path.name for path in config.output.iterdir()}
     assert names == {
+        ".lock",
         "cache",
         "checkpoints",
         "config.yaml",
