@@ -96,7 +96,8 @@ class Trainer:
         """Train from the start or from the newest checkpoint to the last step.
 
         If an average of the weights is kept, the modules hold the averaged weights afterwards. SIGINT and SIGTERM end
-        the training after the current step, with a checkpoint.
+        the training after the current step, with a checkpoint. Each validation follows a checkpoint. If an error ends a
+        step of a single process, the state before the step is saved.
 
         Args:
             resume: whether to continue from the newest whole checkpoint in the directory.
@@ -258,18 +259,34 @@ class Trainer:
                 totals = self._step(running)
                 log.add_step(totals.loss, totals.data_seconds, totals.terms)
                 is_last = state.step == config.steps or state.seconds >= limit
+                validates = self._validates_after(state.step, is_last)
                 if state.step % config.log_every == 0 or is_last:
                     with common_errors_context(self.accelerator):
                         log.write_entry(state.step, state.learning_rate, state.seconds)
                 self._show_progress(bar, state, log)
-                if state.step % config.checkpoint_every == 0 or is_last or totals.signal_number is not None:
+                # An error of a validation loses no step.
+                is_due = state.step % config.checkpoint_every == 0 or is_last or validates
+                if is_due or totals.signal_number is not None:
                     self._save(running)
                 raise_for_signal(totals.signal_number)
-                if config.validate_every is not None and (state.step % config.validate_every == 0 or is_last):
+                if validates:
                     self._run_validation(state)
 
     def _step(self, running: "_Running") -> StepTotals:
-        """Make one step, or raise a FloatingPointError and leave the weights as they are."""
+        """Make one step, or raise an error and leave the weights as they are."""
+        state = running.state
+        with self._saving_on_error_context(running):
+            losses, totals, norm = self._compute_gradients(running)
+        if not self._is_finite(totals, state):
+            self._refuse_step(running, losses, totals)
+        state.optimizer_step(norm)
+        state.seconds = totals.seconds
+        return totals
+
+    def _compute_gradients(
+        self, running: "_Running"
+    ) -> tuple[list[tuple[BatchPart, PartialLoss]], StepTotals, torch.Tensor]:
+        """Compute the losses of this process's parts, the sums over all processes, and the norm of the gradients."""
         state, losses, data_seconds = running.state, [], 0.0
         parts = running.parts.of_step(state.step)
         for part in parts:
@@ -285,12 +302,22 @@ class Trainer:
             data_seconds,
             running.interruption.signal_number,
         )
-        totals = running.reducer.reduce(report, norm)
-        if not self._is_finite(totals, state):
-            self._refuse_step(running, losses, totals)
-        state.optimizer_step(norm)
-        state.seconds = totals.seconds
-        return totals
+        return losses, running.reducer.reduce(report, norm), norm
+
+    @contextmanager
+    def _saving_on_error_context(self, running: "_Running") -> Iterator[None]:
+        """Save the state if an error is raised within this context, such as that of an image that cannot be read."""
+        try:
+            yield
+        except Exception as error:
+            # Several processes save together, but an error may have come in one of them alone.
+            if self.accelerator.num_processes == 1 and running.state.step > running.parts.start:
+                try:
+                    self._save(running)
+                except Exception as second:
+                    # The first error says more about the cause, for example that the disk is full.
+                    error.add_note(f"The state before this step was not saved: {second}")
+            raise
 
     def _differentiate(self, part: BatchPart, batch: Any, is_last_pass: bool) -> PartialLoss:
         """Compute the loss of a part of the batch, and add its gradients."""
@@ -341,6 +368,10 @@ class Trainer:
                 checkpoint = Checkpoint(state.step, tensors, description)
                 write_checkpoint(self.directory, checkpoint, self.config.checkpoints_total_limit)
         self._saved_step = state.step
+
+    def _validates_after(self, step: int, is_last: bool) -> bool:
+        every = self.config.validate_every
+        return self._validate is not None and every is not None and (step % every == 0 or is_last)
 
     def _run_validation(self, state: TrainingState) -> None:
         if self._validate is not None:

@@ -25,6 +25,10 @@ CONFIG = TrainerConfig(
 )
 
 
+class Kill(BaseException):
+    """Ends a training, which cannot save any more."""
+
+
 class Interrupted(SmallObjective):
     """Stops before a step, as a kill would."""
 
@@ -32,7 +36,7 @@ class Interrupted(SmallObjective):
 
     def forward(self, batch: Batch):
         if self.stop_at == 0:
-            raise ConnectionError
+            raise Kill
         self.stop_at -= 1
         return super().forward(batch)
 
@@ -50,10 +54,15 @@ def train(
     folder = str(directory)
     if passes_before_stop is not None:
         objective.stop_at = passes_before_stop
-        with pytest.raises(ConnectionError):
+        with pytest.raises(Kill):
             Trainer(objective, config, folder).train(resume=resume, overwrite=overwrite)
         return objective, []
     return objective, Trainer(objective, config, folder).train(resume=resume, overwrite=overwrite)
+
+
+def full_disk(*arguments: object) -> None:
+    """Fails as writing to a full disk does."""
+    raise OSError(28, "No space left on device")
 
 
 def tensors_of(directory: Path, step: int) -> Path:
@@ -239,11 +248,7 @@ def test_a_save_may_be_cut_off_anywhere(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tmp_path, passes_before_stop=7)
-
-    def fail(*arguments: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("mtu.storage.save_file", fail)
+    monkeypatch.setattr("mtu.storage.save_file", full_disk)
     message = r"^The checkpoint of step 10 cannot be written to .* \(No space left on device\); that of step 5 stays\.$"
     with pytest.raises(OSError, match=message):
         train(tmp_path, resume=True)
@@ -290,6 +295,36 @@ def test_overwriting_deletes_nothing_unless_the_new_training_can_begin(tmp_path:
         Trainer(objective, replace(CONFIG, tensorboard=True), tmp_path).train(overwrite=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_in_a_step_loses_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int) -> None:
+    config = replace(CONFIG, gradient_accumulation_steps=2, num_workers=num_workers)
+    objective = SmallObjective(LoadBatch(6, unreadable_step=7))
+    with pytest.raises(ValueError, match="line 7: the image cannot be read"):
+        Trainer(objective, config, tmp_path).train()
+    assert checkpoint_steps(tmp_path) == [5, 7]
+    straight, _ = train(tmp_path / "straight", config)
+    resumed, history = train(tmp_path, config, resume=True)
+    assert_equal_weights(straight, resumed)
+    assert [entry.step for entry in history] == list(range(1, 11))
+    monkeypatch.setattr("mtu.storage.save_file", full_disk)
+    with pytest.raises(
+        ValueError, match=r"cannot be read\.\nThe state before this step was not saved: The checkpoint of"
+    ):
+        Trainer(SmallObjective(LoadBatch(6, unreadable_step=1)), config, tmp_path / "full").train()
+    # Before the first step, there is nothing to lose.
+    with pytest.raises(ValueError, match=r"cannot be read\.$"):
+        Trainer(SmallObjective(LoadBatch(6, unreadable_step=0)), config, tmp_path / "full").train()
+
+
+def test_an_error_of_a_validation_loses_no_work(tmp_path: Path) -> None:
+    config = replace(CONFIG, validate_every=3)
+    with pytest.raises(pytest.fail.Exception):
+        Trainer(SmallObjective(), config, tmp_path, validate=lambda step: pytest.fail("no picture")).train()
+    assert checkpoint_steps(tmp_path) == [3]
+    straight, _ = train(tmp_path / "straight", config)
+    assert_equal_weights(straight, train(tmp_path, config, resume=True)[0])
 
 
 def test_two_trainings_do_not_run_in_one_folder(tmp_path: Path) -> None:
