@@ -97,6 +97,7 @@ class Batch(NamedTuple):
         texts: the encoded prompts that were in the cache (see `PipelineEncoder.encode_prompts`).
         missing_images: the other images; None: there are none.
         missing_prompts: the other prompts.
+        num_damaged_entries: how many damaged entries of the caches the process that loaded this part has met.
     """
 
     task_ids: Tensor
@@ -111,6 +112,7 @@ class Batch(NamedTuple):
     texts: FoundEncodings
     missing_images: MissingImages | None
     missing_prompts: list[MissingPrompt]
+    num_damaged_entries: int
 
 
 class DrawnExample(NamedTuple):
@@ -229,6 +231,7 @@ class BatchLoader:
             texts,
             missing_images,
             missing_prompts,
+            sum(cache.entries.damaged for cache in (self.latent_cache, self.text_cache) if cache is not None),
         )
 
     def draw_examples(self, part: BatchPart) -> tuple[Sequence[PlannedExample], list[DrawnExample]]:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,6 +115,7 @@ class MultiTaskObjective(Objective):
         check_pipeline(pipeline, config)
         self._tasks = trained_tasks(pipeline, datasets, config)
         self.pipeline, self.config = pipeline, config
+        self._warned_of: set[str] = set()
         self.unet: MTUUNet2DConditionModel = pipeline.unet
         self._takes_images = any(spec.takes_image for spec in pipeline.unet.tasks)
         self._encoder = PipelineEncoder(pipeline)
@@ -189,6 +191,7 @@ class MultiTaskObjective(Objective):
 
     def forward(self, batch: Batch) -> PartialLoss:
         """Compute the summand of a part of a batch."""
+        self._warn_of_damage(batch)
         with torch.no_grad():
             inputs = self._unet_inputs(batch)
         weights = self.timestep_weights.to(inputs.timesteps.device)[inputs.timesteps] / batch.counts
@@ -279,8 +282,7 @@ class MultiTaskObjective(Objective):
                 condition = missing.conditions[i] if missing.have_condition[i] else None
                 pixels = ExamplePixels(missing.targets[i], condition, missing.sizes[i])
                 entry = self._encoder.encode_images(pixels, missing.descriptions[i])
-                if cache is not None:
-                    cache.entries.put(missing.keys[i], entry)
+                self._put(cache, missing.keys[i], entry)
                 mean = entry["target"].chunk(2)[0]
                 encoded[position] = {"condition": torch.zeros_like(mean), **entry}
         return encoded
@@ -293,10 +295,31 @@ class MultiTaskObjective(Objective):
         keys = {item.prompt: item.key for item in missing}
         with on_device_context(self._encoder.text_encoders, device):
             embeds = dict(zip(keys, self._encoder.encode_prompts(list(keys)), strict=True))
-        if cache is not None:
-            for prompt, key in keys.items():
-                cache.entries.put(key, embeds[prompt])
+        for prompt, key in keys.items():
+            self._put(cache, key, embeds[prompt])
         return {item.position: embeds[item.prompt] for item in missing}
+
+    def _put(self, cache: ModelCache | None, key: str, entry: Mapping[str, Tensor]) -> None:
+        """Put an entry into a cache, if there is one. A step goes on without it, so a full disk does not end it."""
+        if cache is None:
+            return
+        try:
+            cache.entries.put(key, entry)
+        except OSError as error:
+            reason = error.strerror or error
+            self._warn_once("full", f"The cache does not keep what a step encodes, which costs time: {reason}.")
+
+    def _warn_of_damage(self, batch: Batch) -> None:
+        if batch.num_damaged_entries:
+            message = (
+                f"The caches in {self.config.cache_directory} have damaged files, whose contents are encoded anew."
+            )
+            self._warn_once("damaged", message)
+
+    def _warn_once(self, subject: str, message: str) -> None:
+        if subject not in self._warned_of:
+            self._warned_of.add(subject)
+            warnings.warn(message, stacklevel=2)
 
     def _weighted_loss(self, inputs: _UNetInputs, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted sum of the examples' errors, and the detached errors."""

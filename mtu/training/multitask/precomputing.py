@@ -40,6 +40,7 @@ def encode_missing_items(
     Raises:
         ValueError: an image cannot be read, or does not fit its task.
         FloatingPointError: latents are not finite.
+        OSError: a cache cannot be written, for example on a full disk.
     """
     # The processes wait for each other at the end of this context.
     with common_errors_context(accelerator):

@@ -1,12 +1,17 @@
 """The multi-task objective: the loss of a step, how it splits into parts, and what a training moves."""
 
+import errno
+from contextlib import nullcontext
+
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from diffusers import DDPMScheduler
 from torch.nn import functional as F
 
 import mtu
+from mtu import storage
 from mtu.training import BatchPart
 from mtu.training.multitask import MultiTaskObjective
 
@@ -161,7 +166,28 @@ def test_damaged_entries_are_encoded_and_written_again(pipe, tmp_path) -> None:
         batch = objective.load_batch(BatchPart(0, 0, 1))
         assert (batch.missing_images is None) == bool(attempt)
         assert bool(batch.missing_prompts) != bool(attempt)
-        assert torch.equal(objective(batch).loss, expected)
+        with nullcontext() if attempt else pytest.warns(UserWarning, match=f"^The caches in {tmp_path} have damaged "):
+            assert torch.equal(objective(batch).loss, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["latent_cache", "text_cache"])
+def test_a_disk_that_fills_within_a_step_does_not_end_the_training(pipe, tmp_path, monkeypatch, kind: str) -> None:
+    settings = {kind: "disk", "cache_directory": tmp_path}
+    expected = [loss_of(make_objective(pipe, **settings), step).loss for step in range(2)]
+    for file in tmp_path.rglob("*.safetensors"):
+        file.unlink()
+    objective = make_objective(pipe, prepare=False, **{"latent_cache": "none", "text_cache": "none", **settings})
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage, "write_tensors", fail)
+    with pytest.warns(UserWarning, match=r"^The cache does not keep .*No space left on device\.$") as caught:
+        assert [loss_of(objective, step).loss for step in range(2)] == expected
+    assert len(caught) == 1
+    with pytest.raises(OSError, match="No space left on device"):
+        objective.prepare(Accelerator(cpu=True))
 
 
 @torch.no_grad()
