@@ -138,8 +138,12 @@ class MultiTaskConfig:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that determine the loss of a step, as JSON values, without those that say how it is computed."""
-        how = {"precision", "gradient_checkpointing", "loss_threads", "latent_cache", "text_cache", "cache_directory"}
+        """The settings that determine the loss of a step, as JSON values.
+
+        Those are left out that change nothing, or the order of summation alone. `precision` is no such setting: a step
+        in bfloat16 has other numbers.
+        """
+        how = {"gradient_checkpointing", "loss_threads", "latent_cache", "text_cache", "cache_directory"}
         values = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in how}
         return {
             **values,

@@ -121,6 +121,9 @@ class MultiTaskObjective(Objective):
         self._encoder = PipelineEncoder(pipeline)
         self.noise_scheduler = training_scheduler(pipeline, config)
         self.prediction_type: str = self.noise_scheduler.config.prediction_type
+        self._zeros_for_dropped_prompt = bool(
+            isinstance(pipeline, StableDiffusionXLPipeline) and pipeline.config.force_zeros_for_empty_prompt
+        )
         self.timestep_weights = timestep_loss_weights(
             self.noise_scheduler.alphas_cumprod, config.snr_gamma, config.max_inverse_snr, self.prediction_type
         )
@@ -136,13 +139,17 @@ class MultiTaskObjective(Objective):
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """The settings that determine the loss of a step, without those that say how a device computes it."""
+        """The settings that determine the loss of a step up to rounding in float32.
+
+        They leave out into how many parts a batch is split, on which the masks of dropout layers depend.
+        """
         return {
             **self.config.settings,
             "data": {task.spec.name: [len(task.dataset), task.dataset.digest] for task in self._tasks},
             "tasks": [spec.to_dict() for spec in self.unet.tasks],
             "prediction_type": self.prediction_type,
             "noise_schedule": {name: self.noise_scheduler.config[name] for name in _NOISE_SCHEDULE},
+            "zeros_for_dropped_prompt": self._zeros_for_dropped_prompt,
             "vae": self._encoder.vae_digest,
             "text_encoders": self._encoder.text_digest,
         }
@@ -177,14 +184,13 @@ class MultiTaskObjective(Objective):
         """The function that loads a part of a batch. Worker processes call it."""
         height, width = self.config.height_and_width
         factor, channels = self.pipeline.vae_scale_factor, self.pipeline.vae.config.latent_channels
-        zeros = isinstance(self.pipeline, StableDiffusionXLPipeline)
         return BatchLoader(
             self._tasks,
             self.plan,
             self.config,
             num_timesteps=len(self.timestep_weights),
             latent_shape=(channels, height // factor, width // factor),
-            zeros_for_dropped_prompt=zeros and self.pipeline.config.force_zeros_for_empty_prompt,
+            zeros_for_dropped_prompt=self._zeros_for_dropped_prompt,
             latent_cache=self._open_cache(self.config.latent_cache, "latents", lambda: self._encoder.vae_digest),
             text_cache=self._open_cache(self.config.text_cache, "texts", lambda: self._encoder.text_digest),
         )

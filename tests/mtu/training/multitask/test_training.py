@@ -156,8 +156,9 @@ def test_another_objective_does_not_continue_a_checkpoint(tmp_path) -> None:
 
     run(resume=False)
     # How the loss is computed may change, and so may the order in which the tasks are given.
-    run(dict(reversed(data.items())), loss_threads=2, precision="bf16", latent_cache="none", text_cache="none")
+    run(dict(reversed(data.items())), loss_threads=2, latent_cache="none", text_cache="none")
     for changes in (
+        {"precision": "bf16"},
         {"batch_size": 4},
         {"conditioning_dropout_prob": 0.1},
         {"seed": 3},
@@ -172,6 +173,11 @@ def test_another_objective_does_not_continue_a_checkpoint(tmp_path) -> None:
     pipe.vae.register_to_config(scaling_factor=0.7)
     with pytest.raises(ValueError, match="another"):
         run()
+
+
+def test_what_stands_for_a_dropped_prompt_is_a_setting() -> None:
+    with_zeros, without = (make_objective(xl_pipeline(zeros), prepare=False).settings for zeros in (True, False))
+    assert {key for key, value in with_zeros.items() if without[key] != value} == {"zeros_for_dropped_prompt"}
 
 
 def test_blocks_with_experts_are_sharding_units() -> None:
