@@ -67,6 +67,12 @@ class Objective(nn.Module):
             accelerator: tells the process and the main process.
         """
 
+    def finish(self) -> None:
+        """Undo what `prepare` changed for the time of the training.
+
+        All processes call it once the training has ended, also by an error, perhaps one that came before `prepare`.
+        """
+
     def check_part_count(self, count: int) -> None:
         """Raise a ValueError if the batch cannot be split into this many equal parts."""
 

@@ -119,7 +119,8 @@ class Trainer:
         """
         with common_errors_context(self.accelerator):
             self._check_before_start(resume, overwrite)
-        with self._locked_folder_context(), _module_modes(self.objective):
+        with self._locked_folder_context(), _module_modes(self.objective), ExitStack() as at_end:
+            at_end.callback(self.objective.finish)
             self.objective.train()
             state, log = self._start(resume)
             saves = "" if self.directory is None else " and saves"

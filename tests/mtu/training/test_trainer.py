@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,6 +157,17 @@ def test_a_batch_that_cannot_be_loaded_ends_the_training_in_one_sentence(num_wor
     objective = SmallObjective(LoadBatch(6, unreadable_step=2))
     with pytest.raises(ValueError, match=r"^pictures/metadata.jsonl, line 2: the image cannot be read\.$"):
         Trainer(objective, replace(CONFIG, num_workers=num_workers)).train()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_objective_learns_that_the_training_has_ended(fails: bool) -> None:
+    calls: list[str] = []
+    objective = SmallObjective(LoadBatch(6, {(1, i): float("nan") for i in range(6)} if fails else {}))
+    objective.prepare = lambda accelerator: calls.append("prepare")
+    objective.finish = lambda: calls.append("finish")
+    with pytest.raises(FloatingPointError) if fails else nullcontext():
+        Trainer(objective, TrainerConfig(steps=2)).train()
+    assert calls == ["prepare", "finish"]
 
 
 def test_validation_sees_the_averaged_weights_and_leaves_the_trained_ones() -> None:
