@@ -116,6 +116,7 @@ class MultiTaskObjective(Objective):
         self._tasks = trained_tasks(pipeline, datasets, config)
         self.pipeline, self.config = pipeline, config
         self._warned_of: set[str] = set()
+        self._is_prepared = self._enabled_checkpointing = False
         self.unet: MTUUNet2DConditionModel = pipeline.unet
         self._takes_images = any(spec.takes_image for spec in pipeline.unet.tasks)
         self._encoder = PipelineEncoder(pipeline)
@@ -155,11 +156,17 @@ class MultiTaskObjective(Objective):
         }
 
     def prepare(self, accelerator: Accelerator) -> None:
-        """Encode what is not in the caches yet, and bring models to the device that encode within steps."""
-        if self.config.gradient_checkpointing:
+        """Encode what is not in the caches yet, and put each model where the steps need it.
+
+        From then on, the pipeline samples by the noise schedule that is trained.
+        """
+        self.set_pipeline_scheduler_()
+        if self.config.gradient_checkpointing and not self.unet.is_gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
+            self._enabled_checkpointing = True
         # The trainer has moved the UNet to the device of training, which need not be that of the accelerator.
         device = self.unet.conv_in.weight.device
+        self._is_prepared = True
         encode_missing_items(self._encoder, self.load_batch, accelerator, device, self.config.loss_threads)
         # What is cached needs no model on the accelerator, whose memory the training can use.
         for cache, modules in (
@@ -168,6 +175,15 @@ class MultiTaskObjective(Objective):
         ):
             for module in modules:
                 module.to(device if cache == "none" else "cpu")
+
+    def finish(self) -> None:
+        """Make the pipeline ready to sample: all models on the UNet's device, no gradient checkpointing but its own."""
+        if self._enabled_checkpointing:
+            self.unet.disable_gradient_checkpointing()
+        if self._is_prepared:
+            for module in (self._encoder.vae, *self._encoder.text_encoders):
+                module.to(self.unet.conv_in.weight.device)
+        self._is_prepared = self._enabled_checkpointing = False
 
     def check_part_count(self, count: int) -> None:
         """Raise a ValueError if the batch cannot be split into this many equal parts."""
@@ -233,7 +249,8 @@ class MultiTaskObjective(Objective):
         """Let the scheduler of the pipeline sample what the training taught: prediction type and noise schedule.
 
         A schedule that ends in noise alone is sampled from its last timestep ("trailing"), as otherwise that timestep
-        would have been trained in vain. A scheduler that knows no such schedule, such as PNDM, makes way for DDIM.
+        would have been trained in vain. A scheduler that knows no such schedule, such as PNDM, makes way for DDIM. One
+        that samples so already stays the same object. `prepare` calls this method.
         """
         scheduler = self.pipeline.scheduler
         changes: dict[str, Any] = {"prediction_type": self.prediction_type}
@@ -242,7 +259,8 @@ class MultiTaskObjective(Objective):
             changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
             if "rescale_betas_zero_snr" not in inspect.signature(kind.__init__).parameters:
                 kind = DDIMScheduler
-        self.pipeline.scheduler = kind.from_config(scheduler.config, **changes)
+        if kind is not type(scheduler) or any(scheduler.config.get(name) != value for name, value in changes.items()):
+            self.pipeline.scheduler = kind.from_config(scheduler.config, **changes)
 
     # ------------------------------------------------------------------------------------------- the loss of a part
 

@@ -77,7 +77,6 @@ def run_training(config: RunConfig, *, resume: bool = False, overwrite: bool = F
     objective = MultiTaskObjective(
         pipeline, datasets, dataclasses.replace(config.objective, cache_directory=_cache_directory(config))
     )
-    objective.set_pipeline_scheduler_()
     validation = Validation(pipeline, pictured, config) if config.trainer.validate_every is not None else None
 
     def validate(step: int) -> None:

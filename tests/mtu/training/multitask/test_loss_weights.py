@@ -124,11 +124,17 @@ def test_noise_is_not_predicted_from_noise_alone(scheduler) -> None:
 def test_the_pipeline_samples_what_was_trained(scheduler, expected) -> None:
     pipe = sd_pipeline()
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-    unprepared(pipe, prediction_type="v_prediction").set_pipeline_scheduler_()
+    before = pipe.scheduler
+    unprepared(pipe).set_pipeline_scheduler_()
+    assert pipe.scheduler is before  # nothing differs
+    make_objective(pipe, noise_data(pipe, ["edit"]), prediction_type="v_prediction")
     assert type(pipe.scheduler) is scheduler
     assert pipe.scheduler.config.prediction_type == "v_prediction"
     objective = unprepared(pipe, prediction_type="v_prediction", rescale_betas_zero_snr=True)
     objective.set_pipeline_scheduler_()
+    chosen = pipe.scheduler
+    objective.set_pipeline_scheduler_()
+    assert pipe.scheduler is chosen
     assert type(pipe.scheduler) is expected
     assert pipe.scheduler.config.prediction_type == "v_prediction"
     pipe.scheduler.set_timesteps(4)

@@ -91,6 +91,27 @@ def test_models_go_to_the_device_of_training_only_to_encode(monkeypatch) -> None
     assert moves["text_encoder"][-1] == "cpu"
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_the_pipeline_can_sample_after_a_training(monkeypatch, own: bool) -> None:
+    """Models are on one device then, and checkpointing is as it was."""
+    pipe = sd_pipeline()
+    if own:
+        pipe.unet.enable_gradient_checkpointing()
+    objective = make_objective(pipe, noise_data(pipe, ["edit"]), prepare=False, gradient_checkpointing=True)
+    objective.finish()  # after an error before the preparation
+    assert pipe.unet.is_gradient_checkpointing == own
+    objective.prepare(Accelerator(cpu=True))
+    assert pipe.unet.is_gradient_checkpointing
+    places: list[str] = []
+    for name in ("vae", "text_encoder"):
+        monkeypatch.setattr(getattr(pipe, name), "to", lambda device: places.append(str(device)))
+    pipe.unet.to("meta")
+    for _ in range(2):
+        objective.finish()
+        assert pipe.unet.is_gradient_checkpointing == own
+        assert places == ["meta", "meta"]
+
+
 def test_results_come_in_order_and_only_a_few_wait() -> None:
     started: list[int] = []
 
