@@ -27,7 +27,8 @@ def step_memory_table(results: Path) -> list[str]:
     cells = []
     for row in rows:
         model = f"{_NAMES.get(row['model'], row['model'])}, {row['size']}²"
-        sizes = [format_gigabytes(int(row[f"{part}_bytes"])) for part in (*_PARTS, "peak")]
+        counts = [int(row[f"{part}_bytes"]) for part in (*_PARTS, "peak")]
+        sizes = [format_gigabytes(count) if count else MISSING for count in counts]
         card = f"{row['card_gib']} GB" if row["card_gib"] else MISSING
         cells.append([model, _settings(row), row["B"], *sizes, card])
     header = ["model", "settings", "examples", *_PARTS[:-1], "activations and others", "peak", "fits on"]
