@@ -47,7 +47,7 @@ FILE = "training_data_time.csv"
 # The most that a step may wait for its data, relative to the step.
 MOST = 0.05
 COLUMNS = ("group", "training", "cache", "workers", "B", "step_us", "data_us", "ratio", "steps")
-_STEPS = 40
+_STEPS = 30
 # Steps that do not count: workers start, and files come into the page cache.
 _WARM_STEPS = 5
 _SECONDS_PER_EXAMPLE = 0.02

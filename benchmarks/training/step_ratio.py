@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--model", choices=tuple(MODELS), default="sd15", help="(default: %(default)s)")
     add("--size", type=parse_count, default=256, help="edge of the images in pixels (default: %(default)s)")
     add("--batches", type=parse_counts, default=(1, 4), help="examples of a step (default: 1,4)")
-    add("--dtypes", type=names_parser(("fp32", "bf16"), "dtype"), default=("bf16", "fp32"), help="(default: bf16,fp32)")
+    add("--dtypes", type=names_parser(("fp32", "bf16"), "dtype"), default=("bf16",), help="(default: bf16)")
     names = names_parser(CONTENDERS, "contender")
     add("--contenders", type=names, default=tuple(CONTENDERS), help="(default: all)")
     add("--runs", type=parse_rounds, default=_ROUNDS, help="timed steps of each contender (default: %(default)s)")
