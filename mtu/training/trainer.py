@@ -114,8 +114,7 @@ class Trainer:
             KeyboardInterrupt, SystemExit: a signal ended the training, after its checkpoint.
             OSError: a file cannot be written, for example on a full disk. The previous checkpoint stays.
             ValueError: another training is running in the directory; its checkpoints are damaged or belong to another
-                training; the batch cannot be split into as
-                many parts; or `resume` and `overwrite` are both true.
+                training; the batch cannot be split into as many parts; or `resume` and `overwrite` are both true.
         """
         with common_errors_context(self.accelerator):
             self._check_before_start(resume, overwrite)
