@@ -198,7 +198,7 @@ class BatchLoader:
     ) -> None:
         self.tasks, self.plan, self.config = tasks, plan, config
         self.latent_cache, self.text_cache = latent_cache, text_cache
-        self._num_timesteps, self._latent_shape = num_timesteps, latent_shape
+        self._timestep_count, self._latent_shape = num_timesteps, latent_shape
         self._zeros_for_dropped_prompt = zeros_for_dropped_prompt
 
     def __call__(self, part: BatchPart) -> Batch:
@@ -220,7 +220,7 @@ class BatchLoader:
         texts, missing_prompts = self._texts([draw.prompt for draw in draws])
         return Batch(
             torch.tensor([self.tasks[example.task].task_id for example in examples]),
-            timesteps_at_fractions(fractions, self._num_timesteps),
+            timesteps_at_fractions(fractions, self._timestep_count),
             noise,
             latent_noise,
             torch.tensor([not draw.drops_image for draw in draws]),
