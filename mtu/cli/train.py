@@ -47,6 +47,14 @@ Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Delete the checkpoints in the output folder, and start.", rich_help_panel=_RUN),
 ]
+AcceptChanges = Annotated[
+    bool,
+    typer.Option(
+        "--accept-changes",
+        help="With --resume: go on although data or settings, such as the learning rate, have changed.",
+        rich_help_panel=_RUN,
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option(
@@ -56,18 +64,26 @@ DryRun = Annotated[
 
 
 def run_train_command(
-    context: typer.Context, config: str | None, resume: bool, overwrite: bool, dry_run: bool, **flags: Any
+    context: typer.Context,
+    config: str | None,
+    resume: bool,
+    overwrite: bool,
+    accept_changes: bool,
+    dry_run: bool,
+    **flags: Any,
 ) -> None:
     """Train a multi-task model: from a base model and folders of images to a finished pipeline."""
     try:
         if resume and overwrite:
             raise ValueError("--resume continues the checkpoint that --overwrite deletes: expected one of them.")
+        if accept_changes and not resume:
+            raise ValueError("--accept-changes accepts changes since a checkpoint: expected --resume with it.")
         given = {key: value for key, value in flags.items() if value is not None and value != []}
         settings = read_run_config(config, {key: _flag_value(settings_by_key()[key], given[key]) for key in given})
         if dry_run:
             _print_estimate(settings)
         else:
-            _run(settings, resume, overwrite)
+            _run(settings, resume, overwrite, accept_changes)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         raise
     except (ValueError, OSError, FloatingPointError) as error:
@@ -91,7 +107,7 @@ def _print_estimate(settings: RunConfig) -> None:
         print_report(report)
 
 
-def _run(settings: RunConfig, resume: bool, overwrite: bool) -> None:
+def _run(settings: RunConfig, resume: bool, overwrite: bool, accept_changes: bool) -> None:
     """Train, and say where the result is."""
     import diffusers
     import transformers
@@ -103,7 +119,7 @@ def _run(settings: RunConfig, resume: bool, overwrite: bool) -> None:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
     try:
-        run_training(settings, resume=resume, overwrite=overwrite)
+        run_training(settings, resume=resume, overwrite=overwrite, accept_changes=accept_changes)
     except (KeyboardInterrupt, SystemExit):
         steps = checkpoint_steps(settings.output)
         if steps and _is_main_process():
@@ -192,7 +208,12 @@ def _make_signature() -> inspect.Signature:
         inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
         inspect.Parameter("config", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=Config),
     ]
-    for name, annotation in (("resume", Resume), ("overwrite", Overwrite), ("dry_run", DryRun)):
+    for name, annotation in (
+        ("resume", Resume),
+        ("overwrite", Overwrite),
+        ("accept_changes", AcceptChanges),
+        ("dry_run", DryRun),
+    ):
         own.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation))
     return inspect.Signature([*own, *map(_option, settings_by_key().values())])
 

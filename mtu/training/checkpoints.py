@@ -25,6 +25,7 @@ from mtu import storage
 from mtu.training.distributed import full_tensor
 from mtu.training.objective import Objective
 from mtu.training.trainer_config import TrainerConfig
+from mtu.training.training_state import persistent_buffers
 
 __all__ = [
     "Checkpoint",
@@ -52,6 +53,17 @@ _CHANGEABLE = (
     "tensorboard",
     "validate_every",
 )
+# These may change, too, if the user accepts it: the steps that follow mean something else, but those made stay as they
+# are. The same holds for the settings of an objective, such as its data.
+_ACCEPTABLE = ("learning_rate", "max_grad_norm", "schedule", "seed", "steps", "warmup_steps", "weight_decay")
+# The values of a checkpoint without which no training goes on.
+_CONTENTS = ("training", "seconds", "optimizer_numbers", "log_sums", "accepted_changes")
+_LAYOUTS = {
+    "trained": "trained parameters",
+    "frozen": "frozen parameters",
+    "buffers": "buffers",
+    "rows": "parameters with one row per task",
+}
 
 
 class Checkpoint(NamedTuple):
@@ -158,37 +170,59 @@ def describe_training(objective: Objective, config: TrainerConfig, *, needs_dige
 
     Returns:
         The settings of the trainer ("config") and of the objective ("settings"), dtype and shape of each weight that is
-        trained ("trained") and frozen ("frozen"), and the digest of the frozen ones ("frozen_sha256") or None.
+        trained ("trained") or frozen ("frozen"), of each buffer ("buffers") and of each trained weight with one row per
+        task ("rows"), and the digest of the frozen weights ("frozen_sha256") or None.
     """
     parameters = dict(objective.named_parameters())
     frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
+    rows = {id(parameter) for parameter in objective.row_parameters()}
     description = {
         "config": dataclasses.asdict(config),
         "settings": objective.settings,
         "trained": _layout({name: p for name, p in parameters.items() if p.requires_grad}),
         "frozen": _layout(frozen),
+        "buffers": _layout(persistent_buffers(objective)),
+        "rows": _layout({name: p for name, p in parameters.items() if p.requires_grad and id(p) in rows}),
         "frozen_sha256": _sha256(frozen) if needs_digest else None,
     }
     # Values go through JSON, so that tuples equal the lists that they become in a file.
     return json.loads(json.dumps(description))
 
 
-def check_same_training(saved: Mapping[str, Any], current: Mapping[str, Any], directory: Path) -> None:
+def check_same_training(
+    state: Mapping[str, Any], current: Mapping[str, Any], directory: Path, *, accept_changes: bool = False
+) -> list[str]:
     """Raise a ValueError unless a checkpoint belongs to this training.
 
     Args:
-        saved: the description in the checkpoint.
+        state: the values in the checkpoint, with the description of its training as "training".
         current: the description of this training.
         directory: the folder of the training, for the message.
+        accept_changes: whether settings may differ that determine the steps to come.
+
+    Returns:
+        The accepted changes, such as "learning_rate (0.01 then, 0.001 now)".
     """
+    saved = state.get("training", {})
+    missing = [key for key in _CONTENTS if key not in state] + [key for key in current if key not in saved]
+    if missing:
+        raise ValueError(
+            f"The checkpoint in {directory} lacks {', '.join(map(repr, missing))}: expected one that a Trainer wrote."
+        )
     changeable = set(_CHANGEABLE)
     if current["config"]["schedule"] == "constant":
         changeable.add("steps")
-    changes = [c for c in _changes(saved["config"], current["config"]) if c.partition(" ")[0] not in changeable]
-    changes += _changes(saved["settings"], current["settings"])
-    if changes:
-        raise ValueError(f"The checkpoint in {directory} was made with another {', '.join(dict.fromkeys(changes))}.")
-    for key, kind in (("trained", "trained parameters"), ("frozen", "frozen parameters")):
+    changes = _changes(saved["config"], current["config"])
+    changes = {name: text for name, text in changes.items() if name not in changeable}
+    refused = [text for name, text in changes.items() if name not in _ACCEPTABLE]
+    accepted = [text for name, text in changes.items() if name in _ACCEPTABLE]
+    accepted += [text for text in _changes(saved["settings"], current["settings"]).values() if text not in accepted]
+    if refused or (accepted and not accept_changes):
+        advice = "" if refused else "; accept_changes (--accept-changes) goes on with it all the same"
+        raise ValueError(
+            f"The checkpoint in {directory} was made with another {', '.join(refused + accepted)}{advice}."
+        )
+    for key, kind in _LAYOUTS.items():
         different = [name for name in {**saved[key], **current[key]} if saved[key].get(name) != current[key].get(name)]
         if different:
             raise ValueError(
@@ -199,6 +233,7 @@ def check_same_training(saved: Mapping[str, Any], current: Mapping[str, Any], di
         raise ValueError(
             f"The checkpoint in {directory} was made with another model: the values of its frozen parameters differ."
         )
+    return accepted
 
 
 def _stem(step: int) -> str:
@@ -218,10 +253,9 @@ def _delete_all_but(folder: Path, kept_stems: set[str]) -> None:
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Compute the SHA-256 of names and values of tensors on any device, one tensor at a time."""
+    """Compute the SHA-256 of tensors' values in the order of their names, one tensor at a time."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
+    for _, tensor in sorted(tensors.items()):
         digest.update(full_tensor(tensor).cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -231,12 +265,12 @@ def _layout(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in tensors.items()}
 
 
-def _changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """The entries in which two settings differ, with their values where they are short."""
-    changes = []
+def _changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
+    """The entries in which two settings differ, by name, as text with their values where they are short."""
+    changes = {}
     for name in sorted({**saved, **current}):
         before, now = saved.get(name), current.get(name)
         if before != now:
             values = f" ({before!r} then, {now!r} now)"
-            changes.append(name + (values if len(values) < 60 else ""))
+            changes[name] = name + (values if len(values) < 60 else "")
     return changes

@@ -1,7 +1,9 @@
 """The log of a training: its mean losses, as entries in memory, as lines of `log.jsonl`, and for TensorBoard."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +12,7 @@ from accelerate.utils import is_tensorboard_available
 
 from mtu.storage import write_text
 
-__all__ = ["LogEntry", "LossLog", "check_tensorboard"]
+__all__ = ["LogEntry", "LossLog", "check_tensorboard", "read_entries"]
 
 
 class LogEntry(NamedTuple):
@@ -52,22 +54,27 @@ class LossLog:
 
     def __init__(self, directory: Path | None, last_step: int, *, writes: bool, tensorboard: bool) -> None:
         self.path = None if directory is None else directory / "log.jsonl"
-        self.entries = [] if self.path is None else _read_entries(self.path, last_step)
+        self.entries = [] if self.path is None else read_entries(self.path, last_step)
         self.smoothed_loss: float | None = None
         self.sums = _no_sums()
         self._writes = writes and self.path is not None
         self._tracker: TensorBoardTracker | None = None
         self._last_step, self._tensorboard = last_step, tensorboard
 
-    def open(self) -> None:
+    def open(self, accepted_changes: Sequence[Mapping[str, Any]] = ()) -> None:
         """Write the entries of the earlier run that are kept, and drop the others from the files.
+
+        Args:
+            accepted_changes: changes of the settings, each with its "step". They become lines after that step's entry.
 
         Raises:
             OSError: the log cannot be written.
         """
         if self.path is None or not self._writes:
             return
-        write_text(self.path, "".join(_line(entry) for entry in self.entries))
+        lines = [(entry.step, _line(entry._asdict())) for entry in self.entries]
+        lines += [(change["step"], _line(change)) for change in accepted_changes]
+        write_text(self.path, "".join(line for _, line in sorted(lines, key=itemgetter(0))))
         if self._tensorboard:
             # Steps after the checkpoint are made again, so TensorBoard forgets their first values.
             self._tracker = TensorBoardTracker("tensorboard", self.path.parent, purge_step=self._last_step + 1)
@@ -103,7 +110,7 @@ class LossLog:
             return
         try:
             with self.path.open("a", encoding="utf-8") as log:
-                log.write(_line(entry))
+                log.write(_line(entry._asdict()))
         except OSError as error:
             raise OSError(f"The log {self.path} cannot be written ({error.strerror or error}).") from error
         if self._tracker is not None:
@@ -128,12 +135,12 @@ def _no_sums() -> dict[str, Any]:
     return {"steps": 0, "loss": 0.0, "data_seconds": 0.0, "terms": {}}
 
 
-def _line(entry: LogEntry) -> str:
-    return json.dumps(entry._asdict()) + "\n"
+def _line(values: Mapping[str, Any]) -> str:
+    return json.dumps(values) + "\n"
 
 
-def _read_entries(path: Path, last_step: int) -> list[LogEntry]:
-    """The entries of a log up to a step; lines that are cut off are no entries."""
+def read_entries(path: Path, last_step: float = math.inf) -> list[LogEntry]:
+    """Read the entries of a log up to a step, without lines that are cut off or tell of changed settings."""
     entries = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:

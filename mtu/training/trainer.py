@@ -91,8 +91,9 @@ class Trainer:
         self._model: torch.nn.Module = objective
         self._identity: dict[str, Any] = {}
         self._saved_step: int | None = None
+        self._accepted_changes: list[dict[str, Any]] = []
 
-    def train(self, *, resume: bool = False, overwrite: bool = False) -> list[LogEntry]:
+    def train(self, *, resume: bool = False, overwrite: bool = False, accept_changes: bool = False) -> list[LogEntry]:
         """Train from the start or from the newest checkpoint to the last step.
 
         If an average of the weights is kept, the modules hold the averaged weights afterwards. SIGINT and SIGTERM end
@@ -102,6 +103,9 @@ class Trainer:
         Args:
             resume: whether to continue from the newest whole checkpoint in the directory.
             overwrite: whether to start anew, and to delete the checkpoints in the directory just before the first step.
+            accept_changes: whether to resume although the objective's settings, such as its data, or learning_rate,
+                max_grad_norm, schedule, seed, steps, warmup_steps or weight_decay differ from those of the checkpoint.
+                Later checkpoints and the log record the changes.
 
         Returns:
             The entries of the log, from the first step on.
@@ -117,11 +121,11 @@ class Trainer:
                 training; the batch cannot be split into as many parts; or `resume` and `overwrite` are both true.
         """
         with common_errors_context(self.accelerator):
-            self._check_before_start(resume, overwrite)
+            self._check_before_start(resume, overwrite, accept_changes)
         with self._locked_folder_context(), _module_modes(self.objective), ExitStack() as at_end:
             at_end.callback(self.objective.finish)
             self.objective.train()
-            state, log = self._start(resume)
+            state, log = self._start(resume, accept_changes)
             saves = "" if self.directory is None else " and saves"
             announcement = f"The training ends after this step{saves}; a second signal ends it at once."
             with Interruption(announcement if self.accelerator.is_main_process else None) as interruption:
@@ -153,20 +157,22 @@ class Trainer:
     def _num_parts(self) -> int:
         return self.accelerator.num_processes * self.config.gradient_accumulation_steps
 
-    def _check_before_start(self, resume: bool, overwrite: bool) -> None:
+    def _check_before_start(self, resume: bool, overwrite: bool, accept_changes: bool) -> None:
         if resume and self.directory is None:
             raise ValueError("To resume needs the directory that holds the checkpoint, but got None.")
         if self.config.tensorboard:
             check_tensorboard(self.directory)
         if resume and overwrite:
             raise ValueError("resume continues the checkpoint that overwrite deletes: expected one of them, got both.")
+        if accept_changes and not resume:
+            raise ValueError("accept_changes accepts changes since the checkpoint of resume, but resume is false.")
         if self.directory is not None and not (resume or overwrite):
             check_no_checkpoints(self.directory)
         parameter_access.check_trainable(self.objective, "Training")
         parameter_access.check_has_values(self.objective, "Training")
         self.objective.check_part_count(self._num_parts)
 
-    def _start(self, resume: bool) -> tuple[TrainingState, LossLog]:
+    def _start(self, resume: bool, accept_changes: bool) -> tuple[TrainingState, LossLog]:
         """Build the state and the log, or restore them, and prepare the objective; no file changes."""
         directory, is_main = self.directory, self.accelerator.is_main_process
         self._identity = self._describe_training()
@@ -175,15 +181,15 @@ class Trainer:
                 self.objective.to(self.device)
             self._model = share_objective(self.accelerator, self.objective, self.config.fully_shard)
         state, sums = TrainingState(self.objective, self.config), None
-        self._state, self._saved_step = state, None
+        self._state, self._saved_step, self._accepted_changes = state, None, []
         # The first step would add its own gradients to earlier ones.
         state.drop_gradients()
         if resume and directory is not None:
-            checkpoint = self._read_checkpoint(directory)
+            checkpoint = self._read_checkpoint(directory, accept_changes)
             saved = checkpoint.state
             state.load(checkpoint.tensors, saved["optimizer_numbers"])
             state.step, state.seconds, sums = checkpoint.step, float(saved["seconds"]), saved["log_sums"]
-            self._saved_step = state.step
+            self._saved_step, self._accepted_changes = state.step, saved["accepted_changes"]
         with common_errors_context(self.accelerator), named_folder_context(directory):
             log = LossLog(directory, state.step, writes=is_main, tensorboard=self.config.tensorboard)
         log.sums = log.sums if sums is None else sums
@@ -209,13 +215,22 @@ class Trainer:
                 )
         return expected
 
-    def _read_checkpoint(self, directory: Path) -> Checkpoint:
+    def _read_checkpoint(self, directory: Path, accept_changes: bool) -> Checkpoint:
         """Read the newest whole checkpoint in the main process, and send it to the others."""
         checkpoint = Checkpoint(0, {}, {})
         with common_errors_context(self.accelerator):
             if self.accelerator.is_main_process:
                 checkpoint = read_newest_checkpoint(directory)
-                check_same_training(checkpoint.state["training"], self._identity, directory)
+                changes = check_same_training(
+                    checkpoint.state, self._identity, directory, accept_changes=accept_changes
+                )
+                if checkpoint.step > self.config.steps:
+                    raise ValueError(
+                        f"The checkpoint in {directory} is of step {checkpoint.step}: expected steps to be at least "
+                        f"as many, but got {self.config.steps}."
+                    )
+                if changes:
+                    checkpoint.state["accepted_changes"].append({"step": checkpoint.step, "accepted_changes": changes})
         step, state = json.loads(broadcast_text(self.accelerator, json.dumps([checkpoint.step, checkpoint.state])))
         return Checkpoint(step, broadcast_tensors(self.accelerator, checkpoint.tensors), state)
 
@@ -232,7 +247,7 @@ class Trainer:
     def _open_files(self, log: LossLog, overwrite: bool) -> None:
         """Begin the log, and delete the checkpoints of the training that this one overwrites."""
         with common_errors_context(self.accelerator), named_folder_context(self.directory):
-            log.open()
+            log.open(self._accepted_changes)
             if overwrite and self.directory is not None and self.accelerator.is_main_process:
                 delete_checkpoints(self.directory)
 
@@ -345,10 +360,15 @@ class Trainer:
         state.drop_gradients()
         try:
             self._save(running)
-            kept = "" if self.directory is None else ", and the state before it is saved"
+            kept = "; try a lower learning rate"
+            if self.directory is not None:
+                kept = (
+                    ", and the state before it is saved; correct the examples or lower the learning rate, and resume "
+                    "with accept_changes (--accept-changes)"
+                )
         except (OSError, FloatingPointError) as error:
             kept = f", nor was the state before it saved ({str(error).rstrip('.')})"
-        raise FloatingPointError(f"{fault}, so the step was not made{kept}; try a lower learning rate.")
+        raise FloatingPointError(f"{fault}, so the step was not made{kept}.")
 
     def _save(self, running: "_Running") -> None:
         """Write a checkpoint of the state, unless there is one."""
@@ -362,7 +382,7 @@ class Trainer:
                 "seconds": state.seconds,
                 "optimizer_numbers": state.optimizer_numbers(),
                 "log_sums": running.log.sums,
-                "num_processes": self.accelerator.num_processes,
+                "accepted_changes": self._accepted_changes,
             }
             if self.accelerator.is_main_process:
                 checkpoint = Checkpoint(state.step, tensors, description)

@@ -26,7 +26,7 @@ from mtu.training.optimizer import build_optimizer, learning_rate_at, row_name, 
 from mtu.training.precision import check_parameter_dtypes
 from mtu.training.trainer_config import TrainerConfig
 
-__all__ = ["TrainingState"]
+__all__ = ["TrainingState", "persistent_buffers"]
 
 
 class TrainingState:
@@ -171,7 +171,7 @@ class TrainingState:
                     learnt[f"optimizer.{key}.{name}"] = sharded_like(value, self.parameters[name]) if is_part else value
         self._check_finite(learnt)
         # Buffers are not checked, because a mask may hold infinities.
-        buffers = {f"buffer.{name}": tensor for name, tensor in _persistent_buffers(self.objective).items()}
+        buffers = {f"buffer.{name}": tensor for name, tensor in persistent_buffers(self.objective).items()}
         return gather_on_main_process(accelerator, learnt | buffers)
 
     def optimizer_numbers(self) -> dict[str, dict[str, float]]:
@@ -193,7 +193,7 @@ class TrainingState:
         """
         own: dict[str, Tensor] = {f"trained.{name}": parameter for name, parameter in self.parameters.items()}
         own |= {f"average.{name}": sharded_like(t, self.parameters[name]) for name, t in self.averaged_weights.items()}
-        own |= {f"buffer.{name}": tensor for name, tensor in _persistent_buffers(self.objective).items()}
+        own |= {f"buffer.{name}": tensor for name, tensor in persistent_buffers(self.objective).items()}
         for name, tensor in own.items():
             load_into(tensor, tensors[name])
         states: dict[str, dict[str, Any]] = {name: dict(numbers.get(name, {})) for name in self.optimizer_parameters}
@@ -233,6 +233,6 @@ class TrainingState:
         )
 
 
-def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     saved = module.state_dict(keep_vars=True).keys()
     return {name: buffer for name, buffer in module.named_buffers() if name in saved}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,7 +21,7 @@ from mtu.pipelines import MTUPipeline
 from mtu.storage import write_text
 from mtu.training.checkpoints import check_no_checkpoints, checkpoint_steps
 from mtu.training.distributed import broadcast_text, common_errors_context, copy_whole_model, make_accelerator
-from mtu.training.loss_log import LogEntry
+from mtu.training.loss_log import LogEntry, read_entries
 from mtu.training.multitask.objective import MultiTaskObjective
 from mtu.training.parallel_loss import intra_op_threads_context
 from mtu.training.runs.base_model import BaseModel, find_base_model, load_upcycled_pipeline
@@ -36,7 +35,9 @@ __all__ = ["run_training"]
 Pipeline = MTUPipeline | StableDiffusionXLPipeline
 
 
-def run_training(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> list[LogEntry]:
+def run_training(
+    config: RunConfig, *, resume: bool = False, overwrite: bool = False, accept_changes: bool = False
+) -> list[LogEntry]:
     """Train as a configuration says, and save the finished pipeline in `OUTPUT/model`.
 
     The folder also gets `config.yaml`, `log.jsonl`, `losses.png`, `checkpoints`, `validation` and, if asked for,
@@ -46,6 +47,7 @@ def run_training(config: RunConfig, *, resume: bool = False, overwrite: bool = F
         config: the settings.
         resume: whether to continue from the newest checkpoint; without one, the training starts.
         overwrite: whether to delete the checkpoints of the output folder and start.
+        accept_changes: whether to resume although data or settings, such as the learning rate, have changed.
 
     Returns:
         The entries of the log.
@@ -96,7 +98,7 @@ def run_training(config: RunConfig, *, resume: bool = False, overwrite: bool = F
     if accelerator.is_main_process:
         print(_describe(config, pipeline.unet, datasets, steps, accelerator), flush=True)
     with _settings_file_context(config, accelerator, resume), _threads_context(config, accelerator):
-        entries = trainer.train(resume=resume, overwrite=overwrite)
+        entries = trainer.train(resume=resume, overwrite=overwrite, accept_changes=resume and accept_changes)
     if accelerator.is_main_process:
         digests.save()
     _save_pipeline(pipeline, model, config, accelerator)
@@ -224,8 +226,7 @@ def _whole_unet_context(pipeline: Pipeline, config: RunConfig, accelerator: Acce
 
 def _write_validation(validation: Validation, step: int, config: RunConfig) -> None:
     pictures = validation.make_pictures(step)
-    lines = (config.output / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    folder = validation.write(step, pictures, [LogEntry(**json.loads(line)) for line in lines])
+    folder = validation.write(step, pictures, read_entries(config.output / "log.jsonl"))
     tqdm.write(f"The pictures and plots of step {step} are in {folder}.")
 
 

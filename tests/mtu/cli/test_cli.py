@@ -26,7 +26,7 @@ SURFACE = {
     "mtu data": [],
     "mtu data check": ["--json", "--resolution", "--task", "directory"],
     "mtu train": [
-        *["--backend", "--batch-size", "--betas", "--cache-directory", "--checkpoint-every"],
+        *["--accept-changes", "--backend", "--batch-size", "--betas", "--cache-directory", "--checkpoint-every"],
         *["--checkpoints-total-limit", "--conditioning-dropout-prob", "--data", "--dry-run", "--ema-decay", "--epochs"],
         *["--epsilon", "--frozen-dtype", "--fully-shard", "--gradient-accumulation-steps", "--gradient-checkpointing"],
         *["--latent-cache", "--latent-sampling", "--learning-rate", "--log-every", "--loss-threads", "--loss-weights"],

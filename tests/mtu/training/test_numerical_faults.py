@@ -29,7 +29,8 @@ def test_a_loss_that_is_not_finite_names_its_examples_and_saves_the_state_before
     objective = spoilt(e1=float("nan"), e4=float("inf"))
     message = (
         r"^The loss of step 3 is nan, because the loss of example 1; example 4 is not finite, so the step was not "
-        r"made, and the state before it is saved; try a lower learning rate\.$"
+        r"made, and the state before it is saved; correct the examples or lower the learning rate, and resume with "
+        r"accept_changes \(--accept-changes\)\.$"
     )
     with pytest.raises(FloatingPointError, match=message):
         Trainer(objective, config, tmp_path).train()

@@ -14,6 +14,7 @@ from torch import nn
 
 from mtu.training import LogEntry, TrainerConfig
 from mtu.training.checkpoints import Checkpoint, checkpoint_steps, read_newest_checkpoint, write_checkpoint
+from mtu.training.optimizer import learning_rate_at
 from mtu.training.trainer import Trainer
 from mtu.training.training_state import TrainingState
 
@@ -361,10 +362,12 @@ def test_a_time_limit_ends_the_training_with_a_checkpoint(tmp_path: Path) -> Non
 
 def test_resuming_another_training_says_what_differs(tmp_path: Path) -> None:
     train(tmp_path)
-    message = r"was made with another learning_rate \(0\.01 then, 1\.0 now\), steps \(10 then, 11 now\)\.$"
+    message = (
+        r"was made with another learning_rate \(0\.01 then, 1\.0 now\), steps \(10 then, 11 now\); accept_changes \(--a"
+    )
     with pytest.raises(ValueError, match=message):
         train(tmp_path, replace(CONFIG, steps=11, learning_rate=1.0, log_every=2), resume=True)
-    with pytest.raises(ValueError, match=r"was made with another size \(6 then, 9 now\)\.$"):
+    with pytest.raises(ValueError, match=r"was made with another size \(6 then, 9 now\); accept_changes"):
         Trainer(SmallObjective(LoadBatch(9)), CONFIG, tmp_path).train(resume=True)
     with pytest.raises(ValueError, match=r"does not fit this model: 5 trained parameters differ .* model\.conv\.bias"):
         Trainer(SmallObjective().double(), CONFIG, tmp_path).train(resume=True)
@@ -378,6 +381,54 @@ def test_resuming_another_training_says_what_differs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the values of its frozen parameters differ"):
         Trainer(objective, CONFIG, tmp_path).train(resume=True)
     assert torch.equal(objective.model.linear.weight, SmallObjective().model.linear.weight)
+
+
+def test_accepted_changes_hold_from_the_checkpoint_on_and_are_recorded(tmp_path: Path) -> None:
+    train(tmp_path, passes_before_stop=6)
+    changed = replace(CONFIG, learning_rate=1e-3, max_grad_norm=0.5, warmup_steps=0, seed=1, weight_decay=0.1)
+    with pytest.raises(ValueError, match=r"was made with another betas .*, learning_rate .* now\)\.$"):
+        Trainer(SmallObjective(), replace(changed, betas=(0.8, 0.9)), tmp_path).train(resume=True, accept_changes=True)
+    with pytest.raises(ValueError, match="but resume is false"):
+        Trainer(SmallObjective(), changed, tmp_path).train(accept_changes=True)
+    history = Trainer(SmallObjective(LoadBatch(9)), changed, tmp_path).train(resume=True, accept_changes=True)
+    rates = [learning_rate_at(step, 0, CONFIG if step < 5 else changed) for step in range(10)]
+    assert [entry.learning_rate for entry in history] == rates
+    # The changed settings are now those of the checkpoint.
+    assert Trainer(SmallObjective(LoadBatch(9)), changed, tmp_path).train(resume=True) == history
+    changes = {
+        "step": 5,
+        "accepted_changes": [
+            "learning_rate (0.01 then, 0.001 now)",
+            "max_grad_norm (1.0 then, 0.5 now)",
+            "seed (0 then, 1 now)",
+            "warmup_steps (2 then, 0 now)",
+            "weight_decay (0.01 then, 0.1 now)",
+            "size (6 then, 9 now)",
+        ],
+    }
+    assert read_newest_checkpoint(tmp_path).state["accepted_changes"] == [changes]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[5] == changes
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10]
+
+
+def test_a_checkpoint_that_lacks_what_this_training_needs_is_refused(tmp_path: Path) -> None:
+    train(tmp_path)
+    with_buffer = SmallObjective()
+    with_buffer.model.register_buffer("scale", torch.ones(1))
+    for objective, message in (
+        (with_buffer, r"does not fit this model: 1 buffers differ in name, dtype or shape, .* model\.scale\.$"),
+        (SmallObjective(has_rows=False), r"1 parameters with one row per task differ .* model\.embedding\.weight\.$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trainer(objective, CONFIG, tmp_path).train(resume=True)
+    with pytest.raises(ValueError, match="is of step 10: expected steps to be at least as many, but got 7"):
+        Trainer(SmallObjective(), replace(CONFIG, steps=7), tmp_path).train(resume=True, accept_changes=True)
+    write_checkpoint(tmp_path, Checkpoint(11, {}, {"training": {}}))
+    with pytest.raises(
+        ValueError, match=r"The checkpoint in .* lacks 'seconds', .*, 'config', .*: expected one that a"
+    ):
+        train(tmp_path, resume=True)
 
 
 def test_a_constant_rate_may_go_on_for_more_steps(tmp_path: Path) -> None:
