@@ -73,7 +73,6 @@ class TrainingState:
                 else {row_name(name, i): row for i, row in enumerate(rows)}
             )
         self.optimizer = build_optimizer(objective, self.optimizer_parameters, config)
-        self.device = next(iter(self.parameters.values())).device
         # The average is float32 at least: its steps are too small for 16-bit formats.
         self.averaged_weights = {
             name: local_tensor(p).to(torch.promote_types(p.dtype, torch.float32), copy=True)
@@ -93,9 +92,18 @@ class TrainingState:
             parameter.grad = None
 
     def take_gradients(self) -> None:
-        """Give the optimizer's views of parameters their gradients: rows that the step does not train get none."""
+        """Give the optimizer's views of parameters their gradients: rows that the step does not train get none.
+
+        Raises:
+            RuntimeError: a parameter has left the memory of its rows.
+        """
         trained = set(self.objective.trained_rows(self.step)) if self.rows else set()
         for name, rows in self.rows.items():
+            if rows[0].data_ptr() != self.parameters[name].data_ptr():
+                raise RuntimeError(
+                    f"{name} was moved to other memory during the training, where its rows are not trained: expected "
+                    "models that stay in their place, so a validation may move or convert copies only."
+                )
             gradient = self.parameters[name].grad
             for index, row in enumerate(rows):
                 row.grad = gradient[index] if gradient is not None and index in trained else None

@@ -279,3 +279,15 @@ def test_rows_share_their_memory_and_its_counter_of_changes_with_the_parameter()
         rows[1].fill_(5.0)
     assert table[1, 0].item() == 5.0
     assert table._version > version
+
+
+def test_rows_of_a_parameter_that_was_moved_are_not_trained_in_vain(tmp_path: Path) -> None:
+    objective = SmallObjective()
+    config = replace(CONFIG, validate_every=2)
+
+    def validate(step: int) -> None:
+        objective.double().float()
+
+    with pytest.raises(RuntimeError, match=r"^model\.embedding\.weight was moved to other memory during the training"):
+        Trainer(objective, config, tmp_path, validate=validate).train()
+    assert Trainer(objective, config, tmp_path).train(resume=True)
