@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+__all__ = ["average_and_differentiate_losses_in_threads", "intra_op_threads_context"]
+
 
 class _Precomputed(torch.autograd.Function):
     """A loss that was computed together with its gradients, which `backward` returns."""

@@ -4,10 +4,24 @@ Each field says in its metadata what it does, in one sentence. The flags of the 
 made of these sentences.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 __all__ = ["TrainerConfig"]
+
+_LEAST_INTEGERS = {
+    "steps": 1,
+    "warmup_steps": 0,
+    "gradient_accumulation_steps": 1,
+    "num_workers": 0,
+    "checkpoint_every": 1,
+    "checkpoints_total_limit": 1,
+    "log_every": 1,
+    "validate_every": 1,
+    "seed": 0,
+}
 
 
 def _choice(default: Any, description: str) -> Any:
@@ -18,6 +32,9 @@ def _choice(default: Any, description: str) -> Any:
 @dataclass(frozen=True)
 class TrainerConfig:
     """The settings of a training; each field's metadata describe it.
+
+    Raises:
+        ValueError: a setting is out of its range.
 
     Example:
         >>> config = TrainerConfig(steps=1000, learning_rate=5e-5, ema_decay=0.999)
@@ -59,23 +76,41 @@ class TrainerConfig:
     seed: int = _choice(0, "Seed of the random numbers that modules draw in training, such as dropout.")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "gradient_accumulation_steps", "checkpoint_every", "log_every"):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("checkpoints_total_limit", "validate_every"):
-            self._check(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1, or None")
-        for name in ("warmup_steps", "num_workers", "weight_decay", "seed"):
-            self._check(name, getattr(self, name) >= 0, "at least 0")
+        for name, least in _LEAST_INTEGERS.items():
+            value, expected = getattr(self, name), f"an integer ≥ {least}"
+            if name in ("checkpoints_total_limit", "validate_every"):
+                self._check(name, value is None or (_is_integer(value) and value >= least), f"{expected}, or None")
+            else:
+                self._check(name, _is_integer(value) and value >= least, expected)
         for name in ("learning_rate", "epsilon"):
-            self._check(name, getattr(self, name) > 0, "a positive number")
+            value = getattr(self, name)
+            self._check(name, _is_number(value) and value > 0, "a positive number")
         for name in ("max_grad_norm", "max_minutes"):
-            self._check(name, getattr(self, name) is None or getattr(self, name) > 0, "a positive number or None")
+            value = getattr(self, name)
+            self._check(name, value is None or (_is_number(value) and value > 0), "a positive number or None")
+        for name in ("fully_shard", "tensorboard"):
+            self._check(name, isinstance(getattr(self, name), bool), "True or False")
+        self._check("weight_decay", _is_number(self.weight_decay) and self.weight_decay >= 0, "a number ≥ 0")
         self._check("schedule", self.schedule in ("constant", "cosine"), "constant or cosine")
         self._check("optimizer", self.optimizer in ("adamw", "adamw8bit"), "adamw or adamw8bit")
         # bitsandbytes packs several numbers into one state, so parts of a tensor have other states than the whole.
         self._check("optimizer", self.optimizer == "adamw" or not self.fully_shard, "adamw where fully_shard is true")
-        self._check("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "None, or a number in [0, 1)")
-        self._check("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
+        self._check("ema_decay", self.ema_decay is None or _is_fraction(self.ema_decay), "None, or a number in [0, 1)")
+        is_pair = isinstance(self.betas, Sequence) and len(self.betas) == 2
+        self._check("betas", is_pair and all(map(_is_fraction, self.betas)), "two numbers in [0, 1)")
 
     def _check(self, name: str, is_valid: bool, expected: str) -> None:
         if not is_valid:
             raise ValueError(f"{name} must be {expected}, but got {getattr(self, name)!r}.")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_fraction(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < 1

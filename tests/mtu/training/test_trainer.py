@@ -1,6 +1,7 @@
 """`Trainer`: what it trains, how it splits batches, and what it logs."""
 
 import json
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -255,13 +256,20 @@ def test_vectors_and_embeddings_do_not_decay_but_the_matrices_of_routers_do() ->
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1, but got 0"),
+        ({"steps": 0}, "steps must be an integer ≥ 1, but got 0"),
+        ({"steps": 1.5}, "steps must be an integer ≥ 1, but got 1.5"),
+        ({"steps": True}, "steps must be an integer ≥ 1, but got True"),
+        ({"steps": "10"}, "steps must be an integer ≥ 1, but got '10'"),
+        ({"learning_rate": math.inf}, "learning_rate must be a positive number, but got inf"),
+        ({"weight_decay": math.inf}, "weight_decay must be a number ≥ 0, but got inf"),
+        ({"betas": 0.9}, r"betas must be two numbers in \[0, 1\), but got 0.9"),
+        ({"tensorboard": 1}, "tensorboard must be True or False, but got 1"),
         ({"schedule": "linear"}, "schedule must be constant or cosine, but got 'linear'"),
         ({"optimizer": "sgd"}, "optimizer must be adamw or adamw8bit, but got 'sgd'"),
         ({"ema_decay": 1.0}, r"ema_decay must be None, or a number in \[0, 1\), but got 1.0"),
-        ({"warmup_steps": -1}, "warmup_steps must be at least 0, but got -1"),
+        ({"warmup_steps": -1}, "warmup_steps must be an integer ≥ 0, but got -1"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be a positive number or None, but got 0"),
-        ({"checkpoints_total_limit": 0}, "checkpoints_total_limit must be at least 1, or None, but got 0"),
+        ({"checkpoints_total_limit": 0}, "checkpoints_total_limit must be an integer ≥ 1, or None, but got 0"),
     ],
 )
 def test_wrong_configurations_are_refused(wrong: dict, message: str) -> None:
