@@ -200,6 +200,8 @@ class BatchLoader:
         self.latent_cache, self.text_cache = latent_cache, text_cache
         self._timestep_count, self._latent_shape = num_timesteps, latent_shape
         self._zeros_for_dropped_prompt = zeros_for_dropped_prompt
+        # Dropout and tasks without prompts need it in each step.
+        self._empty_prompt: dict[str, Tensor] | None = None
 
     def __call__(self, part: BatchPart) -> Batch:
         """Load a part of a batch."""
@@ -336,12 +338,22 @@ class BatchLoader:
         found, missing = {}, []
         for position, prompt in enumerate(prompts):
             key = "" if self.text_cache is None else text_key(self.text_cache.model_digest, prompt)
-            entry = None if self.text_cache is None else self.text_cache.entries.get(key)
+            entry = self._read_text(key, prompt)
             if entry is None:
                 missing.append(MissingPrompt(position, key, prompt))
             else:
                 found[position] = entry
         return _stacked(found), missing
+
+    def _read_text(self, key: str, prompt: str) -> dict[str, Tensor] | None:
+        """The embeddings of a prompt from the cache. Those of the empty prompt are read once."""
+        if self.text_cache is None:
+            return None
+        if prompt:
+            return self.text_cache.entries.get(key)
+        if self._empty_prompt is None:
+            self._empty_prompt = self.text_cache.entries.get(key)
+        return self._empty_prompt
 
 
 def _stacked(found: Mapping[int, Mapping[str, Tensor]]) -> FoundEncodings:

@@ -69,6 +69,20 @@ class _UNetInputs(NamedTuple):
     target: Tensor
 
 
+class _Constants(NamedTuple):
+    """What weighs the errors and describes the images of all steps, on one device.
+
+    Args:
+        timestep_weights: (timesteps,) float32.
+        task_weights: (T,) float32.
+        resolution: (2,) int64, height and width.
+    """
+
+    timestep_weights: Tensor
+    task_weights: Tensor
+    resolution: Tensor
+
+
 class MultiTaskObjective(Objective):
     """The sum over the tasks of a step of the mean squared error of the predicted noise.
 
@@ -117,6 +131,7 @@ class MultiTaskObjective(Objective):
         self.pipeline, self.config = pipeline, config
         self._warned_of: set[str] = set()
         self._is_prepared = self._enabled_checkpointing = False
+        self._constants: _Constants | None = None
         self.unet: MTUUNet2DConditionModel = pipeline.unet
         self._takes_images = any(spec.takes_image for spec in pipeline.unet.tasks)
         self._encoder = PipelineEncoder(pipeline)
@@ -216,10 +231,10 @@ class MultiTaskObjective(Objective):
         self._warn_of_damage(batch)
         with torch.no_grad():
             inputs = self._unet_inputs(batch)
-        weights = self.timestep_weights.to(inputs.timesteps.device)[inputs.timesteps] / batch.counts
+        constants = self._constants_on(inputs.timesteps.device)
+        weights = constants.timestep_weights[inputs.timesteps] / batch.counts
+        loss, errors = self._weighted_loss(inputs, weights * constants.task_weights[inputs.task_ids])
         names = [spec.name for spec in self.unet.tasks]
-        factors = torch.tensor([self.config.loss_weights.get(name, 1.0) for name in names], device=weights.device)
-        loss, errors = self._weighted_loss(inputs, weights * factors[inputs.task_ids])
         with torch.no_grad():
             # Not by a product with 0 or 1: an error that is not finite must not spread to other tasks.
             terms = {
@@ -283,7 +298,7 @@ class MultiTaskObjective(Objective):
         pooled = time_ids = None
         if self._encoder.is_xl:
             pooled = embeds("pooled_prompt_embeds")
-            resolution = torch.tensor(self.config.height_and_width, device=device)
+            resolution = self._constants_on(device).resolution
             # In float32: the pipelines round the sizes to the dtype of the text embeddings.
             time_ids = torch.cat([latents["sizes"], resolution.expand(count, 2)], dim=1).float()
         return _UNetInputs(
@@ -295,6 +310,17 @@ class MultiTaskObjective(Objective):
             time_ids,
             target,
         )
+
+    def _constants_on(self, device: torch.device) -> _Constants:
+        """The constants of the loss, which are copied to a device once."""
+        if self._constants is None or self._constants.resolution.device != device:
+            weights = [self.config.loss_weights.get(spec.name, 1.0) for spec in self.unet.tasks]
+            self._constants = _Constants(
+                self.timestep_weights.to(device),
+                torch.tensor(weights, device=device),
+                torch.tensor(self.config.height_and_width, device=device),
+            )
+        return self._constants
 
     def _encode_images(self, missing: MissingImages | None) -> dict[int, dict[str, Tensor]]:
         """The latents of images that were not in the cache, by position. They are put into it now."""

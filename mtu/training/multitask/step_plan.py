@@ -14,6 +14,8 @@ import numpy as np
 
 __all__ = ["PlannedExample", "StepPlan"]
 
+_RECENT_STEPS = 4
+
 
 class PlannedExample(NamedTuple):
     """The example at one position of a batch.
@@ -57,6 +59,7 @@ class StepPlan:
         self.batch_size = batch_size
         self._rows = tuple(rows.values())
         self._seed = seed
+        self._recent: dict[int, tuple[PlannedExample, ...]] = {}
         # The shares as they are written, 0.1 and 0.3, have a ratio of exactly 3.
         exact = [Fraction(str(shares[name])) for name in rows]
         scale = math.lcm(*(share.denominator for share in exact))
@@ -67,6 +70,14 @@ class StepPlan:
 
     def examples(self, step: int) -> tuple[PlannedExample, ...]:
         """The examples of a step, in the order of their positions."""
+        planned = self._recent.get(step)
+        if planned is None:
+            planned = self._plan(step)
+            # Each part of a step asks, and so does the optimizer. Worker processes are few steps ahead.
+            self._recent = dict([*self._recent.items(), (step, planned)][-_RECENT_STEPS:])
+        return planned
+
+    def _plan(self, step: int) -> tuple[PlannedExample, ...]:
         turns = self._turns_before(step * self.batch_size)
         first = list(turns)
         order = [self._take_turn_(turns) for _ in range(self.batch_size)]
@@ -84,11 +95,8 @@ class StepPlan:
         """How many turns each task has taken before a position."""
         tasks, total = len(self._weights), sum(self._weights)
         # At the time τ, ⌊w_i τ + ½⌋ turns of task i are over. This τ is just early enough for none too many, and the
-        # few that are left are counted one by one.
-        if position <= tasks:
-            turns = [0] * tasks
-        else:
-            turns = [(2 * weight * (position - tasks) + total) // (2 * total) for weight in self._weights]
+        # few that are left are counted one by one. Times and turns before 0 go on backwards by the same formula.
+        turns = [(2 * weight * (position - tasks) + total) // (2 * total) for weight in self._weights]
         for _ in range(position - sum(turns)):
             self._take_turn_(turns)
         return turns

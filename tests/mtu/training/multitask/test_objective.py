@@ -207,6 +207,21 @@ def test_half_a_cache_does_as_well(pipe, tmp_path) -> None:
     assert torch.equal(objective(batch).loss, expected)
 
 
+@torch.no_grad()
+def test_the_empty_prompt_is_read_once(pipe, tmp_path, monkeypatch) -> None:
+    objective = make_objective(
+        pipe, noise_data(pipe, ["super-resolution"]), text_cache="disk", cache_directory=tmp_path
+    )
+    reads = []
+    real = storage.read_tensors
+    monkeypatch.setattr(storage, "read_tensors", lambda path: reads.append(path) or real(path))
+    losses = [loss_of(objective, step).loss for step in range(2)]
+    assert len(reads) == 1
+    assert losses == [
+        loss_of(make_objective(pipe, noise_data(pipe, ["super-resolution"])), step).loss for step in (0, 1)
+    ]
+
+
 def test_preparing_encodes_only_what_is_missing(pipe, tmp_path, monkeypatch) -> None:
     settings = {"latent_cache": "disk", "text_cache": "disk", "cache_directory": tmp_path}
     make_objective(pipe, noise_data(pipe, ["edit"]), **settings)

@@ -58,6 +58,18 @@ def test_each_epoch_visits_every_row_once(tasks, batch_size: int, seed: int) -> 
             assert sorted(row for _, row in own) == list(range(rows))
 
 
+def test_a_step_is_planned_once(monkeypatch) -> None:
+    plan, planned = make_plan([(7, 1), (5, 2)], 4), []
+    real = plan._plan
+    monkeypatch.setattr(plan, "_plan", lambda step: planned.append(step) or real(step))
+    first, *_ = (plan.examples(step) for step in (0, 0, 1, 0, 1))
+    assert planned == [0, 1]
+    for step in range(20):
+        plan.examples(step)
+    assert plan.examples(0) == first
+    assert len(plan._recent) < 10
+
+
 def test_the_order_differs_by_epoch_task_and_seed() -> None:
     def order(task: int, epoch: int, seed: int) -> list[int]:
         plan = make_plan([(50, 1), (50, 1)], 100, seed)
