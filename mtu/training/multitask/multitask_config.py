@@ -141,7 +141,8 @@ class MultiTaskConfig:
         """The settings that determine the loss of a step, as JSON values.
 
         Those are left out that change nothing, or the order of summation alone. `precision` is no such setting: a step
-        in bfloat16 has other numbers.
+        in bfloat16 has other numbers. Nor is `loss_threads` where a UNet has dropout layers, whose masks then depend on
+        the order of the threads; it is left out all the same, because the UNets of Stable Diffusion and SDXL have none.
         """
         how = {"gradient_checkpointing", "loss_threads", "latent_cache", "text_cache", "cache_directory"}
         values = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in how}
