@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -97,7 +97,11 @@ def run_training(
     )
     if accelerator.is_main_process:
         print(_describe(config, pipeline.unet, datasets, steps, accelerator), flush=True)
-    with _settings_file_context(config, accelerator, resume), _threads_context(config, accelerator):
+    with (
+        nullcontext() if validation is None else closing(validation),
+        _settings_file_context(config, accelerator, resume),
+        _threads_context(config, accelerator),
+    ):
         entries = trainer.train(resume=resume, overwrite=overwrite, accept_changes=resume and accept_changes)
     if accelerator.is_main_process:
         digests.save()

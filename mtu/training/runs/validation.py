@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from diffusers import StableDiffusionXLPipeline
@@ -18,6 +19,9 @@ from mtu.training.runs.validation_pictures import (
     draw_example_grid,
     generate_outputs,
 )
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 __all__ = ["Validation", "check_validation"]
 
@@ -54,6 +58,7 @@ class Validation:
         config: RunConfig,
     ) -> None:
         self.pipeline, self.config = pipeline, config
+        self._writer: SummaryWriter | None = None
         specs = {spec.name: spec for spec in pipeline.unet.tasks}
         count = config.validation.examples
         self.examples: dict[str, list[ValidationExample]] = {}
@@ -105,13 +110,25 @@ class Validation:
         if entries:
             save_figure(plot_losses(entries, tasks), self.config.output / "losses.png")
         if self.config.trainer.tensorboard:
-            self._write_for_tensorboard(step, {**pictures, "routing": Image.open(folder / "routing.png")})
+            with Image.open(folder / "routing.png") as routing:
+                self._write_for_tensorboard(step, {**pictures, "routing": routing})
         return folder
+
+    def close(self) -> None:
+        """Close the file of TensorBoard."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
     def _write_for_tensorboard(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
         # tensorboard is optional and takes a second to import.
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(str(self.config.output / "tensorboard")) as writer:
-            for name, picture in pictures.items():
-                writer.add_image(f"validation/{name}", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        if self._writer is None:
+            # TensorBoard reads the newest file of a folder alone, so the losses need a folder without pictures. What a
+            # resumed training shows again replaces the earlier pictures.
+            folder = self.config.output / "tensorboard" / "validation"
+            self._writer = SummaryWriter(str(folder), purge_step=step)
+        for name, picture in pictures.items():
+            self._writer.add_image(f"validation/{name}", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        self._writer.flush()

@@ -56,6 +56,13 @@ def test_the_folder_holds_what_the_guide_says(finished):
         assert pictures == {"edit.png", "remove.png", "routing.png"}
 
 
+def test_tensorboard_finds_one_file_of_losses_and_one_of_pictures(finished):
+    config, _ = finished
+    # TensorBoard follows the newest file of a folder alone.
+    for folder in (config.output / "tensorboard", config.output / "tensorboard" / "validation"):
+        assert len([path for path in folder.iterdir() if path.is_file()]) == 1
+
+
 def test_the_finished_pipeline_holds_the_average_and_the_frozen_weights(finished, small_base):
     config, _ = finished
     pipe = mtu.MTUPipeline.from_pretrained(config.output / "model")
