@@ -5,6 +5,8 @@ Each flag is made of a setting of `mtu.training.runs.run_config`, whose modules 
 
 import inspect
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING
 from typing import Annotated, Any
 
@@ -45,7 +47,11 @@ Resume = Annotated[
 ]
 Overwrite = Annotated[
     bool,
-    typer.Option("--overwrite", help="Delete the checkpoints in the output folder, and start.", rich_help_panel=_RUN),
+    typer.Option(
+        "--overwrite",
+        help="Delete the checkpoints in the output folder, and start; pictures stay.",
+        rich_help_panel=_RUN,
+    ),
 ]
 AcceptChanges = Annotated[
     bool,
@@ -73,30 +79,53 @@ def run_train_command(
     **flags: Any,
 ) -> None:
     """Train a multi-task model: from a base model and folders of images to a finished pipeline."""
-    try:
+    with _errors_context(context, are_of_all_processes=True):
         if resume and overwrite:
             raise ValueError("--resume continues the checkpoint that --overwrite deletes: expected one of them.")
         if accept_changes and not resume:
             raise ValueError("--accept-changes accepts changes since a checkpoint: expected --resume with it.")
         given = {key: value for key, value in flags.items() if value is not None and value != []}
         settings = read_run_config(config, {key: _flag_value(settings_by_key()[key], given[key]) for key in given})
+        if not dry_run:
+            _connect_processes()
+    with _errors_context(context):
         if dry_run:
             _print_estimate(settings)
         else:
             _run(settings, resume, overwrite, accept_changes)
+
+
+@contextmanager
+def _errors_context(context: typer.Context, are_of_all_processes: bool = False) -> Iterator[None]:
+    """Let an error become a line on stderr and an exit code.
+
+    Args:
+        context: tells whether the user asked for the traceback.
+        are_of_all_processes: whether all processes of a machine meet an error together, so that the first one tells it.
+    """
+    try:
+        yield
     except BrokenPipeError:  # the reader of a pipe has seen enough
         raise
     except (ValueError, OSError, FloatingPointError) as error:
         if context.parent is not None and context.parent.params["debug"]:
             raise
-        print_error(f"mtu train: error: {error}")
+        if not are_of_all_processes or os.environ.get("LOCAL_RANK", "0") == "0":
+            print_error(f"mtu train: error: {error}")
         # Whatever ends a training before its end by fault of a setting, a file or the disk is 2.
         raise typer.Exit(1 if isinstance(error, FloatingPointError) else 2) from None
 
 
+def _connect_processes() -> None:
+    """Connect the processes that a launcher started. Each refuses a launcher that is not supported."""
+    # PyTorch and diffusers take seconds to import, and neither help nor the reading of settings needs them.
+    from mtu.training.distributed import make_accelerator
+
+    make_accelerator()
+
+
 def _print_estimate(settings: RunConfig) -> None:
     """Print what a training will take."""
-    # PyTorch and diffusers take seconds to import, and neither help nor the reading of settings needs them.
     from mtu.training.runs.dry_run import estimate_run
     from mtu.training.runs.dry_run_report import run_estimate_reports
 
@@ -113,13 +142,14 @@ def _run(settings: RunConfig, resume: bool, overwrite: bool, accept_changes: boo
     import transformers
 
     from mtu.training.checkpoints import checkpoint_steps
-    from mtu.training.runs.run import run_training
+    from mtu.training.runs.run import process_group_context, run_training
 
     if not _is_main_process():
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
     try:
-        run_training(settings, resume=resume, overwrite=overwrite, accept_changes=accept_changes)
+        with process_group_context():
+            run_training(settings, resume=resume, overwrite=overwrite, accept_changes=accept_changes)
     except (KeyboardInterrupt, SystemExit):
         steps = checkpoint_steps(settings.output)
         if steps and _is_main_process():
@@ -142,6 +172,10 @@ def _flag_value(setting: Setting, value: Any) -> Any:
     for item, (key, sign, _) in zip(value, pairs, strict=True):
         if not sign or not key:
             raise ValueError(f"{setting.flag} must be {_mapping_words(setting)}, but got {item!r}.")
+    keys = [key for key, _, _ in pairs]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{setting.flag} gives {twice!r} twice: expected each key once.")
     return {key: text for key, _, text in pairs}
 
 

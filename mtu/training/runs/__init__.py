@@ -4,6 +4,7 @@
 - `settings_file`: reads them from a YAML file and flags.
 - `typed_values`: checks each value against the type of its setting.
 - `run`: the training itself, `run_training`.
+- `run_checks`: what is checked of it before a model is loaded.
 - `base_model`, `task_data`: the model and the data that it starts from.
 - `validation`, `validation_pictures`, `training_plots`: pictures and plots in its course.
 - `dry_run`, `dry_run_report`: what it will take, computed without weights.

@@ -20,8 +20,8 @@ from mtu.inspection.counting import Flops, count_flops
 from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.training.runs.base_model import BaseModel, find_base_model
 from mtu.training.runs.peak_memory import StepSettings, TrainingMemory, peak_training_memory
+from mtu.training.runs.run_checks import check_settings, open_checked_data
 from mtu.training.runs.run_config import RunConfig
-from mtu.training.runs.task_data import open_task_datasets
 
 __all__ = ["RunEstimate", "TaskEstimate", "estimate_run", "examples_per_pass"]
 
@@ -122,11 +122,12 @@ def estimate_run(config: RunConfig) -> RunEstimate:
         ValueError: the model, the tasks or the data are not as the settings say.
     """
     model = find_base_model(config)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    check_settings(config, model, processes)
     unet = model.build_unet_without_weights(config)
-    datasets = open_task_datasets(config.data, model.tasks)
+    datasets = open_checked_data(config, model)
     tasks, steps = _estimate_examples(config, model, datasets)
     trained = sum(p.numel() for p in unet.trainable_parameters())
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     return RunEstimate(
         config,
         model,

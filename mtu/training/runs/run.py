@@ -1,8 +1,8 @@
 """`run_training`: a training from a configuration, from the checks of settings and data to a finished pipeline."""
 
 import dataclasses
-import importlib.util
-import os
+import errno
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
@@ -19,18 +19,25 @@ from mtu.inspection.reports import format_count
 from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.pipelines import MTUPipeline
 from mtu.storage import write_text
-from mtu.training.checkpoints import check_no_checkpoints, checkpoint_steps
+from mtu.training.checkpoints import checkpoint_steps
 from mtu.training.distributed import broadcast_text, common_errors_context, copy_whole_model, make_accelerator
 from mtu.training.loss_log import LogEntry, read_entries
 from mtu.training.multitask.objective import MultiTaskObjective
 from mtu.training.parallel_loss import intra_op_threads_context
 from mtu.training.runs.base_model import BaseModel, find_base_model, load_upcycled_pipeline
+from mtu.training.runs.run_checks import (
+    check_libraries,
+    check_no_training,
+    check_settings,
+    make_output_folder,
+    open_checked_data,
+)
 from mtu.training.runs.run_config import RunConfig
-from mtu.training.runs.task_data import check_data, open_task_datasets
-from mtu.training.runs.validation import Validation, check_validation
+from mtu.training.runs.task_data import open_task_datasets
+from mtu.training.runs.validation import Validation
 from mtu.training.trainer import Trainer
 
-__all__ = ["run_training"]
+__all__ = ["process_group_context", "run_training"]
 
 Pipeline = MTUPipeline | StableDiffusionXLPipeline
 
@@ -63,37 +70,28 @@ def run_training(
         >>> entries = run_training(config)
     """
     accelerator = make_accelerator()
-    model = find_base_model(config)
-    check_validation(config, model.is_xl)
-    _check_libraries(config)
     with common_errors_context(accelerator):
-        has_checkpoint = _check_output(config, resume, overwrite)
-    # The other processes may be on machines that do not have the folder.
-    resume = bool(broadcast_text(accelerator, "resume" if has_checkpoint else ""))
+        check_no_training(config, resume, overwrite)
+    model = find_base_model(config)
+    check_settings(config, model, accelerator.num_processes)
+    check_libraries(config)
+    with common_errors_context(accelerator):
+        make_output_folder(config)
+    # A training that was interrupted before its first checkpoint starts. Other machines may not have the folder.
+    resume = bool(broadcast_text(accelerator, "resume" if resume and checkpoint_steps(config.output) else ""))
     digests = ImageDigests(_cache_directory(config) / "image-digests.safetensors")
-    datasets = _open_data(config, model, digests)
+    datasets = open_checked_data(config, model, digests)
+    objective = _make_objective(config, model, datasets)
+    pipeline = objective.pipeline
     pictured = {**datasets, **open_task_datasets(config.validation.data, model.tasks)}
-    pipeline = load_upcycled_pipeline(model, config)
-    if config.frozen_dtype is not None:
-        _hold_frozen_weights_in_(pipeline.unet, torch.bfloat16)
-    objective = MultiTaskObjective(
-        pipeline, datasets, dataclasses.replace(config.objective, cache_directory=_cache_directory(config))
-    )
     validation = Validation(pipeline, pictured, config) if config.trainer.validate_every is not None else None
-
-    def validate(step: int) -> None:
-        with common_errors_context(accelerator), _whole_unet_context(pipeline, config, accelerator):
-            if validation is not None and accelerator.is_main_process:
-                _write_validation(validation, step, config)
-
     steps = config.count_steps(sum(map(len, datasets.values())))
     trainer = Trainer(
         objective,
         dataclasses.replace(config.trainer, steps=steps),
         config.output,
         accelerator=accelerator,
-        description="training",
-        validate=validate,
+        validate=functools.partial(_validate, validation, pipeline, config, accelerator),
     )
     if accelerator.is_main_process:
         print(_describe(config, pipeline.unet, datasets, steps, accelerator), flush=True)
@@ -101,6 +99,7 @@ def run_training(
         nullcontext() if validation is None else closing(validation),
         _settings_file_context(config, accelerator, resume),
         _threads_context(config, accelerator),
+        _full_disk_context(config),
     ):
         entries = trainer.train(resume=resume, overwrite=overwrite, accept_changes=resume and accept_changes)
     if accelerator.is_main_process:
@@ -109,51 +108,32 @@ def run_training(
     return entries
 
 
-# --------------------------------------------------------------------------------------------------------- the checks
-
-
-def _check_libraries(config: RunConfig) -> None:
-    """Raise a ValueError if a library is missing that the training needs later."""
-    wanted = []
-    if config.trainer.validate_every is not None:
-        wanted.append(("matplotlib", "validate_every", "mtu[train]"))
-    if config.trainer.tensorboard:
-        wanted.append(("tensorboard", "tensorboard: true", "mtu[train]"))
-    if config.trainer.optimizer == "adamw8bit":
-        wanted.append(("bitsandbytes", "optimizer: adamw8bit", "mtu[8bit]"))
-    for module, setting, extra in wanted:
-        if importlib.util.find_spec(module) is None:
-            raise ValueError(f"{setting} needs {module}, which is not installed: pip install '{extra}'.")
-
-
-def _check_output(config: RunConfig, resume: bool, overwrite: bool) -> bool:
-    """Check that the output folder can be used, and return whether there is a checkpoint to resume from."""
-    if resume and overwrite:
-        raise ValueError("resume continues the checkpoint that overwrite deletes: expected one of them, got both.")
-    if resume and not config.output.is_dir():
-        raise ValueError(f"There is no training in {config.output} to resume: the folder does not exist.")
-    if not (resume or overwrite):
-        check_no_checkpoints(config.output)
+@contextmanager
+def process_group_context() -> Iterator[None]:
+    """End the connections of the processes with a program, which would otherwise end while threads still use them."""
+    finished = False
     try:
-        config.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"The output folder {config.output} cannot be made ({error.strerror}).") from error
-    if not os.access(config.output, os.W_OK | os.X_OK):
-        raise PermissionError(f"The output folder {config.output} cannot be written to (no permission).")
-    # A training that was interrupted before its first checkpoint has nothing to go on from, so it starts.
-    return resume and bool(checkpoint_steps(config.output))
+        yield
+        finished = True
+    finally:
+        group = torch.distributed
+        # After an error, the other processes may not come to a barrier, and NCCL may wait for them.
+        if group.is_available() and group.is_initialized() and (finished or group.get_backend() == "gloo"):
+            if finished:
+                group.barrier()
+            group.destroy_process_group()
 
 
-def _open_data(config: RunConfig, model: BaseModel, digests: ImageDigests) -> dict[str, TaskDataset]:
-    if not config.data:
-        raise ValueError("There are no data to train on: give folders as --data TASK=FOLDER, or under data in a file.")
-    check_data(config.data, model.tasks)
-    check_data(config.validation.data, model.tasks)
-    datasets = open_task_datasets(config.data, model.tasks, digests)
-    for name, dataset in datasets.items():
-        if not len(dataset):
-            raise ValueError(f"The data of task {name!r} have no rows.")
-    return datasets
+# ------------------------------------------------------------------------------------------------- before the training
+
+
+def _make_objective(config: RunConfig, model: BaseModel, datasets: Mapping[str, TaskDataset]) -> MultiTaskObjective:
+    """Load the model, and make the loss of the training."""
+    pipeline = load_upcycled_pipeline(model, config)
+    if config.frozen_dtype is not None:
+        _hold_frozen_weights_in_(pipeline.unet, torch.bfloat16)
+    settings = dataclasses.replace(config.objective, cache_directory=_cache_directory(config))
+    return MultiTaskObjective(pipeline, datasets, settings)
 
 
 def _cache_directory(config: RunConfig) -> Path:
@@ -214,6 +194,23 @@ def _settings_file_context(config: RunConfig, accelerator: Accelerator, resume: 
 
 
 @contextmanager
+def _full_disk_context(config: RunConfig) -> Iterator[None]:
+    """Let the error of a full disk say what is kept."""
+    try:
+        yield
+    except OSError as error:
+        codes = (errno.ENOSPC, errno.EDQUOT)
+        # Other processes know the text of the error alone.
+        if error.errno not in codes and not str(error).startswith(tuple(f"[Errno {code}]" for code in codes)):
+            raise
+        reason = error.strerror or str(error).partition("] ")[2]
+        raise OSError(
+            f"The disk of {config.output} or of its cache is full ({reason}): all checkpoints and all that is encoded "
+            "stay, and once there is space, --resume goes on."
+        ) from error
+
+
+@contextmanager
 def _whole_unet_context(pipeline: Pipeline, config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
     """Give the pipeline of the main process a whole UNet, where the processes share its weights out."""
     if not (config.trainer.fully_shard and accelerator.num_processes > 1):
@@ -226,6 +223,15 @@ def _whole_unet_context(pipeline: Pipeline, config: RunConfig, accelerator: Acce
         yield
     finally:
         pipeline.unet = sharded
+
+
+def _validate(
+    validation: Validation | None, pipeline: Pipeline, config: RunConfig, accelerator: Accelerator, step: int
+) -> None:
+    """Write the pictures and plots of a step, for which all processes give their shards of the weights."""
+    with common_errors_context(accelerator), _whole_unet_context(pipeline, config, accelerator):
+        if validation is not None and accelerator.is_main_process:
+            _write_validation(validation, step, config)
 
 
 def _write_validation(validation: Validation, step: int, config: RunConfig) -> None:

@@ -141,6 +141,11 @@ class RunConfig:
                 f"frozen_dtype: {self.frozen_dtype} needs precision: bf16, but got precision: "
                 f"{self.objective.precision}: without autocast, weights of two dtypes do not work together."
             )
+        if self.objective.prediction_type == "epsilon" and self.objective.rescale_betas_zero_snr:
+            raise ValueError(
+                "prediction_type: epsilon needs a signal at every timestep, but rescale_betas_zero_snr: true ends the "
+                "schedule in noise alone: choose prediction_type: v_prediction, or leave the schedule as it is."
+            )
         if self.trainer.fully_shard and self.objective.loss_threads > 1:
             raise ValueError(
                 f"fully_shard needs loss_threads: 1, but got {self.objective.loss_threads}: each block gathers its "

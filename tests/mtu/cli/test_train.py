@@ -45,7 +45,7 @@ def test_a_training_from_a_file_and_flags(run_mtu, settings_file, small_base):
         2,
         ["edit", "remove"],
     )
-    assert_refused(run_mtu("train", str(output)), "holds the checkpoint of a training")
+    assert_refused(run_mtu("train", str(output)), "holds the checkpoint of a training: continue it with --resume")
     assert run_mtu("train", str(output / "config.yaml"), "--resume").code == 0
     assert_refused(run_mtu("train", str(output), "--resume", "--seed", "1"), "seed")
 
@@ -66,6 +66,7 @@ def test_a_dry_run_prints_tables_and_writes_nothing(run_mtu, settings_file):
         (["icons"], "'output' is missing"),
         (["icons", "--output", "x", "--learning-rate", "fast"], "--learning-rate must be a number, but got 'fast'"),
         (["icons", "--output", "x", "--data", "edit"], "--data must be TASK=FOLDER, but got 'edit'"),
+        (["icons", "--output", "x", "--data", "edit=a", "--data", "edit=b"], "--data gives 'edit' twice"),
         (["icons", "--output", "x", "--steps", "1", "--epochs", "1"], "both give the length"),
         (["icons", "--output", "x", "--resume", "--overwrite"], "expected one of them"),
         (["icons", "--output", "x/y", "--resume"], "does not exist"),
@@ -75,6 +76,14 @@ def test_bad_command_lines_and_settings_exit_with_2(run_mtu, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert_refused(run_mtu("train", *arguments), message)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_a_launcher_that_is_not_supported_is_refused_once(run_mtu, settings_file, monkeypatch, rank, lines):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    ended = run_mtu("train", str(settings_file))
+    assert (ended.code, ended.err.count("error: Processes launched with FSDP")) == (2, lines)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,21 @@ def test_files_are_as_large_as_estimated(small_base, tmp_path):
     assert estimate.disk.text_cache * 16 // 77 == pytest.approx(size_of(texts), abs=500 * prompts)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": {}}, "no data to train on"),
+        ({"resolution": 15}, "multiple of 2"),
+        ({"batch_size": 5, "gradient_accumulation_steps": 2}, "batch_size must be a multiple of 2"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_training_refuses(small_base, tmp_path, settings, message):
+    config = small_config(small_base, tmp_path / "run", **settings)
+    for start in (estimate_run, run_training):
+        with pytest.raises(ValueError, match=message):
+            start(config)
+
+
 def test_models_that_stay_on_the_gpu_are_named(small_base, tmp_path):
     def note(**settings):
         (_, memory, _) = run_estimate_reports(estimate_run(small_config(small_base, tmp_path, **settings)))

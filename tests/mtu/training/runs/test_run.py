@@ -12,6 +12,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
 import mtu
+from mtu.training.multitask.encoded_cache import EncodedCache
 from mtu.training.runs import run
 from mtu.training.runs.run import run_training
 from mtu.training.runs.settings_file import read_run_config
@@ -204,6 +205,21 @@ def test_an_output_that_cannot_be_made(small_base, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot be made"):
         run_training(small_config(small_base, tmp_path / "file" / "run"))
+
+
+def test_a_full_disk_while_images_are_encoded_is_one_sentence(small_base, tmp_path, monkeypatch):
+    def fail(self, key, tensors):
+        raise OSError(28, f"{key} cannot be written: No space left on device")
+
+    monkeypatch.setattr(EncodedCache, "put", fail)
+    with pytest.raises(OSError, match=r"^The disk of .* is full \(.*No space left on device\): .*--resume goes on\.$"):
+        run_training(small_config(small_base, tmp_path / "run"))
+
+
+def test_a_folder_with_checkpoints_is_refused_before_a_model_is_looked_for(finished, monkeypatch):
+    monkeypatch.setattr(run, "find_base_model", None)
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        run_training(finished[0])
 
 
 def test_a_full_disk_at_the_end_is_one_sentence(finished, monkeypatch, tmp_path):

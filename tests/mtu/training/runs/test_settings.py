@@ -131,6 +131,7 @@ def test_a_length_on_the_command_line_replaces_that_of_the_file(read):
         ("shares: {edi: 2}\ndata: {edit: x}", "shares names 'edi', which has no data"),
         ("frozen_dtype: bfloat16", "frozen_dtype: bfloat16 needs precision: bf16"),
         ("fully_shard: true\nloss_threads: 2", "fully_shard needs loss_threads: 1, but got 2"),
+        ("prediction_type: epsilon\nrescale_betas_zero_snr: true", "prediction_type: epsilon needs a signal"),
         ("epochs: [", "is not a YAML file"),
     ],
 )
