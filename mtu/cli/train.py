@@ -4,6 +4,7 @@ Each flag is made of a setting of `mtu.training.runs.run_config`, whose modules 
 """
 
 import inspect
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ Several GPUs: accelerate launch -m mtu train my.yaml. In YAML, each key is a fla
 """
 
 _RUN = "Run"
+_OFF = "no_"  # before the key of a switch: the parameter that turns it off
 Config = Annotated[
     str | None,
     typer.Argument(
@@ -84,8 +86,7 @@ def run_train_command(
             raise ValueError("--resume continues the checkpoint that --overwrite deletes: expected one of them.")
         if accept_changes and not resume:
             raise ValueError("--accept-changes accepts changes since a checkpoint: expected --resume with it.")
-        given = {key: value for key, value in flags.items() if value is not None and value != []}
-        settings = read_run_config(config, {key: _flag_value(settings_by_key()[key], given[key]) for key in given})
+        settings = read_run_config(config, _given_settings(flags))
         if not dry_run:
             _connect_processes()
     with _errors_context(context):
@@ -164,6 +165,21 @@ def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _given_settings(flags: dict[str, Any]) -> dict[str, Any]:
+    """The settings that flags give, by key."""
+    known, given = settings_by_key(), {}
+    for name, value in flags.items():
+        if value is None or value == []:
+            continue
+        key = name.removeprefix(_OFF)
+        if key in given:
+            raise ValueError(
+                f"{known[key].flag} and {_off_flag(known[key])} contradict each other: expected one of them."
+            )
+        given[key] = _flag_value(known[key], value if key == name else False)
+    return given
+
+
 def _flag_value(setting: Setting, value: Any) -> Any:
     """The value of a flag: a text, a truth value, or the KEY=VALUE pairs of a mapping as a dictionary."""
     if not isinstance(value, list):
@@ -185,55 +201,56 @@ def _mapping_words(setting: Setting) -> str:
     return "TASK=NUMBER" if setting.key in ("shares", "loss_weights") else "KEY=VALUE"
 
 
-def _option(setting: Setting) -> inspect.Parameter:
-    """The parameter of the command that stands for a setting."""
-    names, kind = [setting.flag], str | None
+def _off_flag(setting: Setting) -> str:
+    """The flag that switches a setting off."""
+    return f"--no-{setting.flag.removeprefix('--')}"
+
+
+def _options(setting: Setting) -> list[inspect.Parameter]:
+    """The parameters of the command for a setting: its flag, and for a switch another one that turns it off."""
     if setting.annotation is bool:
-        names, kind = [f"{setting.flag}/--no-{setting.flag.removeprefix('--')}"], bool | None
-    elif is_mapping_type(setting.annotation):
-        kind = list[str] | None
+        # Help that shows both names of a switch has no room for the longest ones.
+        panel = "Switches (with --no- before its name, each is turned off)"
+        on = typer.Option(setting.flag, help=_help(setting), show_default=False, rich_help_panel=panel)
+        off = typer.Option(_off_flag(setting), hidden=True)
+        return [_parameter(setting.key, bool | None, on), _parameter(f"{_OFF}{setting.key}", bool | None, off)]
     option = typer.Option(
-        *names,
-        metavar=None if setting.annotation is bool else _metavar(setting),
+        setting.flag,
+        metavar=_metavar(setting),
         help=_help(setting),
         show_default=False,
-        # Two names a flag take a column of their own, which would narrow the text of all others.
-        rich_help_panel="Switches" if setting.annotation is bool else setting.section,
+        rich_help_panel=setting.section,
     )
-    return inspect.Parameter(
-        setting.key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]
-    )
+    kind = list[str] | None if is_mapping_type(setting.annotation) else str | None
+    return [_parameter(setting.key, kind, option)]
+
+
+def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
 
 
 def _metavar(setting: Setting) -> str:
+    """A short word for the values of a setting: a wide column of them would cut off the names of flags."""
     if is_mapping_type(setting.annotation):
         return _mapping_words(setting)
-    words = describe_type(setting.annotation).removesuffix(" or null")
     shown = {"an integer": "INTEGER", "a number": "NUMBER", "a path": "PATH", "a text": "TEXT"}
-    if words in shown:
-        return shown[words]
-    if setting.key == "tasks":
-        return "TASK,…"
-    if setting.key == "cache_directory":
-        return "PATH"
-    if setting.key == "resolution":
-        return "PIXELS"
-    if "list" in words:
-        return "NUMBER,NUMBER"
-    return words.replace(", ", "|").replace(" or ", "|")
+    special = {"tasks": "TASK,…", "cache_directory": "PATH", "resolution": "PIXELS", "betas": "NUMBERS"}
+    words = describe_type(setting.annotation).removesuffix(" or null")
+    return special.get(setting.key, shown.get(words, "NAME"))
 
 
 def _help(setting: Setting) -> str:
-    """The sentence of a setting, with its default."""
+    """The sentence of a setting, with its choices and its default."""
     default = setting.default
     if setting.key == "cache_directory":
         return f"{setting.help} (default: cache in the output folder)"
-    if default is MISSING or default is None or is_mapping_type(setting.annotation):
-        return setting.help
-    if isinstance(default, tuple):
-        default = ",".join(map(str, default))
-    words = str(default).lower() if isinstance(default, bool) else default
-    return f"{setting.help} (default: {words})"
+    notes = []
+    if setting.annotation is not bool and _metavar(setting) == "NAME":
+        notes.append(describe_type(setting.annotation))
+    if default is not MISSING and default is not None and not is_mapping_type(setting.annotation):
+        words = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        notes.append(f"default: {words.lower() if isinstance(default, bool) else words}")
+    return f"{setting.help} ({'; '.join(notes)})" if notes else setting.help
 
 
 def _make_signature() -> inspect.Signature:
@@ -249,7 +266,7 @@ def _make_signature() -> inspect.Signature:
         ("dry_run", DryRun),
     ):
         own.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation))
-    return inspect.Signature([*own, *map(_option, settings_by_key().values())])
+    return inspect.Signature([*own, *itertools.chain(*map(_options, settings_by_key().values()))])
 
 
 # typer makes the options of a command out of the signature of its function.

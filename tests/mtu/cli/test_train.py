@@ -9,6 +9,7 @@ import yaml
 
 from mtu.cli import main
 from mtu.training.runs import run
+from mtu.training.runs.run_config import settings_by_key
 from tests.mtu.training.runs.small_runs import small_base, small_settings
 
 __all__ = ["small_base"]
@@ -119,6 +120,21 @@ def test_a_signal_saves_a_checkpoint_and_has_its_exit_code(run_mtu, settings_fil
     assert (output / "checkpoints" / "step-00000001.json").is_file()
     monkeypatch.undo()
     assert run_mtu("train", str(settings_file), "--resume").code == 0
+
+
+def test_help_shows_each_flag_whole_on_a_narrow_terminal(run_mtu, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    ended = run_mtu("train", "--help")
+    for setting in settings_by_key().values():
+        assert f" {setting.flag} " in ended.out
+
+
+def test_switches_can_be_turned_off(run_mtu, settings_file):
+    settings_file.write_text(settings_file.read_text() + "\ntensorboard: true\n")
+    assert run_mtu("train", str(settings_file), "--no-tensorboard", "--steps", "1").code == 0
+    assert not (settings_file.parent / "run" / "tensorboard").exists()
+    both = ["--tensorboard", "--no-tensorboard"]
+    assert_refused(run_mtu("train", str(settings_file), *both), "--tensorboard and --no-tensorboard contradict")
 
 
 def test_debug_raises_the_error_itself(settings_file):
