@@ -14,6 +14,7 @@ from mtu.models.unet import MTUUNet2DConditionModel
 from mtu.pipelines import MTUPipeline
 from mtu.tasks import SD_TASKS, SDXL_TASKS, TaskSpec, as_task_specs
 from mtu.training.runs.run_config import RunConfig
+from mtu.training.runs.typed_values import nearest_name_hint
 from mtu.upcycling import upcycle
 
 __all__ = ["BaseModel", "find_base_model", "load_upcycled_pipeline"]
@@ -148,8 +149,8 @@ def _resolve_tasks(config: RunConfig, inspected: InspectedModel) -> tuple[TaskSp
         unknown = sorted(set(config.data) - set(by_name))
         if unknown:
             raise ValueError(
-                f"There are data for {unknown[0]!r}, which is not among the built-in tasks {', '.join(by_name)}: "
-                "describe the task under tasks."
+                f"There are data for {unknown[0]!r}, which is not among the built-in tasks: "
+                f"{nearest_name_hint(unknown[0], by_name)}; describe a task of your own under tasks."
             )
         given = tuple(name for name in by_name if name in config.data)
     specs: list[TaskSpec | str] = []

@@ -5,6 +5,7 @@ The keys of a YAML file are flat: the fields of `RunConfig`, and beside them tho
 """
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from mtu.training.multitask.multitask_config import MultiTaskConfig
-from mtu.training.runs.typed_values import field_types
+from mtu.training.runs.typed_values import field_types, nearest_name_hint
 from mtu.training.trainer_config import TrainerConfig
 
 __all__ = ["DataSource", "RunConfig", "Setting", "UpcycleConfig", "ValidationConfig", "settings_by_key"]
@@ -232,15 +233,21 @@ def settings_by_key() -> dict[str, Setting]:
 def _check_tasks_have_data(names: set[Any], data: Mapping[str, DataSource]) -> None:
     missing, unknown = sorted(names - set(data), key=str), sorted(set(data) - names)
     if missing and data:
-        raise ValueError(f"Task {missing[0]!r} has no data: give it some under data, or take it out of tasks.")
+        nearest = difflib.get_close_matches(str(missing[0]), unknown or data, n=1)
+        others = f", and there are data for {unknown[0]!r}, which is not among the tasks" if unknown else ""
+        advice = (
+            f"the nearest one is {nearest[0]!r}." if nearest else "give it some under data, or take it out of tasks."
+        )
+        raise ValueError(f"Task {missing[0]!r} has no data{others}: {advice}")
     if unknown:
-        raise ValueError(f"There are data for {unknown[0]!r}, which is not among the tasks {sorted(names)}.")
+        hint = nearest_name_hint(unknown[0], map(str, names))
+        raise ValueError(f"There are data for {unknown[0]!r}, which is not among the tasks: {hint}.")
 
 
 def _check_names(key: str, given: Mapping[str, Any], data: Mapping[str, DataSource]) -> None:
     unknown = [name for name in given if name not in data]
     if unknown and data:
-        raise ValueError(f"{key} names {unknown[0]!r}, which has no data; the tasks with data are {sorted(data)}.")
+        raise ValueError(f"{key} names {unknown[0]!r}, which has no data: {nearest_name_hint(unknown[0], data)}.")
 
 
 def _plain(value: Any) -> Any:

@@ -78,29 +78,69 @@ def _read_file(config: str | Path) -> _File:
     else:
         path = path / "config.yaml" if path.is_dir() else path
         name = str(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise ValueError(
-                f"There is no file {name!r}: expected a YAML file, the output folder of a training, or one of "
-                f"{', '.join(SHIPPED_SETTINGS)}."
-            ) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{name} cannot be read as text: {error}.") from None
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name} is not a YAML file: {' '.join(str(error).split())}.") from None
+        text = _read_text(path)
+    node, values = _parse(text, name)
+    if values is None:
+        raise ValueError(f"{name} is empty: expected lines of the form KEY: VALUE.")
     if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):
-        raise ValueError(f"{name} must have lines of the form KEY: VALUE, but holds {type(values).__name__}.")
+        raise ValueError(f"{name} holds {_describe_contents(values)}: expected lines of the form KEY: VALUE.")
+    _check_keys(node, name)
+    return _File(name, values, {str(key.value): key.start_mark.line + 1 for key, _ in node.value})
+
+
+def _read_text(path: Path) -> str:
+    try:
+        contents = path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(
+            f"There is no file {str(path)!r}: expected a YAML file, the output folder of a training, or one of "
+            f"{', '.join(SHIPPED_SETTINGS)}."
+        ) from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from None
+    try:
+        return contents.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = contents.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"Line {line} of {path} is not UTF-8 text: save the file in UTF-8.") from None
+
+
+def _parse(text: str, name: str) -> tuple[yaml.Node | None, Any]:
+    """The nodes and the values of a YAML text."""
+    try:
+        return yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = name if mark is None else f"Line {mark.line + 1} of {name}"
+        raise ValueError(f"{place} is not YAML: {error.problem or error.context}.") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ValueError(f"Line {line} of {name} is not YAML: it has a character that no text has.") from None
+    except (yaml.YAMLError, ValueError) as error:  # such as a date with a thirteenth month
+        raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}.") from None
+
+
+def _describe_contents(value: Any) -> str:
+    return "a list" if isinstance(value, list) else f"the single value {value!r}"
+
+
+def _check_keys(node: yaml.Node, name: str) -> None:
+    """Raise a ValueError if a mapping of a file has a key twice, or a key that is null."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_keys(item, name)
+    if not isinstance(node, yaml.MappingNode):
+        return
     lines: dict[str, int] = {}
-    for key_node, _ in node.value:
+    for key_node, value in node.value:
         key, line = str(key_node.value), key_node.start_mark.line + 1
+        if key_node.tag == "tag:yaml.org,2002:null":
+            raise ValueError(f"Line {line} of {name} has {key or 'nothing'} as a key: expected a name.")
         if key in lines:
-            raise ValueError(f"{name} gives {key!r} twice, in lines {lines[key]} and {line}.")
+            place = f"line {line}" if line == lines[key] else f"lines {lines[key]} and {line}"
+            raise ValueError(f"{name} gives {key!r} twice, in {place}.")
         lines[key] = line
-    return _File(name, values, lines)
+        _check_keys(value, name)
 
 
 def _checked(file: _File) -> dict[str, Any]:

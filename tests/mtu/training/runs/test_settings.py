@@ -127,12 +127,16 @@ def test_a_length_on_the_command_line_replaces_that_of_the_file(read):
         ("upcycle: {num_expert: 3}", "has no key 'num_expert': the nearest known one is 'num_experts'"),
         ("validation: {examples: -1}", "validation .*: examples must be at least 0"),
         ("tasks: [edit]\ndata: {remove: x}", "Task 'edit' has no data"),
-        ("tasks: [edit]\ndata: {edit: x, remove: x}", "data for 'remove', which is not among the tasks"),
+        ("tasks: [edt]\ndata: {edit: x}", "Task 'edt' has no data, .*: the nearest one is 'edit'"),
+        ("tasks: [edit]\ndata: {edit: x, remove: x}", "data for 'remove', which is not among the tasks: expected edit"),
+        ("data: {edit: x, edit: y}", r"gives 'edit' twice, in line 4\."),
+        ("null: 3", r"Line 4 of .*my\.yaml has null as a key"),
         ("shares: {edi: 2}\ndata: {edit: x}", "shares names 'edi', which has no data"),
         ("frozen_dtype: bfloat16", "frozen_dtype: bfloat16 needs precision: bf16"),
         ("fully_shard: true\nloss_threads: 2", "fully_shard needs loss_threads: 1, but got 2"),
         ("prediction_type: epsilon\nrescale_betas_zero_snr: true", "prediction_type: epsilon needs a signal"),
-        ("epochs: [", "is not a YAML file"),
+        ("epochs: [", r"^Line 4 of .*my\.yaml is not YAML: expected the node content"),
+        ("epochs: 2024-99-99", "my.yaml is not YAML: month must be in 1..12"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(read, lines, message):
@@ -166,13 +170,19 @@ def test_flags_that_are_wrong(read, flags, message):
         ("model: icons\noutput: x\n", "give steps or epochs"),
         ("output: x\nsteps: 3\n", "'model' is missing: give it as --model"),
         ("model: icons\nsteps: 3\n", "'output' is missing"),
-        ("- 3", "must have lines of the form KEY: VALUE"),
-        ("", "must have lines of the form KEY: VALUE"),
+        ("- 3", r"my\.yaml holds a list: expected lines of the form KEY: VALUE"),
+        ("", r"my\.yaml is empty: expected lines of the form KEY: VALUE"),
     ],
 )
 def test_files_that_lack_something(read, text, message):
     with pytest.raises(ValueError, match=message):
         read(least=text)
+
+
+def test_files_that_are_no_text(tmp_path):
+    (tmp_path / "my.yaml").write_bytes(LEAST.encode() + b"seed: \xff\n")
+    with pytest.raises(ValueError, match=r"^Line 4 of .*my\.yaml is not UTF-8 text"):
+        read_run_config(tmp_path / "my.yaml")
 
 
 def test_files_that_are_not_there(tmp_path):
