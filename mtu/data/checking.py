@@ -5,15 +5,17 @@ Nothing is written and nothing is changed. `mtu data check` prints what is found
 
 import itertools
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import PIL.Image
 from tqdm import tqdm
 
-from mtu.data.image_files import convert_to_rgb, is_partly_transparent, open_image
+from mtu.data.image_files import convert_to_rgb, fault_of_path, is_partly_transparent, open_image
 from mtu.data.image_folder import read_metadata
 from mtu.data.metadata_rows import METADATA_NAME, Variant, form_of_row, nonempty_lines, parse_row
 from mtu.tasks import TaskSpec
@@ -21,6 +23,8 @@ from mtu.tasks import TaskSpec
 __all__ = ["ImageFolderReport", "Problem", "check_image_folder", "report_on_image_folder"]
 
 _FILES_AT_ONCE = 256
+_LEAST_EDGE = 8  # the pixels of one latent
+_PROMPT_TOKENS = 77  # of CLIP's text encoders
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,8 @@ def report_on_image_folder(
 
     Errors are: a row that is not as `mtu.data.metadata_rows` describes, a file that is missing, corrupt or truncated,
     and a condition image whose aspect ratio is not that of its target. Warnings are: a row that repeats an earlier one,
-    partly transparent images, targets smaller than the resolution, and rows of several forms, which
+    partly transparent images, targets smaller than the resolution, images with an edge of less than 8 pixels or with
+    more pixels than Pillow expects, prompts of more than 77 words, and rows of several forms, which
     `datasets.load_dataset` does not read.
 
     Args:
@@ -139,8 +144,7 @@ class _FoundFiles(dict[str, _FileState]):
         self._folder = folder
 
     def __missing__(self, name: str) -> _FileState:
-        path = self._folder / name
-        self[name] = _FileState(None if os.path.isfile(path) else f"There is no file {path}.")
+        self[name] = _FileState(fault_of_path(self._folder / name))
         return self[name]
 
 
@@ -151,6 +155,7 @@ def _decode_all(
     names = {name: None for _, _, variants, _ in _rows(contents, task) for name in _file_names(variants)}
     states: dict[str, _FileState] = {}
     with (
+        warnings.catch_warnings(action="ignore", category=PIL.Image.DecompressionBombWarning),  # rows report it
         ThreadPoolExecutor(num_threads or os.cpu_count()) as pool,
         tqdm(total=len(names), desc=task.name, unit="image", disable=None if show_progress else True) as bar,
     ):
@@ -176,19 +181,19 @@ def _check_rows(
     forms: dict[frozenset[str], int] = {}
     for number, line, variants, faults in _rows(contents, task):
         errors = [f"The row {fault}" for fault in faults] + _file_errors(variants, states)
-        warnings = _image_warnings(variants, states, resolution)
+        notes = _image_warnings(variants, states, resolution) + _prompt_warnings(variants)
         if variants:
             earlier = lines_of_rows.setdefault(hash(tuple(variants)), number)
             if earlier != number:
-                warnings.append(f"The row repeats line {earlier}.")
+                notes.append(f"The row repeats line {earlier}.")
             forms.setdefault(form_of_row(line), number)
             if len(forms) > 1 and number in forms.values():
                 first = next(iter(forms.values()))
-                warnings.append(
+                notes.append(
                     f"The row and line {first} differ in their keys or types: load_dataset reads no such file."
                 )
         report.problems += [Problem(place, number, message, "error") for message in errors]
-        report.problems += [Problem(place, number, message, "warning") for message in warnings]
+        report.problems += [Problem(place, number, message, "warning") for message in notes]
         report.rows += 1
         if not errors:
             report.variants += len(variants)
@@ -233,16 +238,31 @@ def _file_errors(variants: Sequence[Variant], states: dict[str, _FileState]) -> 
 
 
 def _image_warnings(variants: Sequence[Variant], states: dict[str, _FileState], resolution: int | None) -> list[str]:
-    warnings = [
+    found = [
         f"{name} is partly transparent: training sees the colours without their transparency."
         for name in _file_names(variants)
         if states[name].is_partly_transparent
     ]
-    for name in dict.fromkeys(variant.target for variant in variants):
+    targets, most = {variant.target for variant in variants}, PIL.Image.MAX_IMAGE_PIXELS
+    for name in _file_names(variants):
         size = states[name].size
-        if resolution is not None and size is not None and min(size) < resolution:
-            warnings.append(f"{name} ({_text(size)}) is smaller than the resolution of {resolution}, and is enlarged.")
-    return warnings
+        if size is None:
+            continue
+        if resolution is not None and name in targets and min(size) < resolution:
+            found.append(f"{name} ({_text(size)}) is smaller than the resolution of {resolution}, and is enlarged.")
+        elif min(size) < _LEAST_EDGE:
+            found.append(f"{name} ({_text(size)}) has an edge of less than {_LEAST_EDGE} pixels, and is enlarged.")
+        if most is not None and size[0] * size[1] > most:
+            found.append(f"{name} ({_text(size)}) has more pixels than Pillow expects, and takes long to load.")
+    return found
+
+
+def _prompt_warnings(variants: Sequence[Variant]) -> list[str]:
+    """A warning of the longest prompt, if it has so many words that the text encoder must cut it."""
+    words = max((len(prompt.split()) for variant in variants for prompt in variant.prompts), default=0)
+    if words <= _PROMPT_TOKENS:
+        return []
+    return [f"A prompt has {words} words: training sees its first {_PROMPT_TOKENS} tokens, about 60 words, alone."]
 
 
 def _have_one_aspect_ratio(one: tuple[int, int], other: tuple[int, int]) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 from PIL import ImageOps
 
-__all__ = ["convert_to_rgb", "is_partly_transparent", "open_image", "read_image"]
+__all__ = ["convert_to_rgb", "fault_of_path", "is_partly_transparent", "open_image", "read_image"]
 
 # PIL clips wider values (modes "I", "I;16", "F") at 255 instead of scaling them.
 _WIDE_MODES = ("I", "F")
@@ -26,6 +26,17 @@ def read_image(path: Path) -> PIL.Image.Image:
     return convert_to_rgb(open_image(path), path)
 
 
+def fault_of_path(path: Path) -> str | None:
+    """A sentence that says why a path leads to no regular file; None if it leads to one."""
+    if os.path.isfile(path):
+        return None
+    if os.path.exists(path):
+        return f"{path} is no regular file."
+    if os.path.islink(path):
+        return f"{path} is a link that leads to {os.readlink(path)}, which is missing."
+    return f"There is no file {path}."
+
+
 def open_image(path: Path) -> PIL.Image.Image:
     """Read an image file in its own mode, decoded in full and turned upright.
 
@@ -33,8 +44,9 @@ def open_image(path: Path) -> PIL.Image.Image:
         ValueError: as `read_image`.
     """
     PIL.Image.init()  # Where a first thread loads the formats, a second one may miss those that it has not loaded yet.
-    if not os.path.isfile(path):  # opening a pipe would wait for ever
-        raise ValueError(f"There is no file {path}.")
+    fault = fault_of_path(path)
+    if fault is not None:  # opening a pipe would wait for ever
+        raise ValueError(fault)
     try:
         with PIL.Image.open(path) as image:
             image.load()

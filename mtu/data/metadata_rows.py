@@ -150,7 +150,8 @@ def _without_repetitions(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _unknown_key_fault(key: str) -> str:
-    nearest = difflib.get_close_matches(key, _KEYS, n=1)
+    # A lower threshold takes source_file_name for the target.
+    nearest = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.8)
     return f"has the unknown key {key!r}: " + (
         f"did you mean {nearest[0]!r}?" if nearest else f"expected some of {', '.join(_KEYS)}."
     )
@@ -208,7 +209,9 @@ def _file_name_faults(key: str, names: list[Any]) -> list[str]:
     for name in names:
         if not isinstance(name, str) or not name.strip():
             faults.append(f"must name a file by {key!r}, but has {_SHORTENED.repr(name)}.")
-        elif "\\" in name or "\0" in name:
+        elif "\0" in name:
+            faults.append(f"must name a file by {key!r}, but has a NUL character in {_SHORTENED.repr(name)}.")
+        elif "\\" in name:
             faults.append(f"must separate folders by '/' in {key!r}, but has {_SHORTENED.repr(name)}.")
         elif name.startswith("/") or re.match("[A-Za-z]:/", name) or ".." in name.split("/"):
             faults.append(f"must name a file inside the folder by {key!r}, but has {_SHORTENED.repr(name)}.")

@@ -120,7 +120,23 @@ def test_aspect_ratios_are_compared_up_to_whole_pixels(tmp_path, target, conditi
     write_image(tmp_path / "a.png", size=target)
     write_image(tmp_path / "b.png", size=condition)
     write_rows(tmp_path, [{"target_file_name": "a.png", "condition_file_name": "b.png"}])
-    assert (check_image_folder(tmp_path, SUPER_RESOLUTION) == []) == fits
+    assert (messages(check_image_folder(tmp_path, SUPER_RESOLUTION)) == {}) == fits
+
+
+def test_what_training_would_change_is_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    names = {"point": (1, 1), "large": (30, 30), "good": (20, 20)}
+    for name, size in names.items():
+        write_image(tmp_path / f"{name}.png", size=size)
+    rows = [{"file_name": f"{name}.png", "text": name} for name in names]
+    write_rows(tmp_path, [*rows, {"file_name": "good.png", "text": "word " * 78}])
+    problems = check_image_folder(tmp_path, TEXT_TO_IMAGE)
+    assert messages(problems) == {}
+    assert messages(problems, "warning") == {
+        1: ["point.png (1×1) has an edge of less than 8 pixels, and is enlarged."],
+        2: ["large.png (30×30) has more pixels than Pillow expects, and takes long to load."],
+        4: ["A prompt has 78 words: training sees its first 77 tokens, about 60 words, alone."],
+    }
 
 
 def test_a_folder_without_rows_is_bad_as_a_whole(tmp_path):

@@ -76,6 +76,16 @@ def test_files_that_are_cut_short_are_refused(tmp_path, suffix):
 
 def test_what_is_no_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
-    for path in (tmp_path / "none.png", tmp_path, tmp_path / "pipe.png", tmp_path / ("long" * 100)):
-        with pytest.raises(ValueError, match=rf"^There is no file {re.escape(str(path))}\.$"):
+    (tmp_path / "dead.png").symlink_to("gone.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    for name, message in {
+        "none.png": "^There is no file {}",
+        "long" * 100: "^There is no file {}",
+        "": "^{} is no regular file",
+        "pipe.png": "^{} is no regular file",
+        "dead.png": "^{} is a link that leads to gone.png, which is missing",
+        "loop.png": "^{} is a link that leads to loop.png, which is missing",
+    }.items():
+        path = tmp_path / name
+        with pytest.raises(ValueError, match=message.format(re.escape(str(path))) + r"\.$"):
             read_image(path)

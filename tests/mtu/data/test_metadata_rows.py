@@ -64,6 +64,12 @@ def test_rows_of_every_form(task, row, variants):
             {},
             ["lacks the key 'target_file_name'", "lacks the key 'condition_file_name'", "lacks the key 'prompt'"],
         ),
+        (
+            EDIT,
+            {**PAIR, "prompt": "x", "source_file_name": "c"},
+            ["key 'source_file_name': expected some of target_file"],
+        ),
+        (EDIT, {**PAIR, "prompt": "x", "target_file_name": "a\0"}, ["'target_file_name', but has a NUL character"]),
         (EDIT, {**PAIR, "promt": "x"}, ["the unknown key 'promt': did you mean 'prompt'?", "lacks the key 'prompt'"]),
         (EDIT, {**EDITED, "xyz": 1}, ["the unknown key 'xyz': expected some of target_file_name, "]),
         (EDIT, {**EDITED, "file_name": "c"}, ["has both 'target_file_name' and 'file_name'"]),
