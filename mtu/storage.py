@@ -17,6 +17,7 @@ defined here.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -100,15 +101,12 @@ def write_description_and_tensors(
         _delete_files(folder, stem, keep=name)
 
 
-def read_description_and_tensors(
-    directory: str | os.PathLike, stem: str, *, requires_digest: bool = True
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_description_and_tensors(directory: str | os.PathLike, stem: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read files of `write_description_and_tensors`, and check that they are complete and unaltered.
 
     Args:
         directory: the folder.
         stem: the beginning of both files' names.
-        requires_digest: whether to refuse a description without a digest, as earlier versions of training wrote.
 
     Returns:
         The description and the tensors.
@@ -124,7 +122,7 @@ def read_description_and_tensors(
         description = json.loads(json_path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{json_path} is not the JSON file that was saved: {error}.") from None
-    if not isinstance(description, dict) or (requires_digest and "sha256" not in description):
+    if not isinstance(description, dict) or "sha256" not in description:
         raise ValueError(f"The description in {directory} lacks the entry 'sha256'.")
     # In earlier versions the file of tensors had a fixed name, which the description lacks.
     name = description.get("file", f"{stem}.safetensors")
@@ -133,7 +131,7 @@ def read_description_and_tensors(
     tensor_path = folder / name
     if not tensor_path.is_file():
         raise ValueError(f"{directory} holds no {name}, which {json_path.name} names.")
-    if "sha256" in description and _digest(tensor_path, description) != description["sha256"]:
+    if _digest(tensor_path, description) != description["sha256"]:
         raise ValueError(
             f"{name} or {json_path.name} in {directory} is truncated or was altered: their SHA-256 is not the one that "
             "was saved."
@@ -316,7 +314,9 @@ def _collecting(partial: Path) -> Iterator[Path]:
         yield partial
     except SafetensorError as error:
         # safetensors raises this class if the disk is full, for example.
-        raise OSError(f"{partial.parent} cannot be written to: {error}.") from error
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        number, reason = (int(code[1]), os.strerror(int(code[1]))) if code else (errno.EIO, str(error))
+        raise OSError(number, reason, str(partial.parent)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -343,8 +343,8 @@ def _sync(folder: Path) -> None:
 
 
 def _delete_files(folder: Path, stem: str, keep: str | None) -> None:
-    """Delete the files of tensors of a stem except for one, also those of earlier versions."""
-    pattern = rf"{re.escape(stem)}((\.[0-9a-f]{{12}}|-\d{{7}})?\.safetensors(\.partial)?|(\.json)?\.partial)"
+    """Delete the files of tensors of a stem except for one, also the one without a digest of earlier versions."""
+    pattern = rf"{re.escape(stem)}(\.[0-9a-f]{{12}})?\.safetensors"
     for path in folder.iterdir():
         if re.fullmatch(pattern, path.name) and path.name != keep:
             path.unlink(missing_ok=True)

@@ -46,6 +46,14 @@ def test_a_loss_that_is_not_finite_names_its_examples_and_saves_the_state_before
     assert all(map(torch.equal, resumed.state_dict().values(), straight.state_dict().values()))
 
 
+def test_a_state_that_is_saved_is_not_saved_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    monkeypatch.setattr("mtu.training.trainer.write_checkpoint", lambda _, checkpoint, *__: steps.append(checkpoint[0]))
+    with pytest.raises(FloatingPointError):
+        Trainer(spoilt(e1=float("nan")), replace(CONFIG, checkpoint_every=1), tmp_path).train()
+    assert steps == [1, 2, 3]
+
+
 def test_without_a_directory_nothing_is_said_of_a_saved_state() -> None:
     objective = spoilt(e0=float("nan"))
     objective.load = replace(objective.load, size=12)

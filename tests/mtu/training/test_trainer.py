@@ -14,8 +14,8 @@ from torch.nn import Parameter
 
 from mtu.experts import ExpertConfig
 from mtu.models.router import Router
-from mtu.training import PartialLoss, TrainerConfig
-from mtu.training.batch_loader import PartSequence, iterate_over_batches
+from mtu.training import BatchPart, PartialLoss, TrainerConfig
+from mtu.training.batch_loader import PartSequence, iterate_over_batches, part_seed
 from mtu.training.optimizer import learning_rate_at, parameter_groups
 from mtu.training.trainer import Trainer
 from mtu.training.training_state import TrainingState
@@ -227,6 +227,20 @@ def test_float16_weights_are_refused() -> None:
     model = nn.Linear(2, 1).half()
     with pytest.raises(ValueError, match=r"2 of 2 parameters to train are torch\.float16, .* by which AdamW divides"):
         Trainer(FunctionObjective(lambda step: model.weight.sum(), model=model), CONFIG).train()
+
+
+def test_each_part_of_a_step_draws_other_numbers() -> None:
+    model, drawn = nn.Linear(1, 1), []
+
+    def loss(step: int) -> Tensor:
+        drawn.append(float(torch.rand(())))
+        return model.weight.sum() + model.bias.sum()
+
+    config = replace(CONFIG, gradient_accumulation_steps=2)
+    Trainer(FunctionObjective(loss, model=model), config).train()
+    assert len(set(drawn)) == 8
+    torch.manual_seed(part_seed(config.seed, BatchPart(3, 1, 2)))
+    assert float(torch.rand(())) == drawn[-1]
 
 
 def test_learning_rate_warms_up_and_ends_at_zero() -> None:

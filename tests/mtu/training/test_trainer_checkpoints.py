@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from mtu.training import LogEntry, TrainerConfig
@@ -175,6 +176,7 @@ def test_a_checkpoint_goes_on_where_the_modules_are(tmp_path: Path) -> None:
     state.take_gradients()
     state.optimizer_step(torch.ones((), device="meta"))
     assert state.step == 1
+    assert all(p.grad is None for p in (*state.parameters.values(), *state.optimizer_parameters.values()))
 
 
 @pytest.mark.parametrize("damage", ["truncated tensors", "no tensors", "half of the state", "empty state"])
@@ -247,8 +249,17 @@ def test_a_save_may_be_cut_off_anywhere(tmp_path: Path, monkeypatch: pytest.Monk
     assert set(newest) == {3, 4}
 
 
-def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")],
+    ids=["python", "safetensors"],
+)
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     train(tmp_path, passes_before_stop=7)
+
+    def full_disk(*arguments: object) -> None:
+        raise error
+
     monkeypatch.setattr("mtu.storage.save_file", full_disk)
     message = r"^The checkpoint of step 10 cannot be written to .* \(No space left on device\); that of step 5 stays\.$"
     with pytest.raises(OSError, match=message):
