@@ -15,7 +15,6 @@
 - `folder_lock`: the lock that keeps two trainings out of one folder.
 - `loss_log`: the losses of a training, in memory, in `log.jsonl` and for TensorBoard.
 - `precision`: autocast, and the check of parameters' dtypes.
-- `parallel_loss`: a loss whose parts run on several CPU threads.
 - `runs`: complete trainings from a configuration, which `mtu train` runs.
 
 Data sets are in `mtu.data`, and complete recipes in `mtu.recipes`. Names are loaded at their first use, so that the

@@ -16,7 +16,7 @@ from mtu.recipes.icons.vae import VAEConfig, VAEObjective, build_vae, measure_an
 from mtu.storage import write_text
 from mtu.training import LogEntry, Trainer, TrainerConfig
 from mtu.training.checkpoints import check_no_checkpoints, checkpoint_steps, delete_checkpoints
-from mtu.training.parallel_loss import intra_op_threads_context
+from mtu.training.multitask.parallel_loss import intra_op_threads_context
 
 # The fraction of a limited training time that the autoencoder gets.
 VAE_TIME_FRACTION = 0.25

@@ -27,7 +27,7 @@ from mtu.storage import write_text
 from mtu.tasks import EDIT, REMOVE, SUPER_RESOLUTION, TEXT_TO_IMAGE, TaskSpec
 from mtu.training import Trainer, TrainerConfig
 from mtu.training.multitask import MultiTaskConfig, MultiTaskObjective
-from mtu.training.parallel_loss import intra_op_threads_context
+from mtu.training.multitask.parallel_loss import intra_op_threads_context
 from mtu.upcycling import upcycle
 
 __all__ = ["ICON_TASKS", "SHIPPED_BASE_MODEL", "DemoConfig", "run_demo"]

@@ -23,8 +23,8 @@ from mtu.recipes.icons.prompts import (
 from mtu.recipes.icons.text_encoder import tokenize
 from mtu.recipes.icons.vae import encode_to_unscaled_latents
 from mtu.training import BatchPart, Objective, PartialLoss
+from mtu.training.multitask.parallel_loss import average_and_differentiate_losses_in_threads
 from mtu.training.multitask.timesteps import timestep_loss_weights, timesteps_at_fractions
-from mtu.training.parallel_loss import average_and_differentiate_losses_in_threads
 
 LATENT_SIZE = 16
 # Stable Diffusion's noise schedule.

@@ -9,6 +9,7 @@
 - `precomputing`: encoding before the first step.
 - `encoded_cache`: a cache of encoded images and prompts.
 - `timesteps`: timesteps, and the weight of each one in the loss.
+- `parallel_loss`: a loss whose parts run on several CPU threads.
 
 The loop that minimises the loss is `mtu.training.trainer`.
 """

@@ -29,11 +29,11 @@ from mtu.training.multitask.checking import check_pipeline, trained_tasks, train
 from mtu.training.multitask.encoded_cache import EncodedCache
 from mtu.training.multitask.encoding import ExamplePixels, PipelineEncoder, on_device_context, target_latents
 from mtu.training.multitask.multitask_config import MultiTaskConfig
+from mtu.training.multitask.parallel_loss import average_and_differentiate_losses_in_threads
 from mtu.training.multitask.precomputing import encode_missing_items
 from mtu.training.multitask.step_plan import StepPlan
 from mtu.training.multitask.timesteps import timestep_loss_weights
 from mtu.training.objective import BatchPart, Objective, PartialLoss
-from mtu.training.parallel_loss import average_and_differentiate_losses_in_threads
 
 __all__ = ["MultiTaskObjective"]
 

@@ -23,7 +23,7 @@ from mtu.training.checkpoints import checkpoint_steps
 from mtu.training.distributed import broadcast_text, common_errors_context, copy_whole_model, make_accelerator
 from mtu.training.loss_log import LogEntry, read_entries
 from mtu.training.multitask.objective import MultiTaskObjective
-from mtu.training.parallel_loss import intra_op_threads_context
+from mtu.training.multitask.parallel_loss import intra_op_threads_context
 from mtu.training.runs.base_model import BaseModel, find_base_model, load_upcycled_pipeline
 from mtu.training.runs.run_checks import (
     check_libraries,

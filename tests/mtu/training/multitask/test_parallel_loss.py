@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mtu.training.parallel_loss import average_and_differentiate_losses_in_threads
+from mtu.training.multitask.parallel_loss import average_and_differentiate_losses_in_threads
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
