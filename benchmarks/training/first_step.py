@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from diffusers import StableDiffusionPipeline
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import mtu
 from benchmarks.training.icon_folder import EDGE
@@ -31,7 +32,7 @@ class _FirstStepDone(BaseException):
     """Ends the training after its first step."""
 
 
-def build_trainer(options: argparse.Namespace, checkpoint_every: int) -> Trainer:
+def build_trainer(options: argparse.Namespace) -> Trainer:
     """The training of the upcycled icons model on one task."""
     base = StableDiffusionPipeline.from_pretrained(SHIPPED_BASE_MODEL, use_safetensors=True)
     pipeline = mtu.upcycle(base)
@@ -45,12 +46,17 @@ def build_trainer(options: argparse.Namespace, checkpoint_every: int) -> Trainer
     )
     objective = MultiTaskObjective(pipeline, {_TASK: ImageFolder(options.data, spec)}, config)
     settings = TrainerConfig(
-        STEPS, num_workers=options.workers, checkpoint_every=checkpoint_every, log_every=STEPS, validate_every=1
+        STEPS,
+        num_workers=options.workers,
+        checkpoint_every=STEPS,
+        log_every=STEPS,
+        # A validation follows a checkpoint.
+        validate_every=1 if options.checkpoint_at else None,
     )
     return Trainer(objective, settings, options.run, validate=_stop)
 
 
-def _stop(step: int) -> NoReturn:
+def _stop(*arguments: object) -> NoReturn:
     raise _FirstStepDone
 
 
@@ -67,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--resume", action="store_true", help="go on from the checkpoint of the folder")
     add("--checkpoint-at", type=int, help="write a checkpoint of this step, and measure nothing")
     options = parser.parse_args(argv)
-    trainer = build_trainer(options, 1 if options.checkpoint_at else STEPS)
+    trainer = build_trainer(options)
+    # What is measured ends before any checkpoint, so that the next process goes on from the same.
+    hook = None if options.checkpoint_at else register_optimizer_step_post_hook(_stop)
     start = time.perf_counter()
     try:
         trainer.train(resume=options.resume, overwrite=not options.resume)
@@ -75,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         end, seconds = time.time(), time.perf_counter() - start
     else:
         raise AssertionError("The training must end after its first step.")
+    finally:
+        if hook is not None:
+            hook.remove()
     if options.checkpoint_at:
         _, tensors, state = read_newest_checkpoint(options.run)
         delete_checkpoints(options.run)

@@ -151,7 +151,7 @@ def test_what_is_wrong_is_one_sentence(read, lines, message):
     [
         ({"batch_size": "x"}, "--batch-size must be an integer, but got 'x'"),
         ({"batch_siz": "1"}, "no setting 'batch_siz': the nearest known one is 'batch_size'"),
-        ({"steps": "0"}, "steps must be at least 1"),
+        ({"steps": "0"}, "steps must be an integer ≥ 1"),
         ({"steps": "1", "epochs": "1"}, "--steps and --epochs both give the length"),
         ({"upcycle": {"num_experts": "x"}}, "--upcycle num_experts must be an integer or null, but got 'x'"),
         ({"upcycle": {"experts": "2"}}, "--upcycle has no key 'experts'"),
