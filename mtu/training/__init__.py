@@ -7,12 +7,11 @@
 - `optimizer`: parameter groups, the rows of tasks, and the learning rate.
 - `batch_loader`: the loading of batches, in this process or in workers.
 - `training_state`: the state that checkpoints save and restore.
-- `checkpoints`: atomic checkpoints in a directory, and the check that they belong to a training.
+- `checkpoints`: atomic checkpoints in a directory, the check that they belong to a training, and the directory's lock.
 - `distributed`: what several processes do together.
 - `step_totals`: what they tell each other in a step.
 - `numerical_faults`: the description of a step that is not finite.
 - `interruption`: signals that end a training after its step.
-- `folder_lock`: the lock that keeps two trainings out of one folder.
 - `loss_log`: the losses of a training, in memory, in `log.jsonl` and for TensorBoard.
 - `precision`: autocast, and the check of parameters' dtypes.
 - `runs`: complete trainings from a configuration, which `mtu train` runs.

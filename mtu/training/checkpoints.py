@@ -4,7 +4,7 @@ A checkpoint consists of `step-00000500.json` and the file of tensors that it na
 when a newer one is on the disk, so an interruption never leaves a directory without a whole checkpoint.
 
 The trainer chooses the contents. Among them is a description of the training, because a checkpoint is only resumed by
-the training that wrote it.
+the training that wrote it. While a training runs, its directory is locked against others.
 """
 
 import dataclasses
@@ -14,7 +14,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,11 @@ from mtu.training.objective import Objective
 from mtu.training.trainer_config import TrainerConfig
 from mtu.training.training_state import persistent_buffers
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 __all__ = [
     "Checkpoint",
     "check_no_checkpoints",
@@ -34,6 +40,8 @@ __all__ = [
     "checkpoint_steps",
     "delete_checkpoints",
     "describe_training",
+    "locked_folder_context",
+    "named_folder_context",
     "read_newest_checkpoint",
     "write_checkpoint",
 ]
@@ -78,6 +86,38 @@ class Checkpoint(NamedTuple):
     step: int
     tensors: dict[str, Tensor]
     state: dict[str, Any]
+
+
+@contextmanager
+def named_folder_context(directory: Path | None) -> Iterator[None]:
+    """Let errors of writing name the folder of the training."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"The folder {directory} cannot be written to ({error.strerror or error}).") from error
+
+
+@contextmanager
+def locked_folder_context(directory: Path) -> Iterator[None]:
+    """Make a folder, and keep trainings of other processes out of it within this context.
+
+    The file `.lock` stays in the folder. Where the system or the disk has no locks of files, nothing is locked.
+
+    Args:
+        directory: the folder.
+
+    Raises:
+        OSError: the folder cannot be written to.
+        ValueError: another training has locked the folder, or a file has its name.
+    """
+    with named_folder_context(directory):
+        storage.make_folder(directory)
+        descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _lock(descriptor, directory)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def checkpoint_steps(directory: Path) -> list[int]:
@@ -234,6 +274,21 @@ def check_same_training(
             f"The checkpoint in {directory} was made with another model: the values of its frozen parameters differ."
         )
     return accepted
+
+
+def _lock(descriptor: int, directory: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        # The workers of a killed training live on for seconds. They would keep a lock of flock, but not one of lockf.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(
+            f"Another training is running in {directory}: wait for its end, or choose another folder."
+        ) from None
+    except OSError:
+        # Some network file systems have no locks.
+        return
 
 
 def _stem(step: int) -> str:

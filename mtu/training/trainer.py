@@ -25,6 +25,8 @@ from mtu.training.checkpoints import (
     check_same_training,
     delete_checkpoints,
     describe_training,
+    locked_folder_context,
+    named_folder_context,
     read_newest_checkpoint,
     write_checkpoint,
 )
@@ -39,7 +41,6 @@ from mtu.training.distributed import (
     names_of_infinite_tensors,
     share_objective,
 )
-from mtu.training.folder_lock import locked_folder_context, named_folder_context
 from mtu.training.interruption import Interruption, raise_for_signal
 from mtu.training.loss_log import LogEntry, LossLog, check_tensorboard
 from mtu.training.numerical_faults import describe_fault

@@ -340,6 +340,7 @@ def test_an_error_of_a_validation_loses_no_work(tmp_path: Path) -> None:
 
 
 def test_two_trainings_do_not_run_in_one_folder(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
     lock = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)"
     command = [sys.executable, "-c", f"{lock}; print(); input()", str(tmp_path / ".lock")]
     returned = []
