@@ -121,6 +121,5 @@ def _label_layers(axis: Any, layers: Sequence[str], shows_names: bool) -> None:
 
 def _block_name(layer: str) -> str:
     """The block of a layer: "down 1" of down_blocks.1.attentions.0.transformer_blocks.0."""
-    kind, _, rest = layer.partition("_block_label")
-    number = rest.removeprefix("s").split(".")[1] if kind in ("down", "up") else ""
-    return f"{kind} {number}".strip()
+    kind, number = layer.split(".")[:2]
+    return {"down_blocks": f"down {number}", "up_blocks": f"up {number}"}.get(kind, "mid")
