@@ -77,6 +77,7 @@ ELSEWHERE = {
     "pipelines/callbacks.py": CALL_SETTINGS,
     "inspection/inspected_model.py": {"_class_name"},
     "training/batch_loader.py": {"_exit"},
+    "training/runs/base_model.py": {"_class_name"},
     "models/pretrained.py": {"_class_name"},
     "runtime/compiling.py": {"_compiled_call_impl"},
     "upcycling.py": {"_compiled_call_impl"},
