@@ -66,6 +66,7 @@ def plot_losses(entries: Sequence["LogEntry"], tasks: Sequence[str]) -> "Figure"
         tasks: the tasks of the model.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(8.0, 4.8), layout="constrained", dpi=120)
     axis = figure.subplots()
@@ -78,6 +79,11 @@ def plot_losses(entries: Sequence["LogEntry"], tasks: Sequence[str]) -> "Figure"
             shown += [loss for _, loss in points]
     if shown and max(shown) > 10 * min(shown) > 0:
         axis.set_yscale("log")
+        # Over few decades, the usual powers of ten label next to nothing.
+        subdivisions = (1, 2, 5) if max(shown) < 1000 * min(shown) else (1,)
+        axis.yaxis.set_major_locator(LogLocator(subs=subdivisions))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("step")
     axis.set_ylabel("loss, mean since the previous point")
     axis.grid(True, which="both", alpha=0.25)

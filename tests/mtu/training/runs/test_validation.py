@@ -71,6 +71,17 @@ def test_plots_can_be_drawn(tmp_path, experts):
     assert lines == {"edit": [1, 2, 3], "remove": [1, 2]}
 
 
+def test_losses_on_a_logarithmic_axis_have_plain_numbers():
+    losses = [0.03, 0.9]
+    entries = [LogEntry(step, loss, 1e-4, 1.0, 0.0, {"edit": loss}) for step, loss in enumerate(losses)]
+    figure = plot_losses(entries, ["edit"])
+    figure.canvas.draw()
+    (axis,) = figure.axes
+    shown = [label.get_text() for label in axis.get_yticklabels() if min(losses) < label.get_position()[1] < 1]
+    assert shown == ["0.05", "0.1", "0.2", "0.5"]
+    assert not any(label.get_text() for label in axis.get_yticklabels(minor=True))
+
+
 def test_pictures_of_sdxl_are_refused_and_plots_are_not(small_base, tmp_path):
     config = small_config(small_base, tmp_path, validate_every=1)
     with pytest.raises(ValueError, match=r"expected validation: \{examples: 0\}"):
