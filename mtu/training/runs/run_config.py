@@ -254,6 +254,9 @@ def _plain(value: Any) -> Any:
     """A value as `yaml.safe_dump` takes it; paths become absolute, so that the file runs from any directory."""
     if isinstance(value, Path):
         return str(value.absolute())
+    if isinstance(value, DataSource):
+        values = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {f.name: _plain(own) for f, own in values if own != f.default}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

@@ -196,7 +196,11 @@ def test_files_that_are_not_there(tmp_path):
 
 
 def test_resolved_settings_are_a_file_that_says_the_same_from_anywhere(read, tmp_path, monkeypatch):
-    config = read("epochs: 2\ndata: {edit: a/b}\ntasks: [{name: edit}]", least="model: icons\noutput: x\n")
+    monkeypatch.chdir(tmp_path)
+    config = read(
+        "epochs: 2\ndata: {edit: a/b, remove: {icons: 3}}\ntasks: [{name: edit}, remove]",
+        least="model: icons\noutput: x\n",
+    )
     path, text = tmp_path / "resolved.yaml", config.to_yaml()
     path.write_text(text)
     monkeypatch.chdir(tmp_path.parent)
@@ -204,6 +208,7 @@ def test_resolved_settings_are_a_file_that_says_the_same_from_anywhere(read, tmp
     assert again.to_yaml() == text
     assert again.output == Path(yaml.safe_load(text)["output"])
     assert set(yaml.safe_load(text)) == set(settings_by_key()) - {"steps"}
+    assert yaml.safe_load(text)["data"] == {"edit": {"folder": str(tmp_path / "a/b")}, "remove": {"icons": 3}}
 
 
 @pytest.mark.parametrize("name", SHIPPED_SETTINGS)
