@@ -321,11 +321,14 @@ def _layout(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
-    """The entries in which two settings differ, by name, as text with their values where they are short."""
+    """The entries in which two settings differ, by name, as text with their values or keys where these are short."""
     changes = {}
     for name in sorted({**saved, **current}):
         before, now = saved.get(name), current.get(name)
         if before != now:
-            values = f" ({before!r} then, {now!r} now)"
-            changes[name] = name + (values if len(values) < 60 else "")
+            details = f" ({before!r} then, {now!r} now)"
+            if len(details) >= 60 and isinstance(before, Mapping) and isinstance(now, Mapping):
+                # Of the digests of data, a user wants to know the tasks.
+                details = f" ({', '.join(key for key in {**before, **now} if before.get(key) != now.get(key))})"
+            changes[name] = name + (details if len(details) < 60 else "")
     return changes

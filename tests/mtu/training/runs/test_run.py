@@ -15,6 +15,7 @@ import mtu
 from mtu.training.multitask.encoded_cache import EncodedCache
 from mtu.training.runs import run
 from mtu.training.runs.run import run_training
+from mtu.training.runs.run_config import DataSource
 from mtu.training.runs.settings_file import read_run_config
 
 from ...tiny import SDXL, stock_unet
@@ -159,6 +160,15 @@ def test_resuming_with_other_settings_is_refused_and_leaves_the_settings(finishe
     with pytest.raises(ValueError, match="learning_rate"):
         run_training(changed, resume=True)
     assert (config.output / "config.yaml").read_text() == before
+
+
+def test_a_resume_with_other_data_names_the_task(finished, tmp_path):
+    config, _ = finished
+    folder = shutil.copytree(config.data["edit"].folder, tmp_path / "edits")
+    (folder / "metadata.jsonl").write_text((folder / "metadata.jsonl").read_text().replace("edit 0", "edit zero"))
+    changed = dataclasses.replace(config, data={**config.data, "edit": DataSource(folder)})
+    with pytest.raises(ValueError, match=r"made with another data \(edit\)"):
+        run_training(changed, resume=True)
 
 
 def test_a_resume_without_a_folder_is_refused(small_base, tmp_path):
