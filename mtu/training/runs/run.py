@@ -75,24 +75,16 @@ def run_training(
     model = find_base_model(config)
     check_settings(config, model, accelerator.num_processes)
     check_libraries(config)
-    with common_errors_context(accelerator):
-        make_output_folder(config)
-    # A training that was interrupted before its first checkpoint starts. Other machines may not have the folder.
-    resume = bool(broadcast_text(accelerator, "resume" if resume and checkpoint_steps(config.output) else ""))
+    resume = _has_checkpoint(config, accelerator) and resume
     digests = ImageDigests(_cache_directory(config) / "image-digests.safetensors")
     datasets = open_checked_data(config, model, digests)
     objective = _make_objective(config, model, datasets)
     pipeline = objective.pipeline
-    pictured = {**datasets, **open_task_datasets(config.validation.data, model.tasks)}
-    validation = Validation(pipeline, pictured, config) if config.trainer.validate_every is not None else None
+    validation = _make_validation(config, model, pipeline, datasets)
     steps = config.count_steps(sum(map(len, datasets.values())))
-    trainer = Trainer(
-        objective,
-        dataclasses.replace(config.trainer, steps=steps),
-        config.output,
-        accelerator=accelerator,
-        validate=functools.partial(_validate, validation, pipeline, config, accelerator),
-    )
+    settings = dataclasses.replace(config.trainer, steps=steps)
+    validate = functools.partial(_validate, validation, pipeline, config, accelerator)
+    trainer = Trainer(objective, settings, config.output, accelerator=accelerator, validate=validate)
     if accelerator.is_main_process:
         print(_describe(config, pipeline.unet, datasets, steps, accelerator), flush=True)
     with (
@@ -127,6 +119,14 @@ def process_group_context() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------- before the training
 
 
+def _has_checkpoint(config: RunConfig, accelerator: Accelerator) -> bool:
+    """Make the output folder, and find out whether a training has been interrupted after its first checkpoint there."""
+    with common_errors_context(accelerator):
+        make_output_folder(config)
+    # Other machines may not have the folder of the main process.
+    return bool(broadcast_text(accelerator, "yes" if checkpoint_steps(config.output) else ""))
+
+
 def _make_objective(config: RunConfig, model: BaseModel, datasets: Mapping[str, TaskDataset]) -> MultiTaskObjective:
     """Load the model, and make the loss of the training."""
     pipeline = load_upcycled_pipeline(model, config)
@@ -134,6 +134,16 @@ def _make_objective(config: RunConfig, model: BaseModel, datasets: Mapping[str, 
         _hold_frozen_weights_in_(pipeline.unet, torch.bfloat16)
     settings = dataclasses.replace(config.objective, cache_directory=_cache_directory(config))
     return MultiTaskObjective(pipeline, datasets, settings)
+
+
+def _make_validation(
+    config: RunConfig, model: BaseModel, pipeline: Pipeline, datasets: Mapping[str, TaskDataset]
+) -> Validation | None:
+    """Choose the examples of the pictures, if the training makes any."""
+    if config.trainer.validate_every is None:
+        return None
+    pictured = {**datasets, **open_task_datasets(config.validation.data, model.tasks)}
+    return Validation(pipeline, pictured, config)
 
 
 def _cache_directory(config: RunConfig) -> Path:
