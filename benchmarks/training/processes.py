@@ -16,7 +16,7 @@ import torch.distributed
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # Modules that are not there are passed over.
-CONTEXT.set_forkserver_preload(["benchmarks.training.kill_cases", "tests.mtu.tiny"])
+CONTEXT.set_forkserver_preload(["benchmarks.training.kill_cases", "mtu.training.runs.run", "tests.mtu.tiny"])
 
 
 def start_processes(function: Callable[..., Any], store: Path, arguments: Sequence[tuple]) -> list[ForkServerProcess]:

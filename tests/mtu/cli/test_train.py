@@ -10,7 +10,8 @@ import yaml
 from mtu.cli import main
 from mtu.training.runs import run
 from mtu.training.runs.run_config import settings_by_key
-from tests.mtu.training.runs.small_runs import small_base, small_settings
+from tests.mtu.training.processes import run_in_processes
+from tests.mtu.training.runs.small_runs import run_command, small_base, small_settings
 
 __all__ = ["small_base"]
 
@@ -49,6 +50,12 @@ def test_a_training_from_a_file_and_flags(run_mtu, settings_file, small_base):
     assert_refused(run_mtu("train", str(output)), "holds the checkpoint of a training: continue it with --resume")
     assert run_mtu("train", str(output / "config.yaml"), "--resume").code == 0
     assert_refused(run_mtu("train", str(output), "--resume", "--seed", "1"), "seed")
+
+
+def test_two_processes_train_one_pipeline_and_part(settings_file):
+    arguments = ("train", str(settings_file), "--steps", "1")
+    assert run_in_processes(2, run_command, *arguments) == [(0, False)] * 2
+    assert (settings_file.parent / "run" / "model" / "model_index.json").is_file()
 
 
 def test_a_dry_run_prints_tables_and_writes_nothing(run_mtu, settings_file):

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
+from mtu.cli import main
 from mtu.tasks import SD_TASKS
 from mtu.training.runs.run_config import RunConfig
 from mtu.training.runs.settings_file import read_run_config
@@ -69,3 +71,12 @@ def small_settings(base: Path, output: Path, **settings: Any) -> dict[str, Any]:
 
 def small_config(base: Path, output: Path, **settings: Any) -> RunConfig:
     return read_run_config(None, small_settings(base, output, **settings))
+
+
+def run_command(*arguments: str) -> tuple[int | str | None, bool]:
+    """Run `mtu`, and return its exit code and whether the processes are still connected."""
+    try:
+        main(arguments)
+    except SystemExit as ended:
+        return ended.code, torch.distributed.is_initialized()
+    raise AssertionError("the command did not end the process")
