@@ -25,6 +25,8 @@ from mtu.training.runs.run_config import RunConfig
 
 __all__ = ["RunEstimate", "TaskEstimate", "estimate_run", "examples_per_pass"]
 
+# The rows of the square matrices by whose product the speed of a device is measured.
+_MATRIX_SIZES = {"cuda": 8192, "cpu": 1024}
 # Training reaches this fraction of the speed of one large matrix product: a usual figure for diffusion UNets.
 _FRACTION_OF_PEAK = 0.4
 _A100_FLOPS = 312e12
@@ -239,7 +241,7 @@ def _flops_of_training(forward: Flops, recomputes: bool) -> int:
 
 
 def _matrix_product_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    size = 8192 if device.type == "cuda" else 1024
+    size = _MATRIX_SIZES[device.type]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     durations = []
     for _ in range(5):

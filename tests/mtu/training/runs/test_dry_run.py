@@ -5,12 +5,19 @@ from pathlib import Path
 
 import pytest
 
+from mtu.training.runs import dry_run
 from mtu.training.runs.dry_run import estimate_run
 from mtu.training.runs.dry_run_report import run_estimate_reports
 from mtu.training.runs.run import run_training
 from mtu.training.runs.settings_file import read_run_config
 
 from .small_runs import small_config
+
+
+@pytest.fixture(autouse=True)
+def small_matrices(monkeypatch):
+    """The speed of the device does not matter here, so a small product measures it."""
+    monkeypatch.setattr(dry_run, "_MATRIX_SIZES", {"cuda": 64, "cpu": 64})
 
 
 def size_of(folder: Path) -> int:
