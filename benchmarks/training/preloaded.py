@@ -2,6 +2,7 @@
 
 import diffusers.guiders
 import diffusers.pipelines.onnx_utils
+
 import mtu.upcycling
 from mtu.data.icons.examples import IMAGE_SIZE
 from mtu.data.icons.font import icon_masks
