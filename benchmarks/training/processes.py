@@ -15,9 +15,8 @@ import torch
 import torch.distributed
 
 CONTEXT = multiprocessing.get_context("forkserver")
-_PRELOADED = ("benchmarks.training.kill_cases", "benchmarks.training.preloaded", "mtu.training.runs.run")
 # Modules that are not there are passed over.
-CONTEXT.set_forkserver_preload([*_PRELOADED, "tests.mtu.tiny"])
+CONTEXT.set_forkserver_preload(["benchmarks.training.kill_cases", "mtu.training.runs.run", "tests.mtu.tiny"])
 
 
 def start_processes(function: Callable[..., Any], store: Path, arguments: Sequence[tuple]) -> list[ForkServerProcess]:
